@@ -1,0 +1,54 @@
+# The CUDA library. CUDA_HOME (or CUDA_PATH, or nvcc on PATH) says which toolkit; TORCH_CUDA_ARCH_LIST says for which
+# GPUs, in torch's notation: "8.0 9.0a+PTX".
+include(CheckLanguage)
+
+foreach(variable CUDA_HOME CUDA_PATH)
+  if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{${variable}})
+    set(CMAKE_CUDA_COMPILER "$ENV{${variable}}/bin/nvcc")
+  endif()
+endforeach()
+
+# 8.0 -> sm_80; +PTX adds compute_80. sm_80 code also runs on 8.6 and 8.9, its PTX on everything later.
+set(architectures "$ENV{TORCH_CUDA_ARCH_LIST}")
+if(architectures STREQUAL "")
+  set(architectures "8.0+PTX 9.0a")
+endif()
+string(REGEX REPLACE "[ ,;]+" ";" architectures "${architectures}")
+set(CMAKE_CUDA_ARCHITECTURES "")
+foreach(architecture ${architectures})
+  if(NOT architecture MATCHES "^([0-9]+)\\.([0-9]a?)(\\+PTX)?$")
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: '${architecture}' is not of the form 8.0, 9.0a or 8.0+PTX")
+  endif()
+  set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+  list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-real)
+  string(APPEND SPLADE_FAST_CUDA_ARCHITECTURES "sm_${number} ")
+  if(CMAKE_MATCH_3)
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-virtual)
+    string(APPEND SPLADE_FAST_CUDA_ARCHITECTURES "compute_${number} ")
+  endif()
+endforeach()
+string(STRIP "${SPLADE_FAST_CUDA_ARCHITECTURES}" SPLADE_FAST_CUDA_ARCHITECTURES)
+
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  set(SPLADE_FAST_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_backward.cu)
+  # Register and spill report in the build log; a spill is an error.
+  target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
+                         -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
+  target_compile_definitions(ops_cuda PRIVATE USE_CUDA)
+  target_link_libraries(ops_cuda PRIVATE torch_stable)
+  # The functions of torch's CUDA side are found when it loads the library: no CUDA build of torch is needed here.
+  set_target_properties(ops_cuda PROPERTIES PREFIX "" OUTPUT_NAME _ops_cuda SUFFIX ".so" INSTALL_RPATH ""
+                        CUDA_RUNTIME_LIBRARY Static)
+  list(APPEND installed ops_cuda)
+  message(STATUS "splade_fast: CUDA library: yes, nvcc ${SPLADE_FAST_CUDA_VERSION}")
+elseif(SPLADE_FAST_CUDA STREQUAL "1")
+  message(FATAL_ERROR "SPLADE_FAST_CUDA=1, but no nvcc was found: set CUDA_HOME, or put nvcc on PATH")
+else()
+  set(SPLADE_FAST_CUDA_ARCHITECTURES "")
+  message(WARNING "splade_fast: CUDA library: NO, no nvcc was found (set CUDA_HOME; SPLADE_FAST_CUDA=1 makes this an error, SPLADE_FAST_CUDA=0 silences it)")
+endif()

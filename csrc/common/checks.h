@@ -1,0 +1,116 @@
+// Argument checks of both backends. Python checks first and in the caller's words; these keep C++ callers safe
+// and are the only place that sees the values of cu_seqlens on the CPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "options.h"
+
+namespace splade_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+      dtype == ScalarType::Half;
+}
+
+inline ScalarType accumulation_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The smallest integer type that holds positions 0 … length - 1.
+inline ScalarType position_type(int64_t length) {
+  if (length <= 256) return ScalarType::Byte;
+  return length <= 32768 ? ScalarType::Short : ScalarType::Int;
+}
+
+inline Pooling check_pooling(int64_t pooling) {
+  STD_TORCH_CHECK(pooling == 0 || pooling == 1, "pooling must be 0 (max) or 1 (sum), got ", pooling);
+  return static_cast<Pooling>(pooling);
+}
+
+inline Activation check_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
+  return static_cast<Activation>(activation);
+}
+
+inline void check_floating(const char* name, const Tensor& tensor, int64_t dims) {
+  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
+                  " must be float32, float64, bfloat16 or float16, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
+}
+
+inline void check_same(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name, ", ",
+                  torch::headeronly::toString(other.scalar_type()), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name);
+}
+
+inline void check_size(const char* name, const Tensor& tensor, int64_t dim, int64_t expected) {
+  STD_TORCH_CHECK(tensor.size(dim) == expected, name, " must have size ", expected, " in dimension ", dim, ", got ",
+                  tensor.size(dim));
+}
+
+inline void check_mask(const std::optional<Tensor>& mask, const Tensor& other, int64_t batch, int64_t length) {
+  if (!mask) return;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attention_mask must be bool, got ",
+                  torch::headeronly::toString(mask->scalar_type()));
+  STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length,
+                  "attention_mask must be (batch, length) = (", batch, ", ", length, ")");
+  STD_TORCH_CHECK(mask->device() == other.device(), "attention_mask must be on the device of the other tensors");
+}
+
+inline void check_decoder(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_floating("weight", weight, 2);
+  check_same("weight", weight, "hidden", hidden);
+  check_size("weight", weight, 1, hidden.size(hidden.dim() - 1));
+  if (bias) {
+    check_floating("bias", *bias, 1);
+    check_same("bias", *bias, "hidden", hidden);
+    check_size("bias", *bias, 0, weight.size(0));
+  }
+}
+
+// How hidden is cut into sequences: (B, L, D), or (T, D) with cu_seqlens (B + 1,).
+struct SequenceShape {
+  int64_t batch;
+  int64_t length;  // padded length; for packed input the number of tokens, an upper bound of any length
+};
+
+inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<Tensor>& mask,
+                                     const std::optional<Tensor>& cu_seqlens) {
+  check_floating("hidden", hidden, cu_seqlens ? 2 : 3);
+  if (!cu_seqlens) {
+    check_mask(mask, hidden, hidden.size(0), hidden.size(1));
+    return {hidden.size(0), hidden.size(1)};
+  }
+  STD_TORCH_CHECK(!mask, "attention_mask must be None with cu_seqlens");
+  STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
+                  "cu_seqlens must be int32 (batch + 1,)");
+  STD_TORCH_CHECK(cu_seqlens->device() == hidden.device(), "cu_seqlens must be on the device of hidden");
+  return {cu_seqlens->size(0) - 1, hidden.size(0)};
+}
+
+// What the max backward gets from its forward.
+inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, int64_t batch,
+                        int64_t vocabulary, ScalarType position) {
+  check_floating("grad", grad, 2);
+  STD_TORCH_CHECK(grad.size(0) == batch && grad.size(1) == vocabulary, "grad must be (batch, vocabulary) = (", batch,
+                  ", ", vocabulary, ")");
+  STD_TORCH_CHECK(max_logits.dim() == 2 && max_logits.size(0) == batch && max_logits.size(1) == vocabulary &&
+                      max_logits.scalar_type() == accumulation_type(grad.scalar_type()),
+                  "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it");
+  STD_TORCH_CHECK(argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary &&
+                      argmax.scalar_type() == position,
+                  "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");
+}
+
+}  // namespace splade_fast

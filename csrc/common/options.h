@@ -1,0 +1,12 @@
+// The options of the ops as numbers, the same in every schema, kernel and in splade_fast/ops/_checks.py.
+#pragma once
+
+#include <cstdint>
+
+namespace splade_fast {
+
+enum class Pooling : int64_t { kMax = 0, kSum = 1 };
+
+enum class Activation : int64_t { kRelu = 0, kLog1pRelu = 1, kLog1pLog1pRelu = 2 };
+
+}  // namespace splade_fast

@@ -1,0 +1,36 @@
+// The few ATen ops that the stable headers do not wrap, through the dispatcher. Ops with Scalar arguments (add_,
+// addmm) cannot be called this way.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+
+namespace splade_fast::aten {
+
+using torch::stable::Tensor;
+
+template <size_t kArgs>
+Tensor call(const char* op, const char* overload, std::array<StableIValue, kArgs> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor mm(const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  return call<2>("aten::mm", "", {from(a), from(b)});
+}
+
+// out = a @ b
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  call<3>("aten::mm", "out", {from(a), from(b), from(out)});
+}
+
+inline Tensor index_select(const Tensor& self, int64_t dim, const Tensor& index) {
+  using torch::stable::detail::from;
+  return call<3>("aten::index_select", "", {from(self), from(dim), from(index)});
+}
+
+}  // namespace splade_fast::aten

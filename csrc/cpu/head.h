@@ -1,0 +1,39 @@
+// What the files of the CPU head share: the arguments once checked, and the three kernels' host sides.
+#pragma once
+
+#include "dispatch.h"
+#include "sequences.h"
+
+namespace splade_fast::cpu {
+
+struct HeadInput {
+  Tensor hidden;  // contiguous (B, L, D) or (T, D)
+  Tensor weight;  // contiguous (V, D)
+  std::optional<Tensor> bias;
+  Sequences sequences;
+
+  int64_t vocabulary() const { return weight.size(0); }
+  int64_t depth() const { return weight.size(1); }
+};
+
+struct HeadGradients {
+  Tensor hidden;  // without elements: not needed
+  Tensor weight;
+  Tensor bias;
+};
+
+// Forward: pooled, and for max pooling with elements in max_logits also what the backward needs.
+void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
+                  const Tensor& max_logits, const Tensor& argmax);
+
+// starts (B,): input row of each sequence's position 0.  rows (B,): its number of input rows.
+struct SequenceRows {
+  std::vector<int64_t> start;
+  std::vector<int64_t> rows;
+};
+
+void head_backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, const Tensor& hidden,
+                       const Tensor& weight, const SequenceRows& sequences, Activation activation,
+                       const HeadGradients& gradients);
+
+}  // namespace splade_fast::cpu

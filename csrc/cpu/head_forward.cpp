@@ -1,0 +1,159 @@
+// head forward on the CPU: every panel of vocabulary entries meets the packed real tokens in a register-tiled product
+// whose result is reduced while it is in the first-level cache; no logits are written.
+//
+// The tokens are packed once (at most kTokenBytes at a time), each panel of the weight once per such block. A sequence
+// longer than a block carries its running maximum (or sum) over the whole vocabulary from block to block.
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+#include "blocks.h"
+#include "head.h"
+#include "kernels.h"
+#include "memory.h"
+#include "positions.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+constexpr int64_t kTokenBytes = int64_t{16} << 20;  // packed tokens at a time: half of a common last-level cache
+constexpr int64_t kMaxSequences = 512;              // state rows of one block, per thread
+
+template <typename T, typename Out>
+class Forward {
+  using Acc = Accumulator<T>;
+
+ public:
+  Forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
+          const Tensor& max_logits, const Tensor& argmax)
+      : input_(input),
+        pooling_(pooling),
+        activation_(activation),
+        pooled_(pooled),
+        max_logits_(max_logits),
+        argmax_(argmax),
+        save_(max_logits.numel() > 0),
+        columns_(kernels<T>().panel_columns),
+        panels_((input.vocabulary() + columns_ - 1) / columns_) {}
+
+  void run() {
+    const int64_t tile = kernels<T>().tile_tokens;
+    const int64_t tile_bytes = std::max<int64_t>(kernels<T>().packed_bytes(tile, input_.depth()), 1);
+    const int64_t max_tiles = std::max<int64_t>(kTokenBytes / tile_bytes, 1);
+    const int64_t tiles = std::min(max_tiles, (input_.sequences.tokens() + tile - 1) / tile);
+    const Scratch<char> packed(tiles * tile_bytes);
+    const std::vector<Block> blocks = cut_into_blocks(input_.sequences.offset, max_tiles * tile, kMaxSequences);
+    for (const Block& block : blocks) {
+      if (!block.closes && carried_value_ == nullptr) allocate_carried();
+      pack_tokens(block, packed.get(), tile_bytes);
+      torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
+        run_panels(block, packed.get(), begin, end);
+      });
+    }
+  }
+
+ private:
+  void allocate_carried() {
+    carried_value_ = std::make_unique<Scratch<Acc>>(panels_ * columns_);
+    carried_argmax_ = std::make_unique<Scratch<Position<Acc>>>(panels_ * columns_);
+  }
+
+  void pack_tokens(const Block& block, char* packed, int64_t tile_bytes) const {
+    const Kernels<T>& kernel = kernels<T>();
+    const int64_t tile = kernel.tile_tokens, tokens = block.end - block.begin;
+    torch::stable::parallel_for(0, (tokens + tile - 1) / tile, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        kernel.pack(packed + i * tile_bytes, tile, const_data<T>(input_.hidden), input_.depth(),
+                    input_.sequences.row.data() + block.begin + i * tile, std::min(tile, tokens - i * tile),
+                    input_.depth());
+      }
+    });
+  }
+
+  void run_panels(const Block& block, const char* packed_tokens, int64_t begin, int64_t end) const {
+    const Kernels<T>& kernel = kernels<T>();
+    const bool carried = !(block.opens && block.closes);
+    const int64_t rows = carried ? 0 : block.last - block.first;
+    const Scratch<char> packed_weight(kernel.packed_bytes(columns_, input_.depth()));
+    const Scratch<Acc> value(rows * columns_), bias(columns_);
+    const Scratch<Position<Acc>> argmax(rows * columns_);
+    // State rows count from the first sequence of the block.
+    std::vector<int32_t> sequence(block.end - block.begin);
+    for (size_t t = 0; t < sequence.size(); ++t) {
+      sequence[t] = input_.sequences.sequence[block.begin + t] - static_cast<int32_t>(block.first);
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first_column = panel * columns_;
+      const int64_t count = std::min(columns_, input_.vocabulary() - first_column);
+      Acc* state = carried ? carried_value_->get() + first_column : value.get();
+      Position<Acc>* positions = carried ? carried_argmax_->get() + first_column : argmax.get();
+      if (block.opens) {
+        const Acc start = pooling_ == Pooling::kMax ? -std::numeric_limits<Acc>::infinity() : Acc(0);
+        std::fill_n(state, std::max<int64_t>(rows, 1) * columns_, start);
+        std::fill_n(positions, std::max<int64_t>(rows, 1) * columns_, Position<Acc>(0));
+      }
+      std::fill_n(bias.get(), columns_, Acc(0));
+      if (input_.bias) kernel.load(bias.get(), const_data<T>(*input_.bias) + first_column, count);
+      kernel.pack(packed_weight.get(), columns_, const_data<T>(input_.weight) + first_column * input_.depth(),
+                  input_.depth(), nullptr, count, input_.depth());
+      const Panel<Acc> work{packed_tokens,
+                            packed_weight.get(),
+                            input_.depth(),
+                            block.end - block.begin,
+                            sequence.data(),
+                            input_.sequences.position.data() + block.begin,
+                            state,
+                            save_ ? positions : nullptr,
+                            columns_,
+                            bias.get(),
+                            activation_};
+      pooling_ == Pooling::kMax ? kernel.head_max(work) : kernel.head_sum(work);
+      if (!block.closes) continue;
+      for (int64_t b = block.first; b < block.last; ++b) {
+        const int64_t row = (b - block.first) * columns_;
+        finish(b, first_column, count, state + row, positions + row, bias.get());
+      }
+    }
+  }
+
+  void finish(int64_t b, int64_t first_column, int64_t count, Acc* state, const Position<Acc>* positions,
+              const Acc* bias) const {
+    const int64_t offset = b * input_.vocabulary() + first_column;
+    Out* pooled = mutable_data<Out>(pooled_) + offset;
+    if (pooling_ == Pooling::kSum) {
+      kernels<Out>().store(pooled, state, count);
+      return;
+    }
+    // A sequence without tokens stays at -inf whatever the bias.
+    kernels<Out>().finish_max(state, input_.sequences.length(b) > 0 ? bias : nullptr, count, activation_, pooled);
+    if (save_) {
+      std::copy_n(state, count, mutable_data<Acc>(max_logits_) + offset);
+      store_positions(argmax_, offset, positions, count);
+    }
+  }
+
+  const HeadInput& input_;
+  const Pooling pooling_;
+  const Activation activation_;
+  const Tensor &pooled_, &max_logits_, &argmax_;
+  const bool save_;
+  const int64_t columns_, panels_;
+  std::unique_ptr<Scratch<Acc>> carried_value_;
+  std::unique_ptr<Scratch<Position<Acc>>> carried_argmax_;
+};
+
+}  // namespace
+
+void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
+                  const Tensor& max_logits, const Tensor& argmax) {
+  dispatch_floating(input.hidden.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (pooled.scalar_type() == input.hidden.scalar_type()) {
+      Forward<T, T>(input, pooling, activation, pooled, max_logits, argmax).run();
+    } else {
+      Forward<T, Accumulator<T>>(input, pooling, activation, pooled, max_logits, argmax).run();
+    }
+  });
+}
+
+}  // namespace splade_fast::cpu

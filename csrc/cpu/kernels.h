@@ -1,0 +1,82 @@
+// The CPU kernels as tables of functions: one table per instruction set and element type, chosen once at run time.
+// kernels_impl.h implements them, kernels_<isa>.cpp compile it, instruction_set.cpp chooses.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/options.h"
+#include "dtypes.h"
+
+namespace splade_fast::cpu {
+
+// One panel of vocabulary entries against packed tokens. A token's product lands in the state row of its
+// sequence: value (sequences, state_stride), and for max also position, both initialised by the caller.
+template <typename Acc>
+struct Panel {
+  const void* tokens;   // packed by pack(): tiles of tile_tokens
+  const void* weight;   // packed by pack(): panel_columns entries
+  int64_t depth;        // D
+  int64_t num_tokens;
+  const int32_t* sequence;  // (num_tokens,) state row of each token
+  const int32_t* position;  // (num_tokens,) what the argmax records
+  Acc* value;
+  Position<Acc>* argmax;  // nullptr: not wanted
+  int64_t state_stride;
+  const Acc* bias;  // (panel_columns,), sum only: there it goes in before the activation
+  Activation activation;
+};
+
+template <typename T>
+struct Kernels {
+  using Acc = Accumulator<T>;
+
+  int64_t tile_tokens;
+  int64_t panel_columns;
+  int64_t (*packed_bytes)(int64_t lanes, int64_t depth);
+
+  // Interleave up to `lanes` rows (depth-major, missing rows zero) for the product kernels. rows == nullptr: the
+  // rows follow each other.
+  void (*pack)(void* packed, int64_t lanes, const T* base, int64_t stride, const int64_t* rows, int64_t count,
+               int64_t depth);
+  void (*head_max)(const Panel<Acc>& panel);
+  void (*head_sum)(const Panel<Acc>& panel);
+
+  // Reduce `count` rows of `columns` logits into value (and argmax, unless nullptr).
+  void (*pool_max)(const T* const* rows, const int32_t* position, int64_t count, int64_t columns, Acc* value,
+                   Position<Acc>* argmax);
+  void (*pool_sum)(const T* const* rows, int64_t count, int64_t columns, Activation activation, Acc* value);
+
+  // logit[i] = value[i] + bias[i] (in place; bias may be nullptr), pooled[i] = activation(logit[i]).
+  void (*finish_max)(Acc* value, const Acc* bias, int64_t columns, Activation activation, T* pooled);
+
+  // coefficient[i] = grad[i] * activation'(logit[i]), 0 where logit[i] <= 0.
+  void (*coefficients)(const T* grad, const Acc* logit, int64_t columns, Activation activation, Acc* coefficient);
+  // The same for one row of logits in their own type: the gradient of sum pooling.
+  void (*sum_gradient)(const T* grad, const T* logit, int64_t columns, Activation activation, T* grad_logit);
+
+  void (*axpy)(Acc* y, Acc a, const T* x, int64_t n);     // y += a x
+  void (*store)(T* target, const Acc* source, int64_t n);  // convert
+  void (*load)(Acc* target, const T* source, int64_t n);
+};
+
+struct AllKernels {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<bfloat16> bf16;
+  Kernels<float16> f16;
+};
+
+// The best set that this machine runs; SPLADE_FAST_ISA=portable|avx2|avx512|avx512bf16 lowers it.
+const AllKernels& all_kernels();
+
+template <typename T>
+const Kernels<T>& kernels() {
+  const AllKernels& all = all_kernels();
+  if constexpr (std::is_same_v<T, float>) return all.f32;
+  if constexpr (std::is_same_v<T, double>) return all.f64;
+  if constexpr (std::is_same_v<T, bfloat16>) return all.bf16;
+  if constexpr (std::is_same_v<T, float16>) return all.f16;
+}
+
+}  // namespace splade_fast::cpu

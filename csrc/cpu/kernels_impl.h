@@ -1,0 +1,316 @@
+// The CPU kernels, written once in vector extensions and compiled once per instruction set.
+#pragma once
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+// Shape of the register tile: kTileTokens x (kPanelVectors vectors) accumulators, the operands beside them.
+#if defined(__AVX512F__)
+constexpr int kTileTokens = 14, kPanelVectors = 2;  // 28 of 32 registers
+#elif defined(__aarch64__)
+constexpr int kTileTokens = 12, kPanelVectors = 2;
+#else
+constexpr int kTileTokens = 6, kPanelVectors = 2;  // 12 of 16 registers
+#endif
+
+template <typename Acc>
+constexpr int kPanelColumns = kPanelVectors * kLanes<Acc>;
+
+// How one depth step of a product is stored and multiplied: by default one element in the accumulation type.
+template <typename T>
+struct Step {
+  using Acc = Accumulator<T>;
+  using Unit = Acc;
+  static constexpr int kDepth = 1;
+  static Unit load(const T* row, int64_t step, int64_t) { return to_acc(row[step]); }
+  static Vec<Acc> fma(Vec<Acc> sum, Unit token, const Unit* weight) {
+    return sum + broadcast<Vec<Acc>>(token) * load_bits<Vec<Acc>>(weight);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 at a time through the dot-product instruction, which accumulates in float.
+template <>
+struct Step<bfloat16> {
+  using Acc = float;
+  using Unit = uint32_t;
+  static constexpr int kDepth = 2;
+  static Unit load(const bfloat16* row, int64_t step, int64_t depth) {
+    const uint32_t low = row[2 * step].bits;
+    const uint32_t high = 2 * step + 1 < depth ? row[2 * step + 1].bits : 0;
+    return low | high << 16;
+  }
+  static Vec<float> fma(Vec<float> sum, Unit token, const Unit* weight) {
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(token));
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                         reinterpret_cast<__m512bh>(pair),
+                                                         load_bits<__m512bh>(weight)));
+  }
+};
+#endif
+
+template <typename T>
+int64_t steps(int64_t depth) {
+  return (depth + Step<T>::kDepth - 1) / Step<T>::kDepth;
+}
+
+template <typename T>
+int64_t packed_bytes(int64_t lanes, int64_t depth) {
+  return lanes * steps<T>(depth) * static_cast<int64_t>(sizeof(typename Step<T>::Unit));
+}
+
+template <typename T>
+void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int64_t* rows, int64_t count,
+          int64_t depth) {
+  using Unit = typename Step<T>::Unit;
+  constexpr int64_t kBlock = 16;  // of steps: keeps both the lines read and the lines written in the first cache
+  Unit* target = static_cast<Unit*>(packed);
+  const int64_t num_steps = steps<T>(depth);
+  for (int64_t first = 0; first < num_steps; first += kBlock) {
+    const int64_t last = first + kBlock < num_steps ? first + kBlock : num_steps;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const T* row = base + (rows ? rows[lane] : lane) * stride;
+      for (int64_t step = first; step < last; ++step) target[step * lanes + lane] = Step<T>::load(row, step, depth);
+    }
+    for (int64_t lane = count; lane < lanes; ++lane) {
+      for (int64_t step = first; step < last; ++step) target[step * lanes + lane] = Unit{};
+    }
+  }
+}
+
+// products[token][column] of one tile of tokens and one panel of vocabulary entries.
+template <typename T>
+inline void multiply_tile(const void* tokens, const void* weight, int64_t num_steps,
+                          Vec<Accumulator<T>> (&products)[kTileTokens][kPanelVectors]) {
+  using Acc = Accumulator<T>;
+  using Unit = typename Step<T>::Unit;
+  const Unit* token = static_cast<const Unit*>(tokens);
+  const Unit* entry = static_cast<const Unit*>(weight);
+  Vec<Acc> sum[kTileTokens][kPanelVectors] = {};
+  for (int64_t step = 0; step < num_steps; ++step, token += kTileTokens, entry += kPanelColumns<Acc>) {
+    for (int r = 0; r < kTileTokens; ++r) {
+      for (int j = 0; j < kPanelVectors; ++j) sum[r][j] = Step<T>::fma(sum[r][j], token[r], entry + j * kLanes<Acc>);
+    }
+  }
+  for (int r = 0; r < kTileTokens; ++r) {
+    for (int j = 0; j < kPanelVectors; ++j) products[r][j] = sum[r][j];
+  }
+}
+
+// A running maximum. NaN is taken and then kept, as torch.max does; ties keep the earlier position.
+template <typename Acc>
+inline Mask<Acc> beats(Vec<Acc> candidate, Vec<Acc> value) {
+  return ~(candidate <= value) & (value == value);
+}
+
+template <typename T, bool kArgmax>
+void head_max_impl(const Panel<Accumulator<T>>& panel) {
+  using Acc = Accumulator<T>;
+  constexpr int kVectors = kPanelVectors;
+  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
+  const int64_t num_steps = steps<T>(panel.depth);
+  const char* tile = static_cast<const char*>(panel.tokens);
+  Vec<Acc> products[kTileTokens][kVectors];
+  for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
+    multiply_tile<T>(tile, panel.weight, num_steps, products);
+    const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
+    for (int64_t token = first; token < last;) {
+      const int32_t sequence = panel.sequence[token];
+      Acc* value_row = panel.value + sequence * panel.state_stride;
+      Position<Acc>* argmax_row = kArgmax ? panel.argmax + sequence * panel.state_stride : nullptr;
+      Vec<Acc> value[kVectors];
+      Mask<Acc> argmax[kVectors] = {};
+      for (int j = 0; j < kVectors; ++j) {
+        value[j] = load_bits<Vec<Acc>>(value_row + j * kLanes<Acc>);
+        if constexpr (kArgmax) argmax[j] = load_bits<Mask<Acc>>(argmax_row + j * kLanes<Acc>);
+      }
+      for (; token < last && panel.sequence[token] == sequence; ++token) {
+        for (int j = 0; j < kVectors; ++j) {
+          const Vec<Acc> candidate = products[token - first][j];
+          const Mask<Acc> better = beats<Acc>(candidate, value[j]);
+          value[j] = better ? candidate : value[j];
+          if constexpr (kArgmax) argmax[j] = better ? broadcast<Mask<Acc>>(panel.position[token]) : argmax[j];
+        }
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        store_bits(value_row + j * kLanes<Acc>, value[j]);
+        if constexpr (kArgmax) store_bits(argmax_row + j * kLanes<Acc>, argmax[j]);
+      }
+    }
+  }
+}
+
+template <typename T>
+void head_max(const Panel<Accumulator<T>>& panel) {
+  panel.argmax ? head_max_impl<T, true>(panel) : head_max_impl<T, false>(panel);
+}
+
+template <typename Acc>
+inline Vec<Acc> activate(Vec<Acc> logit, Activation activation) {
+  Vec<Acc> weight = relu<Acc>(logit);
+  if (activation != Activation::kRelu) weight = log1p_vec(weight);
+  if (activation == Activation::kLog1pLog1pRelu) weight = log1p_vec(weight);
+  return weight;
+}
+
+// Derivative at a positive logit.
+template <typename Acc>
+inline Vec<Acc> activation_slope(Vec<Acc> logit, Activation activation) {
+  const Vec<Acc> one = broadcast<Vec<Acc>>(Acc(1));
+  Vec<Acc> slope = one;
+  if (activation != Activation::kRelu) slope = one / (one + logit);
+  if (activation == Activation::kLog1pLog1pRelu) slope = slope / (one + log1p_vec(relu<Acc>(logit)));
+  return slope;
+}
+
+template <typename T>
+void head_sum(const Panel<Accumulator<T>>& panel) {
+  using Acc = Accumulator<T>;
+  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
+  const int64_t num_steps = steps<T>(panel.depth);
+  const char* tile = static_cast<const char*>(panel.tokens);
+  Vec<Acc> products[kTileTokens][kPanelVectors];
+  for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
+    multiply_tile<T>(tile, panel.weight, num_steps, products);
+    const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
+    for (int64_t token = first; token < last; ++token) {
+      Acc* sum = panel.value + panel.sequence[token] * panel.state_stride;
+      for (int j = 0; j < kPanelVectors; ++j, sum += kLanes<Acc>) {
+        const Vec<Acc> logit = products[token - first][j] + load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
+        store_bits(sum, load_bits<Vec<Acc>>(sum) + activate<Acc>(logit, panel.activation));
+      }
+    }
+  }
+}
+
+// body(column, load, store) for every vector of a row: load and store take the ragged end with care.
+template <typename Acc, typename Body>
+inline void for_each_vector(int64_t columns, Body body) {
+  int64_t column = 0;
+  for (; column + kLanes<Acc> <= columns; column += kLanes<Acc>) {
+    body(column, [](const auto* source) { return load_vec(source); },
+         [](auto* target, Vec<Acc> value) { store_vec(target, value); });
+  }
+  if (const int64_t rest = columns - column; rest > 0) {
+    body(column, [rest](const auto* source) { return load_partial(source, rest); },
+         [rest](auto* target, Vec<Acc> value) { store_partial(target, value, rest); });
+  }
+}
+
+// Several rows a pass, so that the running maximum is read and written less often than the logits.
+template <typename T, int kRows, bool kArgmax>
+inline void pool_max_rows(const T* const* rows, const int32_t* position, int64_t columns, Accumulator<T>* value,
+                          Position<Accumulator<T>>* argmax) {
+  using Acc = Accumulator<T>;
+  for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto) {
+    // The state's rows are padded to whole vectors by the caller.
+    Vec<Acc> best = load_bits<Vec<Acc>>(value + column);
+    Mask<Acc> where = {};
+    if constexpr (kArgmax) where = load_bits<Mask<Acc>>(argmax + column);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Acc> candidate = load(rows[r] + column);
+      const Mask<Acc> better = beats<Acc>(candidate, best);
+      best = better ? candidate : best;
+      if constexpr (kArgmax) where = better ? broadcast<Mask<Acc>>(position[r]) : where;
+    }
+    store_bits(value + column, best);
+    if constexpr (kArgmax) store_bits(argmax + column, where);
+  });
+}
+
+template <typename T, bool kArgmax>
+void pool_max_impl(const T* const* rows, const int32_t* position, int64_t count, int64_t columns,
+                   Accumulator<T>* value, Position<Accumulator<T>>* argmax) {
+  constexpr int kRows = 4;
+  int64_t row = 0;
+  for (; row + kRows <= count; row += kRows) {
+    pool_max_rows<T, kRows, kArgmax>(rows + row, position + row, columns, value, argmax);
+  }
+  for (; row < count; ++row) pool_max_rows<T, 1, kArgmax>(rows + row, position + row, columns, value, argmax);
+}
+
+template <typename T>
+void pool_max(const T* const* rows, const int32_t* position, int64_t count, int64_t columns, Accumulator<T>* value,
+              Position<Accumulator<T>>* argmax) {
+  argmax ? pool_max_impl<T, true>(rows, position, count, columns, value, argmax)
+         : pool_max_impl<T, false>(rows, position, count, columns, value, argmax);
+}
+
+template <typename T>
+void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation activation, Accumulator<T>* value) {
+  using Acc = Accumulator<T>;
+  for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto) {
+    Vec<Acc> sum = load_bits<Vec<Acc>>(value + column);
+    for (int64_t row = 0; row < count; ++row) sum += activate<Acc>(load(rows[row] + column), activation);
+    store_bits(value + column, sum);
+  });
+}
+
+template <typename T>
+void finish_max(Accumulator<T>* value, const Accumulator<T>* bias, int64_t columns, Activation activation,
+                T* pooled) {
+  using Acc = Accumulator<T>;
+  // Most of a trained model's entries are not positive, so a stretch without any skips the logarithms.
+  constexpr int64_t kStretch = 4 * kLanes<Acc>;
+  for (int64_t start = 0; start < columns; start += kStretch) {
+    const int64_t count = start + kStretch < columns ? kStretch : columns - start;
+    Acc* logit = value + start;
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) {
+      if (bias) logit[i] += bias[start + i];
+      any |= !(logit[i] <= 0);
+    }
+    if (!any) {
+      std::memset(pooled + start, 0, count * sizeof(T));
+      continue;
+    }
+    for_each_vector<Acc>(count, [&](int64_t column, auto load, auto store) {
+      store(pooled + start + column, activate<Acc>(load(logit + column), activation));
+    });
+  }
+}
+
+// Logit and result in types of their own: (Acc, Acc) for the pairs of max pooling, (T, T) for sum pooling.
+template <typename T, typename L>
+void coefficients(const T* grad, const L* logit, int64_t columns, Activation activation, L* coefficient) {
+  using Acc = Accumulator<T>;
+  for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto store) {
+    const Vec<Acc> z = load(logit + column);
+    // Not grad * 0 where inactive: an infinite gradient must not become NaN there.
+    store(coefficient + column, z <= 0 ? Vec<Acc>{} : load(grad + column) * activation_slope<Acc>(z, activation));
+  });
+}
+
+template <typename T>
+void axpy(Accumulator<T>* y, Accumulator<T> a, const T* x, int64_t n) {
+  using Acc = Accumulator<T>;
+  const Vec<Acc> factor = broadcast<Vec<Acc>>(a);
+  for_each_vector<Acc>(n, [&](int64_t i, auto load, auto store) { store(y + i, load(y + i) + factor * load(x + i)); });
+}
+
+template <typename T>
+void store_row(T* target, const Accumulator<T>* source, int64_t n) {
+  for_each_vector<Accumulator<T>>(n, [&](int64_t i, auto load, auto store) { store(target + i, load(source + i)); });
+}
+
+template <typename T>
+void load_row(Accumulator<T>* target, const T* source, int64_t n) {
+  for_each_vector<Accumulator<T>>(n, [&](int64_t i, auto load, auto store) { store(target + i, load(source + i)); });
+}
+
+template <typename T>
+constexpr Kernels<T> make_kernels() {
+  return {kTileTokens,   kPanelColumns<Accumulator<T>>, packed_bytes<T>, pack<T>,         head_max<T>, head_sum<T>,
+          pool_max<T>,   pool_sum<T>,                   finish_max<T>,   coefficients<T, Accumulator<T>>, coefficients<T, T>,
+          axpy<T>,       store_row<T>,                  load_row<T>};
+}
+
+constexpr AllKernels make_all_kernels(const char* name) {
+  return {name, make_kernels<float>(), make_kernels<double>(), make_kernels<bfloat16>(), make_kernels<float16>()};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu

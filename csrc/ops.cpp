@@ -1,0 +1,33 @@
+// Every op schema of the package, in one place. The CPU library carries them; the CUDA library only adds
+// implementations.
+//
+// pooling: 0 = max, 1 = sum.  activation: 0 = relu, 1 = log1p(relu), 2 = log1p(log1p(relu)).
+// save_for_backward: also return what the max backward needs, max_logits (B, V) in the accumulation type and
+// argmax (B, V) as positions within the sequence; both have no elements otherwise.
+// attention_mask is bool (B, L); cu_seqlens is int32 (B + 1,) and excludes it.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(splade_fast, m) {
+  m.def(
+      "pool_forward(Tensor logits, Tensor? attention_mask, int pooling, int activation, "
+      "bool save_for_backward) -> (Tensor pooled, Tensor max_logits, Tensor argmax)");
+  m.def(
+      "pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
+  m.def(
+      "pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
+
+  // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).
+  m.def(
+      "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
+      "int pooling, int activation, bool save_for_backward, bool float_output) "
+      "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
+  // A gradient that is not needed comes back without elements.
+  m.def(
+      "head_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, Tensor hidden, Tensor weight, "
+      "Tensor? cu_seqlens, int activation, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "head_backward_sum(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, "
+      "Tensor? cu_seqlens, int activation, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}

@@ -1,0 +1,59 @@
+"""Builds the compiled parts by calling CMake: CMakeLists.txt is the one list of sources and flags."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+BUILT = ("_C", "_ops_cpu", "_ops_cuda")
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install the libraries into the package folder.
+
+    Environment: SPLADE_FAST_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
+    """
+
+    def run(self) -> None:
+        cuda = os.environ.get("SPLADE_FAST_CUDA", "auto")
+        if cuda not in ("auto", "0", "1"):
+            raise ValueError(f"SPLADE_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")
+        build = Path(self.build_temp).resolve()
+        package = self._package_folder()
+        for stale in self._libraries(package):  # a build without CUDA must not keep an old CUDA library
+            stale.unlink()
+        cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        cmake += [
+            "-DSPLADE_FAST_PYTHON=ON",
+            "-DSPLADE_FAST_TESTS=OFF",
+            f"-DSPLADE_FAST_CUDA={cuda}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "-DTORCH_ROOT=",  # the torch of this Python, not one that an earlier configuration found
+            f"-DCMAKE_INSTALL_PREFIX={package}",
+        ]
+        subprocess.run(cmake, check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+    def _package_folder(self) -> Path:
+        inplace = self.inplace or self.editable_mode
+        return (ROOT if inplace else Path(self.build_lib).resolve()) / "splade_fast"
+
+    @staticmethod
+    def _libraries(package: Path) -> list[Path]:
+        return [path for name in BUILT for path in package.glob(f"{name}*.so")]
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self._libraries(self._package_folder())]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+# The extension names what makes the wheel platform-specific; CMake knows its sources.
+setup(ext_modules=[Extension("splade_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,144 @@
+"""Loads the compiled op libraries, says which there are, and why not where there are none."""
+
+import ctypes
+import functools
+import importlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splade_fast._version import __version__
+
+_FOLDER = Path(__file__).parent
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled, for which architectures, what is loaded, and why not."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "built": dict(_STATE.built),
+        "cpu": {"loaded": _STATE.cpu_reason is None, "why_not": _STATE.cpu_reason},
+        "cuda": {"loaded": _STATE.cuda_reason is None, "why_not": _STATE.cuda_reason},
+        "cpu_instruction_set": _instruction_set(),
+    }
+
+
+def cpu_library_loaded() -> bool:
+    return _STATE.cpu_reason is None
+
+
+def cuda_library_loaded() -> bool:
+    return _STATE.cuda_reason is None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether compiled kernels serve this device; where not, one warning says why.
+
+    Raises RuntimeError for a GPU whose architecture is not in the build.
+    """
+    if device.type in ("cpu", "meta"):
+        reason = _STATE.cpu_reason
+    elif device.type == "cuda":
+        reason = _STATE.cuda_reason
+        if reason is None:
+            _check_architecture(device.index if device.index is not None else -1)
+    else:
+        reason = f"there are none for {device.type} devices"
+    if reason is not None:
+        _warn_once(device.type, reason)
+    return reason is None
+
+
+class _State:
+    """The outcome of loading: a reason is None where the library is loaded."""
+
+    def __init__(self) -> None:
+        self.built: dict[str, Any] = {}
+        self.cpu_reason: str | None = None
+        self.cuda_reason: str | None = None
+        self._load()
+
+    def _load(self) -> None:
+        if os.environ.get("SPLADE_FAST_REFERENCE") == "1":
+            self.cpu_reason = self.cuda_reason = "SPLADE_FAST_REFERENCE=1 is set"
+            return
+        try:
+            facts = importlib.import_module("splade_fast._C")
+        except ImportError as error:
+            self.cpu_reason = self.cuda_reason = f"the package was not built ({error})"
+            return
+        self.built = facts.build_facts()
+        _check_versions(self.built)
+        torch.ops.load_library(_FOLDER / "_ops_cpu.so")
+        self.cuda_reason = self._load_cuda()
+
+    def _load_cuda(self) -> str | None:
+        library = _FOLDER / "_ops_cuda.so"
+        if not library.exists():
+            return "it was not built: no nvcc was found, or SPLADE_FAST_CUDA=0"
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} has no CUDA"
+        torch.ops.load_library(library)
+        return None
+
+
+def _check_versions(built: dict[str, Any]) -> None:
+    if built["version"] != __version__:
+        raise ImportError(
+            f"splade_fast {__version__} found a library built for {built['version']}: reinstall splade_fast"
+        )
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    needed = tuple(int(part) for part in built["torch_target"].split("."))
+    if found < needed:
+        raise ImportError(
+            f"splade_fast was built for torch >= {built['torch_target']}, found torch {torch.__version__}"
+        )
+
+
+@functools.cache
+def _check_architecture(index: int) -> None:
+    """Refuse a GPU for which neither machine code nor PTX was compiled."""
+    device = torch.device("cuda", index if index >= 0 else torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    architectures = str(_STATE.built["cuda_architectures"]).split()
+    if not any(_runs_on(architecture, major, minor) for architecture in architectures):
+        raise RuntimeError(
+            f"splade_fast was built for {', '.join(architectures)}, found sm_{major}{minor} "
+            f"({torch.cuda.get_device_name(device)}); rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """sm_XY runs on the same major and a minor not lower, sm_XYa on XY alone, compute_XY (PTX) on all later."""
+    kind, _, number = architecture.partition("_")
+    exact = number.endswith("a")
+    built_major, built_minor = divmod(int(number.rstrip("a")), 10)
+    if exact:
+        return (built_major, built_minor) == (major, minor)
+    if kind == "compute":
+        return (built_major, built_minor) <= (major, minor)
+    return built_major == major and built_minor <= minor
+
+
+@functools.cache
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"splade_fast runs in plain PyTorch on {device_type}, without its kernels: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _instruction_set() -> str | None:
+    if _STATE.cpu_reason is not None:
+        return None
+    name = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_cpu_instruction_set
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+_STATE = _State()

@@ -1,0 +1,75 @@
+"""Checks of arguments: each raises before anything is computed and names what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+POOLINGS = {"max": 0, "sum": 1}
+ACTIVATIONS = {"relu": 0, "log1p_relu": 1, "log1p_log1p_relu": 2}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and same device as another argument."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
+        )
+
+
+def check_choice(name: str, value: object, choices: dict[str, int]) -> int:
+    """The number by which the C++ side knows a choice."""
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+    return choices[value]
+
+
+def check_mask(attention_mask: Tensor, batch: int, length: int, other_name: str, other: Tensor) -> Tensor:
+    """The mask as bool: nonzero counts."""
+    check_tensor("attention_mask", attention_mask)
+    if attention_mask.dtype.is_complex:
+        raise TypeError(f"attention_mask must be bool, int or float, got {attention_mask.dtype}")
+    if attention_mask.ndim != 2 or tuple(attention_mask.shape) != (batch, length):
+        raise ValueError(
+            f"attention_mask must be (batch, length) = ({batch}, {length}), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    check_device("attention_mask", attention_mask, other_name, other)
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, other_name: str, other: Tensor) -> None:
+    """Shape, dtype and device; the values are checked by the CPU op (reading them on a GPU would wait for it)."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, other_name, other)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the {tokens} tokens of {other_name}, got {bounds[:8]}"
+                + (" …" if len(bounds) > 8 else "")
+            )

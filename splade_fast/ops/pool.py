@@ -1,0 +1,125 @@
+"""pool: logits (B, L, V) -> pooled (B, V), without a second tensor of the size of the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splade_fast import _library, reference
+from splade_fast.ops._autograd import (
+    argmax_dtype,
+    empty_forward,
+    needs_gradient,
+    refuse_double_backward,
+)
+from splade_fast.ops._checks import (
+    ACTIVATIONS,
+    POOLINGS,
+    check_choice,
+    check_floating,
+    check_mask,
+)
+
+MAX, SUM = POOLINGS["max"], POOLINGS["sum"]
+
+
+def splade_pool(
+    logits: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    pooling: str = "max",
+    activation: str = "log1p_relu",
+) -> Tensor:
+    """pooled[b, v] = max or sum over the counted positions l of activation(logits[b, l, v]).
+
+    Follows SPLADE (Formal et al., SIGIR 2021; max pooling: SPLADE v2, 2021). Sums run in float32
+    (float64 for float64). Ties of the maximum go to the lowest position, which alone gets the
+    gradient. NaN at a counted position shows in the output; positions that do not count are not read.
+
+    Args:
+        logits: (B, L, V), float32, float64, bfloat16 or float16, any strides.
+        attention_mask: (B, L), bool, int or float; nonzero = counts. None: all count.
+        pooling: "max" or "sum".
+        activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
+
+    Returns:
+        (B, V) in the dtype of logits; a row without counted positions is all zero. Under autocast
+        to bfloat16 or float16 the dtype stays that of logits.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: a gradient of the gradient is asked for.
+    """
+    check_floating("logits", logits)
+    if logits.ndim != 3:
+        raise ValueError(f"logits must be (batch, length, vocabulary), got {tuple(logits.shape)}")
+    pooling_code = check_choice("pooling", pooling, POOLINGS)
+    activation_code = check_choice("activation", activation, ACTIVATIONS)
+    mask = None
+    if attention_mask is not None:
+        mask = check_mask(attention_mask, logits.shape[0], logits.shape[1], "logits", logits)
+    if not _library.has_kernels(logits.device):
+        return reference.splade_pool(logits, mask, pooling=pooling, activation=activation)
+    pooled, _, _ = torch.ops.splade_fast.pool_forward(
+        logits, mask, pooling_code, activation_code, needs_gradient(logits)
+    )
+    return pooled
+
+
+def _fake_forward(
+    logits: Tensor, attention_mask: Tensor | None, pooling: int, activation: int, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, vocabulary = logits.shape
+    saved = save and pooling == MAX
+    return empty_forward(
+        logits, batch, vocabulary, logits.dtype, argmax_dtype(length), saved
+    )
+
+
+def _fake_backward_max(
+    grad: Tensor, max_logits: Tensor, argmax: Tensor, length: int, activation: int
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], length, grad.shape[1])
+
+
+def _fake_backward_sum(
+    grad: Tensor, logits: Tensor, attention_mask: Tensor | None, activation: int
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, attention_mask, ctx.pooling, ctx.activation, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.length = logits.shape[1]
+    if ctx.pooling == MAX:
+        ctx.save_for_backward(output[1], output[2])
+    else:
+        ctx.save_for_backward(logits, attention_mask)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    if ctx.pooling == MAX:
+        max_logits, argmax = ctx.saved_tensors
+        grad_logits = torch.ops.splade_fast.pool_backward_max(
+            grad, max_logits, argmax, ctx.length, ctx.activation
+        )
+    else:
+        logits, attention_mask = ctx.saved_tensors
+        grad_logits = torch.ops.splade_fast.pool_backward_sum(
+            grad, logits, attention_mask, ctx.activation
+        )
+    return grad_logits, None, None, None, None
+
+
+if _library.cpu_library_loaded():
+    torch.library.register_fake("splade_fast::pool_forward", _fake_forward)
+    torch.library.register_fake("splade_fast::pool_backward_max", _fake_backward_max)
+    torch.library.register_fake("splade_fast::pool_backward_sum", _fake_backward_sum)
+    torch.library.register_autograd(
+        "splade_fast::pool_forward", _backward, setup_context=_setup_context
+    )
+    refuse_double_backward("pool_backward_max")
+    refuse_double_backward("pool_backward_sum")

@@ -1,0 +1,32 @@
+"""The masked-LM decoder followed by pooling, with all (B, L, V) logits in memory."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from splade_fast.reference.pool import splade_pool
+
+
+def splade_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    pooling: str = "max",
+    activation: str = "log1p_relu",
+) -> Tensor:
+    """splade_pool(hidden @ weight.T + bias): (B, L, D) or packed (T, D) hidden states -> (B, V)."""
+    logits = linear(hidden, weight, bias)
+    if cu_seqlens is None:
+        return splade_pool(logits, attention_mask, pooling=pooling, activation=activation)
+    bounds = cu_seqlens.tolist()
+    if len(bounds) == 1:
+        return logits.new_zeros(0, weight.shape[0])
+    return torch.cat(
+        [
+            splade_pool(logits[None, start:stop], pooling=pooling, activation=activation)
+            for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
+    )

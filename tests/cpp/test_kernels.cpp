@@ -1,0 +1,163 @@
+// The kernel tables of every instruction set that this machine runs, against loops in double precision.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "expect.h"
+
+namespace splade_fast::cpu {
+const AllKernels& kernels_portable();
+#if defined(__x86_64__)
+const AllKernels& kernels_avx2();
+const AllKernels& kernels_avx512();
+const AllKernels& kernels_avx512bf16();
+#endif
+}  // namespace splade_fast::cpu
+
+using namespace splade_fast;
+using namespace splade_fast::cpu;
+
+static const float kInf = std::numeric_limits<float>::infinity();
+static const float kNan = std::numeric_limits<float>::quiet_NaN();
+
+static double saturate(double x, Activation activation) {
+  const double weight = x < 0 ? 0 : x;
+  if (activation == Activation::kRelu) return weight;
+  return activation == Activation::kLog1pRelu ? std::log1p(weight) : std::log1p(std::log1p(weight));
+}
+
+// Small integers: every product and sum is exact in every type, so results must be equal.
+template <typename T>
+static T small_integer(std::mt19937& random) {
+  const float value = static_cast<float>(static_cast<int>(random() % 7) - 3);
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bfloat16{static_cast<uint16_t>(bits >> 16)};
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <typename T>
+static double to_double(T value) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  } else {
+    return static_cast<double>(value);
+  }
+}
+
+template <typename T>
+static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t depth, int64_t columns) {
+  using Acc = Accumulator<T>;
+  std::mt19937 random(static_cast<unsigned>(tokens * 31 + depth));
+  std::vector<T> hidden(tokens * depth), weight(columns * depth);
+  for (T& x : hidden) x = small_integer<T>(random);
+  for (T& x : weight) x = small_integer<T>(random);
+  std::vector<int32_t> sequence(tokens), position(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    sequence[t] = static_cast<int32_t>(t / 5);
+    position[t] = static_cast<int32_t>(t % 5 + 7);
+  }
+  const int64_t tile = kernel.tile_tokens, stride = kernel.panel_columns, rows = tokens / 5 + 1;
+  std::vector<char> packed_tokens((tokens / tile + 1) * kernel.packed_bytes(tile, depth) + 64);
+  std::vector<char> packed_weight(kernel.packed_bytes(stride, depth) + 64);
+  for (int64_t t = 0; t < tokens; t += tile) {
+    kernel.pack(packed_tokens.data() + t / tile * kernel.packed_bytes(tile, depth), tile, hidden.data() + t * depth,
+                depth, nullptr, std::min(tile, tokens - t), depth);
+  }
+  kernel.pack(packed_weight.data(), stride, weight.data(), depth, nullptr, columns, depth);
+  std::vector<Acc> value(rows * stride, -std::numeric_limits<Acc>::infinity());
+  std::vector<Position<Acc>> argmax(rows * stride, 0);
+  kernel.head_max({packed_tokens.data(), packed_weight.data(), depth, tokens, sequence.data(), position.data(),
+                   value.data(), argmax.data(), stride, nullptr, Activation::kRelu});
+  for (int64_t row = 0; row * 5 < tokens; ++row) {
+    for (int64_t v = 0; v < columns; ++v) {
+      double best = -kInf;
+      int64_t where = 0;
+      for (int64_t t = row * 5; t < std::min(tokens, row * 5 + 5); ++t) {
+        double logit = 0;
+        for (int64_t d = 0; d < depth; ++d) logit += to_double(hidden[t * depth + d]) * to_double(weight[v * depth + d]);
+        if (logit > best) {
+          best = logit;
+          where = position[t];
+        }
+      }
+      EXPECT(value[row * stride + v] == best, "row %ld entry %ld: %g, not %g", static_cast<long>(row),
+             static_cast<long>(v), static_cast<double>(value[row * stride + v]), best);
+      EXPECT(argmax[row * stride + v] == where, "ties go to the lowest position");
+    }
+  }
+}
+
+template <typename T>
+static void test_type(const Kernels<T>& kernel) {
+  for (const int64_t tokens : {1, 5, 29}) {
+    for (const int64_t depth : {0, 1, 3, 17, 64}) test_head_max<T>(kernel, tokens, depth, kernel.panel_columns - 1);
+  }
+}
+
+// Relative error of the float activations over the whole positive range, in units of 2^-24.
+static void test_activation(const Kernels<float>& kernel) {
+  std::vector<float> x, y;
+  for (float magnitude = 1e-38f; magnitude < 1e38f; magnitude *= 1.0007f) x.push_back(magnitude);
+  y.resize(x.size());
+  for (const Activation activation : {Activation::kRelu, Activation::kLog1pRelu, Activation::kLog1pLog1pRelu}) {
+    std::vector<float> logits = x;
+    kernel.finish_max(logits.data(), nullptr, static_cast<int64_t>(x.size()), activation, y.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double expected = saturate(x[i], activation);
+      const double error = std::abs(y[i] - expected) / expected * 0x1p24;
+      EXPECT(error <= 4, "%s: activation %ld of %g: error of %g half-ulps", "log1p", static_cast<long>(activation),
+             static_cast<double>(x[i]), error);
+    }
+  }
+  float special[] = {-kInf, -1, -0.0f, 0, kInf, kNan, 1}, pooled[7];
+  kernel.finish_max(special, nullptr, 7, Activation::kLog1pRelu, pooled);
+  EXPECT(pooled[0] == 0 && pooled[1] == 0 && pooled[2] == 0 && pooled[3] == 0, "not positive: zero");
+  EXPECT(pooled[4] == kInf && std::isnan(pooled[5]), "inf and NaN pass");
+}
+
+// NaN wins wherever it stands and keeps its position; -inf never does.
+static void test_pool_nan(const Kernels<float>& kernel) {
+  std::vector<float> rows[6];
+  const float column[6] = {1, kNan, 5, kNan, -kInf, 2};
+  std::vector<const float*> pointers;
+  std::vector<int32_t> position;
+  for (int r = 0; r < 6; ++r) {
+    rows[r].assign(70, column[r]);
+    pointers.push_back(rows[r].data());
+    position.push_back(r);
+  }
+  std::vector<float> value(128, -kInf);
+  std::vector<int32_t> argmax(128, 0);
+  kernel.pool_max(pointers.data(), position.data(), 6, 70, value.data(), argmax.data());
+  for (int v = 0; v < 70; ++v) EXPECT(std::isnan(value[v]) && argmax[v] == 1, "column %d", v);
+}
+
+static void test_all(const AllKernels& kernels) {
+  std::printf("%s\n", kernels.name);
+  test_type(kernels.f32);
+  test_type(kernels.f64);
+  test_type(kernels.bf16);
+  test_type(kernels.f16);
+  test_activation(kernels.f32);
+  test_pool_nan(kernels.f32);
+}
+
+int main() {
+  test_all(kernels_portable());
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_all(kernels_avx2());
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) test_all(kernels_avx512());
+  if (__builtin_cpu_supports("avx512bf16")) test_all(kernels_avx512bf16());
+#endif
+  return 0;
+}
