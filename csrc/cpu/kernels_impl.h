@@ -176,11 +176,18 @@ void head_sum(const Panel<Accumulator<T>>& panel) {
   for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
     multiply_tile<T>(tile, panel.weight, num_steps, products);
     const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
-    for (int64_t token = first; token < last; ++token) {
-      Acc* sum = panel.value + panel.sequence[token] * panel.state_stride;
-      for (int j = 0; j < kPanelVectors; ++j, sum += kLanes<Acc>) {
-        const Vec<Acc> logit = products[token - first][j] + load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
-        store_bits(sum, load_bits<Vec<Acc>>(sum) + activate<Acc>(logit, panel.activation));
+    for (int64_t token = first; token < last;) {
+      const int32_t sequence = panel.sequence[token];
+      Acc* sum_row = panel.value + sequence * panel.state_stride;
+      Vec<Acc> sum[kPanelVectors] = {};  // of the tile first: summing by parts rounds less
+      for (; token < last && panel.sequence[token] == sequence; ++token) {
+        for (int j = 0; j < kPanelVectors; ++j) {
+          const Vec<Acc> logit = products[token - first][j] + load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
+          sum[j] += activate<Acc>(logit, panel.activation);
+        }
+      }
+      for (int j = 0; j < kPanelVectors; ++j, sum_row += kLanes<Acc>) {
+        store_bits(sum_row, load_bits<Vec<Acc>>(sum_row) + sum[j]);
       }
     }
   }
@@ -243,8 +250,18 @@ template <typename T>
 void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation activation, Accumulator<T>* value) {
   using Acc = Accumulator<T>;
   for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto) {
-    Vec<Acc> sum = load_bits<Vec<Acc>>(value + column);
-    for (int64_t row = 0; row < count; ++row) sum += activate<Acc>(load(rows[row] + column), activation);
+    // By parts, and the parts with Kahan's compensation: the error does not grow with the length.
+    constexpr int64_t kPart = 64;
+    Vec<Acc> sum = load_bits<Vec<Acc>>(value + column), lost = {};
+    for (int64_t first = 0; first < count; first += kPart) {
+      const int64_t last = first + kPart < count ? first + kPart : count;
+      Vec<Acc> part = {};
+      for (int64_t row = first; row < last; ++row) part += activate<Acc>(load(rows[row] + column), activation);
+      const Vec<Acc> next = sum + (part - lost);
+      lost = (next - sum) - (part - lost);
+      lost = lost == lost ? lost : Vec<Acc>{};  // inf - inf
+      sum = next;
+    }
     store_bits(value + column, sum);
   });
 }

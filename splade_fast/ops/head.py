@@ -64,11 +64,11 @@ def splade_head(
             asked for.
     """
     check_floating("hidden", hidden)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if autocast and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if bias is not None else None
+    autocast = _autocast_dtype(hidden)
+    if autocast is not None:
+        check_floating("weight", weight)
+        hidden, weight = hidden.to(autocast), weight.to(autocast)
+        bias = bias.to(autocast) if bias is not None else None
     pooling_code = check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
     check_choice("algorithm", algorithm, ALGORITHMS)
@@ -84,7 +84,7 @@ def splade_head(
             pooling=pooling,
             activation=activation,
         )
-        return pooled.float() if autocast and hidden.dtype != torch.float64 else pooled
+        return pooled if autocast is None else pooled.float()
     pooled, _, _ = torch.ops.splade_fast.head_forward(
         hidden,
         weight,
@@ -94,9 +94,17 @@ def splade_head(
         pooling_code,
         activation_code,
         needs_gradient(hidden, weight, bias),
-        autocast,
+        autocast is not None,
     )
     return pooled
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast wants the product; float64 is left alone, as a Linear leaves it."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

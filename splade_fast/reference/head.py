@@ -23,7 +23,7 @@ def splade_head(
         return splade_pool(logits, attention_mask, pooling=pooling, activation=activation)
     bounds = cu_seqlens.tolist()
     if len(bounds) == 1:
-        return logits.new_zeros(0, weight.shape[0])
+        return logits[:0]
     return torch.cat(
         [
             splade_pool(logits[None, start:stop], pooling=pooling, activation=activation)

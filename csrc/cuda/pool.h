@@ -1,0 +1,41 @@
+// The reducing kernel of pool, which head also runs on every chunk of its logits.
+#pragma once
+
+#include "common.cuh"
+
+namespace splade_fast::cuda {
+
+// The running result of the one sequence that a block of rows cuts in two.
+struct PoolCarry {
+  void* value;        // (columns,) in the accumulation type
+  int32_t* position;  // (columns,); -1: no row has counted yet; max pooling only
+};
+
+// Some columns of some rows of logits, reduced over the rows of each sequence.
+struct PoolTask {
+  const void* logits;       // row r of sequence b, the l-th: logits + offset(b) + (l - first_row) * row_stride + column,
+  int64_t sequence_stride;  // offset(b) = b * sequence_stride, for packed rows starts[b] * row_stride
+  int64_t row_stride;
+  int64_t columns;
+  int64_t readable;             // >= columns: elements of a row that may be read
+  int64_t first_row, end_row;   // the rows that logits holds, of all rows of all sequences
+  Sequences sequences;
+  int64_t first_sequence, num_sequences;  // only these have rows here
+  const bool* mask;             // (B, L), or null
+  const void* bias;             // of these columns, or null
+  PoolCarry carry_in, carry_out;  // only for rows cut elsewhere than between sequences
+  Activation activation;
+
+  // Outputs (B, vocabulary), at the first of these columns. Max logits and positions: null if not wanted.
+  int64_t vocabulary;
+  void* pooled;
+  bool pooled_in_acc;
+  void* max_logits;
+  void* positions;
+  int position_bytes;
+};
+
+// dtype: of logits and bias.
+void pool_rows(const PoolTask& task, ScalarType dtype, Pooling pooling, const OnDevice& device, const char* op);
+
+}  // namespace splade_fast::cuda
