@@ -13,9 +13,6 @@ struct bfloat16 {
 using float16 = _Float16;
 
 template <typename T>
-using IsFloat16 = std::is_same<T, float16>;
-
-template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Positions ride beside running maxima in vectors of the same number of lanes, so they are as wide.

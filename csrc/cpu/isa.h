@@ -69,18 +69,6 @@ inline float to_acc(bfloat16 value) {
   return load_bits<float>(&bits);
 }
 
-template <typename T>
-inline T from_acc(Accumulator<T> value) {
-  if constexpr (sizeof(T) == 2 && !IsFloat16<T>::value) {
-    uint32_t bits = load_bits<uint32_t>(&value);
-    if (value != value) return bfloat16{static_cast<uint16_t>((bits >> 16) | 0x40)};  // keep NaN a NaN
-    bits += 0x7fff + ((bits >> 16) & 1);                                              // round to nearest even
-    return bfloat16{static_cast<uint16_t>(bits >> 16)};
-  } else {
-    return static_cast<T>(value);
-  }
-}
-
 // Vectors of kLanes<Acc> elements of a storage type T -----------------------------------------------------------
 
 inline Vec<float> load_vec(const float* source) { return load_bits<Vec<float>>(source); }
@@ -105,13 +93,28 @@ inline Vec<float> load_vec(const float16* source) {
 #endif
 }
 
-template <typename T>
-inline void store_vec(T* target, Vec<Accumulator<T>> value) {
-  if constexpr (sizeof(T) >= 4) {
-    store_bits(target, value);
-  } else {
-    for (int i = 0; i < kLanes<float>; ++i) target[i] = from_acc<T>(value[i]);
-  }
+inline void store_vec(float* target, Vec<float> value) { store_bits(target, value); }
+inline void store_vec(double* target, Vec<double> value) { store_bits(target, value); }
+
+inline void store_vec(bfloat16* target, Vec<float> value) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  const Wide bits = reinterpret_cast<Wide>(value);
+  const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+  const Wide quiet_nan = (bits >> 16) | 0x40;
+  store_bits(target, __builtin_convertvector(value == value ? rounded : quiet_nan, Narrow));
+}
+
+inline void store_vec(float16* target, Vec<float> value) {
+#if defined(__AVX512F__)
+  const __m256i bits =
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
+  store_bits(target, bits);
+#elif defined(__F16C__)
+  store_bits(target, _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) target[i] = static_cast<float16>(value[i]);
+#endif
 }
 
 // The first `count` lanes only, the others zero: the ragged end of a row.
@@ -127,6 +130,47 @@ inline void store_partial(T* target, Vec<Accumulator<T>> value, int64_t count) {
   T padded[kLanes<Accumulator<T>>];
   store_vec(padded, value);
   std::memcpy(target, padded, count * sizeof(T));
+}
+
+// Shuffles ------------------------------------------------------------------------------------------------------
+
+// One step of transposing a square of vectors: of rows i and i + kHalf, swap the halves of every 2 * kHalf lanes that
+// are on the wrong side of the diagonal.
+template <int kHalf, typename V>
+inline void swap_halves(V& upper, V& lower) {
+  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(upper[0]));
+  typedef std::conditional_t<sizeof(upper[0]) == 8, int64_t, int32_t> Index;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices first = {}, second = {};  // lanes of the pair: upper 0 … kCount - 1, lower from kCount
+  for (int i = 0; i < kCount; ++i) {
+    first[i] = i & kHalf ? kCount + i - kHalf : i;
+    second[i] = i & kHalf ? kCount + i : i + kHalf;
+  }
+#if defined(__clang__)
+  V new_upper, new_lower;
+  for (int i = 0; i < kCount; ++i) {
+    new_upper[i] = first[i] < kCount ? upper[first[i]] : lower[first[i] - kCount];
+    new_lower[i] = second[i] < kCount ? upper[second[i]] : lower[second[i] - kCount];
+  }
+#else
+  const V new_upper = __builtin_shuffle(upper, lower, first), new_lower = __builtin_shuffle(upper, lower, second);
+#endif
+  upper = new_upper;
+  lower = new_lower;
+}
+
+template <int kHalf, typename V, int kRows>
+inline void transpose_step(V (&rows)[kRows]) {
+  for (int i = 0; i < kRows; ++i) {
+    if (!(i & kHalf)) swap_halves<kHalf>(rows[i], rows[i + kHalf]);
+  }
+  if constexpr (kHalf > 1) transpose_step<kHalf / 2>(rows);
+}
+
+// rows[i][j] <-> rows[j][i]
+template <typename V, int kRows>
+inline void transpose(V (&rows)[kRows]) {
+  if constexpr (kRows > 1) transpose_step<kRows / 2>(rows);
 }
 
 // Math ----------------------------------------------------------------------------------------------------------

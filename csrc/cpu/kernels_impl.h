@@ -26,6 +26,7 @@ struct Step {
   using Unit = Acc;
   static constexpr int kDepth = 1;
   static Unit load(const T* row, int64_t step, int64_t) { return to_acc(row[step]); }
+  static Vec<Acc> load_units(const T* row) { return load_vec(row); }
   static Vec<Acc> fma(Vec<Acc> sum, Unit token, const Unit* weight) {
     return sum + broadcast<Vec<Acc>>(token) * load_bits<Vec<Acc>>(weight);
   }
@@ -43,6 +44,7 @@ struct Step<bfloat16> {
     const uint32_t high = 2 * step + 1 < depth ? row[2 * step + 1].bits : 0;
     return low | high << 16;
   }
+  static Vec<float> load_units(const bfloat16* row) { return load_bits<Vec<float>>(row); }
   static Vec<float> fma(Vec<float> sum, Unit token, const Unit* weight) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(token));
     return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
@@ -62,21 +64,37 @@ int64_t packed_bytes(int64_t lanes, int64_t depth) {
   return lanes * steps<T>(depth) * static_cast<int64_t>(sizeof(typename Step<T>::Unit));
 }
 
+// kLanes rows by kLanes steps at a time, transposed in registers.
+template <typename T>
+inline void pack_square(typename Step<T>::Unit* target, int64_t lanes, const T* const* rows) {
+  constexpr int kCount = kLanes<Accumulator<T>>;
+  Vec<Accumulator<T>> square[kCount];
+  for (int i = 0; i < kCount; ++i) square[i] = Step<T>::load_units(rows[i]);
+  transpose(square);
+  for (int i = 0; i < kCount; ++i) store_bits(target + i * lanes, square[i]);
+}
+
 template <typename T>
 void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int64_t* rows, int64_t count,
           int64_t depth) {
   using Unit = typename Step<T>::Unit;
-  constexpr int64_t kBlock = 16;  // of steps: keeps both the lines read and the lines written in the first cache
+  constexpr int64_t kCount = kLanes<Accumulator<T>>;
   Unit* target = static_cast<Unit*>(packed);
-  const int64_t num_steps = steps<T>(depth);
-  for (int64_t first = 0; first < num_steps; first += kBlock) {
-    const int64_t last = first + kBlock < num_steps ? first + kBlock : num_steps;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const T* row = base + (rows ? rows[lane] : lane) * stride;
-      for (int64_t step = first; step < last; ++step) target[step * lanes + lane] = Step<T>::load(row, step, depth);
+  const int64_t num_steps = steps<T>(depth), whole_steps = depth / (Step<T>::kDepth * kCount) * kCount;
+  const auto row = [&](int64_t lane) { return base + (rows ? rows[lane] : lane) * stride; };
+  const int64_t whole_lanes = count / kCount * kCount;
+  for (int64_t lane = 0; lane < whole_lanes; lane += kCount) {
+    const T* square[kCount];
+    for (int64_t i = 0; i < kCount; ++i) square[i] = row(lane + i);
+    for (int64_t step = 0; step < whole_steps; step += kCount) {
+      pack_square<T>(target + step * lanes + lane, lanes, square);
+      for (int64_t i = 0; i < kCount; ++i) square[i] += kCount * Step<T>::kDepth;
     }
-    for (int64_t lane = count; lane < lanes; ++lane) {
-      for (int64_t step = first; step < last; ++step) target[step * lanes + lane] = Unit{};
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t first = lane < whole_lanes ? whole_steps : 0;
+    for (int64_t step = first; step < num_steps; ++step) {
+      target[step * lanes + lane] = lane < count ? Step<T>::load(row(lane), step, depth) : Unit{};
     }
   }
 }

@@ -1,0 +1,58 @@
+# make demo and make test do everything on a fresh machine: environment, build, run.
+PYTHON ?= python3
+# Any torch >= 2.10 works; this one is what CI runs.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: env build demo test test-cpp test-python lint format bench bench-compare clean
+
+env: $(VENV)/.environment
+build: $(VENV)/.built
+
+$(VENV)/.environment: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	pip install --quiet $(TORCH)
+	pip install --quiet "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" wheel
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(SOURCES)
+	pip install --quiet --no-build-isolation -e ".[demo,test,bench,dev]"
+	touch $@
+
+demo: build
+	python -m splade_fast.demo $(ARGS)
+
+test: test-cpp test-python
+
+test-cpp: env
+	cmake -S . -B build/cpp -G Ninja -DSPLADE_FAST_CUDA=0 -DPython_EXECUTABLE=$(BIN)/python
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
+
+test-python: build
+	python -m pytest $(ARGS)
+
+lint: build
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CPP)
+
+format: build
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP)
+
+bench: build
+	python -m benchmarks $(ARGS)
+
+bench-compare: build
+	python -m pytest benchmarks/test_regression.py --benchmark-autosave --benchmark-compare
+
+clean:
+	rm -rf build dist *.egg-info splade_fast/*.so $(VENV)

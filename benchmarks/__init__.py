@@ -1,0 +1,1 @@
+"""Benchmarks of every op against its plain PyTorch reference and the floor of the machine."""

@@ -1,0 +1,122 @@
+"""What a benchmark case is: one op on one shape, and the functions that compete on it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["forward", "forward+backward"]
+Implementation = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound that ours has to keep, e.g. at most 1.10 times the floor."""
+
+    measure: Literal["times the floor", "times faster than eager", "MiB peak extra memory"]
+    bound: float
+
+    def verdict(self, measured: float) -> str:
+        larger_is_better = self.measure == "times faster than eager"
+        met = measured >= self.bound if larger_is_better else measured <= self.bound
+        relation = ">=" if larger_is_better else "<="
+        outcome = "met" if met else "missed"
+        return f"{relation} {self.bound:g} {self.measure}: {measured:.2f} {outcome}"
+
+
+@dataclass
+class Workload:
+    """A case with its tensors in memory."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    leaves: dict[str, Tensor]  # the arguments that take a gradient
+    upstream: Tensor  # the gradient of the output
+    exact: Callable[[], dict[str, Tensor]]  # output and gradients of the reference in fp64
+    # Ways to reach the floor; the fastest one counts, so that no slow library call flatters us.
+    floors: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+    def run(self, implementation: Implementation, direction: Direction) -> Tensor:
+        if direction == "forward":
+            with torch.no_grad():
+                return implementation(*self.arguments, **self.options)
+        output = implementation(*self.arguments, **self.options)
+        output.backward(self.upstream)
+        return output.detach()
+
+    def clear_gradients(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(ABC):
+    """One row group of the table. Small and picklable: tensors come with `build`."""
+
+    op: ClassVar[str]
+    ours: ClassVar[Implementation]
+    eager: ClassVar[Implementation]
+
+    direction: Direction
+    dtype: torch.dtype
+    device: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def layout(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def fill(self) -> float:
+        """Real tokens over all positions."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[Target, ...]: ...
+
+    @abstractmethod
+    def tiny(self) -> "Case":
+        """The same case at a size that loads every library and costs nothing."""
+
+    @abstractmethod
+    def build(self, *, floors: bool = True) -> Workload: ...
+
+    @abstractmethod
+    def peer(self) -> Implementation:
+        """The same function as the peer library computes it; ImportError where it is missing."""
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.op} {self.shape} {self.layout} fill {self.fill:.2f} "
+            f"{self.dtype_name} {self.device} {self.direction}"
+        )
+
+    def implementation(self, contender: str) -> Implementation:
+        match contender:
+            case "ours":
+                return type(self).ours
+            case "eager":
+                return type(self).eager
+            case "compile":
+                # Otherwise the shapes of earlier cases count towards the recompilation limit,
+                # past which the "compiled" function silently runs eagerly.
+                torch.compiler.reset()
+                return torch.compile(type(self).eager)
+            case "peer":
+                return self.peer()
+        raise ValueError(f"unknown contender {contender!r}")

@@ -1,0 +1,19 @@
+"""One module per op, each with `cases(device, dtypes, quick)`; a new file is found by its name."""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from benchmarks.case import Case
+
+
+def names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def load(name: str, device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[Case]:
+    module = importlib.import_module(f"{__name__}.{name}")
+    return cast(list[Case], module.cases(device, dtypes, quick=quick))

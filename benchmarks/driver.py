@@ -1,0 +1,130 @@
+"""One case from correctness to rows."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.checks import Check, check
+from benchmarks.machine import Machine
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.results import Row
+from benchmarks.timing import Contender, fastest, time_in_turns
+
+CONTENDERS = ("ours", "eager", "compile", "peer")
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int
+    seconds: float
+    contenders: tuple[str, ...] = CONTENDERS
+    memory: bool = True
+
+
+def run_case(case: Case, options: Options, machine: Machine) -> list[Row]:
+    """Rows of all contenders and the floor; only the one of ours, untimed, if ours is wrong."""
+    workload = case.build()
+    outcome = check(case, workload)
+    if not outcome.correct:
+        print(f"WRONG: {outcome.tensor} of {case.title}; not timed", flush=True)
+        return [_row(case, machine, outcome, "ours")]
+    implementations = _available(case, workload, options.contenders)
+    contenders = {
+        name: Contender(
+            partial(workload.run, implementation, case.direction), workload.clear_gradients
+        )
+        for name, implementation in implementations.items()
+    }
+    floor_detail = fastest(workload.floors, device=case.device)
+    contenders["floor"] = Contender(workload.floors[floor_detail])
+    times = time_in_turns(
+        contenders, rounds=options.rounds, seconds=options.seconds, device=case.device
+    )
+    peaks = _peaks(case, workload, implementations) if options.memory else {}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        dataclasses.replace(
+            _row(case, machine, outcome, name),
+            detail=floor_detail if name == "floor" else "",
+            rounds=len(values),
+            median_ms=medians[name],
+            p25_ms=statistics.quantiles(values, n=4)[0],
+            p75_ms=statistics.quantiles(values, n=4)[2],
+            times_ours=medians[name] / medians["ours"],
+            share_of_floor=medians["floor"] / medians[name],
+            peak_extra_mib=peaks.get(name),
+            verdict=_verdict(case.targets, medians, peaks) if name == "ours" else "",
+        )
+        for name, values in times.items()
+    ]
+
+
+def _available(
+    case: Case, workload: Workload, contenders: Sequence[str]
+) -> dict[str, Implementation]:
+    """The contenders that run at all; ours has to."""
+    found = {}
+    for name in contenders:
+        try:
+            implementation = case.implementation(name)
+            workload.clear_gradients()
+            workload.run(implementation, case.direction)
+        # Compilers and other libraries fail in their own ways, none of which stops the others.
+        except Exception as error:
+            if name == "ours":
+                raise
+            reason = str(error).strip().splitlines() or [""]
+            print(f"without {name}: {type(error).__name__}: {reason[0]}", flush=True)
+        else:
+            found[name] = implementation
+    return found
+
+
+def _peaks(
+    case: Case, workload: Workload, implementations: dict[str, Implementation]
+) -> dict[str, float]:
+    return {
+        name: peak_extra_bytes(case, name, implementation, workload) / 2**20
+        for name, implementation in implementations.items()
+    }
+
+
+def _verdict(targets: Sequence[Target], medians: dict[str, float], peaks: dict[str, float]) -> str:
+    measured = {"times the floor": medians["ours"] / medians["floor"]}
+    if "eager" in medians:
+        measured["times faster than eager"] = medians["eager"] / medians["ours"]
+    if "ours" in peaks:
+        measured["MiB peak extra memory"] = peaks["ours"]
+    return "; ".join(
+        target.verdict(measured[target.measure]) for target in targets if target.measure in measured
+    )
+
+
+def _row(case: Case, machine: Machine, outcome: Check, contender: str) -> Row:
+    return Row(
+        op=case.op,
+        shape=case.shape,
+        layout=case.layout,
+        fill=case.fill,
+        active=outcome.active,
+        dtype=case.dtype_name,
+        device=case.device,
+        direction=case.direction,
+        contender=contender,
+        detail=outcome.tensor,
+        correct=outcome.correct,
+        error=outcome.error,
+        tolerance=outcome.tolerance,
+        rounds=0,
+        median_ms=None,
+        p25_ms=None,
+        p75_ms=None,
+        times_ours=None,
+        share_of_floor=None,
+        peak_extra_mib=None,
+        verdict="",
+        **vars(machine),
+    )

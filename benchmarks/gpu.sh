@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build, CUDA tests, memory checks, benchmarks.
+#
+#   OUT=gpu_out benchmarks/gpu.sh
+#
+# No stage stops the next one. $OUT/summary.txt holds the exit status and seconds of each; the
+# script fails if any stage failed; a benchmark stage cut short keeps the cases it has finished.
+# Settings, all optional:
+#   PYTHON          interpreter with a CUDA build of torch       (python3)
+#   OUT             where logs, junit, CSVs and plots go         (./gpu_out)
+#   STAGES          which stages to run       (build tests memcheck racecheck benchmarks)
+#   STAGE_SECONDS   time limit of a stage                        (420)
+#   CASES           benchmark cases                              (pool head)
+#   BENCHMARK_ARGS  more options for python -m benchmarks        (--seconds 3)
+
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-gpu_out}
+stages=${STAGES:-build tests memcheck racecheck benchmarks}
+stage_seconds=${STAGE_SECONDS:-420}
+read -ra cases <<<"${CASES:-pool head}"
+read -ra benchmark_args <<<"${BENCHMARK_ARGS:---seconds 3}"
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+summary=$out/summary.txt
+: >"$summary"
+failed=0
+
+stage() {
+    local name=$1 started=$SECONDS status
+    shift
+    [[ " $stages " == *" $name "* ]] || return 0
+    timeout --kill-after=10 "$stage_seconds" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    echo "$name: exit $status, $((SECONDS - started)) s" | tee -a "$summary"
+    if ((status != 0)); then
+        failed=1
+        tail -n 30 "$out/$name.log"
+    fi
+}
+
+# Tiny shapes: a checker slows every kernel down a hundredfold. Without torch's caching, each
+# tensor is an allocation of its own, so that a step over its end is seen.
+sanitizer() {
+    stage "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 \
+        "$python" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
+        --skip compile peer memory --out "$out/$1"
+}
+
+nvidia-smi >"$out/nvidia-smi.log" 2>&1
+stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
+stage tests "$python" -m pytest tests -m cuda --junitxml="$out/junit.xml"
+if command -v compute-sanitizer >/dev/null; then
+    sanitizer memcheck
+    sanitizer racecheck
+else
+    echo "memcheck, racecheck: skipped, no compute-sanitizer" | tee -a "$summary"
+fi
+stage benchmarks "$python" -m benchmarks "${cases[@]}" --device cuda --out "$out/results" \
+    "${benchmark_args[@]}"
+[[ -f $out/benchmarks.log ]] && cat "$out/benchmarks.log"
+
+cat "$summary"
+exit "$failed"

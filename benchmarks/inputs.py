@@ -1,0 +1,36 @@
+"""Batches that look like those of training: ragged lengths, a chosen share of active entries."""
+
+import torch
+from torch import Tensor
+
+SEED = 20260
+
+
+def seeded(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(SEED)
+
+
+def ragged_lengths(batch: int, length: int, fill: float) -> Tensor:
+    """Lengths spread evenly around `fill * length`, in random order: (B,) int64 on the CPU."""
+    if fill == 1:
+        return torch.full((batch,), length)
+    mean = fill * length
+    half_width = min(length - mean, mean - 1)
+    lengths = torch.linspace(mean - half_width, mean + half_width, batch).round().long()
+    return lengths[torch.randperm(batch, generator=seeded("cpu"))]
+
+
+def right_padding(lengths: Tensor, length: int, device: str) -> Tensor:
+    """attention_mask (B, L) int64, as tokenizers give it."""
+    return (torch.arange(length) < lengths[:, None]).long().to(device)
+
+
+def shift_for_active_share(pooled: Tensor, share: float | None) -> float:
+    """What to add to the logits so that this share of pooled entries is positive; None: leave them.
+
+    pooled: maxima over the positions of a sample of raw logits, any shape.
+    """
+    if share is None:
+        return 0.0
+    flat = pooled.float().flatten()
+    return -torch.quantile(flat[: 1 << 20], 1 - share).item()

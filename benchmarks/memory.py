@@ -1,0 +1,70 @@
+"""Peak extra memory: what a run needs beyond its inputs and outputs (gradients included)."""
+
+import ctypes
+import gc
+import multiprocessing
+import re
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Implementation, Workload
+
+
+def peak_extra_bytes(
+    case: Case, contender: str, implementation: Implementation, workload: Workload
+) -> int:
+    if case.device == "cuda":
+        return _peak_on_cuda(case, implementation, workload)
+    # Each in a process of its own: pages that an earlier contender left to the allocator would
+    # be reused unseen. A fork server that has only imported torch makes a process cheap.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(case).__module__])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_peak_on_cpu, case, contender, torch.get_num_threads()).result()
+
+
+def _peak_on_cuda(case: Case, implementation: Implementation, workload: Workload) -> int:
+    workload.clear_gradients()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = workload.run(implementation, case.direction)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    extra = peak - before - _bytes([output, *workload.gradients().values()])
+    workload.clear_gradients()
+    return extra
+
+
+def _peak_on_cpu(case: Case, contender: str, threads: int) -> int:
+    """Runs in a fresh process; Linux only."""
+    torch.set_num_threads(threads)
+    implementation = case.implementation(contender)
+    workload = case.build(floors=False)
+    # Libraries, threads and their workspaces do not count, nor does compiling for this shape.
+    warm_up = workload if contender == "compile" else case.tiny().build(floors=False)
+    warm_up.run(implementation, case.direction)
+    warm_up.clear_gradients()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # peak := current
+    before = _resident_bytes("VmHWM")
+    output = workload.run(implementation, case.direction)
+    peak = _resident_bytes("VmHWM")
+    return max(0, peak - before - _bytes([output, *workload.gradients().values()]))
+
+
+def _resident_bytes(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}; peak memory needs Linux")
+    return int(found[1]) << 10
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,116 @@
+"""Timing in turns: every contender runs once per round, so that drift of the machine hits all."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+WARM_UPS = 2
+MINIMUM_ROUNDS = 3
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Callable[[], object]
+    before: Callable[[], None] = nothing  # untimed
+
+
+class Clock(Protocol):
+    """Marks are read after the round: reading a CUDA event at once would drain the queue."""
+
+    def mark(self, run: Callable[[], object]) -> Any: ...
+    def milliseconds(self, mark: Any) -> float: ...
+
+
+class CpuClock:
+    def mark(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def milliseconds(self, mark: float) -> float:
+        return mark * 1e3
+
+
+class CudaClock:
+    """CUDA events around a run that starts with a cold L2."""
+
+    # Writing this much takes ~0.1 ms: it evicts every L2 of today (<= 128 MiB) and keeps the GPU
+    # busy while the host launches the first kernels of the run.
+    FLUSHED_BYTES = 512 << 20
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(self.FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+    def mark(self, run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        self._flushed.zero_()
+        start.record()
+        run()
+        stop.record()
+        return start, stop
+
+    def milliseconds(self, mark: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+        start, stop = mark
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
+
+
+def clock_of(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+@contextmanager
+def garbage_collection_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def time_in_turns(
+    contenders: Mapping[str, Contender], *, rounds: int, seconds: float, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds of every run: `rounds` rounds, fewer (but at least 3) if `seconds` run out.
+
+    Each round starts with another contender, so that none always follows the same one.
+    """
+    names = list(contenders)
+    clock = clock_of(device)
+    for name in names:
+        for _ in range(WARM_UPS):
+            contenders[name].before()
+            contenders[name].run()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with garbage_collection_off():
+        deadline = time.perf_counter() + seconds
+        for turn in range(rounds):
+            if turn >= MINIMUM_ROUNDS and time.perf_counter() > deadline:
+                break
+            first = turn % len(names)
+            marks = {}
+            for name in names[first:] + names[:first]:
+                contenders[name].before()
+                marks[name] = clock.mark(contenders[name].run)
+            for name, mark in marks.items():
+                times[name].append(clock.milliseconds(mark))
+    return times
+
+
+def fastest(candidates: Mapping[str, Callable[[], object]], *, device: str) -> str:
+    """The name of the candidate with the lowest median, from a few rounds."""
+    contenders = {name: Contender(run) for name, run in candidates.items()}
+    times = time_in_turns(contenders, rounds=5, seconds=10.0, device=device)
+    return min(times, key=lambda name: statistics.median(times[name]))

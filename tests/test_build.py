@@ -1,0 +1,120 @@
+"""The build: with and without nvcc, as a wheel, and what the CUDA kernels use of the machine."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import splade_fast as sf
+
+ROOT = Path(__file__).parents[1]
+CUDA_LIBRARY = Path(sf.__file__).parent / "_ops_cuda.so"
+
+pytestmark = pytest.mark.build
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def path_without_nvcc(tmp_path: Path) -> str:
+    """A PATH with everything the build needs but no CUDA."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("cmake", "ninja", "g++", "gcc", "c++", "cc", "ar", "ranlib", "ld", "as", "nm", "strip"):
+        if found := shutil.which(tool):
+            (folder / tool).symlink_to(found)
+    return str(folder)
+
+
+def configure(build: Path, path: str, cuda: str) -> subprocess.CompletedProcess:
+    return run(
+        "cmake",
+        *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        *(f"-DSPLADE_FAST_CUDA={cuda}", f"-DPython_EXECUTABLE={sys.executable}"),
+        PATH=path,
+        CUDA_HOME="",
+        CUDA_PATH="",
+        CUDACXX="",
+    )
+
+
+def test_auto_without_nvcc_says_so(tmp_path, path_without_nvcc):
+    configured = configure(tmp_path / "build", path_without_nvcc, "auto")
+    assert configured.returncode == 0, configured.stderr
+    assert "CUDA library: NO, no nvcc was found" in " ".join(configured.stderr.split())
+
+
+def test_cuda_1_without_nvcc_fails(tmp_path, path_without_nvcc):
+    configured = configure(tmp_path / "build", path_without_nvcc, "1")
+    assert configured.returncode != 0
+    assert "SPLADE_FAST_CUDA=1, but no nvcc was found" in " ".join(configured.stderr.split())
+
+
+def test_an_arch_list_that_is_not_one_is_refused(tmp_path):
+    configured = run(
+        *("cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"),
+        TORCH_CUDA_ARCH_LIST="hopper",
+    )
+    assert configured.returncode != 0
+    assert "'hopper' is not of the form 8.0, 9.0a or 8.0+PTX" in " ".join(configured.stderr.split())
+
+
+def test_a_wheel_without_nvcc_installs_and_runs(tmp_path, path_without_nvcc):
+    """The whole of it: a wheel from a clean copy of the sources, unpacked elsewhere, used there."""
+    tracked = run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard")
+    source = tmp_path / "source"
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    built = run(
+        *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
+        *("--outdir", str(tmp_path / "dist"), str(source)),
+        PATH=path_without_nvcc,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "splade_fast/_ops_cpu.so" in names
+    assert "splade_fast/py.typed" in names
+    assert "splade_fast/_ops_cuda.so" not in names
+    assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = (
+        "import torch, splade_fast as sf; info = sf.build_info(); print(sf.__file__)\n"
+        "assert info['cpu']['loaded'] and 'not built' in info['cuda']['why_not'], info\n"
+        "assert sf.splade_head(torch.ones(1, 2, 3), torch.ones(4, 3)).tolist()[0][0] > 1.38"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert used.returncode == 0, used.stderr
+    assert str(tmp_path) in used.stdout
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
+@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="no cuobjdump")
+def test_no_cuda_kernel_spills():
+    """The build makes every warning of nvcc and every spill an error; here the result is read back."""
+    report = run("cuobjdump", "--dump-resource-usage", str(CUDA_LIBRARY))
+    assert report.returncode == 0, report.stderr
+    usages = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
+    ours = [usage for usage in usages if "splade_fast" in usage[0]]
+    assert ours, report.stdout[:2000]
+    for name, _, _, local in ours:
+        assert int(local) == 0, f"{name} uses {local} bytes of local memory"
