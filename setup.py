@@ -1,4 +1,4 @@
-"""Builds the compiled parts by calling CMake: CMakeLists.txt is the one list of sources and flags."""
+"""Builds the compiled parts with CMake: CMakeLists.txt is the one list of sources and flags."""
 
 import os
 import subprocess
@@ -24,7 +24,9 @@ class CMakeBuild(build_ext):
             raise ValueError(f"SPLADE_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")
         build = Path(self.build_temp).resolve()
         package = self._package_folder()
-        for stale in self._libraries(package):  # a build without CUDA must not keep an old CUDA library
+        for stale in self._libraries(
+            package
+        ):  # a build without CUDA must not keep an old CUDA library
             stale.unlink()
         cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         cmake += [
@@ -32,7 +34,7 @@ class CMakeBuild(build_ext):
             "-DSPLADE_FAST_TESTS=OFF",
             f"-DSPLADE_FAST_CUDA={cuda}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            "-DTORCH_ROOT=",  # the torch of this Python, not one that an earlier configuration found
+            "-DTORCH_ROOT=",  # this Python's torch, not an earlier configuration's
             f"-DCMAKE_INSTALL_PREFIX={package}",
         ]
         subprocess.run(cmake, check=True)

@@ -29,7 +29,7 @@ class Machine:
     def current(cls, device: str) -> "Machine":
         commit, dirty = _commit()
         return cls(
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             commit=commit,
             dirty=dirty,
             torch=torch.__version__,

@@ -11,10 +11,8 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def(
       "pool_forward(Tensor logits, Tensor? attention_mask, int pooling, int activation, "
       "bool save_for_backward) -> (Tensor pooled, Tensor max_logits, Tensor argmax)");
-  m.def(
-      "pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
-  m.def(
-      "pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
+  m.def("pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
+  m.def("pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
 
   // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).
   m.def(

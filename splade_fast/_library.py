@@ -89,13 +89,15 @@ class _State:
 def _check_versions(built: dict[str, Any]) -> None:
     if built["version"] != __version__:
         raise ImportError(
-            f"splade_fast {__version__} found a library built for {built['version']}: reinstall splade_fast"
+            f"splade_fast {__version__} found a library built for {built['version']}: "
+            "reinstall splade_fast"
         )
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     needed = tuple(int(part) for part in built["torch_target"].split("."))
     if found < needed:
         raise ImportError(
-            f"splade_fast was built for torch >= {built['torch_target']}, found torch {torch.__version__}"
+            f"splade_fast was built for torch >= {built['torch_target']}, "
+            f"found torch {torch.__version__}"
         )
 
 
@@ -108,12 +110,13 @@ def _check_architecture(index: int) -> None:
     if not any(_runs_on(architecture, major, minor) for architecture in architectures):
         raise RuntimeError(
             f"splade_fast was built for {', '.join(architectures)}, found sm_{major}{minor} "
-            f"({torch.cuda.get_device_name(device)}); rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            f"({torch.cuda.get_device_name(device)}); "
+            f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """sm_XY runs on the same major and a minor not lower, sm_XYa on XY alone, compute_XY (PTX) on all later."""
+    """sm_XY serves its major from minor Y up, sm_XYa XY alone, compute_XY (PTX) all later ones."""
     kind, _, number = architecture.partition("_")
     exact = number.endswith("a")
     built_major, built_minor = divmod(int(number.rstrip("a")), 10)

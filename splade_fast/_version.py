@@ -1,3 +1,3 @@
-"""The one place where the version is written; setup.py, CMakeLists.txt and the C++ build read it here."""
+"""The one place where the version is written: the package and CMakeLists.txt read it here."""
 
 __version__ = "0.1.0"

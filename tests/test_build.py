@@ -29,7 +29,20 @@ def path_without_nvcc(tmp_path: Path) -> str:
     """A PATH with everything the build needs but no CUDA."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for tool in ("cmake", "ninja", "g++", "gcc", "c++", "cc", "ar", "ranlib", "ld", "as", "nm", "strip"):
+    for tool in (
+        "cmake",
+        "ninja",
+        "g++",
+        "gcc",
+        "c++",
+        "cc",
+        "ar",
+        "ranlib",
+        "ld",
+        "as",
+        "nm",
+        "strip",
+    ):
         if found := shutil.which(tool):
             (folder / tool).symlink_to(found)
     return str(folder)
@@ -110,10 +123,12 @@ def test_a_wheel_without_nvcc_installs_and_runs(tmp_path, path_without_nvcc):
 @pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
 @pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="no cuobjdump")
 def test_no_cuda_kernel_spills():
-    """The build makes every warning of nvcc and every spill an error; here the result is read back."""
+    """The build makes every warning and every spill an error; here the result is read back."""
     report = run("cuobjdump", "--dump-resource-usage", str(CUDA_LIBRARY))
     assert report.returncode == 0, report.stderr
-    usages = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
+    usages = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout
+    )
     ours = [usage for usage in usages if "splade_fast" in usage[0]]
     assert ours, report.stdout[:2000]
     for name, _, _, local in ours:

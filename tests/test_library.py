@@ -1,4 +1,4 @@
-"""Loading: what build_info() tells, the reference without a library, and versions that do not fit."""
+"""Loading: what build_info() tells, the reference without a library, versions that do not fit."""
 
 import importlib
 import os
@@ -86,7 +86,10 @@ def test_a_device_without_kernels_runs_the_reference_after_a_warning():
     ("built", "message"),
     [
         ({"version": "0.0.1", "torch_target": "2.10"}, "found a library built for 0.0.1"),
-        ({"version": sf.__version__, "torch_target": "9.0"}, r"built for torch >= 9.0, found torch"),
+        (
+            {"version": sf.__version__, "torch_target": "9.0"},
+            r"built for torch >= 9.0, found torch",
+        ),
     ],
 )
 def test_versions_that_do_not_fit(built, message):

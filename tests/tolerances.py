@@ -1,7 +1,8 @@
 """The one tolerance policy of all tests.
 
-An op's error against a float64 reference is at most twice the error of plain PyTorch in the same dtype, plus a
-rounding floor: a few units in the last place of the largest value, since plain PyTorch may be exact by luck.
+An op's error against a float64 reference is at most twice the error of plain PyTorch in the same
+dtype, plus a rounding floor: a few units in the last place of the largest value, since plain
+PyTorch may be exact by luck.
 """
 
 import torch
@@ -22,7 +23,7 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
-    """actual is as close to the float64 truth as the policy asks; baseline is plain PyTorch in actual's dtype."""
+    """actual is as close to the float64 truth as the policy asks of plain PyTorch in its dtype."""
     assert actual.dtype == baseline.dtype, (actual.dtype, baseline.dtype)
     finite = truth[truth.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0

@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-      dtype == ScalarType::Half;
+         dtype == ScalarType::Half;
 }
 
 inline ScalarType accumulation_type(ScalarType dtype) {
@@ -41,8 +41,7 @@ inline Activation check_activation(int64_t activation) {
 }
 
 inline void check_floating(const char* name, const Tensor& tensor, int64_t dims) {
-  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
-                  " must be float32, float64, bfloat16 or float16, got ",
+  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name, " must be float32, float64, bfloat16 or float16, got ",
                   torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
 }
@@ -108,9 +107,9 @@ inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tens
   STD_TORCH_CHECK(max_logits.dim() == 2 && max_logits.size(0) == batch && max_logits.size(1) == vocabulary &&
                       max_logits.scalar_type() == accumulation_type(grad.scalar_type()),
                   "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it");
-  STD_TORCH_CHECK(argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary &&
-                      argmax.scalar_type() == position,
-                  "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");
+  STD_TORCH_CHECK(
+      argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary && argmax.scalar_type() == position,
+      "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");
 }
 
 }  // namespace splade_fast

@@ -19,9 +19,9 @@ HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::opt
                       const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
-  return {contiguous(hidden), contiguous(weight), bias ? std::optional(contiguous(*bias)) : std::nullopt,
-          cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0))
-                     : padded_sequences(shape.batch, shape.length, mask)};
+  return {
+      contiguous(hidden), contiguous(weight), bias ? std::optional(contiguous(*bias)) : std::nullopt,
+      cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0)) : padded_sequences(shape.batch, shape.length, mask)};
 }
 
 ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
@@ -40,8 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
   const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, none{0};
   Tensor pooled = torch::stable::new_empty(hidden, shape, float_output ? acc : dtype);
   Tensor max_logits = torch::stable::new_empty(hidden, saved ? shape : none, acc);
-  Tensor argmax =
-      torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens));
+  Tensor argmax = torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens));
   head_forward(input, pooling, activation, pooled, max_logits, argmax);
   return {pooled, max_logits, argmax};
 }
@@ -152,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   const Tensor rows = torch::stable::empty(std::vector<int64_t>{sequences.tokens()}, ScalarType::Long);
   std::copy(sequences.row.begin(), sequences.row.end(), mutable_data<int64_t>(rows));
   const int64_t all_rows = cu_seqlens ? hidden.size(0) : hidden.size(0) * hidden.size(1);
-  const Tensor tokens = aten::index_select(
-      torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.depth()}), 0, rows);
+  const Tensor tokens =
+      aten::index_select(torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.depth()}), 0, rows);
   SumGradients sums;
   if (needs_hidden) sums.hidden = torch::stable::new_empty(tokens, tokens.sizes());
   if (needs_weight) sums.weight = gradients.weight;

@@ -16,7 +16,7 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int64_t kColumns = 64;     // vocabulary entries whose coefficients are computed at a time
+constexpr int64_t kColumns = 64;      // vocabulary entries whose coefficients are computed at a time
 constexpr int64_t kSliceDepth = 256;  // of the depth: one work item's accumulators stay in the second-level cache
 constexpr int64_t kSliceBytes = int64_t{1} << 20;
 

@@ -46,9 +46,8 @@ class Forward {
     for (const Block& block : blocks) {
       if (!block.closes && carried_value_ == nullptr) allocate_carried();
       pack_tokens(block, packed.get(), tile_bytes);
-      torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
-        run_panels(block, packed.get(), begin, end);
-      });
+      torch::stable::parallel_for(0, panels_, 1,
+                                  [&](int64_t begin, int64_t end) { run_panels(block, packed.get(), begin, end); });
     }
   }
 
@@ -96,16 +95,11 @@ class Forward {
       if (input_.bias) kernel.load(bias.get(), const_data<T>(*input_.bias) + first_column, count);
       kernel.pack(packed_weight.get(), columns_, const_data<T>(input_.weight) + first_column * input_.depth(),
                   input_.depth(), nullptr, count, input_.depth());
-      const Panel<Acc> work{packed_tokens,
-                            packed_weight.get(),
-                            input_.depth(),
-                            block.end - block.begin,
-                            sequence.data(),
-                            input_.sequences.position.data() + block.begin,
-                            state,
-                            save_ ? positions : nullptr,
-                            columns_,
-                            bias.get(),
+      const Panel<Acc> work{packed_tokens,   packed_weight.get(),
+                            input_.depth(),  block.end - block.begin,
+                            sequence.data(), input_.sequences.position.data() + block.begin,
+                            state,           save_ ? positions : nullptr,
+                            columns_,        bias.get(),
                             activation_};
       pooling_ == Pooling::kMax ? kernel.head_max(work) : kernel.head_sum(work);
       if (!block.closes) continue;

@@ -28,7 +28,7 @@ const AllKernels& choose() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
       {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16},
       {"avx512", avx512, kernels_avx512},
@@ -56,4 +56,6 @@ const AllKernels& all_kernels() {
 }  // namespace splade_fast::cpu
 
 // For build_info(): read with ctypes, since an op cannot return a string through the stable ABI of torch 2.10.
-extern "C" __attribute__((visibility("default"))) const char* splade_fast_cpu_instruction_set() { return splade_fast::cpu::all_kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* splade_fast_cpu_instruction_set() {
+  return splade_fast::cpu::all_kernels().name;
+}

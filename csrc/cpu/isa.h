@@ -83,7 +83,8 @@ inline Vec<float> load_vec(const bfloat16* source) {
 
 inline Vec<float> load_vec(const float16* source) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
 #elif defined(__F16C__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
 #else
@@ -107,8 +108,7 @@ inline void store_vec(bfloat16* target, Vec<float> value) {
 
 inline void store_vec(float16* target, Vec<float> value) {
 #if defined(__AVX512F__)
-  const __m256i bits =
-      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT);
   store_bits(target, bits);
 #elif defined(__F16C__)
   store_bits(target, _mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));

@@ -13,9 +13,9 @@ namespace splade_fast::cpu {
 // sequence: value (sequences, state_stride), and for max also position, both initialised by the caller.
 template <typename Acc>
 struct Panel {
-  const void* tokens;   // packed by pack(): tiles of tile_tokens
-  const void* weight;   // packed by pack(): panel_columns entries
-  int64_t depth;        // D
+  const void* tokens;  // packed by pack(): tiles of tile_tokens
+  const void* weight;  // packed by pack(): panel_columns entries
+  int64_t depth;       // D
   int64_t num_tokens;
   const int32_t* sequence;  // (num_tokens,) state row of each token
   const int32_t* position;  // (num_tokens,) what the argmax records
@@ -54,7 +54,7 @@ struct Kernels {
   // The same for one row of logits in their own type: the gradient of sum pooling.
   void (*sum_gradient)(const T* grad, const T* logit, int64_t columns, Activation activation, T* grad_logit);
 
-  void (*axpy)(Acc* y, Acc a, const T* x, int64_t n);     // y += a x
+  void (*axpy)(Acc* y, Acc a, const T* x, int64_t n);      // y += a x
   void (*store)(T* target, const Acc* source, int64_t n);  // convert
   void (*load)(Acc* target, const T* source, int64_t n);
 };

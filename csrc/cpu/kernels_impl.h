@@ -47,9 +47,8 @@ struct Step<bfloat16> {
   static Vec<float> load_units(const bfloat16* row) { return load_bits<Vec<float>>(row); }
   static Vec<float> fma(Vec<float> sum, Unit token, const Unit* weight) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(token));
-    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                         reinterpret_cast<__m512bh>(pair),
-                                                         load_bits<__m512bh>(weight)));
+    return reinterpret_cast<Vec<float>>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pair), load_bits<__m512bh>(weight)));
   }
 };
 #endif
@@ -216,12 +215,14 @@ template <typename Acc, typename Body>
 inline void for_each_vector(int64_t columns, Body body) {
   int64_t column = 0;
   for (; column + kLanes<Acc> <= columns; column += kLanes<Acc>) {
-    body(column, [](const auto* source) { return load_vec(source); },
-         [](auto* target, Vec<Acc> value) { store_vec(target, value); });
+    body(
+        column, [](const auto* source) { return load_vec(source); },
+        [](auto* target, Vec<Acc> value) { store_vec(target, value); });
   }
   if (const int64_t rest = columns - column; rest > 0) {
-    body(column, [rest](const auto* source) { return load_partial(source, rest); },
-         [rest](auto* target, Vec<Acc> value) { store_partial(target, value, rest); });
+    body(
+        column, [rest](const auto* source) { return load_partial(source, rest); },
+        [rest](auto* target, Vec<Acc> value) { store_partial(target, value, rest); });
   }
 }
 
@@ -247,8 +248,8 @@ inline void pool_max_rows(const T* const* rows, const int32_t* position, int64_t
 }
 
 template <typename T, bool kArgmax>
-void pool_max_impl(const T* const* rows, const int32_t* position, int64_t count, int64_t columns,
-                   Accumulator<T>* value, Position<Accumulator<T>>* argmax) {
+void pool_max_impl(const T* const* rows, const int32_t* position, int64_t count, int64_t columns, Accumulator<T>* value,
+                   Position<Accumulator<T>>* argmax) {
   constexpr int kRows = 4;
   int64_t row = 0;
   for (; row + kRows <= count; row += kRows) {
@@ -285,8 +286,7 @@ void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation a
 }
 
 template <typename T>
-void finish_max(Accumulator<T>* value, const Accumulator<T>* bias, int64_t columns, Activation activation,
-                T* pooled) {
+void finish_max(Accumulator<T>* value, const Accumulator<T>* bias, int64_t columns, Activation activation, T* pooled) {
   using Acc = Accumulator<T>;
   // Most of a trained model's entries are not positive, so a stretch without any skips the logarithms.
   constexpr int64_t kStretch = 4 * kLanes<Acc>;
@@ -338,9 +338,13 @@ void load_row(Accumulator<T>* target, const T* source, int64_t n) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {kTileTokens,   kPanelColumns<Accumulator<T>>, packed_bytes<T>, pack<T>,         head_max<T>, head_sum<T>,
-          pool_max<T>,   pool_sum<T>,                   finish_max<T>,   coefficients<T, Accumulator<T>>, coefficients<T, T>,
-          axpy<T>,       store_row<T>,                  load_row<T>};
+  return {kTileTokens,        kPanelColumns<Accumulator<T>>,
+          packed_bytes<T>,    pack<T>,
+          head_max<T>,        head_sum<T>,
+          pool_max<T>,        pool_sum<T>,
+          finish_max<T>,      coefficients<T, Accumulator<T>>,
+          coefficients<T, T>, axpy<T>,
+          store_row<T>,       load_row<T>};
 }
 
 constexpr AllKernels make_all_kernels(const char* name) {

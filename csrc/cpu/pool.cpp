@@ -108,8 +108,8 @@ void backward_sum(const Tensor& grad, const Tensor& logits, const std::optional<
       } else {
         const int64_t b = row / length, l = row % length;
         kernel.sum_gradient(const_data<T>(grad) + b * vocabulary,
-                            const_data<T>(logits) + b * logits.stride(0) + l * logits.stride(1), vocabulary,
-                            activation, target);
+                            const_data<T>(logits) + b * logits.stride(0) + l * logits.stride(1), vocabulary, activation,
+                            target);
       }
     }
   });

@@ -1,4 +1,6 @@
-"""Checks of arguments: each raises before anything is computed and names what was expected and what came."""
+"""Checks of arguments: each raises before anything is computed; expected and got are named."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
@@ -25,7 +27,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and same device as another argument."""
     if tensor.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}"
+        )
     check_device(name, tensor, other_name, other)
 
 
@@ -44,7 +48,9 @@ def check_choice(name: str, value: object, choices: dict[str, int]) -> int:
     return choices[value]
 
 
-def check_mask(attention_mask: Tensor, batch: int, length: int, other_name: str, other: Tensor) -> Tensor:
+def check_mask(
+    attention_mask: Tensor, batch: int, length: int, other_name: str, other: Tensor
+) -> Tensor:
     """The mask as bool: nonzero counts."""
     check_tensor("attention_mask", attention_mask)
     if attention_mask.dtype.is_complex:
@@ -59,7 +65,7 @@ def check_mask(attention_mask: Tensor, batch: int, length: int, other_name: str,
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, other_name: str, other: Tensor) -> None:
-    """Shape, dtype and device; the values are checked by the CPU op (reading them on a GPU would wait for it)."""
+    """Shape, dtype, device; on the CPU the values too (reading them on a GPU would wait for it)."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
@@ -68,8 +74,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, other_name: str, other: Te
     check_device("cu_seqlens", cu_seqlens, other_name, other)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        falls = any(stop < start for start, stop in pairwise(bounds))
+        if bounds[0] != 0 or bounds[-1] != tokens or falls:
+            shown = f"{bounds[:8]}{' …' if len(bounds) > 8 else ''}"
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the {tokens} tokens of {other_name}, got {bounds[:8]}"
-                + (" …" if len(bounds) > 8 else "")
+                f"cu_seqlens must rise from 0 to the {tokens} tokens of {other_name}, got {shown}"
             )

@@ -37,7 +37,7 @@ def splade_head(
     activation: str = "log1p_relu",
     algorithm: str = "auto",
 ) -> Tensor:
-    """pooled[b, v] = max or sum over the counted positions l of activation(hidden[b, l] · weight[v] + bias[v]).
+    """pooled[b, v] = max or sum over counted l of activation(hidden[b, l] · weight[v] + bias[v]).
 
     Follows SPLADE (Formal et al., SIGIR 2021; max pooling: SPLADE v2, 2021), with the product fused
     into the pooling. Accumulates in float32 (float64 for float64). Ties of the maximum go to the
@@ -85,7 +85,7 @@ def splade_head(
             activation=activation,
         )
         return pooled if autocast is None else pooled.float()
-    pooled, _, _ = torch.ops.splade_fast.head_forward(
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.head_forward(
         hidden,
         weight,
         bias,
@@ -96,11 +96,11 @@ def splade_head(
         needs_gradient(hidden, weight, bias),
         autocast is not None,
     )
-    return pooled
+    return outputs[0]
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast wants the product; float64 is left alone, as a Linear leaves it."""
+    """The dtype in which autocast wants the product; float64 is left alone, as in a Linear."""
     device = hidden.device.type
     if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
@@ -113,7 +113,8 @@ def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or hidden.ndim == 0 or weight.shape[1] != hidden.shape[-1]:
         dim = hidden.shape[-1] if hidden.ndim else "?"
         raise ValueError(
-            f"weight must be (vocabulary, dim) with dim = {dim} as in hidden, got {tuple(weight.shape)}"
+            f"weight must be (vocabulary, dim) with dim = {dim} as in hidden, "
+            f"got {tuple(weight.shape)}"
         )
     if bias is not None:
         check_floating("bias", bias)
@@ -204,7 +205,9 @@ def _fake_backward_sum(
     return _empty_gradients(hidden, weight, needs)  # type: ignore[arg-type]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     hidden, weight, bias, attention_mask, cu_seqlens, ctx.pooling, ctx.activation, _, _ = inputs
     ctx.set_materialize_grads(False)
     if ctx.pooling == MAX:

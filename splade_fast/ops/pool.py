@@ -34,7 +34,7 @@ def splade_pool(
 
     Follows SPLADE (Formal et al., SIGIR 2021; max pooling: SPLADE v2, 2021). Sums run in float32
     (float64 for float64). Ties of the maximum go to the lowest position, which alone gets the
-    gradient. NaN at a counted position shows in the output; positions that do not count are not read.
+    gradient. NaN at a counted position shows in the output; other positions are not read.
 
     Args:
         logits: (B, L, V), float32, float64, bfloat16 or float16, any strides.
@@ -60,10 +60,10 @@ def splade_pool(
         mask = check_mask(attention_mask, logits.shape[0], logits.shape[1], "logits", logits)
     if not _library.has_kernels(logits.device):
         return reference.splade_pool(logits, mask, pooling=pooling, activation=activation)
-    pooled, _, _ = torch.ops.splade_fast.pool_forward(
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.pool_forward(
         logits, mask, pooling_code, activation_code, needs_gradient(logits)
     )
-    return pooled
+    return outputs[0]
 
 
 def _fake_forward(
@@ -71,9 +71,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, vocabulary = logits.shape
     saved = save and pooling == MAX
-    return empty_forward(
-        logits, batch, vocabulary, logits.dtype, argmax_dtype(length), saved
-    )
+    return empty_forward(logits, batch, vocabulary, logits.dtype, argmax_dtype(length), saved)
 
 
 def _fake_backward_max(
@@ -88,7 +86,9 @@ def _fake_backward_sum(
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     logits, attention_mask, ctx.pooling, ctx.activation, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.length = logits.shape[1]

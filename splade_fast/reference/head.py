@@ -1,5 +1,7 @@
 """The masked-LM decoder followed by pooling, with all (B, L, V) logits in memory."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -27,6 +29,6 @@ def splade_head(
     return torch.cat(
         [
             splade_pool(logits[None, start:stop], pooling=pooling, activation=activation)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in pairwise(bounds)
         ]
     )

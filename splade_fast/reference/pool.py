@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def activate(logits: Tensor, activation: str) -> Tensor:
-    """The saturation of SPLADE: relu, log(1 + relu) or log(1 + log(1 + relu)), element by element."""
+    """The saturation of SPLADE, element by element: relu, log(1 + relu), log(1 + log(1 + relu))."""
     weights = torch.relu(logits)
     if activation == "relu":
         return weights
@@ -23,7 +23,7 @@ def splade_pool(
     pooling: str = "max",
     activation: str = "log1p_relu",
 ) -> Tensor:
-    """max or sum over the counted positions l of activation(logits[b, l, v]): (B, L, V) -> (B, V)."""
+    """max or sum over the counted positions l of activation(logits[b, l, v]) -> (B, V)."""
     weights = activate(logits, activation)
     if attention_mask is not None:
         weights = weights.masked_fill((attention_mask == 0).unsqueeze(-1), 0)

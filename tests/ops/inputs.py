@@ -10,7 +10,7 @@ MASKS = ["none", "right", "left", "holes", "empty_rows"]
 
 
 def lattice(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Multiples of 1/2 between -1.5 and 1.5: logits are exact in every dtype, so an argmax can be compared.
+    """Multiples of 1/2 between -1.5 and 1.5: logits are exact in every dtype, an argmax is certain.
 
     Ties are frequent, which tests that they go to the lowest position.
     """

@@ -51,7 +51,9 @@ def test_matches_reference(device, dtype, pooling, activation, kind, with_bias):
     weight, bias = decoder(101, 21, dtype, device)
     mask = attention_mask(kind, 4, 17)
     mask = None if mask is None else mask.to(device)
-    compare(hidden, weight, bias if with_bias else None, mask, pooling=pooling, activation=activation)
+    compare(
+        hidden, weight, bias if with_bias else None, mask, pooling=pooling, activation=activation
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +61,9 @@ def test_matches_reference(device, dtype, pooling, activation, kind, with_bias):
 @pytest.mark.parametrize("lengths", [[5, 0, 1, 17], [3], [0, 0], []])
 def test_packed(device, dtype, pooling, lengths):
     hidden = lattice(sum(lengths), 21, dtype=dtype, device=device)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device
+    )
     compare(hidden, *decoder(101, 21, dtype, device), cu_seqlens=cu_seqlens, pooling=pooling)
 
 
@@ -177,14 +181,18 @@ def test_gradients_are_bitwise_deterministic(device):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
 def test_only_the_gradients_that_are_needed(device, pooling, needs):
     tensors = [lattice(2, 5, 4, dtype=torch.float32, device=device), *decoder(30, 4, device=device)]
     expected = gradients(reference.splade_head, tensors, pooling=pooling)[1:]
     for tensor, need in zip(tensors, needs, strict=True):
         tensor.requires_grad_(need)
     pooled = sf.splade_head(*tensors, pooling=pooling)
-    pooled.backward(torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(pooled))
+    pooled.backward(
+        torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(pooled)
+    )
     for tensor, need, gradient in zip(tensors, needs, expected, strict=True):
         if need:
             torch.testing.assert_close(tensor.grad, gradient)
@@ -208,7 +216,9 @@ def test_gradcheck(device, packed):
     hidden = torch.randn((10, 3) if packed else (2, 5, 3), **make)
     weight, bias = torch.randn(7, 3, **make), torch.randn(7, **make)
     sequences = {
-        "cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=device) if packed else None,
+        "cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
+        if packed
+        else None,
         "attention_mask": None if packed else attention_mask("holes", 2, 5).to(device),
     }
     for pooling in POOLINGS:
@@ -328,11 +338,13 @@ def test_bad_arguments(device):
     mask = torch.ones(2, 5, device=device)
     with pytest.raises(TypeError, match="weight must be a tensor, got NoneType"):
         sf.splade_head(hidden, None)
-    with pytest.raises(TypeError, match="hidden must be one of float32.*got int32"):
+    with pytest.raises(TypeError, match="hidden must be one of float32.*got torch.int32"):
         sf.splade_head(hidden.int(), weight)
     with pytest.raises(TypeError, match="weight must have the dtype of hidden.*got torch.float64"):
         sf.splade_head(hidden, weight.double())
-    with pytest.raises(ValueError, match=r"weight must be \(vocabulary, dim\) with dim = 3.*\(7, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"weight must be \(vocabulary, dim\) with dim = 3.*\(7, 2\)"
+    ):
         sf.splade_head(hidden, weight[:, :2])
     with pytest.raises(ValueError, match="weight must be on the device of hidden"):
         sf.splade_head(hidden, weight.to("meta"))
@@ -350,7 +362,9 @@ def test_bad_arguments(device):
         sf.splade_head(hidden.reshape(10, 3), weight, cu_seqlens=cu_seqlens.long())
     with pytest.raises(ValueError, match=r"cu_seqlens must be \(batch \+ 1,\), got \(0,\)"):
         sf.splade_head(hidden.reshape(10, 3), weight, cu_seqlens=cu_seqlens[:0])
-    with pytest.raises(ValueError, match="algorithm must be one of 'auto', 'dense', got 'screened'"):
+    with pytest.raises(
+        ValueError, match="algorithm must be one of 'auto', 'dense', got 'screened'"
+    ):
         sf.splade_head(hidden, weight, algorithm="screened")
 
 

@@ -44,7 +44,7 @@ def test_matches_reference(device, dtype, pooling, activation, kind):
     [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1), (1, 300, 33), (3, 5, 4099), (2, 33000, 3)],
 )
 def test_sizes(device, pooling, batch, length, vocabulary):
-    """Empty and single dimensions, several strips of the vocabulary, every position type of the argmax."""
+    """Empty and single dimensions, several strips of the vocabulary, every position type."""
     logits = torch.randn(batch, length, vocabulary, device=device)
     compare(logits, None, pooling=pooling)
 
@@ -61,7 +61,9 @@ def test_strides(device, pooling):
     compare(base, mask.t().contiguous().t(), pooling=pooling)
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "mask_dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32]
+)
 def test_mask_dtypes(device, mask_dtype):
     logits = torch.randn(3, 8, 50, device=device)
     mask = attention_mask("holes", 3, 8).to(device)
@@ -152,9 +154,11 @@ def test_bad_arguments(device):
     mask = torch.ones(2, 5, device=device)
     with pytest.raises(TypeError, match="logits must be a tensor, got list"):
         sf.splade_pool([[1.0]])
-    with pytest.raises(TypeError, match="logits must be one of float32.*got int64"):
+    with pytest.raises(TypeError, match="logits must be one of float32.*got torch.int64"):
         sf.splade_pool(torch.ones(2, 5, 7, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"logits must be \(batch, length, vocabulary\), got \(5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"logits must be \(batch, length, vocabulary\), got \(5, 7\)"
+    ):
         sf.splade_pool(logits[0])
     with pytest.raises(ValueError, match=r"attention_mask must be .* = \(2, 5\), got \(2, 4\)"):
         sf.splade_pool(logits, mask[:, :4])

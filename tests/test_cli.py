@@ -1,0 +1,199 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from splade_fast.cli import app
+from splade_fast.index import Index
+from splade_fast.model import SpladeEncoder
+from tests.tiny_models import masked_lm_configs, save_checkpoint
+
+CORPUS = {
+    "d1": "quick brown fox jumps",
+    "d2": "lazy dog sleeps",
+    "d3": "an old tree",
+    "d4": "dog and fox under the tree",
+}
+QUERIES = {"q1": "fox", "q2": "old tree"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_checkpoint(masked_lm_configs()["bert"], tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "corpus.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in CORPUS.items()))
+    lines = [json.dumps({"_id": i, "text": text}) for i, text in QUERIES.items()]
+    (tmp_path / "queries.jsonl").write_text("\n".join(lines))
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td3\t1\n")
+    return tmp_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def index(files, model):
+    result = invoke("encode", files / "corpus.tsv", files / "index", "--model", model)
+    assert result.exit_code == 0, result.output
+    return files / "index"
+
+
+def expected_hits(model):
+    """All documents of each query by the dense product, best first."""
+    encoder = SpladeEncoder.from_pretrained(model)
+    docs = encoder.encode(list(CORPUS.values()), show_progress=False).to_dense()
+    queries = encoder.encode(list(QUERIES.values()), show_progress=False).to_dense()
+    scores = queries @ docs.t()
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return {
+        query: [(list(CORPUS)[doc], scores[i, doc].item()) for doc in order[i].tolist()]
+        for i, query in enumerate(QUERIES)
+    }
+
+
+def test_encode_writes_what_the_encoder_gives(index, model):
+    loaded = Index.load(index)
+    assert loaded.ids == list(CORPUS)
+    assert loaded.meta.model == model
+    encoder = SpladeEncoder.from_pretrained(model)
+    assert loaded.rows.equal(encoder.encode(list(CORPUS.values()), show_progress=False))
+
+
+def test_search_prints_the_best_documents(index, files, model):
+    result = invoke("search", index, "--queries", files / "queries.jsonl", "--hits", 2)
+    assert result.exit_code == 0, result.output
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    for query, hits in expected_hits(model).items():
+        mine = [line for line in lines if line[0] == query]
+        assert [line[1] for line in mine] == ["1", "2"]
+        assert [line[2] for line in mine] == [doc for doc, _ in hits[:2]]
+        for line, (_, score) in zip(mine, hits, strict=False):
+            assert float(line[3]) == pytest.approx(score, abs=1e-4)
+
+
+def test_search_shows_expanded_terms_on_request(index, model):
+    result = invoke("search", index, "fox", "--terms", 2)
+    assert result.exit_code == 0, result.output
+    name, terms = result.stdout.splitlines()[0].split("\t")
+    encoder = SpladeEncoder.from_pretrained(model)
+    [expected] = encoder.top_terms(encoder.encode("fox", show_progress=False), 2)
+    assert name == "# query"
+    assert terms == " ".join(f"{term}:{weight:.3f}" for term, weight in expected.items())
+
+
+@pytest.mark.parametrize("source", ["index", "corpus"])
+def test_evaluate_prints_the_measures(index, files, model, source):
+    options = {
+        "index": ["--index", index],
+        "corpus": ["--corpus", files / "corpus.tsv", "--model", model],
+    }[source]
+    result = invoke(
+        "evaluate", "--queries", files / "queries.jsonl", "--qrels", files / "qrels.tsv", *options
+    )
+    assert result.exit_code == 0, result.output
+    relevant = {"q1": "d1", "q2": "d3"}
+    ranks = [
+        [doc for doc, _ in hits].index(relevant[query]) + 1
+        for query, hits in expected_hits(model).items()
+    ]
+    reciprocal = sum(1 / rank for rank in ranks) / 2
+    discounted = sum(1 / torch.log2(torch.tensor(rank + 1.0)).item() for rank in ranks) / 2
+    values = dict(line.split("\t") for line in result.stdout.splitlines())
+    assert float(values["MRR@10"]) == pytest.approx(reciprocal, abs=1e-4)
+    assert float(values["nDCG@10"]) == pytest.approx(discounted, abs=1e-4)
+    assert float(values["Recall@100"]) == 1.0
+
+
+def test_info_tells_about_the_build():
+    result = invoke("info")
+    assert result.exit_code == 0
+    assert "version" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold at least one text, got none"),
+        (b"d1\ttext\nd2 no tab\n", "line 2: expected id<TAB>text, got 'd2 no tab'"),
+        (b"d1\ttext\n\nd1\tmore\n", "line 3: id 'd1' appears a second time"),
+        (b"d1\t\xff\n", "line 1: 'utf-8' codec"),
+    ],
+)
+def test_bad_corpora_exit_with_2(tmp_path, model, content, message):
+    (tmp_path / "corpus.tsv").write_bytes(content)
+    result = invoke("encode", tmp_path / "corpus.tsv", tmp_path / "index", "--model", model)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: expected a JSON object"),
+        ("[1]", "line 2: expected a JSON object, got '[1]'"),
+        ('{"id": "d2"}', r"line 2: expected the keys id (or _id) and text"),
+    ],
+)
+def test_bad_jsonl_exits_with_2(tmp_path, model, line, message):
+    (tmp_path / "corpus.jsonl").write_text('{"id": 1, "text": "fox"}\n' + line)
+    result = invoke("encode", tmp_path / "corpus.jsonl", tmp_path / "index", "--model", model)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ("q1 0 d1\tone\n", "line 1: expected a whole number as relevance, got 'one'"),
+        ("q1 d1\n", "line 1: expected query document relevance"),
+        ("q1 d1 1\nq1 0 d1 1\n", "line 2: q1 d1 is judged a second time"),
+        ("q9 d1 1\n", "judges queries that"),
+        ("", "must hold at least one judgement, got none"),
+    ],
+)
+def test_bad_qrels_exit_with_2(files, index, qrels, message):
+    (files / "qrels.tsv").write_text(qrels)
+    result = invoke(
+        "evaluate",
+        *("--queries", files / "queries.jsonl", "--qrels", files / "qrels.tsv", "--index", index),
+    )
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_missing_and_contradictory_arguments_exit_with_2(files, index, model):
+    missing = files / "missing.tsv"
+    for arguments, message in [
+        (["encode", missing, files / "new", "--model", model], "no such file"),
+        (["encode", files / "corpus.tsv", index, "--model", model], "must not exist yet"),
+        (["encode", files / "corpus.tsv", files / "new", "--model", missing], "missing.tsv"),
+        (["search", missing, "fox"], "no index at"),
+        (["search", index], "give either QUERY or --queries"),
+        (["search", index, "fox", "--queries", missing], "give either QUERY or --queries"),
+        (["evaluate", "--queries", missing, "--qrels", missing], "give either --index or"),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+    assert not (files / "new").exists()
+
+
+def test_an_index_of_another_format_is_refused(index):
+    meta = json.loads((index / "meta.json").read_text())
+    (index / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
+    result = invoke("search", index, "fox")
+    assert result.exit_code == 2
+    assert "must have format version 1, got 99" in result.output
+
+
+def test_an_index_with_a_missing_id_is_refused(index):
+    (index / "ids.json").write_text(json.dumps(list(CORPUS)[1:]))
+    result = invoke("search", index, "fox")
+    assert result.exit_code == 2
+    assert "must have one id per vector, got 3 for 4" in result.output

@@ -1,0 +1,273 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from splade_fast.sparse_rows import SparseRows
+
+
+def random_dense(rows: int = 7, cols: int = 20, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Few distinct values, so that there are ties, and one empty row."""
+    generator = torch.Generator().manual_seed(rows * 1000 + cols)
+    x = torch.randint(-3, 5, (rows, cols), generator=generator).to(dtype) / 2
+    if rows > 2:
+        x[2] = -1
+    return x
+
+
+def largest_by_python(
+    row: list[float],
+    k: int | None = None,
+    threshold: float = 0.0,
+    max_ratio: float | None = None,
+    mass: float | None = None,
+) -> dict[int, float]:
+    ranked = sorted(
+        ((value, column) for column, value in enumerate(row) if value > threshold),
+        key=lambda entry: (-entry[0], entry[1]),
+    )
+    total = sum(value for value, _ in ranked)
+    kept, before = [], 0.0
+    for rank, (value, column) in enumerate(ranked):
+        if (
+            (k is None or rank < k)
+            and (max_ratio is None or value >= max_ratio * ranked[0][0])
+            and (mass is None or before < mass * total)
+        ):
+            kept.append((column, value))
+        before += value
+    return dict(sorted(kept))
+
+
+@pytest.mark.parametrize(
+    "criteria",
+    [
+        {},
+        {"k": 0},
+        {"k": 3},
+        {"k": 100},
+        {"threshold": 1.0},
+        {"max_ratio": 0.6},
+        {"mass": 0.5},
+        {"mass": 0.0},
+        {"k": 4, "threshold": 0.5, "max_ratio": 0.5, "mass": 0.75},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_from_dense_keeps_what_python_keeps(criteria, dtype):
+    x = random_dense(dtype=dtype)
+    rows = SparseRows.from_dense(x, **criteria)
+    rows.check_contents()
+    expected = [largest_by_python(row, **criteria) for row in x.tolist()]
+    assert rows.to_dicts() == expected
+    assert rows.dtype == dtype
+    assert rows.width == max(len(row) for row in expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (1, 1)])
+def test_empty_shapes_survive_everything(shape, tmp_path):
+    x = torch.zeros(shape)
+    for rows in (SparseRows.from_dense(x), SparseRows.from_dense(x, k=2)):
+        assert torch.equal(rows.to_dense(), x)
+        assert torch.equal(rows.to_torch_csr().to_dense(), x)
+        assert rows.to_scipy().shape == shape
+        assert rows.to_dicts() == [{}] * shape[0]
+        assert SparseRows.cat([rows, rows]).to_dense().shape == (2 * shape[0], shape[1])
+        assert len(rows[:0]) == 0
+        rows.save(tmp_path / "rows.safetensors")
+        assert SparseRows.load(tmp_path / "rows.safetensors").equal(rows)
+
+
+def test_conversions_agree_with_dense():
+    x = random_dense()
+    rows = SparseRows.from_dense(x)
+    dense = x.clamp(min=0)
+    assert torch.equal(rows.to_dense(), dense)
+    assert torch.equal(rows.to_torch_csr().to_dense(), dense)
+    np.testing.assert_array_equal(rows.to_scipy().toarray(), dense.numpy())
+    names = [f"term{i}" for i in range(x.shape[1])]
+    assert rows.to_dicts(names)[0] == {names[i]: v for i, v in rows.to_dicts()[0].items()}
+    assert np.array_equal(rows.to(torch.bfloat16).to_scipy().toarray(), dense.numpy())
+
+
+def test_nan_is_kept_and_ranks_first():
+    x = torch.tensor([[1.0, float("nan"), 3.0, -1.0, 2.0]])
+    assert SparseRows.from_dense(x).indices.tolist() == [[0, 1, 2, 4]]
+    best = SparseRows.from_dense(x, k=2)
+    assert best.indices.tolist() == [[1, 2]]
+    assert best.values.isnan().tolist() == [[True, False]]
+
+
+def test_infinity_is_kept():
+    rows = SparseRows.from_dense(torch.tensor([[1.0, torch.inf, -torch.inf, 2.0]]), k=2)
+    assert rows.to_dicts() == [{1: float("inf"), 3: 2.0}]
+
+
+def test_gradient_reaches_only_kept_entries():
+    x = random_dense().requires_grad_()
+    rows = SparseRows.from_dense(x, k=2)
+    rows.to_dense().sum().backward()
+    kept = torch.zeros_like(x)
+    for row, entries in enumerate(rows.to_dicts()):
+        kept[row, list(entries)] = 1
+    assert torch.equal(x.grad, kept)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        slice(1, 5),
+        slice(None, None, 2),
+        torch.tensor([4, 0, 0, -1]),
+        torch.tensor([True, False, True, False, True, False, True]),
+        [3, 1],
+        [],
+    ],
+)
+def test_indexing_is_that_of_the_dense_rows(selection):
+    x = random_dense().clamp(min=0)
+    expected = x[selection] if selection != [] else x[:0]
+    assert torch.equal(SparseRows.from_dense(x)[selection].to_dense(), expected)
+
+
+def test_one_integer_is_refused():
+    with pytest.raises(TypeError, match=r"got the int 3; .*rows\[i : i \+ 1\]"):
+        SparseRows.from_dense(random_dense())[3]
+
+
+def test_cat_pads_to_the_widest():
+    x = random_dense()
+    narrow, wide = SparseRows.from_dense(x, k=1), SparseRows.from_dense(x)
+    both = SparseRows.cat([narrow, wide])
+    both.check_contents()
+    assert torch.equal(both.to_dense(), torch.cat([narrow.to_dense(), wide.to_dense()]))
+
+
+def test_cat_refuses_what_does_not_fit():
+    rows = SparseRows.from_dense(random_dense())
+    with pytest.raises(ValueError, match="parts must hold at least one"):
+        SparseRows.cat([])
+    with pytest.raises(ValueError, match=r"parts\[1\].num_cols must be 20 .* got 5"):
+        SparseRows.cat([rows, SparseRows.from_dense(torch.ones(1, 5))])
+    with pytest.raises(ValueError, match=r"parts\[1\].dtype must be torch.float32"):
+        SparseRows.cat([rows, rows.to(torch.float64)])
+
+
+def test_equal_ignores_padding_only():
+    rows = SparseRows.from_dense(random_dense())
+    wider = SparseRows(
+        torch.nn.functional.pad(rows.indices, (0, 2), value=-1),
+        torch.nn.functional.pad(rows.values, (0, 2)),
+        rows.lengths,
+        rows.num_cols,
+    )
+    assert rows.equal(wider)
+    assert not rows.equal(rows[:3])
+    assert not rows.equal(rows.to(torch.float64))
+    assert not rows.equal(SparseRows.from_dense(random_dense() * 2))
+
+
+def test_size_and_repr():
+    rows = SparseRows.from_dense(torch.ones(2, 3))
+    assert rows.nbytes == 2 * 3 * 4 + 2 * 3 * 4 + 2 * 4
+    assert repr(rows) == (
+        "SparseRows(2 rows, num_cols=3, width=3, dtype=torch.float32, device=cpu)"
+    )
+
+
+INDICES = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32)
+VALUES = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+LENGTHS = torch.tensor([2, 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((INDICES.long(), VALUES, LENGTHS, 3), TypeError, "indices must be int32, got torch.int64"),
+        ((INDICES, VALUES.int(), LENGTHS, 3), TypeError, "values must be floating point"),
+        ((INDICES, VALUES, LENGTHS.long(), 3), TypeError, "lengths must be int32"),
+        ((INDICES[0], VALUES, LENGTHS, 3), ValueError, r"indices must be \(rows, slots\)"),
+        ((INDICES, VALUES[:1], LENGTHS, 3), ValueError, r"values .* \(2, 2\), got \(1, 2\)"),
+        ((INDICES, VALUES, LENGTHS[:1], 3), ValueError, r"lengths .* \(2,\), got \(1,\)"),
+        ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0, got -1"),
+        ((INDICES, VALUES.to("meta"), LENGTHS, 3), ValueError, "values must be on cpu .*got meta"),
+    ],
+)
+def test_layout_is_checked_at_once(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SparseRows(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3),), r"x must be \(rows, columns\)"),
+        ((torch.ones(2, 2), -1), "k must be at least 0, got -1"),
+    ],
+)
+def test_from_dense_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SparseRows.from_dense(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "value"), [("threshold", -0.5), ("max_ratio", 1.5), ("mass", -0.1)]
+)
+def test_criteria_out_of_range_are_refused(criterion, value):
+    with pytest.raises(ValueError, match=f"{criterion} must be .* got {value}"):
+        SparseRows.from_dense(torch.ones(2, 2), **{criterion: value})
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
+        SparseRows.from_dense(torch.ones(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "entry", "message"),
+    [
+        ("lengths", (0,), 3, "lengths must be between 0 and 2"),
+        ("indices", (0, 1), 3, "indices must be between 0 and 2"),
+        ("indices", (0, 1), 0, "indices must ascend"),
+        ("indices", (1, 1), 2, "indices must be -1 where unused"),
+        ("values", (1, 1), 1.0, "values must be 0 where unused"),
+    ],
+)
+def test_load_checks_every_entry(name, position, entry, message, tmp_path):
+    path = tmp_path / "rows.safetensors"
+    SparseRows(INDICES, VALUES, LENGTHS, 3).save(path)
+    tensors = load_file(path)
+    tensors[name][position] = entry
+    header = {"format": "splade_fast.SparseRows", "version": 1, "num_cols": 3}
+    save_file(tensors, path, metadata={"sparse_rows": json.dumps(header)})
+    with pytest.raises(ValueError, match=f"is damaged: {message}"):
+        SparseRows.load(path)
+
+
+def test_load_refuses_other_files(tmp_path):
+    path = tmp_path / "rows.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        SparseRows.load(path)
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        SparseRows.load(path)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="must hold saved SparseRows"):
+        SparseRows.load(path)
+
+
+def test_save_replaces_only_by_a_complete_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.safetensors"
+    rows = SparseRows.from_dense(random_dense())
+    rows.save(path)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("splade_fast.sparse_rows.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        rows[:1].save(path)
+    assert SparseRows.load(path).equal(rows)
+    assert list(tmp_path.iterdir()) == [path]

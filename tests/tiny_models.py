@@ -1,0 +1,103 @@
+"""Tiny random checkpoints with a word-level tokenizer, made on the spot."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+_SENTENCE = "a quick brown fox jumps over the lazy dog and sleeps under an old tree"
+WORDS = _SENTENCE.split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCAB_SIZE = len(SPECIAL) + len(WORDS)
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+}
+_SPECIAL_IDS = {"bos_token_id": 2, "eos_token_id": 3}
+
+
+def masked_lm_configs() -> dict[str, PreTrainedConfig]:
+    return {
+        "bert": BertConfig(**_SIZES),
+        "roberta": RobertaConfig(**_SIZES, **_SPECIAL_IDS),
+        "electra": ElectraConfig(**_SIZES, embedding_size=8),
+        "modernbert": ModernBertConfig(
+            **_SIZES, **_SPECIAL_IDS, cls_token_id=2, sep_token_id=3, local_attention=8
+        ),
+        "distilbert": DistilBertConfig(
+            vocab_size=VOCAB_SIZE,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=24,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+        ),
+    }
+
+
+def causal_lm_config() -> PreTrainedConfig:
+    return LlamaConfig(**_SIZES, **_SPECIAL_IDS, num_key_value_heads=2)
+
+
+def softcapped_config() -> PreTrainedConfig:
+    """A family that changes its logits after the decoder."""
+    return Gemma2Config(**_SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0)
+
+
+def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    masked = type(config).__name__ in {type(c).__name__ for c in masked_lm_configs().values()}
+    model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
+    decoder = model.get_output_embeddings()
+    with torch.no_grad():
+        decoder.weight[0].normal_()  # zeros for padding would give the same logit at all positions
+        if decoder.bias is not None:  # zeros would hide mistakes
+            decoder.bias.normal_()
+    return model.eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def save_checkpoint(config: PreTrainedConfig, folder: Path) -> Path:
+    make_model(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
