@@ -1,7 +1,33 @@
 """splade_fast: exact, fused kernels for learned sparse retrieval (SPLADE) in PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
+from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
-from splade_fast.ops import splade_head, splade_pool
+from splade_fast.ops import sparse_scores, sparse_search, splade_head, splade_pool
+from splade_fast.sparse_rows import SparseRows
 
-__all__ = ["__version__", "build_info", "splade_head", "splade_pool"]
+if TYPE_CHECKING:
+    from splade_fast.model import SpladeEncoder
+
+__all__ = [
+    "SparseRows",
+    "SpladeEncoder",
+    "__version__",
+    "build_info",
+    "reference",
+    "sparse_scores",
+    "sparse_search",
+    "splade_head",
+    "splade_pool",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """SpladeEncoder brings transformers along, which users of the ops alone should not wait for."""
+    if name == "SpladeEncoder":
+        from splade_fast.model import SpladeEncoder
+
+        return SpladeEncoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

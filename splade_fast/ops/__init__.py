@@ -2,5 +2,6 @@
 
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.pool import splade_pool
+from splade_fast.ops.score import sparse_scores, sparse_search
 
-__all__ = ["splade_head", "splade_pool"]
+__all__ = ["sparse_scores", "sparse_search", "splade_head", "splade_pool"]

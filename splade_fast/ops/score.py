@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from splade_fast.sparse_rows import SparseRows
 
@@ -96,7 +96,7 @@ def _tile_scores(table: Tensor, docs: SparseRows) -> Tensor:
         return table.new_zeros(len(docs), table.shape[1])
     _, columns, values = docs.coordinates()
     starts = docs.lengths.cumsum(0) - docs.lengths
-    return F.embedding_bag(
+    return embedding_bag(
         columns, table, starts, per_sample_weights=values.to(table.dtype), mode="sum"
     )
 

@@ -84,7 +84,8 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
       int64_t where = 0;
       for (int64_t t = row * 5; t < std::min(tokens, row * 5 + 5); ++t) {
         double logit = 0;
-        for (int64_t d = 0; d < depth; ++d) logit += to_double(hidden[t * depth + d]) * to_double(weight[v * depth + d]);
+        for (int64_t d = 0; d < depth; ++d)
+          logit += to_double(hidden[t * depth + d]) * to_double(weight[v * depth + d]);
         if (logit > best) {
           best = logit;
           where = position[t];

@@ -1,0 +1,131 @@
+"""Checkpoint folders: plain transformers ones and sentence-transformers SparseEncoder ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers.normalizers import Lowercase, Sequence
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+# SpladePooling names the activation before its own log1p; splade_fast names the whole function.
+_ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
+_SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in _ACTIVATION_OF_SPLADE_POOLING.items()}
+_TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
+_POOLING_FOLDER = "1_SpladePooling"
+
+
+@dataclass
+class EncoderSettings:
+    """What a SPLADE model needs to know beside its transformer and its tokenizer."""
+
+    pooling: str = "max"
+    activation: str = "log1p_relu"
+    max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    lower_case: bool = False
+    subfolder: str = ""
+
+    def prompt_for(self, role: str) -> str | None:
+        """The prompt name of "query" or "document", where the model has one."""
+        return role if role in self.prompts else self.default_prompt_name
+
+
+def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
+    """The settings of a SparseEncoder folder; the SPLADE defaults for a plain checkpoint.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: revision, token, cache_dir and the like, as transformers takes them.
+
+    Raises:
+        ValueError: the folder describes something other than a transformer and SpladePooling.
+    """
+    modules = _read_json(name_or_path, "modules.json", hub)
+    if modules is None:
+        return EncoderSettings()
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if len(kinds) != 2 or kinds[0] not in _TRANSFORMER_MODULES or kinds[1] != "SpladePooling":
+        raise ValueError(
+            f"modules.json of {name_or_path} must list a Transformer and a SpladePooling, "
+            f"got {', '.join(kinds)}"
+        )
+    folder = modules[0]["path"]
+    transformer = _read_json(name_or_path, _joined(folder, "sentence_bert_config.json"), hub) or {}
+    pooling = _read_json(name_or_path, _joined(modules[1]["path"], "config.json"), hub) or {}
+    model = _read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
+    activation = pooling.get("activation_function", "relu")
+    if activation not in _ACTIVATION_OF_SPLADE_POOLING:
+        raise ValueError(
+            f"activation_function of {name_or_path} must be one of "
+            f"{', '.join(_ACTIVATION_OF_SPLADE_POOLING)}, got {activation!r}"
+        )
+    return EncoderSettings(
+        pooling=pooling.get("pooling_strategy", "max"),
+        activation=_ACTIVATION_OF_SPLADE_POOLING[activation],
+        max_length=transformer.get("max_seq_length"),
+        prompts={name: text or "" for name, text in model.get("prompts", {}).items()},
+        default_prompt_name=model.get("default_prompt_name"),
+        lower_case=transformer.get("do_lower_case", False),
+        subfolder=folder,
+    )
+
+
+def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
+    """The JSON files that make a transformers folder a SparseEncoder folder as well.
+
+    Raises:
+        ValueError: SpladePooling has no such activation.
+    """
+    if settings.activation not in _SPLADE_POOLING_OF_ACTIVATION:
+        raise ValueError(
+            f"activation must be one of {', '.join(_SPLADE_POOLING_OF_ACTIVATION)} to be saved "
+            f"for sentence-transformers, got {settings.activation!r}"
+        )
+    # MLMTransformer: the one name that every sentence-transformers with a SparseEncoder loads.
+    package = "sentence_transformers.sparse_encoder.models"
+    return {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{package}.MLMTransformer"},
+            {"idx": 1, "name": "1", "path": _POOLING_FOLDER, "type": f"{package}.SpladePooling"},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": settings.max_length},
+        "config_sentence_transformers.json": {
+            "model_type": "SparseEncoder",
+            "prompts": settings.prompts,
+            "default_prompt_name": settings.default_prompt_name,
+            "similarity_fn_name": "dot",
+        },
+        f"{_POOLING_FOLDER}/config.json": {
+            "pooling_strategy": settings.pooling,
+            "activation_function": _SPLADE_POOLING_OF_ACTIVATION[settings.activation],
+        },
+    }
+
+
+def lower_case_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lowercase before everything else the tokenizer does (do_lower_case of older folders)."""
+    backend = tokenizer.backend_tokenizer
+    normalizer = backend.normalizer
+    backend.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer is not None else [])])
+
+
+def _read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
+    path = cached_file(
+        name_or_path,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=True,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _joined(folder: str, file: str) -> str:
+    return os.path.join(folder, file) if folder else file

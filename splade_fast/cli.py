@@ -1,0 +1,175 @@
+"""The command line: encode a corpus, search it, evaluate a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splade_fast._library import build_info
+from splade_fast.data import DataError, Texts, read_qrels, read_texts
+from splade_fast.index import Index, IndexMeta
+from splade_fast.model import SpladeEncoder
+from splade_fast.ops.score import sparse_search
+from splade_fast.sparse_rows import SparseRows
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Learned sparse retrieval: encode, search and evaluate with SPLADE models.",
+)
+
+Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE checkpoint.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts that go through the model together.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens kept of each text.")]
+KeptEntries = Annotated[
+    int | None, typer.Option("--k", min=1, help="Keep only the k largest entries of a vector.")
+]
+
+
+@app.command()
+def encode(
+    corpus: Annotated[Path, typer.Argument(help="id<TAB>text lines, or .jsonl with id and text.")],
+    index: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    model: Model,
+    k: KeptEntries = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 256,
+) -> None:
+    """Encode a corpus into an index folder."""
+    with _bad_input_exits_with_2():
+        if index.exists():
+            raise FileExistsError(f"{index} must not exist yet")
+        texts = read_texts(corpus)
+        encoder = SpladeEncoder.from_pretrained(model)
+        built = _build_index(encoder, texts, model, k, batch_size, max_length)
+        built.save(index)
+    typer.echo(f"{index}: {len(built.ids)} documents, {built.rows.nbytes / 2**20:.1f} MiB")
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="A folder written by `encode`.")],
+    query: Annotated[str | None, typer.Argument(help="One query.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="A file of queries instead.")] = None,
+    hits: Annotated[int, typer.Option(min=1, help="Documents shown per query.")] = 10,
+    terms: Annotated[int, typer.Option(min=0, help="Expanded query terms shown.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Default: the index's own model.")] = None,
+    batch_size: BatchSize = 32,
+) -> None:
+    """Search an index; prints `query id<TAB>rank<TAB>document id<TAB>score` lines."""
+    with _bad_input_exits_with_2():
+        if (query is None) == (queries is None):
+            raise DataError("give either QUERY or --queries")
+        asked = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
+        loaded = Index.load(index)
+        encoder = _encoder_for(loaded, model)
+        vectors = _encode_queries(encoder, asked, loaded.meta.max_length, batch_size)
+    scores, found = sparse_search(vectors, loaded.rows, hits)
+    expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(asked)
+    for query_id, expansion, row_scores, row_found in zip(
+        asked.ids, expansions, scores.tolist(), found.tolist(), strict=True
+    ):
+        if expansion:
+            shown = " ".join(f"{term}:{weight:.3f}" for term, weight in expansion.items())
+            typer.echo(f"# {query_id}\t{shown}")
+        for rank, (score, document) in enumerate(zip(row_scores, row_found, strict=True), start=1):
+            typer.echo(f"{query_id}\t{rank}\t{loaded.ids[document]}\t{score:.6f}")
+
+
+@app.command()
+def evaluate(
+    queries: Annotated[Path, typer.Option(help="A file of queries.")],
+    qrels: Annotated[Path, typer.Option(help="Judgements, TREC or BEIR format.")],
+    index: Annotated[Path | None, typer.Option(help="A folder written by `encode`.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="A corpus, encoded on the fly.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the index's own model.")] = None,
+    k: KeptEntries = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 256,
+) -> None:
+    """Print MRR@10, nDCG@10 and Recall@100 of a model, or of an index."""
+    from splade_fast.evaluation import evaluate_run, run_of
+
+    with _bad_input_exits_with_2():
+        if (index is None) == (corpus is None):
+            raise DataError("give either --index or --corpus")
+        judged = read_qrels(qrels)
+        asked = read_texts(queries)
+        if index is not None:
+            searched = Index.load(index)
+            encoder = _encoder_for(searched, model)
+        else:
+            if model is None:
+                raise DataError("--corpus needs --model")
+            texts = read_texts(str(corpus))
+            encoder = SpladeEncoder.from_pretrained(model)
+            searched = _build_index(encoder, texts, model, k, batch_size, max_length)
+        unknown = judged.keys() - set(asked.ids)
+        if unknown:
+            raise DataError(f"{qrels} judges queries that {queries} lacks: {min(unknown)!r}, …")
+        vectors = _encode_queries(encoder, asked, searched.meta.max_length, batch_size)
+    scores, found = sparse_search(vectors, searched.rows, 100)
+    for name, value in evaluate_run(judged, run_of(asked.ids, searched.ids, scores, found)).items():
+        typer.echo(f"{name}\t{value:.4f}")
+
+
+@app.command()
+def info() -> None:
+    """Print what was compiled, what is loaded, and why not."""
+    for name, value in build_info().items():
+        typer.echo(f"{name}: {value}")
+
+
+@contextmanager
+def _bad_input_exits_with_2() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _build_index(
+    encoder: SpladeEncoder,
+    texts: Texts,
+    model: str,
+    k: int | None,
+    batch_size: int,
+    max_length: int,
+) -> Index:
+    rows = encoder.encode(
+        texts.texts,
+        k=k,
+        batch_size=batch_size,
+        max_length=max_length,
+        prompt_name=encoder.settings.prompt_for("document"),
+    )
+    # A folder is remembered by its full path: the index may be searched from elsewhere.
+    name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    return Index(rows, texts.ids, IndexMeta(model=name, max_length=max_length, k=k))
+
+
+def _encoder_for(index: Index, model: str | None) -> SpladeEncoder:
+    encoder = SpladeEncoder.from_pretrained(model or index.meta.model)
+    if encoder.vocab_size != index.rows.num_cols:
+        raise DataError(
+            f"the model must have the index's vocabulary of {index.rows.num_cols} entries, "
+            f"got {encoder.vocab_size}"
+        )
+    return encoder
+
+
+def _encode_queries(
+    encoder: SpladeEncoder, queries: Texts, max_length: int, batch_size: int
+) -> SparseRows:
+    return encoder.encode(
+        queries.texts,
+        batch_size=batch_size,
+        max_length=max_length,
+        show_progress=False,
+        prompt_name=encoder.settings.prompt_for("query"),
+    )

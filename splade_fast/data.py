@@ -1,0 +1,126 @@
+"""Corpora, queries and relevance judgements from TSV and JSONL files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+Qrels = dict[str, dict[str, int]]
+
+
+class DataError(ValueError):
+    """A file of texts or judgements that cannot be used; says which line and why."""
+
+
+@dataclass
+class Texts:
+    """Texts with unique ids, in the order of their file."""
+
+    ids: list[str]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_texts(path: str | os.PathLike[str]) -> Texts:
+    """Read a corpus or queries.
+
+    A name ending in .jsonl holds one object per line with `text`, an id under `id` or `_id`, and
+    optionally `title`, which goes before the text; any other file holds `id<TAB>text` lines.
+
+    Raises:
+        DataError: no such file, no texts in it, a malformed line or a repeated id.
+    """
+    parse = _parse_json_line if Path(path).suffix in (".jsonl", ".ndjson") else _parse_tsv_line
+    found: dict[str, str] = {}
+    for where, (text_id, text) in _parsed_lines(Path(path), parse):
+        if text_id in found:
+            raise DataError(f"{where}: id {text_id!r} appears a second time")
+        found[text_id] = text
+    if not found:
+        raise DataError(f"{path} must hold at least one text, got none")
+    return Texts(list(found), list(found.values()))
+
+
+def read_qrels(path: str | os.PathLike[str]) -> Qrels:
+    """Read judgements {query id: {document id: relevance}}.
+
+    Lines hold `query document relevance` (BEIR, with or without its header) or
+    `query 0 document relevance` (TREC), separated by white space.
+
+    Raises:
+        DataError: no such file, no judgements in it, a malformed line or a repeated pair.
+    """
+    qrels: Qrels = {}
+    for where, judgement in _parsed_lines(Path(path), _parse_qrels_line):
+        if judgement is None:
+            continue
+        query, document, relevance = judgement
+        if document in qrels.setdefault(query, {}):
+            raise DataError(f"{where}: {query} {document} is judged a second time")
+        qrels[query][document] = relevance
+    if not qrels:
+        raise DataError(f"{path} must hold at least one judgement, got none")
+    return qrels
+
+
+def _parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """(file and line number, parsed line) for all lines that are not blank."""
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+                if text.strip():
+                    yield where, parse(text)
+            except (DataError, UnicodeDecodeError) as error:
+                raise DataError(f"{where}: {error}") from error
+
+
+def _parse_tsv_line(line: str) -> tuple[str, str]:
+    text_id, tab, text = line.partition("\t")
+    if not tab or not text_id:
+        raise DataError(f"expected id<TAB>text, got {_shortened(line)}")
+    return text_id, text
+
+
+def _parse_json_line(line: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"expected a JSON object, got {_shortened(line)} ({error})") from error
+    if not isinstance(record, dict):
+        raise DataError(f"expected a JSON object, got {_shortened(line)}")
+    text_id = record.get("id", record.get("_id"))
+    text = record.get("text")
+    if not isinstance(text_id, str | int) or not isinstance(text, str):
+        raise DataError(f"expected the keys id (or _id) and text, got {_shortened(line)}")
+    title = record.get("title")
+    return str(text_id), f"{title} {text}" if title else text
+
+
+def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
+    fields = line.split()
+    if fields == ["query-id", "corpus-id", "score"]:
+        return None
+    if len(fields) not in (3, 4):
+        raise DataError(
+            f"expected query document relevance or query 0 document relevance, "
+            f"got {_shortened(line)}"
+        )
+    try:
+        return fields[0], fields[-2], int(fields[-1])
+    except ValueError:
+        raise DataError(f"expected a whole number as relevance, got {fields[-1]!r}") from None
+
+
+def _shortened(line: str, limit: int = 60) -> str:
+    return repr(line if len(line) <= limit else line[:limit] + "…")

@@ -1,0 +1,175 @@
+"""python -m splade_fast.demo: encode, search, evaluate and compare, on a real checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from splade_fast.data import DataError, Qrels, Texts
+from splade_fast.demo.bm25 import bm25_run
+from splade_fast.demo.checkpoint import CheckpointError, demo_checkpoint
+from splade_fast.demo.contenders import CONTENDERS
+from splade_fast.demo.measure import Measurement, measure_in_subprocess
+from splade_fast.demo.task import Task, docstring_task, file_task
+from splade_fast.evaluation import evaluate_run, run_of
+from splade_fast.model import SpladeEncoder
+from splade_fast.ops.score import sparse_search
+from splade_fast.sparse_rows import SparseRows
+
+LARGEST_DIFFERENCE = 1e-5
+_MAX_LENGTH = 256
+
+console = Console()
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Checkpoint; default: a small one.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Own corpus, .tsv or .jsonl.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries of the own corpus.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements; without: no evaluation.")] = None,
+    ask: Annotated[list[str] | None, typer.Option(help="Own question; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many documents.")] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Docstring queries evaluated.")] = 1000,
+    compared: Annotated[int, typer.Option(min=1, help="Documents of the speed comparison.")] = 320,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Encode a corpus with SPLADE, search it, evaluate against BM25, compare speed and memory."""
+    torch.set_num_threads(threads)
+    with _failure_exits_with_2():
+        with _stage("Reading the corpus"):
+            if corpus is not None:
+                task = file_task(corpus, queries, qrels, limit)
+            elif queries is not None or qrels is not None:
+                raise DataError("--queries and --qrels need --corpus")
+            else:
+                task = docstring_task(limit, num_queries)
+        with _stage("Loading the model"):
+            name = model or str(demo_checkpoint())
+            encoder = SpladeEncoder.from_pretrained(name)
+    with _stage(f"Encoding {len(task.documents)} documents"):
+        documents = encoder.encode(
+            task.documents.texts, batch_size=batch_size, max_length=_MAX_LENGTH
+        )
+    console.print(
+        f"{documents.lengths.float().mean():.0f} terms per document, "
+        f"{documents.nbytes / 2**20:.0f} MiB in all\n"
+    )
+    _answer(encoder, task, documents, ask or task.questions)
+    if task.queries is not None and task.qrels is not None:
+        _evaluate(encoder, task, documents, task.queries, task.qrels, batch_size)
+    _compare(name, task, compared, batch_size, threads)
+
+
+def _answer(
+    encoder: SpladeEncoder, task: Task, documents: SparseRows, questions: list[str]
+) -> None:
+    """Show the expanded terms and the best documents of each question."""
+    vectors = encoder.encode(questions, max_length=_MAX_LENGTH, show_progress=False)
+    scores, found = sparse_search(vectors, documents, 3)
+    for question, terms, row_scores, row_found in zip(
+        questions, encoder.top_terms(vectors, 12), scores.tolist(), found.tolist(), strict=True
+    ):
+        console.print(question, style="bold", markup=False, highlight=False)
+        console.print("  " + "  ".join(f"{term} {weight:.2f}" for term, weight in terms.items()))
+        for score, document in zip(row_scores, row_found, strict=True):
+            start = task.documents.texts[document][:60]
+            line = f"  {score:6.2f}  {task.documents.ids[document]}: {start}…"
+            console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
+        console.print()
+
+
+def _evaluate(
+    encoder: SpladeEncoder,
+    task: Task,
+    documents: SparseRows,
+    queries: Texts,
+    qrels: Qrels,
+    batch_size: int,
+) -> None:
+    """Print the quality of the model and of BM25 on the judged queries."""
+    with _stage(f"Evaluating {len(queries)} queries"):
+        vectors = encoder.encode(
+            queries.texts, batch_size=batch_size, max_length=_MAX_LENGTH, show_progress=False
+        )
+        scores, found = sparse_search(vectors, documents, 100)
+        runs = {
+            "SPLADE": run_of(queries.ids, task.documents.ids, scores, found),
+            "BM25": bm25_run(task.documents, queries, 100),
+        }
+        results = {name: evaluate_run(qrels, run) for name, run in runs.items()}
+    table = Table("", *results["SPLADE"], title=f"{len(documents)} documents")
+    for name, measures in results.items():
+        table.add_row(name, *(f"{value:.3f}" for value in measures.values()))
+    console.print(table)
+
+
+def _compare(model: str, task: Task, compared: int, batch_size: int, threads: int) -> None:
+    """Print speed and memory of all contenders, and make sure that their vectors agree."""
+    # Spread over the corpus and sorted, so that all contenders form the same batches.
+    every = max(1, len(task.documents) // compared)
+    texts = sorted(task.documents.texts[::every][:compared], key=len, reverse=True)
+    measured: dict[str, Measurement] = {}
+    vectors: dict[str, SparseRows] = {}
+    with _stage(f"Comparing on {len(texts)} documents, batches of {batch_size}, {threads} threads"):
+        for name in CONTENDERS:
+            with tempfile.TemporaryDirectory() as folder:
+                measured[name], vectors[name] = measure_in_subprocess(
+                    name,
+                    model,
+                    texts,
+                    Path(folder),
+                    batch_size=batch_size,
+                    max_length=_MAX_LENGTH,
+                    threads=threads,
+                )
+    ours = vectors["splade_fast"].to_dense()
+    table = Table("", "documents/s", "peak MiB above the model", "difference")
+    table.columns[0].no_wrap = True
+    disagreeing = []
+    for name, measurement in measured.items():
+        difference = (vectors[name].to_dense() - ours).abs().max().item()
+        if not difference <= LARGEST_DIFFERENCE:
+            disagreeing.append(f"{name} by {difference:.1e}")
+        peak = measurement.peak_mib
+        table.add_row(
+            name,
+            f"{measurement.docs_per_second:.0f}",
+            "not known" if peak is None else f"{peak:.0f}",
+            f"{difference:.1e}",
+        )
+    console.print(table)
+    if disagreeing:
+        console.print(f"Vectors differ by more than {LARGEST_DIFFERENCE}: {', '.join(disagreeing)}")
+        raise typer.Exit(1)
+    console.print(f"All vectors agree within {LARGEST_DIFFERENCE}.")
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[None]:
+    console.print(f"[bold]{title}[/bold] …")
+    start = time.perf_counter()
+    yield
+    console.print(f"  {time.perf_counter() - start:.1f} s")
+
+
+@contextmanager
+def _failure_exits_with_2() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, CheckpointError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    typer.run(demo)

@@ -1,0 +1,79 @@
+"""An encoded corpus in a folder: vectors, document ids and how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from splade_fast.sparse_rows import SparseRows
+
+_FORMAT_VERSION = 1
+_VECTORS, _IDS, _META = "vectors.safetensors", "ids.json", "meta.json"
+
+
+@dataclass
+class IndexMeta:
+    """What has to be the same when queries are encoded for this index."""
+
+    model: str
+    max_length: int
+    k: int | None
+    format_version: int = _FORMAT_VERSION
+
+
+@dataclass
+class Index:
+    """N document vectors, the id of each, and how they were made."""
+
+    rows: SparseRows
+    ids: list[str]
+    meta: IndexMeta
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder `path`; it appears complete or not at all.
+
+        Raises:
+            FileExistsError: `path` exists already.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{path} must not exist yet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            self.rows.save(temporary / _VECTORS)
+            (temporary / _IDS).write_text(json.dumps(self.ids), encoding="utf-8")
+            (temporary / _META).write_text(json.dumps(asdict(self.meta)), encoding="utf-8")
+            temporary.chmod(0o755)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Index:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no index at `path`.
+            ValueError: its parts do not fit together.
+        """
+        path = Path(path)
+        for name in (_VECTORS, _IDS, _META):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"no index at {path}: {name} is missing")
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        if meta.get("format_version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"{path} must have format version {_FORMAT_VERSION}, "
+                f"got {meta.get('format_version')}"
+            )
+        ids = json.loads((path / _IDS).read_text(encoding="utf-8"))
+        rows = SparseRows.load(path / _VECTORS)
+        if len(ids) != len(rows):
+            raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
+        return cls(rows, ids, IndexMeta(**meta))

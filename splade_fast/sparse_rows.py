@@ -1,0 +1,406 @@
+"""SparseRows: a batch of sparse vectors, one padded row each."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+_FORMAT = "splade_fast.SparseRows"
+_FORMAT_VERSION = 1
+
+
+class SparseRows:
+    """B sparse vectors over V columns: row b has the value values[b, j] at column indices[b, j].
+
+    Args:
+        indices: (B, K) int32, ascending within a row; the unused slots at its end hold -1.
+        values: (B, K) floating point; unused slots hold 0.
+        lengths: (B,) int32, how many slots of each row are used.
+        num_cols: V, the size of the vocabulary.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong dtype, shape or device. What the tensors
+            contain is trusted here, because looking would stall a GPU; see `check_contents`.
+    """
+
+    __slots__ = ("indices", "lengths", "num_cols", "values")
+
+    def __init__(self, indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> None:
+        _check_layout(indices, values, lengths, num_cols)
+        self.indices = indices
+        self.values = values
+        self.lengths = lengths
+        self.num_cols = int(num_cols)
+
+    @classmethod
+    def from_dense(
+        cls,
+        x: Tensor,
+        k: int | None = None,
+        *,
+        threshold: float = 0.0,
+        max_ratio: float | None = None,
+        mass: float | None = None,
+    ) -> SparseRows:
+        """Keep the entries of each row that are above `threshold`, optionally only the largest.
+
+        Every criterion looks at the entries above `threshold`, and an entry has to pass all that
+        are given. Of equal entries the one in the lowest column counts as the larger. NaN is
+        never above or below anything, so it is kept, and ranks as the largest.
+
+        Args:
+            x: (B, V) floating point.
+            k: keep at most the k largest of a row.
+            threshold: entries have to be greater than this; at least 0.
+            max_ratio: in [0, 1]; keep entries of at least `max_ratio` times the row's maximum.
+            mass: in [0, 1]; keep the fewest largest entries whose sum reaches `mass` times the
+                row's sum (alpha-mass pruning, Bruch et al., SIGIR 2024).
+
+        Returns:
+            SparseRows of B rows and `num_cols` V; K is the longest row's length.
+
+        Raises:
+            TypeError, ValueError: x is no floating-point matrix, or a criterion is out of range.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"x must be (rows, columns), got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point, got {x.dtype}")
+        if k is not None and k < 0:
+            raise ValueError(f"k must be at least 0, got {k}")
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        for name, ratio in (("max_ratio", max_ratio), ("mass", mass)):
+            if ratio is not None and not 0 <= ratio <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {ratio}")
+
+        columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand_as(x)
+        # "not at most" instead of "greater": keeps NaN, which must not vanish silently.
+        indices, values, lengths = _compact(~(x <= threshold), columns, x)
+        if values.shape[1] > 0 and not (k is None and max_ratio is None and mass is None):
+            keep = _keep_largest(values, lengths, k, max_ratio, mass)
+            indices, values, lengths = _compact(keep, indices, values)
+        return cls(indices, values, lengths, x.shape[1])
+
+    @classmethod
+    def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
+        """All rows of `parts`, in order; narrower parts are padded to the widest.
+
+        Raises:
+            ValueError: `parts` is empty, or they differ in `num_cols`, dtype or device.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one SparseRows, got none")
+        first = parts[0]
+        for position, part in enumerate(parts):
+            for name in ("num_cols", "dtype", "device"):
+                expected, got = getattr(first, name), getattr(part, name)
+                if got != expected:
+                    raise ValueError(
+                        f"parts[{position}].{name} must be {expected} as in parts[0], got {got}"
+                    )
+        width = max(part.width for part in parts)
+        return cls(
+            torch.cat([_widen(part.indices, width, -1) for part in parts]),
+            torch.cat([_widen(part.values, width, 0) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            first.num_cols,
+        )
+
+    @property
+    def width(self) -> int:
+        """K, the number of slots of every row."""
+        return self.indices.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device all three tensors live on."""
+        return self.indices.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors together."""
+        return self.indices.nbytes + self.values.nbytes + self.lengths.nbytes
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseRows({len(self)} rows, num_cols={self.num_cols}, width={self.width}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int] | Sequence[bool]) -> SparseRows:
+        """The rows of a slice, an integer tensor (any order, repeats allowed) or a bool tensor."""
+        if isinstance(rows, int):
+            raise TypeError(
+                f"rows must be a slice, an integer tensor or a bool tensor, got the int {rows}; "
+                "for one row write rows[i : i + 1]"
+            )
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows, device=self.device)
+            if rows.numel() == 0 and rows.dtype != torch.bool:
+                rows = rows.long()  # an empty list arrives as floating point
+            if rows.dim() != 1:
+                raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
+        return SparseRows(self.indices[rows], self.values[rows], self.lengths[rows], self.num_cols)
+
+    def equal(self, other: SparseRows) -> bool:
+        """Whether both hold exactly the same vectors in the same dtype; padding does not count."""
+        return (
+            self.num_cols == other.num_cols
+            and self.dtype == other.dtype
+            and torch.equal(self.lengths, other.lengths)
+            and all(
+                torch.equal(mine, theirs)
+                for mine, theirs in zip(self.coordinates(), other.coordinates(), strict=True)
+            )
+        )
+
+    def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row numbers (nnz,) int64, columns (nnz,) int64 and values (nnz,), row by row."""
+        rows, slots = (self.indices >= 0).nonzero(as_tuple=True)
+        return rows, self.indices[rows, slots].long(), self.values[rows, slots]
+
+    def to_dense(self) -> Tensor:
+        """(B, num_cols) with zeros everywhere else; differentiable in `values`."""
+        rows, columns, values = self.coordinates()
+        return values.new_zeros(len(self), self.num_cols).index_put((rows, columns), values)
+
+    def to_torch_csr(self) -> Tensor:
+        """The same matrix as a `torch.sparse_csr` tensor (B, num_cols) with int64 indices."""
+        _, columns, values = self.coordinates()
+        return torch.sparse_csr_tensor(
+            self._row_starts(), columns, values, (len(self), self.num_cols), check_invariants=False
+        )
+
+    def to_scipy(self) -> csr_array:
+        """The same matrix as a `scipy.sparse.csr_array`; bfloat16 values become float32.
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
+        from scipy.sparse import csr_array
+
+        _, columns, values = self.coordinates()
+        values = values.detach().cpu()
+        if values.dtype == torch.bfloat16:
+            values = values.float()  # numpy has no bfloat16
+        arrays = (values.numpy(), columns.cpu().numpy(), self._row_starts().cpu().numpy())
+        return csr_array(arrays, shape=(len(self), self.num_cols))
+
+    def to_dicts(
+        self, id_to_token: Sequence[str] | Mapping[int, str] | None = None
+    ) -> list[dict[Any, float]]:
+        """One dict {column: value} per row, by ascending column.
+
+        Args:
+            id_to_token: names the columns, so that the dicts read {token: value}.
+        """
+        all_indices, all_values = self.indices.tolist(), self.values.tolist()
+        return [
+            {
+                column if id_to_token is None else id_to_token[column]: value
+                for column, value in zip(indices[:length], values[:length], strict=True)
+            }
+            for indices, values, length in zip(
+                all_indices, all_values, self.lengths.tolist(), strict=True
+            )
+        ]
+
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> SparseRows:
+        """The same rows on `device`, with values in the floating-point `dtype`."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        return SparseRows(
+            self.indices.to(device, non_blocking=non_blocking),
+            self.values.to(device, dtype or self.dtype, non_blocking=non_blocking),
+            self.lengths.to(device, non_blocking=non_blocking),
+            self.num_cols,
+        )
+
+    def pin_memory(self) -> SparseRows:
+        """The same rows in page-locked memory, for copies to a GPU that do not block."""
+        return SparseRows(
+            self.indices.pin_memory(),
+            self.values.pin_memory(),
+            self.lengths.pin_memory(),
+            self.num_cols,
+        )
+
+    def check_contents(self) -> None:
+        """Look at every entry, which the constructor does not; waits for a GPU.
+
+        Raises:
+            ValueError: naming the first row whose length, order, range or padding is wrong.
+        """
+        slots = torch.arange(self.width, device=self.device)
+        used = slots < self.lengths.unsqueeze(1)
+        indices = self.indices
+        ascending = torch.ones_like(used)
+        ascending[:, 1:] = indices[:, 1:] > indices[:, :-1]
+        bad_rows = {
+            f"lengths must be between 0 and {self.width}": (
+                (self.lengths < 0) | (self.lengths > self.width)
+            ),
+            f"indices must be between 0 and {self.num_cols - 1} where used": (
+                (used & ((indices < 0) | (indices >= self.num_cols))).any(1)
+            ),
+            "indices must ascend within a row": (used & ~ascending).any(1),
+            "indices must be -1 where unused": (~used & (indices != -1)).any(1),
+            "values must be 0 where unused": (~used & (self.values != 0)).any(1),
+        }
+        for rule, bad in bad_rows.items():
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"{rule}, got in row {row} the length {int(self.lengths[row])}, "
+                    f"indices {_shortened(indices[row])} and values {_shortened(self.values[row])}"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; an existing file is replaced only by a complete one."""
+        path = Path(path)
+        header = {"format": _FORMAT, "version": _FORMAT_VERSION, "num_cols": self.num_cols}
+        tensors = {
+            name: getattr(self, name).detach().cpu().contiguous()
+            for name in ("indices", "values", "lengths")
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"sparse_rows": json.dumps(header)})
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SparseRows:
+        """Read what `save` wrote, and check all of it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a complete, consistent file of this format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("sparse_rows", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        names = {"indices", "values", "lengths"}
+        if header.get("format") != _FORMAT or set(tensors) != names:
+            raise ValueError(f"{path} must hold saved SparseRows, got tensors {sorted(tensors)}")
+        if header["version"] != _FORMAT_VERSION:
+            raise ValueError(
+                f"{path} must have format version {_FORMAT_VERSION}, got {header['version']}"
+            )
+        try:
+            rows = cls(**tensors, num_cols=header["num_cols"])
+            rows.check_contents()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return rows.to(device)
+
+    def _row_starts(self) -> Tensor:
+        """(B + 1,) int64: where each row starts in `coordinates`, and the total."""
+        return torch.nn.functional.pad(self.lengths.long().cumsum(0), (1, 0))
+
+
+def _check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> None:
+    if indices.dtype != torch.int32:
+        raise TypeError(f"indices must be int32, got {indices.dtype}")
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"lengths must be int32, got {lengths.dtype}")
+    if not values.is_floating_point():
+        raise TypeError(f"values must be floating point, got {values.dtype}")
+    if indices.dim() != 2:
+        raise ValueError(f"indices must be (rows, slots), got shape {tuple(indices.shape)}")
+    if values.shape != indices.shape:
+        raise ValueError(
+            f"values must have the shape of indices {tuple(indices.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+    if lengths.shape != indices.shape[:1]:
+        raise ValueError(
+            f"lengths must be (rows,) = ({indices.shape[0]},), got {tuple(lengths.shape)}"
+        )
+    for name, tensor in (("values", values), ("lengths", lengths)):
+        if tensor.device != indices.device:
+            raise ValueError(
+                f"{name} must be on {indices.device} as indices are, got {tensor.device}"
+            )
+    if num_cols < 0:
+        raise ValueError(f"num_cols must be at least 0, got {num_cols}")
+
+
+def _compact(keep: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the kept entries of each row to its front, in order; the new width is the largest."""
+    lengths = keep.sum(1, dtype=torch.int32)
+    width = int(lengths.max()) if len(lengths) else 0
+    rows, slots = keep.nonzero(as_tuple=True)
+    starts = lengths.cumsum(0) - lengths
+    targets = torch.arange(len(rows), device=keep.device) - starts[rows]
+    shape = (keep.shape[0], width)
+    return (
+        indices.new_full(shape, -1).index_put((rows, targets), indices[rows, slots]),
+        values.new_zeros(shape).index_put((rows, targets), values[rows, slots]),
+        lengths,
+    )
+
+
+def _keep_largest(
+    values: Tensor, lengths: Tensor, k: int | None, max_ratio: float | None, mass: float | None
+) -> Tensor:
+    """(B, K) bool: the used slots that pass every criterion; ties go to the lowest slot."""
+    slots = torch.arange(values.shape[1], device=values.device)
+    used = slots < lengths.unsqueeze(1)
+    padded = values.detach().masked_fill(~used, -torch.inf)
+    # Stable and descending: of equal values the lowest slot comes first, NaN before everything.
+    largest, order = padded.sort(dim=1, descending=True, stable=True)
+    keep = used.clone()  # in ranks from here on; used slots are also the first ranks
+    if k is not None:
+        keep &= slots < k
+    if max_ratio is not None:
+        keep &= ~(largest < max_ratio * largest[:, :1])
+    if mass is not None:
+        ranked = largest.masked_fill(~used, 0).double()
+        through = ranked.cumsum(1)
+        keep &= ~(through - ranked >= mass * through[:, -1:])
+    return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+def _widen(tensor: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
+
+
+def _shortened(row: Tensor, limit: int = 8) -> str:
+    shown = ", ".join(str(entry) for entry in row[:limit].tolist())
+    return f"[{shown}, …]" if len(row) > limit else f"[{shown}]"
