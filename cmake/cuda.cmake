@@ -3,7 +3,7 @@
 include(CheckLanguage)
 
 foreach(variable CUDA_HOME CUDA_PATH)
-  if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{${variable}})
+  if(NOT CMAKE_CUDA_COMPILER AND NOT "$ENV{${variable}}" STREQUAL "")
     set(CMAKE_CUDA_COMPILER "$ENV{${variable}}/bin/nvcc")
   endif()
 endforeach()

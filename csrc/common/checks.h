@@ -110,6 +110,8 @@ inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tens
   STD_TORCH_CHECK(
       argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary && argmax.scalar_type() == position,
       "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");
+  STD_TORCH_CHECK(grad.device() == max_logits.device() && grad.device() == argmax.device(),
+                  "grad, max_logits and argmax must be on one device");
 }
 
 }  // namespace splade_fast

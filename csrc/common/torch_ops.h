@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <array>
+#include <vector>
 
 namespace splade_fast::aten {
 
@@ -17,15 +18,17 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, kArgs
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor mm(const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  return call<2>("aten::mm", "", {from(a), from(b)});
-}
-
-// out = a @ b
+// out = a @ b. The variant with an output, because it has no autocast rule: a backward that runs inside autocast
+// must not see its products in another dtype.
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   call<3>("aten::mm", "out", {from(a), from(b), from(out)});
+}
+
+inline Tensor mm(const Tensor& a, const Tensor& b) {
+  const Tensor out = torch::stable::new_empty(a, std::vector<int64_t>{a.size(0), b.size(1)});
+  mm_out(out, a, b);
+  return out;
 }
 
 inline Tensor index_select(const Tensor& self, int64_t dim, const Tensor& index) {

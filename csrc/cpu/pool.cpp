@@ -1,7 +1,7 @@
 // pool on the CPU: logits (B, L, V) -> pooled (B, V).
 //
 // Memory-bound: the logits of positions that count are read once, in strips of columns whose running result stays in
-// the first-level cache. The max backward writes each gradient row once.
+// the second-level cache. The max backward writes each gradient row once.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -16,7 +16,7 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int64_t kStrip = 2048;  // columns: the running value and position take 16 KiB
+constexpr int64_t kStrip = 8192;  // columns: the running value and position take 64 KiB
 
 struct Strips {
   int64_t vocabulary;

@@ -13,20 +13,21 @@ struct PoolCarry {
 
 // Some columns of some rows of logits, reduced over the rows of each sequence.
 struct PoolTask {
-  const void* logits;       // row r of sequence b, the l-th: logits + offset(b) + (l - first_row) * row_stride + column,
-  int64_t sequence_stride;  // offset(b) = b * sequence_stride, for packed rows starts[b] * row_stride
-  int64_t row_stride;
+  // Row l of sequence b: logits + offset(b) + (l - first_row) * row_stride, where offset(b) is b * sequence_stride, or
+  // for packed rows starts[b] * row_stride.
+  const void* logits;
+  int64_t sequence_stride, row_stride;
   int64_t columns;
-  int64_t readable;             // >= columns: elements of a row that may be read
-  int64_t first_row, end_row;   // the rows that logits holds, of all rows of all sequences
+  int64_t readable;            // >= columns: elements of a row that may be read
+  int64_t first_row, end_row;  // the rows that logits holds, among the rows of all sequences
   Sequences sequences;
-  int64_t first_sequence, num_sequences;  // only these have rows here
-  const bool* mask;             // (B, L), or null
-  const void* bias;             // of these columns, or null
-  PoolCarry carry_in, carry_out;  // only for rows cut elsewhere than between sequences
+  int64_t first_sequence, num_sequences;  // no others have rows here
+  const bool* mask;                       // (B, L), or null
+  const void* bias;                       // of these columns, or null
+  PoolCarry carry_in, carry_out;          // only where rows are cut within a sequence
   Activation activation;
 
-  // Outputs (B, vocabulary), at the first of these columns. Max logits and positions: null if not wanted.
+  // Outputs (B, vocabulary), at the first of these columns. Maxima and their positions: null if not wanted.
   int64_t vocabulary;
   void* pooled;
   bool pooled_in_acc;

@@ -284,6 +284,20 @@ def test_autocast(device, dtype, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_inside_autocast(device, pooling, dtype):
+    """The gradient has its own dtypes, whatever autocast makes of a product."""
+    tensors = [lattice(2, 5, 4, dtype=dtype, device=device), *decoder(70, 4, dtype, device)]
+    expected = gradients(sf.splade_head, tensors, pooling=pooling)
+    leaves = [t.requires_grad_() for t in tensors]
+    pooled = sf.splade_head(*leaves, pooling=pooling)
+    grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(pooled)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = torch.autograd.grad(pooled, leaves, grad)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_autocast_compiles(device, pooling):
     compiled = torch.compile(sf.splade_head, fullgraph=True)
     hidden = lattice(2, 5, 4, dtype=torch.float32, device=device)

@@ -1,0 +1,150 @@
+// head forward on CUDA, for every architecture: a GEMM through torch writes a chunk of logits, some rows x some
+// vocabulary entries, that stays in the second-level cache, and the kernel of pool reduces it from there.
+//
+// The chunk has the dtype of hidden, as torch's own product has, so bfloat16 and float16 logits are rounded once before
+// the maximum; bias, sum and activation are in float32. Padded input multiplies all B * L rows, because the number of
+// tokens that count is not known without waiting for the device; packed input costs its real tokens.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../common/torch_ops.h"
+#include "head.h"
+#include "pool.h"
+
+namespace splade_fast::cuda {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{32} << 20;
+constexpr int64_t kChunkRows = 8192;  // more would leave too few columns for a good GEMM
+constexpr int64_t kColumnStep = 64;   // keeps rows of a chunk aligned for vectors of every dtype
+
+// Columns of a chunk with this many rows: as many as fit, in chunks of about the same width.
+int64_t chunk_columns(int64_t rows, int64_t vocabulary, int64_t element_bytes) {
+  const int64_t fit = kChunkBytes / (std::max<int64_t>(rows, 1) * element_bytes);
+  const int64_t most = std::max(fit / kColumnStep * kColumnStep, kColumnStep);
+  const int64_t chunks = ceil_div(vocabulary, most);
+  return ceil_div(ceil_div(vocabulary, chunks), kColumnStep) * kColumnStep;
+}
+
+// The sequences with rows in [row, row + count). Where packed rows are cut is only known on the device.
+void set_rows(PoolTask& task, const HeadInput& input, int64_t row, int64_t count) {
+  task.first_row = row;
+  task.end_row = row + count;
+  task.first_sequence = 0;
+  task.num_sequences = input.batch;
+  if (!input.cu_seqlens && count > 0) {
+    task.first_sequence = row / input.length;
+    task.num_sequences = ceil_div(row + count, input.length) - task.first_sequence;
+  }
+}
+
+struct Outputs {
+  Tensor pooled, max_logits, argmax;
+  bool saved;
+};
+
+void set_columns(PoolTask& task, const HeadInput& input, const Outputs& outputs, int64_t column, int64_t columns,
+                 int64_t row_stride) {
+  const auto at_column = [&](const Tensor& tensor) -> void* {
+    return static_cast<char*>(tensor.mutable_data_ptr()) + column * static_cast<int64_t>(tensor.element_size());
+  };
+  task.columns = columns;
+  task.readable = std::min(ceil_div(columns, kColumnStep) * kColumnStep, row_stride);
+  if (input.bias) {
+    task.bias = static_cast<const char*>(input.bias->const_data_ptr()) +
+                column * static_cast<int64_t>(input.bias->element_size());
+  }
+  task.pooled = at_column(outputs.pooled);
+  if (outputs.saved) {
+    task.max_logits = at_column(outputs.max_logits);
+    task.positions = at_column(outputs.argmax);
+  }
+}
+
+// The results of sequences that are cut between blocks of rows, for the whole vocabulary. At most one sequence is cut
+// at a time; a launch reads one row of this and writes the other.
+class Carries {
+ public:
+  Carries(const HeadInput& input, bool needed) {
+    if (!needed) return;
+    const std::vector<int64_t> shape{2, input.vocabulary()};
+    value_ = torch::stable::new_empty(input.weight, shape, accumulation_type(input.weight.scalar_type()));
+    position_ = torch::stable::new_empty(input.weight, shape, ScalarType::Int);
+  }
+
+  PoolCarry at(int64_t block, int64_t column) const {
+    if (!value_) return {nullptr, nullptr};
+    const int64_t index = block % 2 * value_->size(1) + column;
+    return {static_cast<char*>(value_->mutable_data_ptr()) + index * static_cast<int64_t>(value_->element_size()),
+            mutable_data<int32_t>(*position_) + index};
+  }
+
+ private:
+  std::optional<Tensor> value_, position_;
+};
+
+void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Outputs& outputs,
+                  const OnDevice& device, const char* op) {
+  const ScalarType dtype = input.weight.scalar_type();
+  const int64_t rows = input.rows(), vocabulary = input.vocabulary(), block_rows = std::min(rows, kChunkRows);
+  const int64_t width = chunk_columns(block_rows, vocabulary, static_cast<int64_t>(input.weight.element_size()));
+  const Tensor chunk = torch::stable::new_empty(input.weight, std::vector<int64_t>{block_rows, width});
+  const Carries carries(input, rows > block_rows);
+
+  PoolTask task{};
+  task.logits = chunk.const_data_ptr();
+  task.sequence_stride = input.length * width;
+  task.row_stride = width;
+  task.sequences = input.sequences();
+  task.mask = input.mask ? const_data<bool>(*input.mask) : nullptr;
+  task.activation = activation;
+  task.vocabulary = vocabulary;
+  task.pooled_in_acc = outputs.pooled.scalar_type() != dtype;
+  task.position_bytes = static_cast<int>(outputs.argmax.element_size());
+  // Blocks of rows outside: the tokens of a block stay in the cache beside the chunk. Input without rows takes one
+  // turn, which writes the results of empty sequences.
+  for (int64_t row = 0, block = 0; row < rows || block == 0; row += block_rows, ++block) {
+    const int64_t count = std::min(block_rows, rows - row);
+    set_rows(task, input, row, count);
+    for (int64_t column = 0; column < vocabulary; column += width) {
+      const int64_t columns = std::min(width, vocabulary - column);
+      if (count > 0) {
+        const Tensor target = narrowed(narrowed(chunk, 0, 0, count), 1, 0, columns);
+        const Tensor entries = narrowed(input.weight, 0, column, columns);
+        aten::mm_out(target, narrowed(input.tokens, 0, row, count), torch::stable::transpose(entries, 0, 1));
+      }
+      set_columns(task, input, outputs, column, columns, width);
+      task.carry_in = carries.at(block, column);
+      task.carry_out = carries.at(block + 1, column);
+      pool_rows(task, dtype, pooling, device, op);
+    }
+  }
+}
+
+// Host function --------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
+                                           const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                           const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
+                                           int64_t activation_code, bool save, bool float_output) {
+  const char* op = "head_forward";
+  const Pooling pooling = check_pooling(pooling_code);
+  const Activation activation = check_activation(activation_code);
+  const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
+  const OnDevice device(hidden, op);
+  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
+  const bool saved = save && pooling == Pooling::kMax;
+  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
+  const Outputs outputs{torch::stable::new_empty(hidden, shape, float_output ? acc : dtype),
+                        torch::stable::new_empty(hidden, saved ? shape : none, acc),
+                        torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)),
+                        saved};
+  if (outputs.pooled.numel() > 0) head_forward(input, pooling, activation, outputs, device, op);
+  return {outputs.pooled, outputs.max_logits, outputs.argmax};
+}
+
+}  // namespace
+}  // namespace splade_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) { m.impl("head_forward", TORCH_BOX(&splade_fast::cuda::forward)); }
