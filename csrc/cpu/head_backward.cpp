@@ -83,10 +83,8 @@ class Backward {
         const int64_t first = block * kColumns, count = std::min(kColumns, vocabulary_ - first);
         pairs.load(0, batch_, first, count);
         for (int64_t column = 0; column < count; ++column) {
-          bias.get()[column] = sum_of_column(pairs, column, needs_weight ? row.get() : nullptr);
-          if (needs_weight) {
-            kernels<T>().store(mutable_data<T>(gradients.weight) + (first + column) * depth_, row.get(), depth_);
-          }
+          T* target = needs_weight ? mutable_data<T>(gradients.weight) + (first + column) * depth_ : nullptr;
+          bias.get()[column] = sum_column(pairs, column, row.get(), target);
         }
         if (needs_bias) kernels<T>().store(mutable_data<T>(gradients.bias) + first, bias.get(), count);
       }
@@ -107,16 +105,24 @@ class Backward {
   }
 
  private:
-  // Sum of the coefficients of one vocabulary entry; with a row also of c * hidden[t].
-  Acc sum_of_column(const Pairs<T, G>& pairs, int64_t column, Acc* row) const {
-    if (row) std::fill_n(row, depth_, Acc(0));
+  // Sum of the coefficients c of one vocabulary entry; target, unless null, gets the sum of c * hidden[t].
+  Acc sum_column(const Pairs<T, G>& pairs, int64_t column, Acc* row, T* target) const {
     Acc sum = 0;
+    bool any = false;
     for (int64_t b = 0; b < batch_; ++b) {
       const Acc coefficient = pairs.coefficient(b, column);
       if (coefficient == 0) continue;
       sum += coefficient;
+      if (!target) continue;
+      if (!any) std::fill_n(row, depth_, Acc(0));
+      any = true;
       const int64_t token = sequences_.start[b] + pairs.position(b, column);
-      if (row) kernels<T>().axpy(row, coefficient, const_data<T>(hidden_) + token * depth_, depth_);
+      kernels<T>().axpy(row, coefficient, const_data<T>(hidden_) + token * depth_, depth_);
+    }
+    if (any) {
+      kernels<T>().store(target, row, depth_);
+    } else if (target) {
+      std::memset(target, 0, depth_ * sizeof(T));
     }
     return sum;
   }

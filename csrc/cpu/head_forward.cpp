@@ -93,14 +93,22 @@ class Forward {
       }
       std::fill_n(bias.get(), columns_, Acc(0));
       if (input_.bias) kernel.load(bias.get(), const_data<T>(*input_.bias) + first_column, count);
-      kernel.pack(packed_weight.get(), columns_, const_data<T>(input_.weight) + first_column * input_.depth(),
-                  input_.depth(), nullptr, count, input_.depth());
-      const Panel<Acc> work{packed_tokens,   packed_weight.get(),
-                            input_.depth(),  block.end - block.begin,
-                            sequence.data(), input_.sequences.position.data() + block.begin,
-                            state,           save_ ? positions : nullptr,
-                            columns_,        bias.get(),
-                            activation_};
+      const T* weight = const_data<T>(input_.weight) + first_column * input_.depth();
+      kernel.pack(packed_weight.get(), columns_, weight, input_.depth(), nullptr, count, input_.depth());
+      const int64_t next = panel + 1 < end ? std::min(columns_, input_.vocabulary() - first_column - count) : 0;
+      const Panel<Acc> work{packed_tokens,
+                            packed_weight.get(),
+                            input_.depth(),
+                            block.end - block.begin,
+                            sequence.data(),
+                            input_.sequences.position.data() + block.begin,
+                            state,
+                            save_ ? positions : nullptr,
+                            columns_,
+                            bias.get(),
+                            activation_,
+                            weight + count * input_.depth(),
+                            next * input_.depth() * static_cast<int64_t>(sizeof(T))};
       pooling_ == Pooling::kMax ? kernel.head_max(work) : kernel.head_sum(work);
       if (!block.closes) continue;
       for (int64_t b = block.first; b < block.last; ++b) {

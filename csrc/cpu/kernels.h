@@ -24,6 +24,8 @@ struct Panel {
   int64_t state_stride;
   const Acc* bias;  // (panel_columns,), sum only: there it goes in before the activation
   Activation activation;
+  const void* next_weight;  // what will be packed next, asked for from memory meanwhile
+  int64_t next_bytes;
 };
 
 template <typename T>

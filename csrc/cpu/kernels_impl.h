@@ -98,23 +98,42 @@ void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int6
   }
 }
 
-// products[token][column] of one tile of tokens and one panel of vocabulary entries.
+// products[token][column] of one tile of tokens and one panel of vocabulary entries. Sums run over kPart steps at a
+// time, and then over these parts: a single sum over D = 768 has three times the error.
 template <typename T>
 inline void multiply_tile(const void* tokens, const void* weight, int64_t num_steps,
                           Vec<Accumulator<T>> (&products)[kTileTokens][kPanelVectors]) {
   using Acc = Accumulator<T>;
   using Unit = typename Step<T>::Unit;
+  constexpr int64_t kPart = 128;
   const Unit* token = static_cast<const Unit*>(tokens);
   const Unit* entry = static_cast<const Unit*>(weight);
-  Vec<Acc> sum[kTileTokens][kPanelVectors] = {};
-  for (int64_t step = 0; step < num_steps; ++step, token += kTileTokens, entry += kPanelColumns<Acc>) {
-    for (int r = 0; r < kTileTokens; ++r) {
-      for (int j = 0; j < kPanelVectors; ++j) sum[r][j] = Step<T>::fma(sum[r][j], token[r], entry + j * kLanes<Acc>);
+  int64_t first = 0;
+  do {  // once also where the depth is 0
+    const int64_t last = first + kPart < num_steps ? first + kPart : num_steps;
+    Vec<Acc> sum[kTileTokens][kPanelVectors] = {};
+    for (int64_t step = first; step < last; ++step, token += kTileTokens, entry += kPanelColumns<Acc>) {
+      for (int r = 0; r < kTileTokens; ++r) {
+        for (int j = 0; j < kPanelVectors; ++j) sum[r][j] = Step<T>::fma(sum[r][j], token[r], entry + j * kLanes<Acc>);
+      }
     }
-  }
-  for (int r = 0; r < kTileTokens; ++r) {
-    for (int j = 0; j < kPanelVectors; ++j) products[r][j] = sum[r][j];
-  }
+    for (int r = 0; r < kTileTokens; ++r) {
+      for (int j = 0; j < kPanelVectors; ++j) products[r][j] = first == 0 ? sum[r][j] : products[r][j] + sum[r][j];
+    }
+    first = last;
+  } while (first < num_steps);
+}
+
+// A tile's share of the weight that the next panel will pack: its way from memory hides behind the products.
+template <typename Acc>
+inline void prefetch_share(const Panel<Acc>& panel, int64_t first_token) {
+  constexpr int64_t kLine = 64;
+  const int64_t tiles = (panel.num_tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t share = (panel.next_bytes / tiles / kLine + 1) * kLine;
+  const int64_t begin = first_token / kTileTokens * share;
+  const int64_t end = begin + share < panel.next_bytes ? begin + share : panel.next_bytes;
+  const char* next = static_cast<const char*>(panel.next_weight);
+  for (int64_t byte = begin; byte < end; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
 }
 
 // A running maximum. NaN is taken and then kept, as torch.max does; ties keep the earlier position.
@@ -132,6 +151,7 @@ void head_max_impl(const Panel<Accumulator<T>>& panel) {
   const char* tile = static_cast<const char*>(panel.tokens);
   Vec<Acc> products[kTileTokens][kVectors];
   for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
+    prefetch_share(panel, first);
     multiply_tile<T>(tile, panel.weight, num_steps, products);
     const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
     for (int64_t token = first; token < last;) {
@@ -191,6 +211,7 @@ void head_sum(const Panel<Accumulator<T>>& panel) {
   const char* tile = static_cast<const char*>(panel.tokens);
   Vec<Acc> products[kTileTokens][kPanelVectors];
   for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
+    prefetch_share(panel, first);
     multiply_tile<T>(tile, panel.weight, num_steps, products);
     const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
     for (int64_t token = first; token < last;) {

@@ -77,7 +77,7 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
   std::vector<Acc> value(rows * stride, -std::numeric_limits<Acc>::infinity());
   std::vector<Position<Acc>> argmax(rows * stride, 0);
   kernel.head_max({packed_tokens.data(), packed_weight.data(), depth, tokens, sequence.data(), position.data(),
-                   value.data(), argmax.data(), stride, nullptr, Activation::kRelu});
+                   value.data(), argmax.data(), stride, nullptr, Activation::kRelu, weight.data(), 0});
   for (int64_t row = 0; row * 5 < tokens; ++row) {
     for (int64_t v = 0; v < columns; ++v) {
       double best = -kInf;
