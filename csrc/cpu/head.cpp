@@ -20,7 +20,7 @@ HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::opt
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
   return {
-      contiguous(hidden), contiguous(weight), bias ? std::optional(contiguous(*bias)) : std::nullopt,
+      contiguous(hidden), contiguous(weight), contiguous_or_none(bias),
       cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0)) : padded_sequences(shape.batch, shape.length, mask)};
 }
 

@@ -7,14 +7,6 @@
 #include "kernels.h"
 
 namespace splade_fast::cpu {
-
-const AllKernels& kernels_portable();
-#if defined(__x86_64__)
-const AllKernels& kernels_avx2();
-const AllKernels& kernels_avx512();
-const AllKernels& kernels_avx512bf16();
-#endif
-
 namespace {
 
 struct Candidate {

@@ -69,6 +69,14 @@ struct AllKernels {
   Kernels<float16> f16;
 };
 
+// Each instruction set of the build; this machine may not run all of them.
+const AllKernels& kernels_portable();
+#if defined(__x86_64__)
+const AllKernels& kernels_avx2();
+const AllKernels& kernels_avx512();
+const AllKernels& kernels_avx512bf16();
+#endif
+
 // The best set that this machine runs; SPLADE_FAST_ISA=portable|avx2|avx512|avx512bf16 lowers it.
 const AllKernels& all_kernels();
 

@@ -136,6 +136,29 @@ inline void prefetch_share(const Panel<Acc>& panel, int64_t first_token) {
   for (int64_t byte = begin; byte < end; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
 }
 
+template <typename Acc>
+using Products = const Vec<Acc> (*)[kPanelVectors];
+
+// body(state, first_token, count, products) for every run of tokens of one sequence in a tile: state is where the
+// sequence's row starts, products those of the run.
+template <typename T, typename Body>
+inline void for_each_run(const Panel<Accumulator<T>>& panel, Body body) {
+  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
+  const int64_t num_steps = steps<T>(panel.depth);
+  const char* tile = static_cast<const char*>(panel.tokens);
+  Vec<Accumulator<T>> products[kTileTokens][kPanelVectors];
+  for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
+    prefetch_share(panel, first);
+    multiply_tile<T>(tile, panel.weight, num_steps, products);
+    const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
+    for (int64_t begin = first, end = first; begin < last; begin = end) {
+      const int32_t sequence = panel.sequence[begin];
+      while (end < last && panel.sequence[end] == sequence) ++end;
+      body(sequence * panel.state_stride, begin, end - begin, products + (begin - first));
+    }
+  }
+}
+
 // A running maximum. NaN is taken and then kept, as torch.max does; ties keep the earlier position.
 template <typename Acc>
 inline Mask<Acc> beats(Vec<Acc> candidate, Vec<Acc> value) {
@@ -145,39 +168,20 @@ inline Mask<Acc> beats(Vec<Acc> candidate, Vec<Acc> value) {
 template <typename T, bool kArgmax>
 void head_max_impl(const Panel<Accumulator<T>>& panel) {
   using Acc = Accumulator<T>;
-  constexpr int kVectors = kPanelVectors;
-  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
-  const int64_t num_steps = steps<T>(panel.depth);
-  const char* tile = static_cast<const char*>(panel.tokens);
-  Vec<Acc> products[kTileTokens][kVectors];
-  for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
-    prefetch_share(panel, first);
-    multiply_tile<T>(tile, panel.weight, num_steps, products);
-    const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
-    for (int64_t token = first; token < last;) {
-      const int32_t sequence = panel.sequence[token];
-      Acc* value_row = panel.value + sequence * panel.state_stride;
-      Position<Acc>* argmax_row = kArgmax ? panel.argmax + sequence * panel.state_stride : nullptr;
-      Vec<Acc> value[kVectors];
-      Mask<Acc> argmax[kVectors] = {};
-      for (int j = 0; j < kVectors; ++j) {
-        value[j] = load_bits<Vec<Acc>>(value_row + j * kLanes<Acc>);
-        if constexpr (kArgmax) argmax[j] = load_bits<Mask<Acc>>(argmax_row + j * kLanes<Acc>);
+  for_each_run<T>(panel, [&](int64_t state, int64_t first, int64_t count, Products<Acc> products) {
+    for (int j = 0; j < kPanelVectors; ++j, state += kLanes<Acc>) {
+      Vec<Acc> value = load_bits<Vec<Acc>>(panel.value + state);
+      Mask<Acc> argmax = {};
+      if constexpr (kArgmax) argmax = load_bits<Mask<Acc>>(panel.argmax + state);
+      for (int64_t t = 0; t < count; ++t) {
+        const Mask<Acc> better = beats<Acc>(products[t][j], value);
+        value = better ? products[t][j] : value;
+        if constexpr (kArgmax) argmax = better ? broadcast<Mask<Acc>>(panel.position[first + t]) : argmax;
       }
-      for (; token < last && panel.sequence[token] == sequence; ++token) {
-        for (int j = 0; j < kVectors; ++j) {
-          const Vec<Acc> candidate = products[token - first][j];
-          const Mask<Acc> better = beats<Acc>(candidate, value[j]);
-          value[j] = better ? candidate : value[j];
-          if constexpr (kArgmax) argmax[j] = better ? broadcast<Mask<Acc>>(panel.position[token]) : argmax[j];
-        }
-      }
-      for (int j = 0; j < kVectors; ++j) {
-        store_bits(value_row + j * kLanes<Acc>, value[j]);
-        if constexpr (kArgmax) store_bits(argmax_row + j * kLanes<Acc>, argmax[j]);
-      }
+      store_bits(panel.value + state, value);
+      if constexpr (kArgmax) store_bits(panel.argmax + state, argmax);
     }
-  }
+  });
 }
 
 template <typename T>
@@ -206,29 +210,15 @@ inline Vec<Acc> activation_slope(Vec<Acc> logit, Activation activation) {
 template <typename T>
 void head_sum(const Panel<Accumulator<T>>& panel) {
   using Acc = Accumulator<T>;
-  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
-  const int64_t num_steps = steps<T>(panel.depth);
-  const char* tile = static_cast<const char*>(panel.tokens);
-  Vec<Acc> products[kTileTokens][kPanelVectors];
-  for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
-    prefetch_share(panel, first);
-    multiply_tile<T>(tile, panel.weight, num_steps, products);
-    const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
-    for (int64_t token = first; token < last;) {
-      const int32_t sequence = panel.sequence[token];
-      Acc* sum_row = panel.value + sequence * panel.state_stride;
-      Vec<Acc> sum[kPanelVectors] = {};  // of the tile first: summing by parts rounds less
-      for (; token < last && panel.sequence[token] == sequence; ++token) {
-        for (int j = 0; j < kPanelVectors; ++j) {
-          const Vec<Acc> logit = products[token - first][j] + load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
-          sum[j] += activate<Acc>(logit, panel.activation);
-        }
-      }
-      for (int j = 0; j < kPanelVectors; ++j, sum_row += kLanes<Acc>) {
-        store_bits(sum_row, load_bits<Vec<Acc>>(sum_row) + sum[j]);
-      }
+  for_each_run<T>(panel, [&](int64_t state, int64_t, int64_t count, Products<Acc> products) {
+    for (int j = 0; j < kPanelVectors; ++j) {
+      const Vec<Acc> bias = load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
+      Vec<Acc> sum = {};  // of the run first: summing by parts rounds less
+      for (int64_t t = 0; t < count; ++t) sum += activate<Acc>(products[t][j] + bias, panel.activation);
+      Acc* total = panel.value + state + j * kLanes<Acc>;
+      store_bits(total, load_bits<Vec<Acc>>(total) + sum);
     }
-  }
+  });
 }
 
 // body(column, load, store) for every vector of a row: load and store take the ragged end with care.

@@ -167,7 +167,7 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   check_size("grad", grad, 1, logits.size(2));
   check_mask(mask, logits, logits.size(0), logits.size(1));
   const Tensor dense = with_whole_rows(logits), dense_grad = torch::stable::contiguous(grad);
-  const std::optional<Tensor> dense_mask = mask ? std::optional(torch::stable::contiguous(*mask)) : std::nullopt;
+  const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   Tensor grad_logits = torch::stable::new_empty(dense, logits.sizes());
   prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * grad_logits.element_size());
   dispatch_floating(dense.scalar_type(), [&](auto type) {

@@ -30,7 +30,7 @@ inline Sequences padded_sequences(int64_t batch, int64_t length, const std::opti
   Sequences sequences;
   sequences.offset.reserve(batch + 1);
   sequences.offset.push_back(0);
-  const std::optional<Tensor> dense = mask ? std::optional(torch::stable::contiguous(*mask)) : std::nullopt;
+  const std::optional<Tensor> dense = contiguous_or_none(mask);
   const bool* counts = dense ? const_data<bool>(*dense) : nullptr;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t l = 0; l < length; ++l) {

@@ -6,13 +6,11 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "../common/checks.h"
+#include "../common/dispatch.h"
 
 namespace splade_fast::cuda {
 
@@ -21,37 +19,9 @@ namespace splade_fast::cuda {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-// body(Type<T>{}) for the element type of dtype.
 template <typename Body>
 void dispatch_floating(ScalarType dtype, Body body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(Type<float>{});
-    case ScalarType::Double:
-      return body(Type<double>{});
-    case ScalarType::BFloat16:
-      return body(Type<__nv_bfloat16>{});
-    case ScalarType::Half:
-      return body(Type<__half>{});
-    default:
-      STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(dtype));
-  }
-}
-
-template <typename T>
-const T* const_data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  dispatch_floating_as<__nv_bfloat16, __half>(dtype, body);
 }
 
 __device__ inline float to_acc(float value) { return value; }
@@ -234,10 +204,6 @@ inline unsigned grid_size(int64_t blocks) {
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of the other tensors");
-}
-
-inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
 }  // namespace splade_fast::cuda

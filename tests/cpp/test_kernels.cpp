@@ -8,15 +8,6 @@
 #include "cpu/kernels.h"
 #include "expect.h"
 
-namespace splade_fast::cpu {
-const AllKernels& kernels_portable();
-#if defined(__x86_64__)
-const AllKernels& kernels_avx2();
-const AllKernels& kernels_avx512();
-const AllKernels& kernels_avx512bf16();
-#endif
-}  // namespace splade_fast::cpu
-
 using namespace splade_fast;
 using namespace splade_fast::cpu;
 

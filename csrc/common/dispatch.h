@@ -1,0 +1,48 @@
+// From a tensor's dtype to an element type, and typed pointers that do not know torch's own types.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+
+namespace splade_fast {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<T>{}) for the element type of dtype; each backend has its own half-precision types.
+template <typename BFloat16, typename Float16, typename Body>
+void dispatch_floating_as(ScalarType dtype, Body body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(Type<float>{});
+    case ScalarType::Double:
+      return body(Type<double>{});
+    case ScalarType::BFloat16:
+      return body(Type<BFloat16>{});
+    case ScalarType::Half:
+      return body(Type<Float16>{});
+    default:
+      STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+}  // namespace splade_fast
