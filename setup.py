@@ -28,7 +28,8 @@ class CMakeBuild(build_ext):
             package
         ):  # a build without CUDA must not keep an old CUDA library
             stale.unlink()
-        cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        # Fresh: an earlier cache may name tools of another environment. Object files are kept.
+        cmake = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         cmake += [
             "-DSPLADE_FAST_PYTHON=ON",
             "-DSPLADE_FAST_TESTS=OFF",
