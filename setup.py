@@ -28,8 +28,9 @@ class CMakeBuild(build_ext):
             package
         ):  # a build without CUDA must not keep an old CUDA library
             stale.unlink()
-        # Fresh: an earlier cache may name tools of another environment. Object files are kept.
-        cmake = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        if self._is_of_another_environment(build / "CMakeCache.txt"):
+            cmake.append("--fresh")
         cmake += [
             "-DSPLADE_FAST_PYTHON=ON",
             "-DSPLADE_FAST_TESTS=OFF",
@@ -46,6 +47,11 @@ class CMakeBuild(build_ext):
     def _package_folder(self) -> Path:
         inplace = self.inplace or self.editable_mode
         return (ROOT if inplace else Path(self.build_lib).resolve()) / "splade_fast"
+
+    @staticmethod
+    def _is_of_another_environment(cache: Path) -> bool:
+        """Whether an earlier build here names tools that may be gone, as an isolated build's are."""
+        return cache.exists() and f"={sys.executable}\n" not in cache.read_text()
 
     @staticmethod
     def _libraries(package: Path) -> list[Path]:
