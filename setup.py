@@ -22,7 +22,8 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("SPLADE_FAST_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise ValueError(f"SPLADE_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")
-        build = Path(self.build_temp).resolve()
+        # An editable install is given a temporary folder; ours makes the next one incremental.
+        build = ROOT / "build" / "editable" if self._inplace() else Path(self.build_temp).resolve()
         package = self._package_folder()
         for stale in self._libraries(
             package
@@ -45,12 +46,14 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
     def _package_folder(self) -> Path:
-        inplace = self.inplace or self.editable_mode
-        return (ROOT if inplace else Path(self.build_lib).resolve()) / "splade_fast"
+        return (ROOT if self._inplace() else Path(self.build_lib).resolve()) / "splade_fast"
+
+    def _inplace(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
 
     @staticmethod
     def _is_of_another_environment(cache: Path) -> bool:
-        """Whether an earlier build here names tools that may be gone, as an isolated build's are."""
+        """Whether an earlier build names tools that may be gone, as an isolated build's are."""
         return cache.exists() and f"={sys.executable}\n" not in cache.read_text()
 
     @staticmethod
