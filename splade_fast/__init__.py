@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
-from splade_fast.ops import sparse_scores, sparse_search, splade_head, splade_pool
+from splade_fast.ops import (
+    sparse_scores,
+    sparse_search,
+    splade_head,
+    splade_head_topk,
+    splade_pool,
+)
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ __all__ = [
     "sparse_scores",
     "sparse_search",
     "splade_head",
+    "splade_head_topk",
     "splade_pool",
 ]
 

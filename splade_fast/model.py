@@ -30,6 +30,7 @@ from splade_fast.checkpoints import (
 )
 from splade_fast.hidden_states import check_decoder_is_last, decoder_of, hidden_before_decoder
 from splade_fast.ops.head import splade_head
+from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.sparse_rows import SparseRows
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -110,17 +111,8 @@ class SpladeEncoder(nn.Module):
             attention_mask: (B, L), nonzero counts; all count without it.
             kwargs: further inputs of the transformer, such as `token_type_ids`.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        hidden = hidden_before_decoder(
-            self.model, input_ids=input_ids, attention_mask=attention_mask, **kwargs
-        )
-        decoder = decoder_of(self.model)
         return splade_head(
-            hidden,
-            decoder.weight,
-            decoder.bias,
-            attention_mask,
+            *self._head_inputs(input_ids, attention_mask, **kwargs),
             pooling=self.settings.pooling,
             activation=self.settings.activation,
         )
@@ -190,8 +182,13 @@ class SpladeEncoder(nn.Module):
             with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
                 for start in range(0, len(texts), batch_size):
                     batch = [prompt + texts[i] for i in order[start : start + batch_size]]
-                    vectors = self(**self.tokenize(batch, max_length))
-                    parts.append(SparseRows.from_dense(vectors, k).to("cpu"))
+                    rows = splade_head_topk(
+                        *self._head_inputs(**self.tokenize(batch, max_length)),
+                        k=k,
+                        pooling=self.settings.pooling,
+                        activation=self.settings.activation,
+                    )
+                    parts.append(rows.to("cpu"))
                     progress.update(len(batch))
         finally:
             self.train(was_training)
@@ -221,6 +218,18 @@ class SpladeEncoder(nn.Module):
             file = folder / name
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _head_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Hidden states before the decoder, its weight and bias, and the mask."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = hidden_before_decoder(
+            self.model, input_ids=input_ids, attention_mask=attention_mask, **kwargs
+        )
+        decoder = decoder_of(self.model)
+        return hidden, decoder.weight, decoder.bias, attention_mask
 
     def _length_limit(self, max_length: int) -> int:
         # tokenizer.model_max_length is a huge number where the tokenizer knows no limit.

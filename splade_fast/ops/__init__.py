@@ -1,7 +1,8 @@
 """The public ops. Each module holds all of one op's Python: function, fake, autograd, autocast."""
 
 from splade_fast.ops.head import splade_head
+from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.ops.pool import splade_pool
 from splade_fast.ops.score import sparse_scores, sparse_search
 
-__all__ = ["sparse_scores", "sparse_search", "splade_head", "splade_pool"]
+__all__ = ["sparse_scores", "sparse_search", "splade_head", "splade_head_topk", "splade_pool"]

@@ -72,8 +72,8 @@ def splade_head(
     pooling_code = check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
     check_choice("algorithm", algorithm, ALGORITHMS)
-    _check_decoder(hidden, weight, bias)
-    mask = _check_sequences(hidden, attention_mask, cu_seqlens)
+    check_decoder(hidden, weight, bias)
+    mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
             hidden,
@@ -107,7 +107,8 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The decoder fits hidden."""
     check_floating("weight", weight)
     check_like("weight", weight, "hidden", hidden)
     if weight.ndim != 2 or hidden.ndim == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -125,7 +126,7 @@ def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-def _check_sequences(
+def check_sequences(
     hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """How hidden is cut into sequences is clear and whole; the mask comes back as bool."""

@@ -1,0 +1,65 @@
+"""head_topk: hidden states -> the k largest entries of each pooled row, without a dense (B, V)."""
+
+import torch
+from torch import Tensor
+
+from splade_fast.ops._checks import check_floating
+from splade_fast.ops.head import check_decoder, check_sequences, splade_head
+from splade_fast.sparse_rows import SparseRows
+
+# Pooled rows of a block, dense for as long as it takes to prune them.
+_BLOCK_BYTES = 16 * 2**20
+
+
+@torch.no_grad()
+def splade_head_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    k: int | None,
+    cu_seqlens: Tensor | None = None,
+    pooling: str = "max",
+    activation: str = "log1p_relu",
+) -> SparseRows:
+    """SparseRows.from_dense(splade_head(…), k), a block of sequences at a time; for inference.
+
+    With max pooling on the CPU equal to that to the bit.
+
+    Args:
+        hidden: (B, L, D), or packed (T, D) with cu_seqlens.
+        weight: (V, D), the decoder's weight.
+        bias: (V,) or None.
+        attention_mask: (B, L), nonzero = counts. None: all count.
+        k: keep at most the k largest entries of a row; None keeps all that are positive.
+        cu_seqlens: (B + 1,) int32; its values are read, which waits for a GPU.
+        pooling, activation: as in splade_head.
+
+    Returns:
+        SparseRows of B rows over V columns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as splade_head and SparseRows.from_dense.
+    """
+    # Of the whole: a block alone could not tell that a mask has too many rows.
+    check_floating("hidden", hidden)
+    check_decoder(hidden, weight, bias)
+    check_sequences(hidden, attention_mask, cu_seqlens)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    batch = hidden.shape[0] if bounds is None else len(bounds) - 1
+    block = max(1, _BLOCK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
+    parts = []
+    for first in range(0, max(batch, 1), block):
+        last = min(first + block, batch)
+        if bounds is None or cu_seqlens is None:
+            rows, starts = hidden[first:last], None
+            mask = None if attention_mask is None else attention_mask[first:last]
+        else:
+            rows, mask = hidden[bounds[first] : bounds[last]], attention_mask
+            starts = cu_seqlens[first : last + 1] - bounds[first]
+        pooled = splade_head(
+            rows, weight, bias, mask, cu_seqlens=starts, pooling=pooling, activation=activation
+        )
+        parts.append(SparseRows.from_dense(pooled, k))
+    return SparseRows.cat(parts)
