@@ -21,10 +21,12 @@ def test_a_corpus_of_ones_own_with_judgements(tmp_path):
     finished = run_demo(
         *("--model", model, "--corpus", tmp_path / "corpus.tsv"),
         *("--queries", tmp_path / "queries.tsv", "--qrels", tmp_path / "qrels.txt"),
+        *("--plot", tmp_path / "plots" / "pruning.png"),
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for shown in ("fox jumps", "MRR@10", "BM25", "sentence-transformers", "All vectors agree"):
         assert shown in finished.stdout
+    assert (tmp_path / "plots" / "pruning.png").stat().st_size > 0
 
 
 def test_bad_arguments_exit_with_2(tmp_path):

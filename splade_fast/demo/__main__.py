@@ -20,6 +20,7 @@ from splade_fast.demo.checkpoint import CheckpointError, demo_checkpoint
 from splade_fast.demo.contenders import CONTENDERS
 from splade_fast.demo.measure import Measurement, measure_in_subprocess
 from splade_fast.demo.task import Task, docstring_task, file_task
+from splade_fast.demo.tradeoff import plot, trade_offs
 from splade_fast.evaluation import evaluate_run, run_of
 from splade_fast.model import SpladeEncoder
 from splade_fast.ops.score import sparse_search
@@ -42,6 +43,9 @@ def demo(
     compared: Annotated[int, typer.Option(min=1, help="Documents of the speed comparison.")] = 320,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    plot_file: Annotated[
+        Path, typer.Option("--plot", help="Where the picture of the pruning trade-off goes.")
+    ] = Path(".demo/pruning.png"),
 ) -> None:
     """Encode a corpus with SPLADE, search it, evaluate against BM25, compare speed and memory."""
     torch.set_num_threads(threads)
@@ -66,7 +70,7 @@ def demo(
     )
     _answer(encoder, task, documents, ask or task.questions)
     if task.queries is not None and task.qrels is not None:
-        _evaluate(encoder, task, documents, task.queries, task.qrels, batch_size)
+        _evaluate(encoder, task, documents, task.queries, task.qrels, batch_size, plot_file)
     _compare(name, task, compared, batch_size, threads)
 
 
@@ -95,8 +99,9 @@ def _evaluate(
     queries: Texts,
     qrels: Qrels,
     batch_size: int,
+    plot_file: Path,
 ) -> None:
-    """Print the quality of the model and of BM25 on the judged queries."""
+    """Print the quality of the model, pruned and not, and of BM25, on the judged queries."""
     with _stage(f"Evaluating {len(queries)} queries"):
         vectors = encoder.encode(
             queries.texts, batch_size=batch_size, max_length=_MAX_LENGTH, show_progress=False
@@ -110,6 +115,18 @@ def _evaluate(
     table = Table("", *results["SPLADE"], title=f"{len(documents)} documents")
     for name, measures in results.items():
         table.add_row(name, *(f"{value:.3f}" for value in measures.values()))
+    console.print(table)
+
+    def mrr_of(rows: SparseRows) -> float:
+        run = run_of(queries.ids, task.documents.ids, *sparse_search(vectors, rows, 10))
+        return evaluate_run(qrels, run)["MRR@10"]
+
+    with _stage("Pruning the documents"):
+        found = trade_offs(documents, mrr_of)
+        plot(found, plot_file)
+    table = Table("entries kept", "index, MiB", "MRR@10", title=f"see {plot_file}")
+    for point in found:
+        table.add_row(point.label, f"{point.mib:.1f}", f"{point.mrr:.3f}")
     console.print(table)
 
 
