@@ -122,10 +122,10 @@ def _evaluate(
         return evaluate_run(qrels, run)["MRR@10"]
 
     with _stage("Pruning the documents"):
-        found = trade_offs(documents, mrr_of)
-        plot(found, plot_file)
+        points = trade_offs(documents, mrr_of)
+        plot(points, plot_file)
     table = Table("entries kept", "index, MiB", "MRR@10", title=f"see {plot_file}")
-    for point in found:
+    for point in points:
         table.add_row(point.label, f"{point.mib:.1f}", f"{point.mrr:.3f}")
     console.print(table)
 
