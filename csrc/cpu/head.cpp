@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
     const SumDevice<typename decltype(type)::type> device{dense_grad, input.bias, sequences.sequence, activation};
     head_sum_backward(tokens, input.weight, kChunkBytes, device, sums);
   });
-  if (needs_hidden) {
+  if (gradients.hidden.numel() > 0) {
     std::memset(gradients.hidden.mutable_data_ptr(), 0, gradients.hidden.numel() * gradients.hidden.element_size());
     const int64_t bytes = input.depth() * static_cast<int64_t>(gradients.hidden.element_size());
     for (int64_t t = 0; t < sequences.tokens(); ++t) {

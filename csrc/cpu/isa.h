@@ -190,13 +190,13 @@ inline Vec<Acc> relu(Vec<Acc> x) {
 // log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, whose series to s^9 is exact to 1e-9. What rounding
 // took from u comes back as the first-order term (x - (u - 1)) / u.
 inline Vec<float> log1p_vec(Vec<float> x) {
-  typedef Mask<float> Int;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Vec<float> one = broadcast<Vec<float>>(1.0f);
   const Vec<float> u = one + x;
-  const Int kSqrtHalf = broadcast<Int>(0x3f3504f3);
-  const Int shifted = reinterpret_cast<Int>(u) + (0x3f800000 - kSqrtHalf);
-  const Int exponent = (shifted >> 23) - 127;
-  const Vec<float> m = reinterpret_cast<Vec<float>>((shifted & 0x007fffff) + kSqrtHalf);
+  const Bits kSqrtHalf = broadcast<Bits>(0x3f3504f3u);
+  const Bits shifted = reinterpret_cast<Bits>(u) + (0x3f800000u - kSqrtHalf);
+  const Mask<float> exponent = reinterpret_cast<Mask<float>>(shifted >> 23) - 127;
+  const Vec<float> m = reinterpret_cast<Vec<float>>((shifted & 0x007fffffu) + kSqrtHalf);
   const Vec<float> k = __builtin_convertvector(exponent, Vec<float>);
   // The smaller summand is the one that was rounded.
   const Vec<float> lost = exponent >= 1 ? one - (u - x) : x - (u - one);
