@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
-from splade_fast.ops import sparse_scores, sparse_search, splade_head, splade_pool
+from splade_fast.ops import prune_topk, sparse_scores, sparse_search, splade_head, splade_pool
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ __all__ = [
     "SpladeEncoder",
     "__version__",
     "build_info",
+    "prune_topk",
     "reference",
     "sparse_scores",
     "sparse_search",

@@ -2,6 +2,7 @@
 
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.pool import splade_pool
+from splade_fast.ops.prune import prune_topk
 from splade_fast.ops.score import sparse_scores, sparse_search
 
-__all__ = ["sparse_scores", "sparse_search", "splade_head", "splade_pool"]
+__all__ = ["prune_topk", "sparse_scores", "sparse_search", "splade_head", "splade_pool"]
