@@ -1,6 +1,6 @@
 // prune on the CPU: dense rows (B, V) -> the entries to keep.
 //
-// One pass over a row collects what may be kept. With k the buffer holds only a few times k entries: whenever it is
+// One pass over a row collects what may be kept. With k the buffer holds only about 2 k entries: whenever it is
 // full the k largest stay, and the smallest of them is the threshold of what follows, because a later equal entry would
 // lose the tie. So dense rows cost about one read as well, and every row fits.
 #include "../common/prune.h"
@@ -37,10 +37,10 @@ Accumulator<T> rounded(Accumulator<T> value) {
 // How many candidates there may be at once.
 template <typename T>
 int64_t capacity(const Criteria& criteria, int64_t columns) {
-  constexpr int64_t kSlack = Candidates<Accumulator<T>>::kSlack, kEnough = 2048;
+  constexpr int64_t kSlack = Candidates<Accumulator<T>>::kSlack, kEnough = 512;
   const int64_t all = columns + kSlack;
   // The sum that mass refers to is that of all candidates.
-  return criteria.k && !criteria.mass ? std::min(all, std::max(4 * *criteria.k + kSlack, kEnough)) : all;
+  return criteria.k && !criteria.mass ? std::min(all, std::max(2 * *criteria.k, kEnough) + kSlack) : all;
 }
 
 // collect() with the entries that are not <= threshold of a row, or with the k largest of them.
@@ -144,7 +144,9 @@ std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
 template <typename T>
 void write_rows(const std::vector<Row<T>>& rows, const Tensor& indices, const Tensor& values, const Tensor& lengths) {
   const int64_t width = indices.size(1);
-  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end) {
+  // Little is copied by one thread: waking the others takes longer.
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (width + 1));
+  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const Row<T>& row = rows[b];
       const int64_t length = static_cast<int64_t>(row.columns.size());

@@ -75,6 +75,7 @@ int64_t collect(const T* row, int64_t first, int64_t columns, Accumulator<T> thr
   Candidates<Acc> found = candidates;  // a copy: the count stays in a register
   constexpr int kVectors = 4;
   constexpr int64_t kStep = kVectors * kLanes<Acc>;
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // farther than the hardware looks by itself
   static_assert(kStep <= Candidates<Acc>::kSlack);
   const Vec<Acc> limit = broadcast<Vec<Acc>>(threshold);
   const int64_t last = found.capacity - kStep;  // more than that, and a step might not fit
@@ -83,6 +84,7 @@ int64_t collect(const T* row, int64_t first, int64_t columns, Accumulator<T> thr
     Vec<Acc> x[kVectors];
     unsigned lanes[kVectors], any = 0;
     for (int i = 0; i < kVectors; ++i) {
+      __builtin_prefetch(row + column + i * kLanes<Acc> + kAhead);
       x[i] = load_vec(row + column + i * kLanes<Acc>);
       lanes[i] = lanes_above<Acc>(x[i], limit);
       any |= lanes[i];
@@ -115,23 +117,90 @@ inline Mask<Acc> ordered(Vec<Acc> x) {
   return x == x ? key : broadcast<Int>(kMagnitude);
 }
 
+// Bit i: lane i of the keys is at least the limit.
+template <typename Acc>
+inline unsigned lanes_at_least(Mask<Acc> key, Mask<Acc> limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == 4) {
+    return _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(key), reinterpret_cast<__m512i>(limit));
+  } else {
+    return _mm512_cmpge_epi64_mask(reinterpret_cast<__m512i>(key), reinterpret_cast<__m512i>(limit));
+  }
+#else
+  return lane_bits<Acc>(key >= limit);
+#endif
+}
+
+template <typename Acc>
+inline int64_t count_at_least(const Candidates<Acc>& found, int64_t vectors, Position<Acc> key) {
+  const Mask<Acc> limit = broadcast<Mask<Acc>>(key);
+  int64_t count = 0;
+  for (int64_t i = 0; i < vectors; ++i) {
+    count += __builtin_popcount(lanes_at_least<Acc>(load_bits<Mask<Acc>>(found.key + i * kLanes<Acc>), limit));
+  }
+  return count;
+}
+
+// Keeps the candidates above the k-th key, and the first `ties` of those equal to it.
+template <typename Acc>
+inline void keep_above(Candidates<Acc>& found, [[maybe_unused]] int64_t vectors, Position<Acc> kth, int64_t ties) {
+#if defined(__AVX512F__)
+  const Mask<Acc> limit = broadcast<Mask<Acc>>(kth);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const int64_t first = i * kLanes<Acc>;
+    const Mask<Acc> key = load_bits<Mask<Acc>>(found.key + first);
+    unsigned keep = lanes_at_least<Acc>(key, limit);
+    unsigned equal = keep & lanes_at_least<Acc>(limit, key);
+    if (equal != 0) {
+      keep &= ~equal;
+      for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) keep |= equal & -equal;
+    }
+    // A whole vector is written, but never past what has been read.
+    if constexpr (sizeof(Acc) == 4) {
+      const __mmask16 mask = static_cast<__mmask16>(keep);
+      const __m512i column = load_bits<__m512i>(found.column + first);
+      store_bits(found.value + kept, _mm512_maskz_compress_ps(mask, load_bits<__m512>(found.value + first)));
+      store_bits(found.column + kept, _mm512_maskz_compress_epi32(mask, column));
+    } else {
+      const __mmask8 mask = static_cast<__mmask8>(keep);
+      const __m256i column = load_bits<__m256i>(found.column + first);
+      store_bits(found.value + kept, _mm512_maskz_compress_pd(mask, load_bits<__m512d>(found.value + first)));
+      store_bits(found.column + kept, _mm256_maskz_compress_epi32(mask, column));
+    }
+    kept += __builtin_popcount(keep);
+  }
+  found.count = kept;
+#else
+  int64_t kept = 0;
+  for (int64_t i = 0; i < found.count; ++i) {
+    const Position<Acc> key = found.key[i];
+    const bool tie = key == kth && ties > 0;
+    ties -= tie;
+    found.value[kept] = found.value[i];
+    found.column[kept] = found.column[i];
+    kept += key > kth || tie;
+  }
+  found.count = kept;
+#endif
+}
+
 // The k-th largest is found bit by bit: how many keys are at least the prefix? Counting is all vectors, and there are
 // no branches to predict.
 template <typename Acc>
-Acc keep_largest(Candidates<Acc>& found, int64_t k) {
+Acc keep_largest(Candidates<Acc>& candidates, int64_t k) {
   typedef Mask<Acc> Int;
   typedef Position<Acc> Key;
   typedef std::make_unsigned_t<Key> Unsigned;
   constexpr int kBits = 8 * sizeof(Acc);
   constexpr Key kLowest = static_cast<Key>(Unsigned(1) << (kBits - 1)), kHighest = ~kLowest;
+  Candidates<Acc> found = candidates;
   const int64_t count = found.count, vectors = (count + kLanes<Acc> - 1) / kLanes<Acc>;
-  Int all = {}, any = {};
+  // The last vector is filled up with the first candidate, until the bits that all share are known.
+  for (int64_t i = count; i < vectors * kLanes<Acc>; ++i) found.value[i] = found.value[0];
+  Int all = ~Int{}, any = {};
   for (int64_t i = 0; i < vectors; ++i) {
-    Int key = ordered<Acc>(load_bits<Vec<Acc>>(found.value + i * kLanes<Acc>));
-    if (const int64_t rest = count - i * kLanes<Acc>; rest < kLanes<Acc>) {
-      for (int64_t lane = rest; lane < kLanes<Acc>; ++lane) key[lane] = key[0];
-    }
-    if (i == 0) all = any = key;
+    const Int key = ordered<Acc>(load_bits<Vec<Acc>>(found.value + i * kLanes<Acc>));
     all &= key;
     any |= key;
     store_bits(found.key + i * kLanes<Acc>, key);
@@ -147,39 +216,37 @@ Acc keep_largest(Candidates<Acc>& found, int64_t k) {
   const Unsigned differ = static_cast<Unsigned>(in_all ^ in_any);
   const int open = differ == 0 ? 0 : 64 - __builtin_clzll(differ);
   const Unsigned fixed = open == kBits ? 0 : ~((Unsigned(1) << open) - 1);
+  const auto signed_key = [](Unsigned prefix) { return static_cast<Key>(prefix ^ static_cast<Unsigned>(kLowest)); };
   Unsigned prefix = (static_cast<Unsigned>(in_all) ^ static_cast<Unsigned>(kLowest)) & fixed;
-  for (int bit = open - 1; bit >= 0; --bit) {
+  int64_t at_least = count;  // the prefix
+  for (int bit = open - 1; bit >= 0 && at_least > k; --bit) {
     const Unsigned candidate = prefix | Unsigned(1) << bit;
-    const Int limit = broadcast<Int>(static_cast<Key>(candidate ^ static_cast<Unsigned>(kLowest)));
-    Int counts[2] = {};
-    int64_t i = 0;
-    for (; i + 2 <= vectors; i += 2) {
-      counts[0] -= load_bits<Int>(found.key + i * kLanes<Acc>) >= limit;
-      counts[1] -= load_bits<Int>(found.key + (i + 1) * kLanes<Acc>) >= limit;
+    const int64_t found_above = count_at_least(found, vectors, signed_key(candidate));
+    if (found_above < k) continue;
+    prefix = candidate;
+    at_least = found_above;
+  }
+
+  // Where exactly k are at least the prefix, the k-th largest is the smallest of them; otherwise it is the prefix.
+  Key kth = signed_key(prefix);
+  int64_t ties = 0;
+  if (at_least > k) {
+    ties = kth == kHighest ? k : k - count_at_least(found, vectors, kth + 1);
+  } else {
+    const Int limit = broadcast<Int>(kth);
+    Int smallest = broadcast<Int>(kHighest);
+    for (int64_t i = 0; i < vectors; ++i) {
+      const Int key = load_bits<Int>(found.key + i * kLanes<Acc>);
+      const Int kept = key >= limit ? key : smallest;
+      smallest = kept < smallest ? kept : smallest;
     }
-    if (i < vectors) counts[0] -= load_bits<Int>(found.key + i * kLanes<Acc>) >= limit;
-    int64_t at_least = 0;
-    for (int lane = 0; lane < kLanes<Acc>; ++lane) at_least += counts[0][lane] + counts[1][lane];
-    if (at_least >= k) prefix = candidate;
-    if (at_least == k) break;  // nothing between the prefix and the k-th largest
+    kth = smallest[0];
+    for (int lane = 1; lane < kLanes<Acc>; ++lane) kth = smallest[lane] < kth ? smallest[lane] : kth;
+    ties = k;  // all of them
   }
-  const Key kth = static_cast<Key>(prefix ^ static_cast<Unsigned>(kLowest));
-  int64_t ties = k;
-  for (int64_t i = 0; i < count; ++i) ties -= found.key[i] > kth;
-  int64_t kept = 0;
-  Key smallest = kHighest;
-  for (int64_t i = 0; i < count; ++i) {
-    const Key key = found.key[i];
-    const bool tie = key == kth && ties > 0;
-    const bool keep = key > kth || tie;
-    ties -= tie;
-    smallest = keep && key < smallest ? key : smallest;
-    found.value[kept] = found.value[i];
-    found.column[kept] = found.column[i];
-    kept += keep;
-  }
-  found.count = kept;
-  const Key bits = smallest ^ ((smallest >> (kBits - 1)) & kHighest);
+  keep_above(found, vectors, kth, ties);
+  candidates.count = found.count;
+  const Key bits = kth ^ ((kth >> (kBits - 1)) & kHighest);
   return load_bits<Acc>(&bits);
 }
 
