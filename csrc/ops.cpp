@@ -28,4 +28,12 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "head_backward_sum(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, "
       "Tensor? cu_seqlens, int activation, bool needs_hidden, bool needs_weight, bool needs_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+
+  // The entries of each row of x (B, V) that are not <= threshold, as padded rows (B, K): values, then 0; their
+  // columns, int32 and ascending, then -1; int32 lengths (B,). None: that criterion is off. K is the longest row's
+  // length on the CPU and min(k, V) on CUDA, and on both where k is the only criterion, which min(k, V) entries of
+  // every row meet. mass has no CUDA kernel.
+  m.def(
+      "prune_rows(Tensor x, int? k, float? threshold, float? max_ratio, float? mass) "
+      "-> (Tensor values, Tensor indices, Tensor lengths)");
 }

@@ -6,6 +6,7 @@ from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
+    prune_topk,
     sparse_scores,
     sparse_search,
     splade_head,
@@ -22,6 +23,7 @@ __all__ = [
     "SpladeEncoder",
     "__version__",
     "build_info",
+    "prune_topk",
     "reference",
     "sparse_scores",
     "sparse_search",

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from splade_fast.ops.prune import prune_rows
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
@@ -69,7 +71,10 @@ class SparseRows:
                 row's sum (alpha-mass pruning, Bruch et al., SIGIR 2024).
 
         Returns:
-            SparseRows of B rows and `num_cols` V; K is the longest row's length.
+            SparseRows of B rows and `num_cols` V; K is the longest row's length. On a GPU K is
+            min(k, V), so that nothing waits for it; without k, what is above the threshold is
+            counted first, and with `mass` K is the longest row's length as well. The values are
+            differentiable: their gradient goes to the kept entries of x.
 
         Raises:
             TypeError, ValueError: x is no floating-point matrix, or a criterion is out of range.
@@ -86,12 +91,7 @@ class SparseRows:
             if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {ratio}")
 
-        columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand_as(x)
-        # "not at most" instead of "greater": keeps NaN, which must not vanish silently.
-        indices, values, lengths = _compact(~(x <= threshold), columns, x)
-        if values.shape[1] > 0 and not (k is None and max_ratio is None and mass is None):
-            keep = _keep_largest(values, lengths, k, max_ratio, mass)
-            indices, values, lengths = _compact(keep, indices, values)
+        indices, values, lengths = prune_rows(x, k, threshold, max_ratio, mass)
         return cls(indices, values, lengths, x.shape[1])
 
     @classmethod
@@ -359,42 +359,6 @@ def _check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: in
             )
     if num_cols < 0:
         raise ValueError(f"num_cols must be at least 0, got {num_cols}")
-
-
-def _compact(keep: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the kept entries of each row to its front, in order; the new width is the largest."""
-    lengths = keep.sum(1, dtype=torch.int32)
-    width = int(lengths.max()) if len(lengths) else 0
-    rows, slots = keep.nonzero(as_tuple=True)
-    starts = lengths.cumsum(0) - lengths
-    targets = torch.arange(len(rows), device=keep.device) - starts[rows]
-    shape = (keep.shape[0], width)
-    return (
-        indices.new_full(shape, -1).index_put((rows, targets), indices[rows, slots]),
-        values.new_zeros(shape).index_put((rows, targets), values[rows, slots]),
-        lengths,
-    )
-
-
-def _keep_largest(
-    values: Tensor, lengths: Tensor, k: int | None, max_ratio: float | None, mass: float | None
-) -> Tensor:
-    """(B, K) bool: the used slots that pass every criterion; ties go to the lowest slot."""
-    slots = torch.arange(values.shape[1], device=values.device)
-    used = slots < lengths.unsqueeze(1)
-    padded = values.detach().masked_fill(~used, -torch.inf)
-    # Stable and descending: of equal values the lowest slot comes first, NaN before everything.
-    largest, order = padded.sort(dim=1, descending=True, stable=True)
-    keep = used.clone()  # in ranks from here on; used slots are also the first ranks
-    if k is not None:
-        keep &= slots < k
-    if max_ratio is not None:
-        keep &= ~(largest < max_ratio * largest[:, :1])
-    if mass is not None:
-        ranked = largest.masked_fill(~used, 0).double()
-        through = ranked.cumsum(1)
-        keep &= ~(through - ranked >= mass * through[:, -1:])
-    return torch.zeros_like(keep).scatter_(1, order, keep)
 
 
 def _widen(tensor: Tensor, width: int, fill: int) -> Tensor:

@@ -42,9 +42,9 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
     quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    run = run_driver("pool", "head", *quick, "--out", str(tmp_path))
+    run = run_driver("pool", "head", "prune", *quick, "--out", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
-    for op in ("pool", "head"):
+    for op in ("pool", "head", "prune"):
         path = tmp_path / f"{op}-cpu-quick.csv"
         with path.open(newline="") as file:
             header = next(csv.reader(file))

@@ -28,6 +28,17 @@ struct Panel {
   int64_t next_bytes;
 };
 
+// Entries of a row that may be kept, in ascending columns. The buffers hold kSlack more than the capacity.
+template <typename Acc>
+struct Candidates {
+  static constexpr int64_t kSlack = 64;
+  Acc* value;
+  int32_t* column;
+  Position<Acc>* key;  // scratch of keep_largest
+  int64_t capacity;
+  int64_t count;
+};
+
 template <typename T>
 struct Kernels {
   using Acc = Accumulator<T>;
@@ -59,6 +70,12 @@ struct Kernels {
   void (*axpy)(Acc* y, Acc a, const T* x, int64_t n);      // y += a x
   void (*store)(T* target, const Acc* source, int64_t n);  // convert
   void (*load)(Acc* target, const T* source, int64_t n);
+
+  // Append the entries from column `first` on that are not <= threshold, until the row ends or the candidates are
+  // (nearly) full: returns the column where it stopped. Fewer than kSlack free places may stop it.
+  int64_t (*collect)(const T* row, int64_t first, int64_t columns, Acc threshold, Candidates<Acc>& found);
+  // Keep the k largest, 1 <= k <= count, of equal ones the first; returns the smallest kept. NaN is the largest.
+  Acc (*keep_largest)(Candidates<Acc>& found, int64_t k);
 };
 
 struct AllKernels {

@@ -3,6 +3,14 @@
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.ops.pool import splade_pool
+from splade_fast.ops.prune import prune_topk
 from splade_fast.ops.score import sparse_scores, sparse_search
 
-__all__ = ["sparse_scores", "sparse_search", "splade_head", "splade_head_topk", "splade_pool"]
+__all__ = [
+    "prune_topk",
+    "sparse_scores",
+    "sparse_search",
+    "splade_head",
+    "splade_head_topk",
+    "splade_pool",
+]

@@ -2,5 +2,6 @@
 
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
+from splade_fast.reference.prune import prune_rows, prune_topk
 
-__all__ = ["splade_head", "splade_pool"]
+__all__ = ["prune_rows", "prune_topk", "splade_head", "splade_pool"]

@@ -1,4 +1,5 @@
 // The kernel tables of every instruction set that this machine runs, against loops in double precision.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -134,12 +135,72 @@ static void test_pool_nan(const Kernels<float>& kernel) {
   for (int v = 0; v < 70; ++v) EXPECT(std::isnan(value[v]) && argmax[v] == 1, "column %d", v);
 }
 
+// The k largest of a row through a small buffer: sorted, ties to the first column, NaN before everything.
+template <typename T>
+static void test_prune(const Kernels<T>& kernel, int64_t columns, int64_t k, bool special) {
+  using Acc = Accumulator<T>;
+  std::mt19937 random(static_cast<unsigned>(columns * 7 + k));
+  std::vector<Acc> wide(columns);
+  for (Acc& x : wide) {
+    x = static_cast<Acc>(static_cast<int>(random() % 200) - 100);
+    if (special && random() % 8 == 0) {
+      const Acc values[] = {kNan, -kNan, kInf, -kInf, 0, Acc(-0.0)};
+      x = values[random() % 6];
+    }
+  }
+  std::vector<T> row(columns);
+  kernel.store(row.data(), wide.data(), columns);
+  std::vector<int32_t> order(columns);
+  for (int64_t i = 0; i < columns; ++i) order[i] = static_cast<int32_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return wide[a] > wide[b] || (std::isnan(wide[a]) && !std::isnan(wide[b]));
+  });
+  order.resize(std::min(k, columns));
+  std::sort(order.begin(), order.end());
+
+  constexpr int64_t kSlack = Candidates<Acc>::kSlack;
+  const int64_t capacity = k + kSlack;
+  std::vector<Acc> value(capacity + kSlack);
+  std::vector<int32_t> column(capacity + kSlack);
+  std::vector<Position<Acc>> key(capacity + kSlack);
+  Candidates<Acc> found{value.data(), column.data(), key.data(), capacity, 0};
+  Acc threshold = kNan;  // none
+  for (int64_t next = 0; next < columns;) {
+    next = kernel.collect(row.data(), next, columns, threshold, found);
+    EXPECT(found.count <= capacity && (next == columns || found.count > k), "stops only when full");
+    if (found.count <= k) continue;
+    threshold = kernel.keep_largest(found, k);
+    if (std::isnan(threshold)) break;
+  }
+  EXPECT(found.count == static_cast<int64_t>(order.size()), "%ld kept of %ld, k = %ld", static_cast<long>(found.count),
+         static_cast<long>(columns), static_cast<long>(k));
+  for (int64_t i = 0; i < found.count; ++i) {
+    EXPECT(column[i] == order[i], "k = %ld: column %d, not %d", static_cast<long>(k), column[i], order[i]);
+    const bool same = value[i] == wide[order[i]] || (std::isnan(value[i]) && std::isnan(wide[order[i]]));
+    EXPECT(same, "value of column %d", column[i]);
+  }
+}
+
+template <typename T>
+static void test_prune_sizes(const Kernels<T>& kernel) {
+  for (const int64_t columns : {1, 7, 64, 65, 300, 1000}) {
+    for (const int64_t k : {1, 2, 17, 128, 999}) {
+      test_prune<T>(kernel, columns, k, false);
+      test_prune<T>(kernel, columns, k, true);
+    }
+  }
+}
+
 static void test_all(const AllKernels& kernels) {
   std::printf("%s\n", kernels.name);
   test_type(kernels.f32);
   test_type(kernels.f64);
   test_type(kernels.bf16);
   test_type(kernels.f16);
+  test_prune_sizes(kernels.f32);
+  test_prune_sizes(kernels.f64);
+  test_prune_sizes(kernels.bf16);
+  test_prune_sizes(kernels.f16);
   test_activation(kernels.f32);
   test_pool_nan(kernels.f32);
 }

@@ -1,0 +1,122 @@
+"""SparseRows.from_dense with k: the k largest entries of each row; the peer is torch.topk."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import splade_fast
+from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.inputs import seeded
+from splade_fast import reference
+
+
+def _ours(x: Tensor, *, k: int) -> Tensor:
+    return splade_fast.SparseRows.from_dense(x, k).values
+
+
+def _eager(x: Tensor, *, k: int) -> Tensor:
+    return reference.prune_rows(x, k, 0.0)[1]
+
+
+def _topk(x: Tensor, *, k: int) -> Tensor:
+    """Of dense rows only: it finds the k largest, and leaves making sparse rows of them to do."""
+    return x.topk(k, dim=1).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCase(Case):
+    op: ClassVar[str] = "prune"
+    ours: ClassVar[Implementation] = staticmethod(_ours)
+    eager: ClassVar[Implementation] = staticmethod(_eager)
+
+    batch: int
+    vocab: int
+    k: int
+    positive: float  # share of the entries
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} V{self.vocab} k{self.k}"
+
+    @property
+    def layout(self) -> str:
+        return "rows"
+
+    @property
+    def fill(self) -> float:
+        return self.positive
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (Target("times faster than the peer", 5 if self.positive < 1 else 1),)
+
+    def tiny(self) -> "PruneCase":
+        return dataclasses.replace(self, batch=3, vocab=500, k=20)
+
+    def peer(self) -> Implementation:
+        return _topk
+
+    def build(self, *, floors: bool = True) -> Workload:
+        generator = seeded(self.device)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        x = torch.rand(self.batch, self.vocab, generator=generator, **options) + 0.01
+        if self.positive < 1:
+            chance = torch.rand(x.shape, generator=generator, device=self.device)
+            x.masked_fill_(chance >= self.positive, 0)
+        width = _ours(x, k=self.k).shape[1]
+        upstream = torch.randn(self.batch, width, generator=generator, **options)
+        x.requires_grad_(self.direction == "forward+backward")
+        return Workload(
+            arguments=(x,),
+            options={"k": self.k},
+            leaves={"x": x},
+            upstream=upstream,
+            exact=lambda: self._exact(x, upstream),
+            floors=_one_read(x.detach()) if floors else {},
+        )
+
+    def _exact(self, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+        x64 = x.detach().double().requires_grad_(x.requires_grad)
+        values = _eager(x64, k=self.k)
+        if not x.requires_grad:
+            return {"output": values}
+        values.backward(upstream.double())
+        assert x64.grad is not None
+        return {"output": values.detach(), "x": x64.grad}
+
+
+def _one_read(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Any reduction at memory speed will do, and the one over 32-bit words serves all dtypes."""
+    words = x.flatten()[: x.numel() * x.element_size() // 4 * 4 // x.element_size()]
+    integers, floats = words.view(torch.int32), words.view(torch.float32)
+    return {
+        "read by integer maximum": integers.amax,
+        "read by maximum": floats.amax,
+        "read by sum": floats.sum,
+    }
+
+
+def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[PruneCase]:
+    found = []
+    for dtype in dtypes:
+        base = PruneCase(
+            direction="forward",
+            dtype=dtype,
+            device=device,
+            batch=64,
+            vocab=30522,
+            k=256,
+            positive=0.02,
+        )
+        if quick:
+            tiny = base.tiny()
+            return [tiny, dataclasses.replace(tiny, direction="forward+backward")]
+        found += [base, dataclasses.replace(base, positive=1.0)]
+        if dtype == dtypes[0]:
+            wide = dataclasses.replace(base, vocab=250_002)
+            found += [wide, dataclasses.replace(wide, positive=1.0)]
+    return found

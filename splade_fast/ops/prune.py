@@ -1,0 +1,132 @@
+"""prune: dense rows (B, V) -> their largest entries, without sorting them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splade_fast import _library, reference
+from splade_fast.ops._checks import DTYPES, check_floating
+from splade_fast.reference.prune import keep_largest
+
+
+def prune_topk(x: Tensor, k: int) -> Tensor:
+    """All but the k largest entries of each row set to 0.
+
+    Negative entries are kept where they are among the k largest. Of equal entries the one in the
+    lowest column counts as the larger; NaN counts as the largest. The gradient goes to the kept
+    entries alone, also to those that are 0. `SparseRows.from_dense` keeps them sparse instead.
+
+    Args:
+        x: (B, V), float32, float64, bfloat16 or float16, any strides.
+        k: how many entries of a row to keep, at least 0; with V or more nothing changes.
+
+    Returns:
+        (B, V), a new tensor.
+
+    Raises:
+        TypeError, ValueError: x is no floating-point matrix, or k no integer of at least 0.
+    """
+    check_floating("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be (rows, columns), got {tuple(x.shape)}")
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+    if k >= x.shape[1]:
+        return x.clone()
+    if not _library.has_kernels(x.device):
+        return reference.prune_topk(x, k)
+    _, indices, _ = torch.ops.splade_fast.prune_rows(x.detach(), k, None, None, None)
+    columns = indices.long()
+    return torch.zeros_like(x).scatter(1, columns, x.gather(1, columns))
+
+
+def prune_rows(
+    x: Tensor,
+    k: int | None,
+    threshold: float,
+    max_ratio: float | None,
+    mass: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """indices, values, lengths of `SparseRows.from_dense`, which checks the arguments.
+
+    The rows are as wide as the longest, except on a GPU without `mass`: with k they are min(k, V)
+    wide and nothing waits for the GPU; without k, as wide as the most entries above the threshold.
+    """
+    if x.dtype not in DTYPES or not _library.has_kernels(x.device):
+        return reference.prune_rows(x, k, threshold, max_ratio, mass)
+    if x.device.type != "cuda":
+        return _prune_rows(x, k, threshold, max_ratio, mass)
+    if k is not None and mass is None:
+        return _prune_rows(x, k, threshold, max_ratio, None)
+    # All that are above the threshold: only their number says how wide the rows must be.
+    counts = (~(x.detach() <= threshold)).sum(1)
+    most = int(counts.max()) if len(counts) else 0
+    if mass is None:
+        return _prune_rows(x, most, threshold, max_ratio, None)
+    # mass adds entries up from the largest to the smallest, which needs them sorted.
+    candidates = _prune_rows(x, most, threshold, None, None)
+    return keep_largest(*candidates, k, max_ratio, mass)
+
+
+def _prune_rows(
+    x: Tensor,
+    k: int | None,
+    threshold: float | None,
+    max_ratio: float | None,
+    mass: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The op returns the values first: torch.library.opcheck adds up the outputs, in place.
+    values, indices, lengths = torch.ops.splade_fast.prune_rows(x, k, threshold, max_ratio, mass)
+    return indices, values, lengths
+
+
+def _fake(
+    x: Tensor,
+    k: int | None,
+    threshold: float | None,
+    max_ratio: float | None,
+    mass: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    full = threshold is None and max_ratio is None and mass is None
+    width: int | torch.SymInt
+    if full or x.device.type == "cuda":
+        width = columns if k is None else min(k, columns)
+    else:
+        width = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty((rows, width)),
+        x.new_empty((rows, width), dtype=torch.int32),
+        x.new_empty((rows,), dtype=torch.int32),
+    )
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.columns = inputs[0].shape[1]
+    ctx.save_for_backward(output[1])
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, _indices: None, _lengths: None
+) -> tuple[Tensor | None, ...]:
+    """In differentiable ops, so that a gradient of the gradient comes by itself."""
+    if grad is None:
+        return (None,) * 5
+    (indices,) = ctx.saved_tensors
+    # Unused slots add 0 to column 0.
+    used = grad.masked_fill(indices < 0, 0)
+    dense = grad.new_zeros(grad.shape[0], ctx.columns)
+    return dense.scatter_add(1, indices.clamp(min=0).long(), used), None, None, None, None
+
+
+if _library.cpu_library_loaded():
+    torch.library.register_fake("splade_fast::prune_rows", _fake)
+    torch.library.register_autograd(
+        "splade_fast::prune_rows", _backward, setup_context=_setup_context
+    )
