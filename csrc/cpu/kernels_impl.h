@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "score_impl.h"
 
 namespace splade_fast::cpu {
 namespace {
@@ -360,7 +361,9 @@ constexpr Kernels<T> make_kernels() {
           pool_max<T>,        pool_sum<T>,
           finish_max<T>,      coefficients<T, Accumulator<T>>,
           coefficients<T, T>, axpy<T>,
-          store_row<T>,       load_row<T>};
+          store_row<T>,       load_row<T>,
+          score_rows<T>,      store_scores<T>,
+          find_candidates<Accumulator<T>>};
 }
 
 constexpr AllKernels make_all_kernels(const char* name) {
