@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kSumVectors = 4;  // sums in registers at a time; on AVX-512 that is 64 queries
 
+constexpr int64_t kRowsAhead = 4;
+
 // Whether a row holds inf or NaN: those are not harmless where a query has 0, so no entry may be left out.
 template <typename T>
 inline bool any_nonfinite(const T* values, int64_t count) {
@@ -92,11 +94,24 @@ inline void add_hits(const ScoreTask<T>& task, int64_t hits, int64_t first, Accu
   for (int j = 0; j < kVectors; ++j) store_bits(scores + first + j * kLanes<Acc>, sum[j]);
 }
 
+// The hits of a row end in a branch nobody can predict, and what the hardware had begun to read ahead is lost there.
+template <typename T>
+inline void prefetch_row(const ScoreTask<T>& task, int64_t row) {
+  constexpr int64_t kLine = 64;
+  const char* indices = reinterpret_cast<const char*>(task.indices + row * task.width);
+  const char* values = reinterpret_cast<const char*>(task.values + row * task.width);
+  for (int64_t byte = 0; byte < task.width * 4; byte += kLine) __builtin_prefetch(indices + byte);
+  for (int64_t byte = 0; byte < task.width * static_cast<int64_t>(sizeof(T)); byte += kLine) {
+    __builtin_prefetch(values + byte);
+  }
+}
+
 template <typename T>
 int64_t score_rows(const ScoreTask<T>& task, int64_t begin, int64_t end) {
   using Acc = Accumulator<T>;
   Acc* scores = task.scores;
   for (int64_t n = begin; n < end; ++n, scores += task.lanes) {
+    prefetch_row(task, n + kRowsAhead);
     const int64_t length = task.lengths[n];
     if (length < 0 || length > task.width) return n;
     const int64_t hits = collect_row(task, task.indices + n * task.width, task.values + n * task.width, length);
