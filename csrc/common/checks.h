@@ -116,8 +116,8 @@ inline void check_rows(const char* name, const std::optional<Tensor>& indices, c
   STD_TORCH_CHECK(
       lengths->scalar_type() == ScalarType::Int && lengths->dim() == 1 && lengths->size(0) == values.size(0), name,
       "_lengths must be int32 (", values.size(0), ",)");
-  STD_TORCH_CHECK(indices->device() == values.device() && lengths->device() == values.device(), name,
-                  "_indices and ", name, "_lengths must be on the device of ", name, "_values");
+  STD_TORCH_CHECK(indices->device() == values.device() && lengths->device() == values.device(), name, "_indices and ",
+                  name, "_lengths must be on the device of ", name, "_values");
 }
 
 inline void check_scored(const std::optional<Tensor>& query_indices, const Tensor& query_values,

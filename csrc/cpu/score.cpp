@@ -224,8 +224,8 @@ void search_block(const Block<Accumulator<T>>& block, const Documents<T>& docume
         const int64_t last = std::min(n + kTile, end);
         const Acc* found = tile.score(n, last, bad);
         if (!found) return;
-        const int64_t candidates = kernels<T>().find_candidates(found, last - n, block.lanes(), bounds.data(),
-                                                                keys.get(), places.get());
+        const int64_t candidates =
+            kernels<T>().find_candidates(found, last - n, block.lanes(), bounds.data(), keys.get(), places.get());
         for (int64_t i = 0; i < candidates; ++i) {
           const int64_t place = places.get()[i], q = place % block.lanes();
           best[q].add(keys.get()[i], n + place / block.lanes(), k, capacity, bounds[q]);
