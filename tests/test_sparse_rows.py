@@ -275,9 +275,7 @@ def test_contents_are_checked_in_every_part(monkeypatch):
     rows = SparseRows.from_dense(torch.ones(5, 2))
     rows.check_contents()
     rows.indices[3, 1] = 2
-    with pytest.raises(
-        ValueError, match="must be between 0 and 1 where used, got in row 3"
-    ):
+    with pytest.raises(ValueError, match="must be between 0 and 1 where used, got in row 3"):
         rows.check_contents()
 
 

@@ -255,13 +255,6 @@ void search_block(const Block<Accumulator<T>>& block, const Documents<T>& docume
 
 // Host functions ------------------------------------------------------------------------------------------------
 
-Tensor as_type(const Tensor& tensor, ScalarType dtype) {
-  if (tensor.scalar_type() == dtype) return torch::stable::contiguous(tensor);
-  Tensor converted = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
-  torch::stable::copy_(converted, tensor);
-  return converted;
-}
-
 // body(block, documents, Type<Result>{}) for every block of queries.
 template <typename Body>
 void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& query_values,
@@ -272,7 +265,7 @@ void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& qu
   const Tensor query_entries = torch::stable::contiguous(query_values);
   const Tensor columns = torch::stable::contiguous(doc_indices), sizes = torch::stable::contiguous(doc_lengths);
   // Documents meet float64 queries as float64; otherwise they are read as they are.
-  const Tensor entries = as_type(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
+  const Tensor entries = contiguous_as(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
   const SparseQueries queries{query_columns ? const_data<int32_t>(*query_columns) : nullptr,
                               query_sizes ? const_data<int32_t>(*query_sizes) : nullptr, query_values.size(0),
                               query_values.size(1)};

@@ -39,8 +39,8 @@ def stable_order(scores: Tensor, k: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles of queries and of documents, even in small tests of plain PyTorch."""
-    monkeypatch.setattr(score_module, "_QUERY_TABLE_ELEMENTS", 60)
+    """Several tiles of queries and of documents, where search goes by them."""
+    monkeypatch.setattr(score_module, "_QUERIES_AT_ONCE", 3)
     monkeypatch.setattr(score_module, "_TILE_SCORES", 12)
 
 
@@ -248,6 +248,18 @@ def test_nan_and_inf(kernels, device, dtype, dense_queries):
     torch.testing.assert_close(found, expected.gather(1, ids), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_documents_may_stay_in_host_memory(pinned):
+    queries = whole_numbers(5, 20, 3, torch.float32)
+    docs = whole_numbers(31, 20, 4, torch.float32)
+    expected = sparse_search(queries, docs, 9)
+    found = sparse_search(queries.to("cuda"), docs.pin_memory() if pinned else docs, 9)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual.cpu(), wanted)
+
+
 def test_one_column(kernels, device):
     docs = SparseRows.from_dense(torch.tensor([[2.0], [0.0], [3.0]])).to(device)
     queries = SparseRows.from_dense(torch.tensor([[1.0], [0.0]])).to(device)
@@ -341,8 +353,7 @@ def test_opcheck(device):
             torch.library.opcheck(
                 torch.ops.splade_fast.sparse_scores_backward.default, (grad, *detached, *needs)
             )
-        if device.type == "cpu":
-            torch.library.opcheck(torch.ops.splade_fast.sparse_search.default, (*detached, 3))
+        torch.library.opcheck(torch.ops.splade_fast.sparse_search.default, (*detached, 3))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
