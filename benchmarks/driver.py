@@ -94,8 +94,9 @@ def _peaks(
 
 def _verdict(targets: Sequence[Target], medians: dict[str, float], peaks: dict[str, float]) -> str:
     measured = {"times the floor": medians["ours"] / medians["floor"]}
-    if "eager" in medians:
-        measured["times faster than eager"] = medians["eager"] / medians["ours"]
+    for other in ("eager", "peer"):
+        if other in medians:
+            measured[f"times faster than {other}"] = medians[other] / medians["ours"]
     if "ours" in peaks:
         measured["MiB peak extra memory"] = peaks["ours"]
     return "; ".join(
