@@ -19,7 +19,7 @@ class Target:
     measure: Literal[
         "times the floor",
         "times faster than eager",
-        "times faster than the peer",
+        "times faster than peer",
         "MiB peak extra memory",
     ]
     bound: float

@@ -94,9 +94,9 @@ def _peaks(
 
 def _verdict(targets: Sequence[Target], medians: dict[str, float], peaks: dict[str, float]) -> str:
     measured = {"times the floor": medians["ours"] / medians["floor"]}
-    for contender, name in (("eager", "eager"), ("peer", "the peer")):
-        if contender in medians:
-            measured[f"times faster than {name}"] = medians[contender] / medians["ours"]
+    for other in ("eager", "peer"):
+        if other in medians:
+            measured[f"times faster than {other}"] = medians[other] / medians["ours"]
     if "ours" in peaks:
         measured["MiB peak extra memory"] = peaks["ours"]
     return "; ".join(

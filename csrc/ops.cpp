@@ -36,4 +36,18 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def(
       "prune_rows(Tensor x, int? k, float? threshold, float? max_ratio, float? mass) "
       "-> (Tensor values, Tensor indices, Tensor lengths)");
+
+  // Queries are sparse rows like the documents, or dense (Q, V): then query_indices and query_lengths are None.
+  m.def(
+      "sparse_scores(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
+      "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols) -> Tensor");
+  // A gradient that is not needed comes back without elements.
+  m.def(
+      "sparse_scores_backward(Tensor grad, Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
+      "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, bool needs_query, bool needs_doc) "
+      "-> (Tensor grad_query_values, Tensor grad_doc_values)");
+  m.def(
+      "sparse_search(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
+      "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
+      "-> (Tensor scores, Tensor ids)");
 }

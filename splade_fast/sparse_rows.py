@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "splade_fast.SparseRows"
 _FORMAT_VERSION = 1
+_CHECKED_ENTRIES = 2**20  # at a time: what checking needs beside the rows themselves
 
 
 class SparseRows:
@@ -258,28 +259,34 @@ class SparseRows:
         Raises:
             ValueError: naming the first row whose length, order, range or padding is wrong.
         """
+        rows_at_once = max(1, _CHECKED_ENTRIES // max(self.width, 1))
+        for start in range(0, len(self), rows_at_once):
+            self[start : start + rows_at_once]._check_rows(start)
+
+    def _check_rows(self, first_row: int) -> None:
         slots = torch.arange(self.width, device=self.device)
         used = slots < self.lengths.unsqueeze(1)
         indices = self.indices
         ascending = torch.ones_like(used)
         ascending[:, 1:] = indices[:, 1:] > indices[:, :-1]
-        bad_rows = {
+        rules = {
             f"lengths must be between 0 and {self.width}": (
-                (self.lengths < 0) | (self.lengths > self.width)
+                ((self.lengths < 0) | (self.lengths > self.width)).unsqueeze(1)
             ),
             f"indices must be between 0 and {self.num_cols - 1} where used": (
-                (used & ((indices < 0) | (indices >= self.num_cols))).any(1)
+                used & ((indices < 0) | (indices >= self.num_cols))
             ),
-            "indices must ascend within a row": (used & ~ascending).any(1),
-            "indices must be -1 where unused": (~used & (indices != -1)).any(1),
-            "values must be 0 where unused": (~used & (self.values != 0)).any(1),
+            "indices must ascend within a row": used & ~ascending,
+            "indices must be -1 where unused": ~used & (indices != -1),
+            "values must be 0 where unused": ~used & (self.values != 0),
         }
-        for rule, bad in bad_rows.items():
+        for rule, bad in rules.items():
             if bad.any():
-                row = int(bad.nonzero()[0])
+                row = int(bad.any(1).nonzero()[0])
                 raise ValueError(
-                    f"{rule}, got in row {row} the length {int(self.lengths[row])}, "
-                    f"indices {_shortened(indices[row])} and values {_shortened(self.values[row])}"
+                    f"{rule}, got in row {first_row + row} the length {int(self.lengths[row])}, "
+                    f"indices {_shortened(self.indices[row])} "
+                    f"and values {_shortened(self.values[row])}"
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -300,8 +307,22 @@ class SparseRows:
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SparseRows:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        mmap: bool = True,
+    ) -> SparseRows:
         """Read what `save` wrote, and check all of it.
+
+        Args:
+            path: the file.
+            device: where the rows go.
+            mmap: on the CPU, leave the rows in the file and map it into memory: the system reads
+                and drops its pages as needed, so an index may be larger than memory. What is
+                written to the tensors does not reach the file, which `save` replaces but nothing
+                may overwrite in place. False: read all into memory.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -327,7 +348,10 @@ class SparseRows:
             rows.check_contents()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return rows.to(device)
+        on_device = rows.to(device)
+        if mmap or on_device.indices.data_ptr() != rows.indices.data_ptr():
+            return on_device
+        return cls(rows.indices.clone(), rows.values.clone(), rows.lengths.clone(), rows.num_cols)
 
     def _row_starts(self) -> Tensor:
         """(B + 1,) int64: where each row starts in `coordinates`, and the total."""

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,38 @@ def test_load_checks_every_entry(name, position, entry, message, tmp_path):
     save_file(tensors, path, metadata={"sparse_rows": json.dumps(header)})
     with pytest.raises(ValueError, match=f"is damaged: {message}"):
         SparseRows.load(path)
+
+
+def resident_kib(kind: str) -> int:
+    """Memory of this process in pages of its own ("Anon") or of files ("File")."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"Rss{kind}:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_load_maps_the_file_and_checks_it_without_a_copy(tmp_path):
+    path = tmp_path / "rows.safetensors"
+    indices = torch.arange(64, dtype=torch.int32).expand(400_000, 64).contiguous()
+    lengths = torch.full((400_000,), 64, dtype=torch.int32)
+    SparseRows(indices, torch.ones(400_000, 64), lengths, 64).save(path)
+    kib = 2 * indices.nbytes // 1024
+    anonymous = resident_kib("Anon")
+    mapped = SparseRows.load(path)
+    assert resident_kib("Anon") - anonymous < kib // 2
+    loaded = SparseRows.load(path, mmap=False)
+    assert resident_kib("Anon") - anonymous >= kib // 2
+    assert loaded.equal(mapped)
+    loaded.values[0, 0] = mapped.values[0, 1] = 5
+    assert SparseRows.load(path).values.max() == 1
+
+
+def test_contents_are_checked_in_every_part(monkeypatch):
+    monkeypatch.setattr("splade_fast.sparse_rows._CHECKED_ENTRIES", 2)
+    rows = SparseRows.from_dense(torch.ones(5, 2))
+    rows.check_contents()
+    rows.indices[3, 1] = 2
+    with pytest.raises(ValueError, match="must be between 0 and 1 where used, got in row 3"):
+        rows.check_contents()
 
 
 def test_load_refuses_other_files(tmp_path):

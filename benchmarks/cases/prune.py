@@ -52,7 +52,7 @@ class PruneCase(Case):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        return (Target("times faster than the peer", 5 if self.positive < 1 else 1),)
+        return (Target("times faster than peer", 5 if self.positive < 1 else 1),)
 
     def tiny(self) -> "PruneCase":
         return dataclasses.replace(self, batch=3, vocab=500, k=20)

@@ -98,6 +98,43 @@ inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<T
   return {cu_seqlens->size(0) - 1, hidden.size(0)};
 }
 
+// One side of score: sparse rows (rows, slots) with indices and lengths, or dense (rows, num_cols) without.
+inline void check_rows(const char* name, const std::optional<Tensor>& indices, const Tensor& values,
+                       const std::optional<Tensor>& lengths, int64_t num_cols) {
+  STD_TORCH_CHECK(is_supported(values.scalar_type()) && values.dim() == 2, name,
+                  "_values must be a matrix of float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(indices.has_value() == lengths.has_value(), name, "_indices and ", name,
+                  "_lengths must both be None or neither");
+  if (!indices) {
+    STD_TORCH_CHECK(values.size(1) == num_cols, name, "_values must be (rows, num_cols) = (", values.size(0), ", ",
+                    num_cols, ") without indices, got ", values.size(1), " columns");
+    return;
+  }
+  STD_TORCH_CHECK(indices->scalar_type() == ScalarType::Int && indices->dim() == 2 &&
+                      indices->size(0) == values.size(0) && indices->size(1) == values.size(1),
+                  name, "_indices must be int32 and have the shape of ", name, "_values");
+  STD_TORCH_CHECK(
+      lengths->scalar_type() == ScalarType::Int && lengths->dim() == 1 && lengths->size(0) == values.size(0), name,
+      "_lengths must be int32 (", values.size(0), ",)");
+  STD_TORCH_CHECK(indices->device() == values.device() && lengths->device() == values.device(), name, "_indices and ",
+                  name, "_lengths must be on the device of ", name, "_values");
+}
+
+inline void check_scored(const std::optional<Tensor>& query_indices, const Tensor& query_values,
+                         const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
+                         const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols) {
+  STD_TORCH_CHECK(num_cols >= 0 && num_cols < INT32_MAX, "num_cols must be a size below 2^31 - 1, got ", num_cols);
+  check_rows("query", query_indices, query_values, query_lengths, num_cols);
+  check_rows("doc", doc_indices, doc_values, doc_lengths, num_cols);
+  STD_TORCH_CHECK(query_values.device() == doc_values.device(), "doc_values must be on the device of query_values");
+}
+
+// float32 for bfloat16 with float16, the wider one otherwise, as torch.promote_types.
+inline ScalarType wider_type(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // What the max backward gets from its forward.
 inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, int64_t batch,
                         int64_t vocabulary, ScalarType position) {

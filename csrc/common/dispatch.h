@@ -41,6 +41,13 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return torch::stable::contiguous(tensor);
+  Tensor converted = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
+  torch::stable::copy_(converted, tensor);
+  return converted;
+}
+
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }

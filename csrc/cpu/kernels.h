@@ -39,6 +39,26 @@ struct Candidates {
   int64_t count;
 };
 
+// Sparse documents (N, width) against the table of a block of queries.
+template <typename T>
+struct ScoreTask {
+  using Acc = Accumulator<T>;
+
+  const int32_t* rows;  // (num_cols + 1,) a column's row in the table, 0 where no query of the block has it
+  const Acc* table;     // (rows, lanes): a lane per query, whole vectors; row 0 is zero
+  int64_t num_cols;
+  int64_t lanes;
+  const int32_t* indices;
+  const T* values;
+  const int32_t* lengths;
+  int64_t width;
+  int32_t* hit_rows;  // scratch of width + kMaxLanes
+  Acc* hit_values;
+  Acc* scores;  // (documents, lanes)
+};
+
+constexpr int64_t kMaxLanes = 16;  // of a vector, in any instruction set
+
 template <typename T>
 struct Kernels {
   using Acc = Accumulator<T>;
@@ -76,6 +96,15 @@ struct Kernels {
   int64_t (*collect)(const T* row, int64_t first, int64_t columns, Acc threshold, Candidates<Acc>& found);
   // Keep the k largest, 1 <= k <= count, of equal ones the first; returns the smallest kept. NaN is the largest.
   Acc (*keep_largest)(Candidates<Acc>& found, int64_t k);
+
+  // Scores of documents [begin, end). Returns end, or the first document whose length or column is out of range.
+  int64_t (*score_rows)(const ScoreTask<T>& task, int64_t begin, int64_t end);
+  // target[q * stride + n] = scores[n * lanes + q]
+  void (*store_scores)(T* target, int64_t stride, const Acc* scores, int64_t lanes, int64_t queries, int64_t count);
+  // Scores whose key is above the bound of their query: their keys and places in (count, lanes), ascending. Keys are
+  // integers in the order of the scores. Returns how many.
+  int64_t (*find_candidates)(const Acc* scores, int64_t count, int64_t lanes, const Position<Acc>* bounds,
+                             Position<Acc>* keys, int32_t* places);
 };
 
 struct AllKernels {

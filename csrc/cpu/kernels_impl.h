@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "prune_impl.h"
+#include "score_impl.h"
 
 namespace splade_fast::cpu {
 namespace {
@@ -355,14 +356,25 @@ void load_row(Accumulator<T>* target, const T* source, int64_t n) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {kTileTokens,        kPanelColumns<Accumulator<T>>,
-          packed_bytes<T>,    pack<T>,
-          head_max<T>,        head_sum<T>,
-          pool_max<T>,        pool_sum<T>,
-          finish_max<T>,      coefficients<T, Accumulator<T>>,
-          coefficients<T, T>, axpy<T>,
-          store_row<T>,       load_row<T>,
-          collect<T>,         keep_largest<Accumulator<T>>};
+  return {kTileTokens,
+          kPanelColumns<Accumulator<T>>,
+          packed_bytes<T>,
+          pack<T>,
+          head_max<T>,
+          head_sum<T>,
+          pool_max<T>,
+          pool_sum<T>,
+          finish_max<T>,
+          coefficients<T, Accumulator<T>>,
+          coefficients<T, T>,
+          axpy<T>,
+          store_row<T>,
+          load_row<T>,
+          collect<T>,
+          keep_largest<Accumulator<T>>,
+          score_rows<T>,
+          store_scores<T>,
+          find_candidates<Accumulator<T>>};
 }
 
 constexpr AllKernels make_all_kernels(const char* name) {
