@@ -355,14 +355,22 @@ void load_row(Accumulator<T>* target, const T* source, int64_t n) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {kTileTokens,        kPanelColumns<Accumulator<T>>,
-          packed_bytes<T>,    pack<T>,
-          head_max<T>,        head_sum<T>,
-          pool_max<T>,        pool_sum<T>,
-          finish_max<T>,      coefficients<T, Accumulator<T>>,
-          coefficients<T, T>, axpy<T>,
-          store_row<T>,       load_row<T>,
-          score_rows<T>,      store_scores<T>,
+  return {kTileTokens,
+          kPanelColumns<Accumulator<T>>,
+          packed_bytes<T>,
+          pack<T>,
+          head_max<T>,
+          head_sum<T>,
+          pool_max<T>,
+          pool_sum<T>,
+          finish_max<T>,
+          coefficients<T, Accumulator<T>>,
+          coefficients<T, T>,
+          axpy<T>,
+          store_row<T>,
+          load_row<T>,
+          score_rows<T>,
+          store_scores<T>,
           find_candidates<Accumulator<T>>};
 }
 
