@@ -26,10 +26,10 @@ struct HeadGradients {
 void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
                   const Tensor& max_logits, const Tensor& argmax);
 
-// starts (B,): input row of each sequence's position 0.  rows (B,): its number of input rows.
+// Where each sequence lies in the flattened hidden states.
 struct SequenceRows {
-  std::vector<int64_t> start;
-  std::vector<int64_t> rows;
+  std::vector<int64_t> start;  // (B,) row of position 0
+  std::vector<int64_t> rows;   // (B,) number of rows, those that do not count included
 };
 
 void head_backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, const Tensor& hidden,

@@ -603,8 +603,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   const HeadInput input = check_input(hidden, weight, std::nullopt, std::nullopt, cu_seqlens);
   check_grad(grad, input);
   check_saved(grad, max_logits, argmax, input.batch, input.vocabulary(), head_position_type(hidden, cu_seqlens));
-  check_device("max_logits", max_logits, hidden);
-  check_device("argmax", argmax, hidden);
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = torch::stable::contiguous(grad), logits = torch::stable::contiguous(max_logits);

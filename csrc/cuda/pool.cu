@@ -335,8 +335,6 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   STD_TORCH_CHECK(length >= 0, "length must not be negative, got ", length);
   const int64_t batch = grad.size(0), vocabulary = grad.size(1);
   check_saved(grad, max_logits, argmax, batch, vocabulary, position_type(length));
-  check_device("max_logits", max_logits, grad);
-  check_device("argmax", argmax, grad);
   const OnDevice device(grad, op);
   const Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
