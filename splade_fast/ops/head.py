@@ -72,7 +72,7 @@ def splade_head(
     pooling_code = check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
     check_choice("algorithm", algorithm, ALGORITHMS)
-    check_decoder(hidden, weight, bias)
+    _check_decoder(hidden, weight, bias)
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
@@ -107,7 +107,7 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The decoder fits hidden."""
     check_floating("weight", weight)
     check_like("weight", weight, "hidden", hidden)

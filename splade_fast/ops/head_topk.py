@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from splade_fast.ops._checks import check_floating
-from splade_fast.ops.head import check_decoder, check_sequences, splade_head
+from splade_fast.ops.head import check_sequences, splade_head
 from splade_fast.sparse_rows import SparseRows
 
 # Pooled rows of a block, dense for as long as it takes to prune them.
@@ -42,10 +42,11 @@ def splade_head_topk(
     Raises:
         TypeError, ValueError, RuntimeError: as splade_head and SparseRows.from_dense.
     """
-    # Of the whole: a block alone could not tell that a mask has too many rows.
     check_floating("hidden", hidden)
-    check_decoder(hidden, weight, bias)
-    check_sequences(hidden, attention_mask, cu_seqlens)
+    check_floating("weight", weight)
+    # Of the whole: a block alone could not tell that a mask has too many rows. The decoder is
+    # checked by splade_head, which knows what autocast makes of it.
+    mask = check_sequences(hidden, attention_mask, cu_seqlens)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     batch = hidden.shape[0] if bounds is None else len(bounds) - 1
     block = max(1, _BLOCK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
@@ -54,12 +55,12 @@ def splade_head_topk(
         last = min(first + block, batch)
         if bounds is None or cu_seqlens is None:
             rows, starts = hidden[first:last], None
-            mask = None if attention_mask is None else attention_mask[first:last]
+            counts = None if mask is None else mask[first:last]
         else:
-            rows, mask = hidden[bounds[first] : bounds[last]], attention_mask
+            rows, counts = hidden[bounds[first] : bounds[last]], None
             starts = cu_seqlens[first : last + 1] - bounds[first]
         pooled = splade_head(
-            rows, weight, bias, mask, cu_seqlens=starts, pooling=pooling, activation=activation
+            rows, weight, bias, counts, cu_seqlens=starts, pooling=pooling, activation=activation
         )
         parts.append(SparseRows.from_dense(pooled, k))
     return SparseRows.cat(parts)

@@ -47,6 +47,16 @@ def test_sum_pooling():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("rows_per_block")
+def test_autocast_of_half_precision_hidden_states():
+    """What a transformer under autocast gives, with a decoder in float32."""
+    hidden, weight, bias = random_head(7, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sf.SparseRows.from_dense(sf.splade_head(hidden.bfloat16(), weight, bias), 8)
+        actual = sf.splade_head_topk(hidden.bfloat16(), weight, bias, k=8)
+    assert actual.equal(expected)
+
+
 def test_it_is_for_inference():
     hidden, weight, bias = random_head(2, 3)
     rows = sf.splade_head_topk(hidden.requires_grad_(), weight, bias, k=4)
