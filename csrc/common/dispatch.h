@@ -48,6 +48,11 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return converted;
 }
 
+// Rows, which run along the last dimension, are read in place wherever they start, as long as each is in one piece.
+inline Tensor with_whole_rows(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }

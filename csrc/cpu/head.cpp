@@ -51,7 +51,7 @@ HeadGradients new_gradients(const Tensor& hidden, const Tensor& weight, bool nee
   const std::vector<int64_t> none{0}, entries{weight.size(0)};
   const auto empty = [](const Tensor& like, const torch::headeronly::IntHeaderOnlyArrayRef& shape) {
     const Tensor gradient = torch::stable::new_empty(like, shape);
-    prefer_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+    prefer_huge_pages(gradient);
     return gradient;
   };
   return {needs_hidden ? empty(hidden, hidden.sizes()) : empty(hidden, none),

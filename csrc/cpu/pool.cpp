@@ -115,11 +115,6 @@ void backward_sum(const Tensor& grad, const Tensor& logits, const std::optional<
   });
 }
 
-// Rows of logits are read in place wherever they start, as long as each is in one piece.
-Tensor with_whole_rows(const Tensor& logits) {
-  return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits);
-}
-
 // Host functions ------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std::optional<Tensor>& mask,
@@ -149,7 +144,7 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   check_floating("grad", grad, 2);
   check_saved(grad, max_logits, argmax, grad.size(0), grad.size(1), position_type(length));
   Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{grad.size(0), length, grad.size(1)});
-  prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * grad_logits.element_size());
+  prefer_huge_pages(grad_logits);
   const Tensor dense = torch::stable::contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
     backward_max<typename decltype(type)::type>(dense, max_logits, argmax, activation, grad_logits);
@@ -169,7 +164,7 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   const Tensor dense = with_whole_rows(logits), dense_grad = torch::stable::contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   Tensor grad_logits = torch::stable::new_empty(dense, logits.sizes());
-  prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * grad_logits.element_size());
+  prefer_huge_pages(grad_logits);
   dispatch_floating(dense.scalar_type(), [&](auto type) {
     backward_sum<typename decltype(type)::type>(dense_grad, dense, dense_mask, activation, grad_logits);
   });

@@ -164,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
                                               std::optional<double> mass) {
   const Criteria criteria = check_criteria(x, k, threshold, max_ratio, mass);
   const int64_t batch = x.size(0), columns = x.size(1);
-  // Rows are read in place wherever they start, as long as each is in one piece.
-  const Tensor dense = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  const Tensor dense = with_whole_rows(x);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -297,7 +297,7 @@ Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& q
   const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
   const std::vector<int64_t> shape{query_values.size(0), doc_values.size(0)};
   Tensor scores = torch::stable::new_empty(query_values, shape, result);
-  prefer_huge_pages(scores.mutable_data_ptr(), scores.numel() * scores.element_size());
+  prefer_huge_pages(scores);
   for_each_block(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols, result,
                  [&](const auto& block, const auto& documents, auto type) {
                    scores_of_block(block, documents, mutable_data<typename decltype(type)::type>(scores));

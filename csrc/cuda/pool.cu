@@ -284,11 +284,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Rows of logits are read in place wherever they start, as long as each is in one piece.
-Tensor with_whole_rows(const Tensor& logits) {
-  return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits);
-}
-
 // Host functions -------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std::optional<Tensor>& mask,
