@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from splade_fast.ops.prune import prune_rows
+from splade_fast.ops.prune import dense_rows, prune_rows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -183,8 +183,7 @@ class SparseRows:
 
     def to_dense(self) -> Tensor:
         """(B, num_cols) with zeros everywhere else; differentiable in `values`."""
-        rows, columns, values = self.coordinates()
-        return values.new_zeros(len(self), self.num_cols).index_put((rows, columns), values)
+        return dense_rows(self.indices, self.values, self.lengths, self.num_cols)
 
     def to_torch_csr(self) -> Tensor:
         """The same matrix as a `torch.sparse_csr` tensor (B, num_cols) with int64 indices."""
