@@ -143,7 +143,7 @@ def _setup_context_dense(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _backward_dense(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    if indices.numel() == 0:
+    if grad.shape[1] == 0:  # there is no column that unused slots could read
         return grad.new_zeros(indices.shape), None, None, None
     used = grad.gather(1, indices.clamp(min=0).long()).masked_fill(indices < 0, 0)
     return used, None, None, None
