@@ -53,7 +53,8 @@ sanitizer() {
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
-stage tests "$python" -m pytest tests/ops tests/test_library.py -m cuda --junitxml="$out/junit.xml"
+stage tests "$python" -m pytest tests/ops tests/test_library.py tests/test_sparse_rows.py -m cuda \
+    --junitxml="$out/junit.xml"
 if command -v compute-sanitizer >/dev/null; then
     sanitizer memcheck
     sanitizer racecheck

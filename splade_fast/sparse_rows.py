@@ -75,8 +75,9 @@ class SparseRows:
         Returns:
             SparseRows of B rows and `num_cols` V; K is the longest row's length. On a GPU K is
             min(k, V), so that nothing waits for it; without k, what is above the threshold is
-            counted first, and with `mass` K is the longest row's length as well. The values are
-            differentiable: their gradient goes to the kept entries of x.
+            counted first, and with `mass` K is the longest row's length as well, which takes
+            `torch.compile(fullgraph=True)` from both. The values are differentiable: their
+            gradient goes to the kept entries of x.
 
         Raises:
             TypeError, ValueError: x is no floating-point matrix, or a criterion is out of range.

@@ -63,17 +63,18 @@ def test_every_combination_of_criteria(device, dtype, values):
         compare_rows(x, *criteria)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 63, 64, 65, 2047, 2113, 5000, 30522])
-def test_widths(device, columns):
+def test_widths(device, columns, dtype):
     """Fewer and more candidates than the buffer holds; the ends of vectors and steps."""
-    dense = torch.rand(2, columns, device=device)
-    sparse = dense.masked_fill(torch.rand_like(dense) > 0.02, 0)
+    dense = torch.rand(2, columns).to(device, dtype)
+    sparse = dense.masked_fill(torch.rand(dense.shape, device=device) > 0.02, 0)
     for x, k in itertools.product((dense, sparse, -dense), (None, 0, 1, 5, 256, columns, 9999)):
         compare_rows(x, k)
         compare_topk(x, columns if k is None else k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_million_columns(device, dtype):
     dense = torch.rand(1, 1_000_000).to(device, dtype)
     for x in (dense, dense.masked_fill(torch.rand_like(dense) > 0.01, 0)):
