@@ -82,7 +82,8 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
         print(f"\n{format_case(found)}", flush=True)
         rows += found
         write_csv(rows, path)
-    _draw(rows, path)
+    if rows:
+        _draw(rows, path)
     return complete and all(row.correct for row in rows)
 
 

@@ -43,7 +43,7 @@ def _label(case: tuple[str, ...]) -> str:
 def _bars(axes: Axes, groups: dict[tuple[str, ...], list[Row]], quantity: str) -> None:
     present = {row.contender for rows in groups.values() for row in rows}
     colours = {name: colour for name, colour in COLOURS.items() if name in present}
-    height = GROUP / len(colours)
+    height = GROUP / max(1, len(colours))
     for offset, (contender, colour) in enumerate(colours.items()):
         points = [
             (position + (offset - (len(colours) - 1) / 2) * height, getattr(row, quantity))

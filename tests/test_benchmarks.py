@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.cases.pool import PoolCase
+from benchmarks.cases.score import ScoreCase
 from benchmarks.checks import check, relative_error
 from benchmarks.driver import Options, run_case
 from benchmarks.encoded import resampled
@@ -18,6 +20,7 @@ from benchmarks.inputs import ragged_lengths
 from benchmarks.machine import Machine
 from benchmarks.results import Row, read_csv
 from splade_fast import SparseRows
+from splade_fast.demo.checkpoint import CheckpointError
 
 REPOSITORY = Path(__file__).parents[1]
 POOL = PoolCase(
@@ -126,6 +129,22 @@ def test_a_contender_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]
         ("ours", ""),
         ("twice", "twice says"),
     ]
+
+
+def test_a_case_that_cannot_be_built_is_named_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def no_checkpoint(k: int) -> None:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr("benchmarks.cases.score.encoded_sample", no_checkpoint)
+    case = ScoreCase(
+        direction="forward", dtype=torch.float32, device="cpu", queries=2, docs=9, encoded=True
+    )
+    monkeypatch.setattr("benchmarks.cases.load", lambda *arguments, **options: [case])
+    arguments = ["score", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    assert f"without {case.shape}: no network" in capsys.readouterr().out
 
 
 def test_drawn_documents_have_the_statistics_of_the_encoded() -> None:

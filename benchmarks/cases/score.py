@@ -10,7 +10,7 @@ encoded ones (benchmarks.encoded).
 
 Contenders: ours; eager, torch's embedding_bag over the entries; peer, the scipy product, which for
 search finds the same k best; the best of torch's own sparse products; and for search Seismic, an
-approximate index of its own, with its recall.
+approximate index (the extra bench-seismic), with its recall.
 """
 
 import functools
