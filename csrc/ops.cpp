@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def(
       "prune_rows(Tensor x, int? k, float? threshold, float? max_ratio, float? mass) "
       "-> (Tensor values, Tensor indices, Tensor lengths)");
+  // Padded rows (B, K) back to (B, num_cols), zero elsewhere. The CPU has a kernel.
+  m.def("dense_rows(Tensor values, Tensor indices, Tensor lengths, int num_cols) -> Tensor");
 
   // Queries are sparse rows like the documents, or dense (Q, V): then query_indices and query_lengths are None.
   m.def(

@@ -2,6 +2,6 @@
 
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
-from splade_fast.reference.prune import prune_rows, prune_topk
+from splade_fast.reference.prune import dense_rows, prune_rows, prune_topk
 
-__all__ = ["prune_rows", "prune_topk", "splade_head", "splade_pool"]
+__all__ = ["dense_rows", "prune_rows", "prune_topk", "splade_head", "splade_pool"]
