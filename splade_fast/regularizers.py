@@ -115,7 +115,7 @@ def l1_loss(pooled: Tensor) -> Tensor:
         TypeError, ValueError: pooled is no floating-point matrix.
     """
     _check_pooled(pooled)
-    return _sums(pooled, dim=1).sum() / max(1, len(pooled))
+    return pooled.abs().sum(1).sum() / max(1, len(pooled))
 
 
 def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2) -> Tensor:
@@ -136,7 +136,7 @@ def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2) -> Tensor:
     _check_pooled(pooled)
     if not epsilon > 0:
         raise ValueError(f"epsilon must be greater than 0, got {epsilon}")
-    return (_sums(pooled, dim=1) + epsilon).pow(-2).sum() / max(1, len(pooled))
+    return (pooled.abs().sum(1) + epsilon).pow(-2).sum() / max(1, len(pooled))
 
 
 def active_dims(pooled: Tensor) -> Tensor:
@@ -189,17 +189,11 @@ def _progress(step: int, steps: int) -> float:
 
 def _mean_of_columns(pooled: Tensor, across_ranks: bool) -> Tensor:
     """(V,) mean of |pooled| over rows."""
-    sums = _sums(pooled, dim=0)
+    sums = pooled.abs().sum(0)
     rows = torch.tensor(float(len(pooled)), dtype=sums.dtype, device=sums.device)
     if across_ranks and world_size() > 1:
         sums, rows = sum_over_ranks(sums), sum_over_ranks(rows)
     return sums / rows.clamp(min=1)
-
-
-def _sums(pooled: Tensor, dim: int) -> Tensor:
-    """Sums of absolute values in one pass: no (B, V) of them is written."""
-    sums: Tensor = torch.linalg.vector_norm(pooled, 1, dim=dim)
-    return sums
 
 
 def _check_pooled(pooled: Tensor) -> None:
