@@ -6,25 +6,33 @@ from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
+    NegativeSamples,
+    gumbel_max,
     prune_topk,
+    sample_negatives,
     sparse_scores,
     sparse_search,
     splade_head,
     splade_head_topk,
     splade_pool,
 )
+from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from splade_fast.model import SpladeEncoder
 
 __all__ = [
+    "NegativeSamples",
+    "Philox",
     "SparseRows",
     "SpladeEncoder",
     "__version__",
     "build_info",
+    "gumbel_max",
     "prune_topk",
     "reference",
+    "sample_negatives",
     "sparse_scores",
     "sparse_search",
     "splade_head",

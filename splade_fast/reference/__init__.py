@@ -3,5 +3,13 @@
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
 from splade_fast.reference.prune import prune_rows, prune_topk
+from splade_fast.reference.sample import gumbel_max, sample_negatives
 
-__all__ = ["prune_rows", "prune_topk", "splade_head", "splade_pool"]
+__all__ = [
+    "gumbel_max",
+    "prune_rows",
+    "prune_topk",
+    "sample_negatives",
+    "splade_head",
+    "splade_pool",
+]
