@@ -31,6 +31,12 @@ enum class Domain : uint32_t { kNoise = 0, kRefinement = 1 };
 
 struct Words {
   uint32_t word[4];
+
+  // By selection: an index that is not known when compiling would put the words of a GPU thread into memory.
+  SPLADE_FAST_INLINE uint32_t of_slot(uint64_t slot) const {
+    const uint32_t even = slot & 2 ? word[2] : word[0], odd = slot & 2 ? word[3] : word[1];
+    return slot & 1 ? odd : even;
+  }
 };
 
 struct Key {
@@ -147,15 +153,15 @@ SPLADE_FAST_INLINE float gumbel(uint32_t word, uint32_t refinement) {
 SPLADE_FAST_INLINE float gumbel_of_word(const State& state, uint32_t word, uint32_t query, uint64_t slot) {
   uint32_t refinement = 0;
   if (word < kRefinedBelow) {
-    refinement = block_words(state, static_cast<uint32_t>(slot / kSlotsPerBlock), query, Domain::kRefinement)
-                     .word[slot % kSlotsPerBlock];
+    refinement =
+        block_words(state, static_cast<uint32_t>(slot / kSlotsPerBlock), query, Domain::kRefinement).of_slot(slot);
   }
   return gumbel(word, refinement);
 }
 
 SPLADE_FAST_INLINE float gumbel_of_slot(const State& state, uint32_t query, uint64_t slot) {
   const Words words = block_words(state, static_cast<uint32_t>(slot / kSlotsPerBlock), query, Domain::kNoise);
-  return gumbel_of_word(state, words.word[slot % kSlotsPerBlock], query, slot);
+  return gumbel_of_word(state, words.of_slot(slot), query, slot);
 }
 
 // The order of the draws: NaN first, then the larger perturbed score, then the lower slot.

@@ -51,8 +51,8 @@ inline void check_sample(const SampleOptions& options, const SampleMasks& masks,
   if (masks.exclude) {
     const Tensor& exclude = *masks.exclude;
     STD_TORCH_CHECK(exclude.device() == like.device(), "exclude must be on the device of the scores");
-    STD_TORCH_CHECK(exclude.dim() == 2 && exclude.size(0) == queries,
-                    "exclude must be (queries, slots to exclude) = (", queries, ", any)");
+    STD_TORCH_CHECK(exclude.dim() == 2 && exclude.size(0) == queries, "exclude must be (queries, slots to exclude) = (",
+                    queries, ", any)");
     if (exclude.scalar_type() == ScalarType::Bool) {
       check_mask_of("exclude", exclude, queries, slots);
     } else {
@@ -94,6 +94,11 @@ struct Samples {
 SPLADE_FAST_INLINE int64_t group_start(int64_t group, int64_t groups, int64_t slots) {
   const int64_t extra = slots % groups;
   return group * (slots / groups) + (group < extra ? group : extra);
+}
+
+inline int64_t group_of(int64_t slot, int64_t groups, int64_t slots) {
+  const int64_t size = slots / groups, extra = slots % groups, in_longer = extra * (size + 1);
+  return slot < in_longer ? slot / (size + 1) : extra + (slot - in_longer) / size;
 }
 
 }  // namespace splade_fast

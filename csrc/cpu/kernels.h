@@ -80,11 +80,11 @@ struct SampleTile {
   philox::State state;
   uint64_t first_slot, first_query;  // their numbers in the noise
   Acc inv_temp;
-  const Acc* bounds;     // (lanes,) what a perturbed score has to exceed
-  Acc *maximum, *sum;    // (lanes,) of the logsumexp so far: sum of exp(score - maximum), or of exp(score) where that
-                         // is not finite
-  int32_t* places;       // (count * lanes,) the scores that may be drawn
-  uint32_t* words;       // their noise's words
+  const Acc* bounds;   // (lanes,) what a perturbed score has to exceed
+  Acc *maximum, *sum;  // (lanes,) of the logsumexp so far: sum of exp(score - maximum), or of exp(score) where that
+                       // is not finite
+  int32_t* places;     // (count * lanes,) the scores that may be drawn
+  uint32_t* words;     // their noise's words
 };
 
 template <typename T>

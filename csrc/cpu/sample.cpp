@@ -15,7 +15,7 @@ namespace {
 
 using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kTilesAtOnce = 4;       // register tiles of slots
+constexpr int64_t kTilesAtOnce = 4;        // register tiles of slots
 constexpr int64_t kMaxDenseQueries = 256;  // of a block: their packed panels fit the second-level cache
 
 SampleResult result_of(const Samples& samples) {
@@ -129,8 +129,8 @@ class DenseBlock {
 
 SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tensor& state, int64_t num_samples,
                           double scale, double inv_temp, std::optional<int64_t> top_k, bool exact,
-                          const std::optional<Tensor>& valid, const std::optional<Tensor>& exclude,
-                          int64_t slot_offset, int64_t query_offset) {
+                          const std::optional<Tensor>& valid, const std::optional<Tensor>& exclude, int64_t slot_offset,
+                          int64_t query_offset) {
   const SampleOptions options{num_samples, scale, inv_temp, top_k, exact, slot_offset, query_offset};
   check_dense_cache(queries, cache);
   const int64_t batch = queries.size(0), slots = cache.size(0);

@@ -171,7 +171,8 @@ class BlockSampler {
   // Given scores whose slots are not those of their columns.
   void run_on_kept(const Acc* scores, const int64_t* slots, int64_t kept) {
     start_parts(1);
-    for (int64_t q = 0; q < queries_; ++q) draw_from_kept(q, scores + q * kept, slots + q * kept, 1, kept, 0, draws_[q]);
+    for (int64_t q = 0; q < queries_; ++q)
+      draw_from_kept(q, scores + q * kept, slots + q * kept, 1, kept, 0, draws_[q]);
   }
 
   void store(const Samples& samples, int64_t first) const {
@@ -259,12 +260,10 @@ class BlockSampler {
       for (int64_t q = 0; q < queries_; ++q) bounds[q] = draws[q].bound();
       const int64_t first = part * slots_of_part, end = std::min(first + slots_of_part, slots_);
       for_each_tile(source, first, end, [&](const Acc* scores, int64_t begin, int64_t last) {
-        const int64_t found = kernels<Acc>().sample_tile({scores, last - begin, lanes_, state_,
-                                                          static_cast<uint64_t>(options_.slot_offset + begin),
-                                                          static_cast<uint64_t>(first_query_),
-                                                          static_cast<Acc>(options_.inv_temp), bounds.data(),
-                                                          maximum_.data() + part * lanes_,
-                                                          sum_.data() + part * lanes_, places.get(), words.get()});
+        const int64_t found = kernels<Acc>().sample_tile(
+            {scores, last - begin, lanes_, state_, static_cast<uint64_t>(options_.slot_offset + begin),
+             static_cast<uint64_t>(first_query_), static_cast<Acc>(options_.inv_temp), bounds.data(),
+             maximum_.data() + part * lanes_, sum_.data() + part * lanes_, places.get(), words.get()});
         for (int64_t i = 0; i < found; ++i) {
           const int64_t place = places.get()[i], q = place % lanes_;
           if (q >= queries_) continue;
@@ -290,8 +289,8 @@ class BlockSampler {
       const Acc score = scores[i * stride];
       const int64_t slot = slots[i * stride], number = options_.slot_offset + slot;
       if (score == -kInf || philox::perturb(score, inv_temp, kAboveNoise) < draws.bound()) continue;
-      const float noise = philox::gumbel_of_slot(state_, static_cast<uint32_t>(first_query_ + q),
-                                                 static_cast<uint64_t>(number));
+      const float noise =
+          philox::gumbel_of_slot(state_, static_cast<uint32_t>(first_query_ + q), static_cast<uint64_t>(number));
       draws.add({philox::perturb(score, inv_temp, noise), score, slot});
     }
   }
@@ -399,8 +398,8 @@ class BlockSampler {
       std::fill_n(bounds.begin(), queries_, lowest_key());
       const int64_t end = std::min(last_part * slots_of_part, slots_);
       for_each_tile(source, first_part * slots_of_part, end, [&](const Acc* scores, int64_t begin, int64_t last) {
-        const int64_t found = kernels<Acc>().find_candidates(scores, last - begin, lanes_, bounds.data(), keys.get(),
-                                                             places.get());
+        const int64_t found =
+            kernels<Acc>().find_candidates(scores, last - begin, lanes_, bounds.data(), keys.get(), places.get());
         for (int64_t i = 0; i < found; ++i) {
           const int64_t place = places.get()[i], q = place % lanes_;
           best[q].add(keys.get()[i], begin + place / lanes_, kept, capacity, bounds[q]);

@@ -36,8 +36,8 @@ void multiply_slots(const ProductTask<Accumulator<T>>& task) {
   }
 }
 
-// Philox for kLanes<float> queries: the even ones in one vector of 64-bit lanes, the odd ones in another. Only the lower
-// halves count; what is left in the upper ones is ignored by the next product.
+// Philox for kLanes<float> queries: the even ones in one vector of 64-bit lanes, the odd ones in another. Only the
+// lower halves count; what is left in the upper ones is ignored by the next product.
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words32 __attribute__((vector_size(kVectorBytes)));
 
@@ -58,8 +58,7 @@ struct RoundKeys {
   uint64_t key[philox::kRounds][2];
   uint64_t step_low, last_word;
 
-  explicit RoundKeys(const philox::State& state)
-      : step_low(state.step_low), last_word((state.step_high & 0x3fffffff)) {
+  explicit RoundKeys(const philox::State& state) : step_low(state.step_low), last_word((state.step_high & 0x3fffffff)) {
     uint32_t key0 = state.key.word[0], key1 = state.key.word[1];
     for (int round = 0; round < philox::kRounds; ++round, key0 += philox::kWeyl0, key1 += philox::kWeyl1) {
       key[round][0] = key0;

@@ -141,7 +141,7 @@ void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& qu
       using Query = typename decltype(query_type)::type;
       for (int64_t first = 0; first < queries.count; first += kBlockQueries) {
         const QueryBlock<Acc> block(queries, const_data<Query>(query_entries), first,
-                               std::min(kBlockQueries, queries.count - first), num_cols);
+                                    std::min(kBlockQueries, queries.count - first), num_cols);
         // The wider of the two types is that of the documents or the accumulation type.
         if (result == entries.scalar_type()) {
           body(block, documents, Type<T>{});
