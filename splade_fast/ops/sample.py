@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,8 @@ TOP_K_METHODS = {"grouped": 0, "exact": 1}
 # What the counter of the noise has room for.
 _MAX_SLOTS = 2**34
 _MAX_QUERIES = 2**32
+
+_INFINITY = float("inf")
 
 
 class NegativeSamples(NamedTuple):
@@ -145,7 +146,7 @@ def sample_negatives(
     batch, num_slots = len(queries), len(cache)
     like = cache if isinstance(cache, Tensor) else cache.values
     _check_draw(num_samples, inv_temp)
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if top_k is not None:
         _check_count("top_k", top_k)
@@ -318,7 +319,7 @@ def _check_count(name: str, value: object) -> None:
 
 def _check_draw(num_samples: object, inv_temp: object) -> None:
     _check_count("num_samples", num_samples)
-    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < float("inf"):
+    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < _INFINITY:
         raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
 
 
