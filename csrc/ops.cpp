@@ -53,7 +53,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
 
   // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
   // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
-  // keep the top_k highest scores, not one of each of top_k groups; it has no CUDA kernel.
+  // keep the top_k highest scores, not one of each of top_k groups.
   m.def(
       "sample_dense(Tensor queries, Tensor cache, Tensor state, int num_samples, float scale, float inv_temp, "
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
@@ -64,9 +64,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor state, int num_samples, float scale, float inv_temp, "
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
       "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
-  // slots: int64 like scores, where they are not the columns.
   m.def(
-      "sample_scores(Tensor scores, Tensor? slots, Tensor state, int num_samples, float inv_temp, Tensor? valid, "
-      "int slot_offset, int query_offset) "
-      "-> (Tensor scores_out, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid) "
+      "-> (Tensor drawn_scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

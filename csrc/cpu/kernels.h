@@ -70,6 +70,8 @@ struct ProductTask {
   int64_t lanes;  // whole panels
   Acc scale;
   Acc* scores;
+  const void* next;  // what will be packed next, asked for from memory meanwhile
+  int64_t next_bytes;
 };
 
 // Scores (count, lanes) of neighbouring slots, a lane per query; lanes are a multiple of kMaxLanes.

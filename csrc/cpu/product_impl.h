@@ -109,16 +109,19 @@ void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int6
 
 // products[token][column] of one tile of tokens and one panel of vocabulary entries. Sums run over kPart steps at a
 // time, and then over these parts: a single sum over D = 768 has three times the error.
-template <typename T>
+// before_part() comes before each part.
+constexpr int64_t kPart = 128;
+
+template <typename T, typename BeforePart>
 inline void multiply_tile(const void* tokens, const void* weight, int64_t num_steps,
-                          Vec<Accumulator<T>> (&products)[kTileTokens][kPanelVectors]) {
+                          Vec<Accumulator<T>> (&products)[kTileTokens][kPanelVectors], const BeforePart& before_part) {
   using Acc = Accumulator<T>;
   using Unit = typename Step<T>::Unit;
-  constexpr int64_t kPart = 128;
   const Unit* token = static_cast<const Unit*>(tokens);
   const Unit* entry = static_cast<const Unit*>(weight);
   int64_t first = 0;
   do {  // once also where the depth is 0
+    before_part();
     const int64_t last = first + kPart < num_steps ? first + kPart : num_steps;
     Vec<Acc> sum[kTileTokens][kPanelVectors] = {};
     for (int64_t step = first; step < last; ++step, token += kTileTokens, entry += kPanelColumns<Acc>) {
@@ -131,6 +134,16 @@ inline void multiply_tile(const void* tokens, const void* weight, int64_t num_st
     }
     first = last;
   } while (first < num_steps);
+}
+
+// One of several parts of what will be packed next: its way from memory hides behind the products.
+inline void prefetch_share(const void* next, int64_t bytes, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64;
+  const int64_t share = (bytes / parts / kLine + 1) * kLine;
+  const int64_t begin = part * share, end = begin + share < bytes ? begin + share : bytes;
+  for (int64_t byte = begin; byte < end; byte += kLine) {
+    __builtin_prefetch(static_cast<const char*>(next) + byte, 0, 2);
+  }
 }
 
 }  // namespace

@@ -168,13 +168,6 @@ class BlockSampler {
     }
   }
 
-  // Given scores whose slots are not those of their columns.
-  void run_on_kept(const Acc* scores, const int64_t* slots, int64_t kept) {
-    start_parts(1);
-    for (int64_t q = 0; q < queries_; ++q)
-      draw_from_kept(q, scores + q * kept, slots + q * kept, 1, kept, 0, draws_[q]);
-  }
-
   void store(const Samples& samples, int64_t first) const {
     const int64_t wanted = options_.num_samples;
     for (int64_t q = 0; q < queries_; ++q) {

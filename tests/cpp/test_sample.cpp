@@ -159,7 +159,8 @@ static void test_multiply_slots(const Kernels<float>& kernel, int64_t slots, int
     kernel.pack(packed_queries.data() + panel * panel_bytes, columns, queries.data() + panel * columns * depth, depth,
                 nullptr, columns, depth);
   }
-  kernel.multiply_slots({packed_slots.data(), packed_queries.data(), depth, slots, lanes, 0.5f, scores.data()});
+  kernel.multiply_slots({packed_slots.data(), packed_queries.data(), depth, slots, lanes, 0.5f, scores.data(),
+                         rows.data(), static_cast<int64_t>(rows.size() * sizeof(float))});
   for (int64_t n = 0; n < slots; ++n) {
     for (int64_t q = 0; q < lanes; ++q) {
       double product = 0;

@@ -30,12 +30,6 @@ def kernels(request, monkeypatch) -> bool:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-    """Several tiles where the exact top_k goes by them."""
-    monkeypatch.setattr(sample_module, "_TILE_SCORES", 2**13)
-
-
 def generator(device: torch.device | str = "cpu", seed: int = 11, step: int = 5) -> Philox:
     rng = Philox(seed, device)
     rng.state[1] = step
@@ -787,11 +781,8 @@ def test_opcheck(device):
             (of_queries.indices, of_queries.values, of_queries.lengths),
         ):
             torch.library.opcheck(ops.sample_sparse.default, (*mine, *parts, state, *draw))
-    slots = torch.arange(20, device=device).expand(3, 20)
-    for given, valid in ((None, None), (None, scores > 0), (slots, None)):
-        torch.library.opcheck(
-            ops.sample_scores.default, (scores, given, state, 2, 1.0, valid, 1, 2)
-        )
+    for valid in (None, scores > 0, scores[0] > 0):
+        torch.library.opcheck(ops.sample_scores.default, (scores, state, 2, 1.0, valid))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -962,5 +953,5 @@ def test_the_ops_check_for_callers_in_cpp():
             dense(queries, cache, state, *draw)
     with pytest.raises(RuntimeError, match="state must be int64"):
         dense(queries, cache, state[:1], *good)
-    with pytest.raises(RuntimeError, match="slots must be int64"):
-        torch.ops.splade_fast.sample_scores(queries, state, state, 1, 1.0, None, 0, 0)
+    with pytest.raises(RuntimeError, match="valid must be bool"):
+        torch.ops.splade_fast.sample_scores(queries, state, 1, 1.0, queries)
