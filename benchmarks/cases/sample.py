@@ -130,7 +130,7 @@ class SampleCase(Case):
         )
         queries = score.rows(self.queries, self.query_terms, 0)
         cache = score.rows(self.slots, self.doc_terms, 1)
-        formats = Formats(queries, cache)
+        formats = Formats(queries, cache, score)
         return self._workload(
             queries, cache, formats, lambda: score.exact(queries, cache), one_read(cache)
         )

@@ -226,10 +226,12 @@ template <typename T>
 constexpr Kernels<T> make_kernels() {
   return {kTileTokens,
           kPanelColumns<Accumulator<T>>,
+          Step<T>::kDepth,
           packed_bytes<T>,
           pack<T>,
           head_max<T>,
           head_sum<T>,
+          multiply_pairs<T>,
           pool_max<T>,
           pool_sum<T>,
           finish_max<T>,

@@ -2,10 +2,11 @@
 
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
-from splade_fast.reference.prune import prune_rows, prune_topk
+from splade_fast.reference.prune import dense_rows, prune_rows, prune_topk
 from splade_fast.reference.sample import gumbel_max, sample_negatives
 
 __all__ = [
+    "dense_rows",
     "gumbel_max",
     "prune_rows",
     "prune_topk",
