@@ -16,6 +16,6 @@ void for_each_instruction_set(Body body) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run(kernels_avx2());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) run(kernels_avx512());
-  if (__builtin_cpu_supports("avx512bf16")) run(kernels_avx512bf16());
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) run(kernels_avx512bf16());
 #endif
 }
