@@ -69,4 +69,21 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "sparse_search(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
       "-> (Tensor scores, Tensor ids)");
+
+  // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
+  // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
+  // keep the top_k highest scores, not one of each of top_k groups.
+  m.def(
+      "sample_dense(Tensor queries, Tensor cache, Tensor state, int num_samples, float scale, float inv_temp, "
+      "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
+      "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+  m.def(
+      "sample_sparse(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
+      "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, "
+      "Tensor state, int num_samples, float scale, float inv_temp, "
+      "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
+      "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+  m.def(
+      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid) "
+      "-> (Tensor drawn_scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

@@ -6,7 +6,10 @@ from splade_fast import losses, reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
+    NegativeSamples,
+    gumbel_max,
     prune_topk,
+    sample_negatives,
     sparse_scores,
     sparse_search,
     splade_head,
@@ -23,6 +26,7 @@ from splade_fast.regularizers import (
     flops_loss,
     l1_loss,
 )
+from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LinearSchedule",
+    "NegativeSamples",
+    "Philox",
     "QuadraticSchedule",
     "SparseRows",
     "SpladeEncoder",
@@ -40,10 +46,12 @@ __all__ = [
     "df_flops_loss",
     "document_frequencies",
     "flops_loss",
+    "gumbel_max",
     "l1_loss",
     "losses",
     "prune_topk",
     "reference",
+    "sample_negatives",
     "sparse_scores",
     "sparse_search",
     "splade_head",

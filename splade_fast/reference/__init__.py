@@ -3,5 +3,14 @@
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
 from splade_fast.reference.prune import dense_rows, prune_rows, prune_topk
+from splade_fast.reference.sample import gumbel_max, sample_negatives
 
-__all__ = ["dense_rows", "prune_rows", "prune_topk", "splade_head", "splade_pool"]
+__all__ = [
+    "dense_rows",
+    "gumbel_max",
+    "prune_rows",
+    "prune_topk",
+    "sample_negatives",
+    "splade_head",
+    "splade_pool",
+]

@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "expect.h"
+#include "instruction_sets.h"
 
 using namespace splade_fast;
 using namespace splade_fast::cpu;
@@ -368,7 +369,6 @@ static void test_score_sizes(const Kernels<T>& kernel) {
 }
 
 static void test_all(const AllKernels& kernels) {
-  std::printf("%s\n", kernels.name);
   test_type(kernels.f32);
   test_type(kernels.f64);
   test_type(kernels.bf16);
@@ -390,11 +390,6 @@ static void test_all(const AllKernels& kernels) {
 }
 
 int main() {
-  test_all(kernels_portable());
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_all(kernels_avx2());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) test_all(kernels_avx512());
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) test_all(kernels_avx512bf16());
-#endif
+  for_each_instruction_set(test_all);
   return 0;
 }
