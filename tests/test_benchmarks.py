@@ -55,7 +55,7 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         with path.open(newline="") as file:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
-        rows = read_csv(path)
+        rows = read_csv(Row, path)
         others = {"torch sparse"} if op == "score" else set()
         assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
         backward = set() if op in ("score", "encode") else {"forward+backward"}
