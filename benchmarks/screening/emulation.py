@@ -26,7 +26,8 @@ class RoundedRows:
 
     @property
     def norm_of_rounded(self) -> Tensor:
-        return vector_norm(self.rounded, dim=1)
+        norm: Tensor = vector_norm(self.rounded, dim=1)
+        return norm
 
 
 def rounded_inputs(inputs: TrainedInputs, remedy: str) -> tuple[RoundedRows, RoundedRows, Tensor]:
