@@ -47,7 +47,7 @@ def rotated(rows: Tensor) -> Tensor:
     dim = rows.shape[1]
     block = min(dim & -dim, _MAX_BLOCK)
     signs = torch.randint(0, 2, (dim,), generator=seeded("cpu")) * 2.0 - 1
-    return ((rows * signs).reshape(-1, block) @ _hadamard(block)).reshape(rows.shape)
+    return ((rows * signs).reshape(-1, block) @ _hadamard(block).to(rows)).reshape(rows.shape)
 
 
 def _hadamard(size: int) -> Tensor:
@@ -63,7 +63,7 @@ def _to_int8(rows: Tensor) -> Tensor:
 
 
 def _to_bfloat16(rows: Tensor) -> Tensor:
-    return rows.bfloat16().float()
+    return rows.bfloat16().to(rows.dtype)
 
 
 def _rounded(rows: Tensor, rounded: Tensor) -> RoundedRows:
