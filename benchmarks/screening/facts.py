@@ -33,18 +33,8 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact(Finding):
+class Fact(Machine, Finding):
     """A finding, and where it was made."""
-
-    date: str
-    commit: str
-    dirty: str
-    torch: str
-    cpu: str
-    cores: int
-    threads: int
-    gpu: str
-    kernels: str
 
     @property
     def group(self) -> tuple[str, ...]:
