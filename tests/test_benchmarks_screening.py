@@ -238,7 +238,7 @@ def test_quick_run_keeps_numbers_and_plots(
     measuring = ["--repeats", "3", "--dtype", "float32"]
     assert main([*common, *measuring]) == 0
     studies = {fact.study for fact in read_csv(Fact, tmp_path / "screening-cpu-quick.csv")}
-    assert studies == {"survivors", "sweep", "prepare"}
+    assert studies == {"survivors", "sweep", "sizes", "prepare"}
     for study in ("survivors", "sweep"):
         assert (tmp_path / f"screening-{study}-cpu-quick.svg").stat().st_size > 0
     capsys.readouterr()

@@ -12,7 +12,7 @@ import torch
 from benchmarks.case import UnavailableError
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
-from benchmarks.screening import encode, prepare, survivors, sweep
+from benchmarks.screening import encode, prepare, sizes, survivors, sweep
 from benchmarks.screening.facts import Fact, Finding, format_findings, merged, recorded
 from benchmarks.trained import (
     DIMS,
@@ -24,7 +24,7 @@ from benchmarks.trained import (
 )
 from splade_fast.demo.checkpoint import DEMO
 
-STUDIES = ("survivors", "sweep", "prepare", "encode")
+STUDIES = ("survivors", "sweep", "sizes", "prepare", "encode")
 DTYPES = ("float32", "bfloat16")
 
 _SWEPT_DOCUMENTS = 16
@@ -96,6 +96,9 @@ def _studies(options: argparse.Namespace) -> Iterator[Study]:
     if "sweep" in chosen:
         for dim, dtype in typed:
             yield partial(_sweep, inputs, dim, dtype, *measuring)
+    if "sizes" in chosen:
+        for dim, dtype in typed:
+            yield partial(_sizes, inputs, dim, dtype, *measuring)
     if "prepare" in chosen:
         for dim, dtype in typed:
             yield partial(_prepare, inputs, dim, dtype, *measuring)
@@ -113,6 +116,12 @@ def _sweep(
     inputs: MakeInputs, dim: int, dtype: torch.dtype, rounds: int, seconds: float
 ) -> list[Finding]:
     return sweep.study(inputs(dim).first(_SWEPT_DOCUMENTS), dtype, sweep.SHARES, rounds, seconds)
+
+
+def _sizes(
+    inputs: MakeInputs, dim: int, dtype: torch.dtype, rounds: int, seconds: float
+) -> list[Finding]:
+    return sizes.study(inputs(dim), dtype, rounds, seconds)
 
 
 def _prepare(

@@ -7,7 +7,7 @@ call, its worst case: left alone, it asks no more than once in 2**n calls after 
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -28,38 +28,15 @@ ALGORITHMS = ("dense", "screened", "auto")
 def study(
     inputs: TrainedInputs, dtype: torch.dtype, shares: Sequence[float], rounds: int, seconds: float
 ) -> list[Finding]:
-    pooled = largest_logits(inputs.hidden, inputs.mask, inputs.weight) + inputs.bias
-    base = Finding(
-        study="sweep",
-        model=inputs.model,
-        dim=inputs.dim,
-        dtype=str(dtype).removeprefix("torch."),
-        variant="",
-        quantity="",
-        value=0.0,
-        unit="",
-    )
+    base = base_finding("sweep", inputs, dtype)
     found: list[Finding] = []
     ratios: list[tuple[float, float]] = []
-    for share in shares:
-        bias = inputs.bias + bias_for_share(pooled, share)
-        shifted = dataclasses.replace(inputs, bias=bias).to(dtype)
-        times, declined, point = _point(shifted, base, rounds, seconds)
-        if declined:
-            overhead = 100 * (times["auto"] / times["dense"] - 1)
-            point.append(
-                dataclasses.replace(
-                    point[-1],
-                    variant="auto",
-                    quantity="overhead over dense",
-                    value=overhead,
-                    unit="%",
-                    at_most=MAX_OVERHEAD,
-                )
-            )
-        found += point
+    for shifted in with_shares(inputs, shares):
+        point = measured(shifted.to(dtype), base, rounds, seconds)
+        times = {f.variant: f.value for f in point if f.quantity == "median"}
         assert point[0].active is not None
         ratios.append((point[0].active, times["screened"] / times["dense"]))
+        found += point
     crossover = crossing(ratios)
     if crossover is not None:
         found.append(
@@ -70,10 +47,33 @@ def study(
     return found
 
 
-def _point(
-    inputs: TrainedInputs, base: Finding, rounds: int, seconds: float
-) -> tuple[dict[str, float], bool, list[Finding]]:
-    """Median times, whether auto declined, and these and the survivors as findings."""
+def base_finding(study: str, inputs: TrainedInputs, dtype: torch.dtype) -> Finding:
+    """To be filled in."""
+    return Finding(
+        study=study,
+        model=inputs.model,
+        dim=inputs.dim,
+        dtype=str(dtype).removeprefix("torch."),
+        variant="",
+        quantity="",
+        value=0.0,
+        unit="",
+    )
+
+
+def with_shares(inputs: TrainedInputs, shares: Sequence[float]) -> Iterator[TrainedInputs]:
+    """With another bias for each share of active entries."""
+    pooled = largest_logits(inputs.hidden, inputs.mask, inputs.weight) + inputs.bias
+    for share in shares:
+        yield dataclasses.replace(inputs, bias=inputs.bias + bias_for_share(pooled, share))
+
+
+def measured(inputs: TrainedInputs, base: Finding, rounds: int, seconds: float) -> list[Finding]:
+    """Median times, what survives, and whether auto declines: then, at which cost.
+
+    Raises:
+        AssertionError: screened and dense differ.
+    """
     report = screened(inputs)
     head = partial(splade_fast.splade_head, inputs.hidden, inputs.weight, inputs.bias, inputs.mask)
     if not torch.equal(report.pooled, head(algorithm="dense")):
@@ -89,26 +89,29 @@ def _point(
     decoder.record(False)
     head(algorithm="auto")
     declined = not decoder.asks()
+
+    active = (report.pooled > 0).float().mean().item()
+    finding = partial(dataclasses.replace, base, active=active)
     all_pairs = len(inputs.tokens) * len(inputs.weight)
-    at = dataclasses.replace(base, active=(report.pooled > 0).float().mean().item())
-    shares = {
-        "compared": report.compared / all_pairs,
-        "surviving": report.pairs / all_pairs,
-    }
     found = [
-        dataclasses.replace(at, variant=name, quantity="median", value=times[name], unit="ms")
+        finding(variant=name, quantity="median", value=times[name], unit="ms")
         for name in ALGORITHMS
     ]
-    found += [
-        dataclasses.replace(
-            at, variant="screened", quantity=f"{name} pairs", value=100 * share, unit="%"
+    for quantity, pairs in (("compared pairs", report.compared), ("surviving pairs", report.pairs)):
+        value = 100 * pairs / all_pairs
+        found.append(finding(variant="screened", quantity=quantity, value=value, unit="%"))
+    found.append(finding(variant="auto", quantity="declines", value=float(declined), unit=""))
+    if declined:
+        found.append(
+            finding(
+                variant="auto",
+                quantity="overhead over dense",
+                value=100 * (times["auto"] / times["dense"] - 1),
+                unit="%",
+                at_most=MAX_OVERHEAD,
+            )
         )
-        for name, share in shares.items()
-    ]
-    found.append(
-        dataclasses.replace(at, variant="auto", quantity="declines", value=float(declined), unit="")
-    )
-    return times, declined, found
+    return found
 
 
 def crossing(ratios: Sequence[tuple[float, float]]) -> float | None:
