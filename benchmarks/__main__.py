@@ -81,16 +81,16 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
             continue
         print(f"\n{format_case(found)}", flush=True)
         rows += found
-        write_csv(rows, path)
+        write_csv(rows, Row, path)
     if rows:
         _draw(rows, path)
     return complete and all(row.correct for row in rows)
 
 
 def _report(out: Path) -> int:
-    paths = sorted(out.glob("*.csv"))
+    paths = sorted(path for op in cases.names() for path in out.glob(f"{op}-*.csv"))
     for path in paths:
-        rows = read_csv(path)
+        rows = read_csv(Row, path)
         print(f"\n# {path.name}")
         for group in by_case(rows).values():
             print(f"\n{format_case(group)}")

@@ -11,17 +11,15 @@ terms of a document do not go together as those of a real one do, which is nothi
 search; one that clusters similar documents finds little to cluster.
 """
 
-import hashlib
-import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.cache import cache_folder
 from splade_fast import SparseRows
-from splade_fast.demo.checkpoint import REQUIREMENT, demo_checkpoint
-from splade_fast.demo.corpus import PACKAGES
+from splade_fast.demo.checkpoint import DEMO
 from splade_fast.demo.task import docstring_task
 from splade_fast.model import SpladeEncoder
 
@@ -38,13 +36,11 @@ def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, Spars
     Raises:
         CheckpointError: the demo's checkpoint is not there and cannot be fetched.
     """
-    cache = cache or Path.home() / ".cache" / "splade_fast"
-    versions = [f"{name}=={_version(name)}" for name in PACKAGES]
-    made_of = " ".join([REQUIREMENT, *versions, f"{_DOCUMENTS} {_QUERIES} {_MAX_LENGTH} {k}"])
-    folder = cache / f"encoded-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    settings = f"{_DOCUMENTS} {_QUERIES} {_MAX_LENGTH} {k}"
+    folder = cache_folder("encoded", DEMO.requirement, settings, cache)
     queries, documents = folder / "queries.safetensors", folder / "documents.safetensors"
     if not documents.exists():
-        encoder = SpladeEncoder.from_pretrained(str(demo_checkpoint()))
+        encoder = SpladeEncoder.from_pretrained(str(DEMO.fetch()))
         task = docstring_task(_DOCUMENTS, _QUERIES)
         assert task.queries is not None
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,13 +51,6 @@ def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, Spars
             documents
         )
     return SparseRows.load(queries), SparseRows.load(documents)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def resampled(documents: SparseRows, count: int, seed: int) -> SparseRows:

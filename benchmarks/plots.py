@@ -10,6 +10,7 @@ from benchmarks.results import Row, by_case
 
 COLOURS = {
     "ours": "#1b7837",
+    "dense": "#7fbf7b",
     "eager": "#b2182b",
     "compile": "#ef8a62",
     "peer": "#762a83",

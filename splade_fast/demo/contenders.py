@@ -12,9 +12,12 @@ from splade_fast.sparse_rows import SparseRows
 Encode = Callable[[list[str], int], object]
 
 
-def load_contender(name: str, model: str, max_length: int) -> Encode:
-    """The encoding function of one of CONTENDERS, with the checkpoint loaded."""
-    return CONTENDERS[name](model, max_length)
+def load_contender(name: str, model: str, max_length: int, k: int | None = None) -> Encode:
+    """The encoding function of one of CONTENDERS, with the checkpoint loaded.
+
+    k: keep at most the k largest entries of each vector; None keeps all.
+    """
+    return CONTENDERS[name](model, max_length, k)
 
 
 def as_sparse_rows(encoded: object) -> SparseRows:
@@ -26,20 +29,21 @@ def as_sparse_rows(encoded: object) -> SparseRows:
     return SparseRows.from_dense(encoded.to_dense())
 
 
-def _splade_fast(model: str, max_length: int) -> Encode:
+def _splade_fast(model: str, max_length: int, k: int | None) -> Encode:
     from splade_fast.model import SpladeEncoder
 
     encoder = SpladeEncoder.from_pretrained(model)
     return lambda texts, batch_size: encoder.encode(
-        texts, batch_size=batch_size, max_length=max_length, show_progress=False
+        texts, k=k, batch_size=batch_size, max_length=max_length, show_progress=False
     )
 
 
-def _transformers(model: str, max_length: int) -> Encode:
+def _transformers(model: str, max_length: int, k: int | None) -> Encode:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     from splade_fast.checkpoints import read_settings
     from splade_fast.reference.pool import splade_pool
+    from splade_fast.reference.prune import prune_topk
 
     settings = read_settings(model, {})
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -62,23 +66,25 @@ def _transformers(model: str, max_length: int) -> Encode:
                 pooling=settings.pooling,
                 activation=settings.activation,
             )
+            if k is not None:
+                pooled = prune_topk(pooled, k)
             vectors.append(pooled.to_sparse())
         return torch.cat(vectors)
 
     return encode
 
 
-def _sentence_transformers(model: str, max_length: int) -> Encode:
+def _sentence_transformers(model: str, max_length: int, k: int | None) -> Encode:
     from sentence_transformers import SparseEncoder
 
     encoder = SparseEncoder(model, device="cpu")
     encoder.max_seq_length = max_length
     return lambda texts, batch_size: encoder.encode(
-        texts, batch_size=batch_size, show_progress_bar=False
+        texts, batch_size=batch_size, max_active_dims=k, show_progress_bar=False
     )
 
 
-CONTENDERS: dict[str, Callable[[str, int], Encode]] = {
+CONTENDERS: dict[str, Callable[[str, int, int | None], Encode]] = {
     "splade_fast": _splade_fast,
     "transformers": _transformers,
     "sentence-transformers": _sentence_transformers,
