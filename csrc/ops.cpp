@@ -50,4 +50,10 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "sparse_search(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
       "-> (Tensor scores, Tensor ids)");
+
+  // Tables have any dtype and (rows, ...) with the same number of rows each; indices are int64 (count,). With CUDA
+  // indices the tables may also lie in pinned host memory; the gathered rows are on the device of the indices.
+  m.def("gather_rows(Tensor[] tables, Tensor indices) -> Tensor[]");
+  // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
+  m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
 }

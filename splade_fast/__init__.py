@@ -6,7 +6,9 @@ from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
+    gather_rows,
     prune_topk,
+    scatter_rows_,
     sparse_scores,
     sparse_search,
     splade_head,
@@ -23,8 +25,10 @@ __all__ = [
     "SpladeEncoder",
     "__version__",
     "build_info",
+    "gather_rows",
     "prune_topk",
     "reference",
+    "scatter_rows_",
     "sparse_scores",
     "sparse_search",
     "splade_head",

@@ -1,7 +1,15 @@
 """Plain PyTorch versions of every op: slow, readable, the yardstick of tests and benchmarks."""
 
+from splade_fast.reference.gather import gather_rows, scatter_rows_
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
 from splade_fast.reference.prune import prune_rows, prune_topk
 
-__all__ = ["prune_rows", "prune_topk", "splade_head", "splade_pool"]
+__all__ = [
+    "gather_rows",
+    "prune_rows",
+    "prune_topk",
+    "scatter_rows_",
+    "splade_head",
+    "splade_pool",
+]
