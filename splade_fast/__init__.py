@@ -6,8 +6,11 @@ from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
+    NegativeSamples,
     gather_rows,
+    gumbel_max,
     prune_topk,
+    sample_negatives,
     scatter_rows_,
     sparse_scores,
     sparse_search,
@@ -15,19 +18,24 @@ from splade_fast.ops import (
     splade_head_topk,
     splade_pool,
 )
+from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from splade_fast.model import SpladeEncoder
 
 __all__ = [
+    "NegativeSamples",
+    "Philox",
     "SparseRows",
     "SpladeEncoder",
     "__version__",
     "build_info",
     "gather_rows",
+    "gumbel_max",
     "prune_topk",
     "reference",
+    "sample_negatives",
     "scatter_rows_",
     "sparse_scores",
     "sparse_search",

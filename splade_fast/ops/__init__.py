@@ -5,11 +5,15 @@ from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.ops.pool import splade_pool
 from splade_fast.ops.prune import prune_topk
+from splade_fast.ops.sample import NegativeSamples, gumbel_max, sample_negatives
 from splade_fast.ops.score import sparse_scores, sparse_search
 
 __all__ = [
+    "NegativeSamples",
     "gather_rows",
+    "gumbel_max",
     "prune_topk",
+    "sample_negatives",
     "scatter_rows_",
     "sparse_scores",
     "sparse_search",

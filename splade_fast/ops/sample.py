@@ -1,0 +1,256 @@
+"""sample: Gumbel-Max draws from scores, and from a cache of embeddings without its (B, C) scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from splade_fast import reference
+from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops._checks import check_choice, check_device, check_floating, check_tensor
+from splade_fast.ops.score import _check_same_space, _plain_scores
+from splade_fast.rng import Philox
+from splade_fast.sparse_rows import SparseRows
+
+TOP_K_METHODS = {"grouped": 0, "exact": 1}
+
+# What the counter of the noise has room for.
+_MAX_SLOTS = 2**34
+_MAX_QUERIES = 2**32
+
+
+class NegativeSamples(NamedTuple):
+    """What `sample_negatives` draws for each of B queries; no gradient."""
+
+    indices: Tensor  # (B, m) int64, rows of the cache in the order of the draw; -1: none left
+    scores: Tensor  # (B, m), scaled; -inf where there is no row
+    logsumexp: Tensor  # (B,) of the scaled scores of all rows that may be drawn; -inf where none
+    perturbed: Tensor  # (B, m), inv_temp * scores + noise, descending
+
+
+@torch.no_grad()
+def gumbel_max(
+    scores: Tensor,
+    num_samples: int = 1,
+    *,
+    inv_temp: float = 1.0,
+    valid: Tensor | None = None,
+    rng: Philox | None = None,
+) -> Tensor:
+    """indices[b] = the first num_samples of argsort(inv_temp * scores[b] + G[b], descending).
+
+    With G Gumbel noise these are draws without replacement with probabilities
+    softmax(inv_temp * scores[b]) (Kool, van Hoof, Welling, ICML 2019). Equal perturbed scores come
+    by ascending slot. -inf is never drawn; +inf and, before it, NaN always are.
+
+    Args:
+        scores: (B, C), float32, float64, bfloat16 or float16, any strides.
+        num_samples: draws of each row, m, at least 1.
+        inv_temp: inverse temperature, at least 0; 0 draws uniformly.
+        valid: (C,) or (B, C) bool; what is False is never drawn. None: all may be.
+        rng: the generator, which goes one step on. None: one that is seeded from torch's default
+            generator of the device.
+
+    Returns:
+        (B, m) int64; -1 where fewer than m slots can be drawn. No gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype, device or range.
+    """
+    check_floating("scores", scores)
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be (queries, slots), got {tuple(scores.shape)}")
+    batch, num_slots = scores.shape
+    _check_draw(num_samples, inv_temp)
+    _check_offsets(batch, num_slots, 0, 0)
+    if valid is not None:
+        per_query = isinstance(valid, Tensor) and valid.ndim == 2
+        _check_bool("valid", valid, (batch, num_slots) if per_query else (num_slots,), scores)
+    state = _state(rng, scores.device)
+    indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
+    if rng is not None:
+        rng.advance()
+    return indices
+
+
+@torch.no_grad()
+def sample_negatives(
+    queries: SparseRows | Tensor,
+    cache: SparseRows | Tensor,
+    *,
+    num_samples: int = 1,
+    scale: float = 1.0,
+    inv_temp: float = 1.0,
+    top_k: int | None = None,
+    top_k_method: str = "grouped",
+    valid: Tensor | None = None,
+    exclude: Tensor | None = None,
+    rng: Philox | None = None,
+    slot_offset: int = 0,
+    query_offset: int = 0,
+) -> NegativeSamples:
+    """Draws of slots c with probability softmax(inv_temp * s)[c], s = scale * queries[b] · cache[c].
+
+    One pass over the cache by tiles: scores, their logsumexp and the draws; (B, C) never exists.
+    The noise depends on the seed, the step, the query's and the slot's number alone, so shards of a
+    cache draw what the whole would: of their candidates the first by `perturbed` are its draws,
+    equal ones by ascending slot. Streaming negatives of Lindgren et al., NeurIPS 2021; draws without
+    replacement as Kool, van Hoof, Welling, ICML 2019.
+
+    Slots of score -inf are never drawn; those of +inf and, before them, of NaN always are, the
+    lowest first. NaN makes the logsumexp NaN.
+
+    Args:
+        queries: (B, D) beside a dense cache; (B, V) or SparseRows beside a sparse one.
+        cache: (C, D) or SparseRows of C rows over V columns, on the device of the queries.
+        num_samples: draws of each query without replacement, m, at least 1.
+        scale: factor of the scores.
+        inv_temp: inverse temperature of the draw, at least 0; 0 draws uniformly. It affects neither
+            `scores` nor `logsumexp`.
+        top_k: count and draw only so many slots of each query, at least 1; None: all.
+        top_k_method: "grouped" cuts the C slots into top_k contiguous groups, the first C % top_k
+            of them one slot longer, and keeps the highest of each, as the paper's code does;
+            "exact" keeps the top_k highest. Equal scores: the lowest slot.
+        valid: (C,) bool; what is False is neither counted nor drawn, whatever its row holds.
+        exclude: what else a query must not count or draw: (B, E) int64 slots, where those outside
+            [0, C), such as -1, are unused; or (B, C) bool.
+        rng: the generator, which goes one step on. None: one that is seeded from torch's default
+            generator of the device.
+        slot_offset: number of the first slot among those of all shards; indices stay local.
+        query_offset: number of the first query, likewise.
+
+    Returns:
+        NegativeSamples in float32 (float64 where queries or cache are); no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype, device or range.
+        RuntimeError: on the CPU, a length or a used index of sparse rows is out of its range.
+    """
+    _check_scored(queries, cache)
+    batch, num_slots = len(queries), len(cache)
+    like = cache if isinstance(cache, Tensor) else cache.values
+    _check_draw(num_samples, inv_temp)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if top_k is not None:
+        _check_count("top_k", top_k)
+    check_choice("top_k_method", top_k_method, TOP_K_METHODS)
+    if valid is not None:
+        _check_bool("valid", valid, (num_slots,), like)
+    if exclude is not None:
+        _check_exclude(exclude, batch, num_slots, like)
+    _check_offsets(batch, num_slots, slot_offset, query_offset)
+    state = _state(rng, like.device)
+    scores = _all_scores(queries, cache) * scale
+    found = NegativeSamples(
+        *reference.sample_negatives(
+            scores,
+            state,
+            num_samples,
+            inv_temp=inv_temp,
+            top_k=top_k,
+            top_k_method=top_k_method,
+            valid=valid,
+            exclude=exclude,
+            slot_offset=slot_offset,
+            query_offset=query_offset,
+        )
+    )
+    if rng is not None:
+        rng.advance()
+    return found
+
+
+def _state(rng: Philox | None, device: torch.device) -> Tensor:
+    """(2,) int64: seed and step."""
+    if rng is None:
+        return torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
+    if not isinstance(rng, Philox):
+        raise TypeError(f"rng must be a Philox or None, got {type(rng).__name__}")
+    if rng.device != device:
+        raise ValueError(f"rng must be on the device of the scores, {device}, got {rng.device}")
+    return rng.state
+
+
+def _all_scores(queries: SparseRows | Tensor, cache: SparseRows | Tensor) -> Tensor:
+    """(B, C) in the accumulation dtype, where there are no kernels."""
+    if isinstance(cache, SparseRows):
+        return _plain_scores(queries, cache)
+    assert isinstance(queries, Tensor)
+    acc = accumulation_dtype(torch.promote_types(queries.dtype, cache.dtype))
+    with torch.autocast(cache.device.type, enabled=False):
+        return queries.to(acc) @ cache.to(acc).t()
+
+
+def _check_scored(queries: Any, cache: Any) -> bool:
+    """Whether the cache is dense."""
+    if isinstance(cache, SparseRows):
+        _check_same_space(queries, cache)
+        return False
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"cache must be a tensor or SparseRows, got {type(cache).__name__}")
+    check_floating("cache", cache)
+    if cache.ndim != 2:
+        raise ValueError(f"cache must be (slots, depth), got {tuple(cache.shape)}")
+    if isinstance(queries, SparseRows):
+        raise TypeError("queries must be a tensor beside a dense cache, got SparseRows")
+    check_floating("queries", queries)
+    if queries.ndim != 2 or queries.shape[1] != cache.shape[1]:
+        raise ValueError(
+            f"queries must be (queries, {cache.shape[1]}) as the cache is {tuple(cache.shape)}, "
+            f"got {tuple(queries.shape)}"
+        )
+    check_device("queries", queries, "cache", cache)
+    return True
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_draw(num_samples: object, inv_temp: object) -> None:
+    _check_count("num_samples", num_samples)
+    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < float("inf"):
+        raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
+
+
+def _check_bool(name: str, mask: object, shape: tuple[int, ...], like: Tensor) -> None:
+    check_tensor(name, mask)
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {mask.dtype}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(mask.shape)}")
+    check_device(name, mask, "the scores", like)
+
+
+def _check_exclude(exclude: Tensor, batch: int, num_slots: int, like: Tensor) -> None:
+    check_tensor("exclude", exclude)
+    if exclude.dtype == torch.bool:
+        _check_bool("exclude", exclude, (batch, num_slots), like)
+        return
+    if exclude.dtype != torch.int64:
+        raise TypeError(f"exclude must be int64 slots or bool, got {exclude.dtype}")
+    if exclude.ndim != 2 or exclude.shape[0] != batch:
+        raise ValueError(
+            f"exclude must be (queries, slots to exclude) = ({batch}, any), "
+            f"got {tuple(exclude.shape)}"
+        )
+    check_device("exclude", exclude, "the scores", like)
+
+
+def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: int) -> None:
+    for name, offset, count, limit in (
+        ("slot_offset", slot_offset, num_slots, _MAX_SLOTS),
+        ("query_offset", query_offset, batch, _MAX_QUERIES),
+    ):
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise TypeError(f"{name} must be an integer, got {type(offset).__name__}")
+        if offset < 0 or offset + count > limit:
+            raise ValueError(f"{name} must be at least 0 and at most {limit - count}, got {offset}")
