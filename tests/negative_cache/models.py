@@ -7,7 +7,7 @@ from splade_fast.negative_cache.negative_cache import CacheManager, FixedLenFeat
 
 
 def column(*values: float) -> Tensor:
-    return torch.tensor(values).unsqueeze(1)
+    return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
 
 
 def cache_of(embeddings: Tensor, data: Tensor | None = None, **options) -> NegativeCache:
