@@ -34,5 +34,5 @@ class IsInCacheFilterFn(CacheFilterFn):
         items = cache.data.rows(
             "new_items", {key: new_items[key] for key in self.keys}, cache.device
         )
-        found = matches(items, cache.data.tables(*self.keys))
+        found = matches(items, cache.data.tables(self.keys))
         return ~(found & cache.valid).any(1)

@@ -253,7 +253,7 @@ class AbstractCacheClassificationLoss(nn.Module):
         return schema.values_of(tables, *self.data_keys)
 
     def _tables(self, schema: CacheData, rows: Tables) -> Tables:
-        return {name: rows[name] for name in schema.tables(*self.data_keys)}
+        return {name: rows[name] for name in schema.tables(self.data_keys)}
 
     def _topk_features(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -82,9 +82,9 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    def tables(self, *keys: str) -> Tables:
-        """The tensors behind some features; no keys: behind all."""
-        if not keys:
+    def tables(self, keys: Iterable[str] | None = None) -> Tables:
+        """The tensors behind some features; None: behind all."""
+        if keys is None:
             return {name: table for name, table in self._buffers.items() if table is not None}
         names = [name for key in keys for name in table_names(key, self._num_cols[key])]
         tables = {name: self._buffers[name] for name in names}
@@ -178,7 +178,7 @@ class NegativeCache(nn.Module):
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
         """Rows of the tables of some features, (N, ...) for slots (N,); on the cache's device."""
-        return gather_rows(self.data.tables(*keys), slots)
+        return gather_rows(self.data.tables(keys), slots)
 
 
 class CacheManager:
@@ -305,7 +305,7 @@ class CacheManager:
                 f"got {tuple(indices.shape)}"
             )
         mask = _mask_on("updated_item_mask", mask, len(indices), cache)
-        tables = cache.data.tables(*data) if data else {}
+        tables = cache.data.tables(data)
         if self.use_lru:
             tables, rows = _with_state(tables, rows, {":age": (cache.age, -1)}, len(indices))
         scatter_rows_(tables, indices, rows, mask=mask)
