@@ -10,7 +10,7 @@
 #   OUT             where logs, junit, CSVs and plots go         (./gpu_out)
 #   STAGES          which stages to run       (build tests memcheck racecheck benchmarks)
 #   STAGE_SECONDS   time limit of a stage                        (420)
-#   CASES           benchmark cases                              (pool head)
+#   CASES           benchmark cases                              (pool head sample)
 #   BENCHMARK_ARGS  more options for python -m benchmarks        (--seconds 3)
 
 set -uo pipefail
@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 out=${OUT:-gpu_out}
 stages=${STAGES:-build tests memcheck racecheck benchmarks}
 stage_seconds=${STAGE_SECONDS:-420}
-read -ra cases <<<"${CASES:-pool head}"
+read -ra cases <<<"${CASES:-pool head sample}"
 read -ra benchmark_args <<<"${BENCHMARK_ARGS:---seconds 3}"
 
 mkdir -p "$out"

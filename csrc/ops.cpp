@@ -56,4 +56,23 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def("gather_rows(Tensor[] tables, Tensor indices) -> Tensor[]");
   // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
   m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
+
+  // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
+  // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
+  // keep the top_k highest scores, not one of each of top_k groups; it has no CUDA kernel.
+  m.def(
+      "sample_dense(Tensor queries, Tensor cache, Tensor state, int num_samples, float scale, float inv_temp, "
+      "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
+      "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+  m.def(
+      "sample_sparse(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
+      "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, "
+      "Tensor state, int num_samples, float scale, float inv_temp, "
+      "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
+      "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+  // slots: int64 like scores, where they are not the columns.
+  m.def(
+      "sample_scores(Tensor scores, Tensor? slots, Tensor state, int num_samples, float inv_temp, Tensor? valid, "
+      "int slot_offset, int query_offset) "
+      "-> (Tensor scores_out, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

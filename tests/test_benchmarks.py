@@ -42,16 +42,17 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
     quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    run = run_driver("pool", "head", "prune", *quick, "--out", str(tmp_path))
+    run = run_driver("pool", "head", "prune", "sample", *quick, "--out", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
-    for op in ("pool", "head", "prune"):
+    for op in ("pool", "head", "prune", "sample"):
         path = tmp_path / f"{op}-cpu-quick.csv"
         with path.open(newline="") as file:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
         rows = read_csv(path)
         assert {row.contender for row in rows} == {"ours", "eager", "floor"}
-        assert {row.direction for row in rows} == {"forward", "forward+backward"}
+        directions = {"forward"} if op == "sample" else {"forward", "forward+backward"}
+        assert {row.direction for row in rows} == directions
         assert all(row.correct and row.median_ms and row.torch and row.rounds == 3 for row in rows)
         measured = [row for row in rows if row.contender != "floor"]
         assert all(row.peak_extra_mib is not None for row in measured)

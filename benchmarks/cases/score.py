@@ -60,15 +60,19 @@ def _ours(queries: SparseRows, docs: SparseRows, formats: Formats, k: int | None
 
 
 def _torch(queries: SparseRows, docs: SparseRows, formats: Formats, k: int | None) -> Tensor:
+    scores = embedding_bag_scores(formats)
+    return scores if k is None else scores.topk(k, dim=1)[0]
+
+
+def embedding_bag_scores(formats: Formats) -> Tensor:
     """embedding_bag over the entries: faster here than torch's sparse CSR and COO products."""
-    scores = embedding_bag(
+    return embedding_bag(
         formats.columns,
         formats.query_table,
         formats.starts,
         per_sample_weights=formats.values,
         mode="sum",
     ).t()
-    return scores if k is None else scores.topk(k, dim=1)[0]
 
 
 def _scipy(queries: SparseRows, docs: SparseRows, formats: Formats, k: int | None) -> Tensor:
@@ -152,24 +156,25 @@ class ScoreCase(Case):
             leaves={},
             upstream=queries.values.new_empty(0),
             exact=lambda: {"output": self._exact(queries, docs)},
-            floors=_floors(docs) if floors else {},
+            floors=one_read(docs) if floors else {},
         )
 
     def _exact(self, queries: SparseRows, docs: SparseRows) -> Tensor:
-        """Torch's sparse product in fp64, of some documents at a time."""
+        scores = self.exact(queries, docs)
+        return scores if self.k is None else scores.topk(self.k, dim=1)[0]
+
+    @staticmethod
+    def exact(queries: SparseRows, docs: SparseRows) -> Tensor:
+        """All scores by torch's sparse product in fp64, of some documents at a time."""
         table = queries.to_dense().double().t()
         parts = []
         for start in range(0, len(docs), _ROWS_AT_ONCE):
             part = docs[start : start + _ROWS_AT_ONCE].to(dtype=torch.float64)
-            scores = (part.to_torch_csr() @ table).t()
-            parts.append(
-                scores if self.k is None else scores.topk(min(self.k, scores.shape[1]), dim=1)[0]
-            )
-        scores = torch.cat(parts, dim=1)
-        return scores if self.k is None else scores.topk(self.k, dim=1)[0]
+            parts.append((part.to_torch_csr() @ table).t())
+        return torch.cat(parts, dim=1)
 
 
-def _floors(docs: SparseRows) -> dict[str, Callable[[], object]]:
+def one_read(docs: SparseRows) -> dict[str, Callable[[], object]]:
     """One read of the documents."""
     indices, values = docs.indices.view(torch.int32), docs.values
     bits = values.view(torch.int32) if values.dtype == torch.float32 else values.view(torch.int16)

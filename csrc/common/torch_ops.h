@@ -25,6 +25,12 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   call<3>("aten::mm", "out", {from(a), from(b), from(out)});
 }
 
+// The same in out's own type, float for bfloat16 and float16 operands: CUDA only.
+inline void mm_in_type_of(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  call<4>("aten::mm", "dtype_out", {from(a), from(b), from(out.scalar_type()), from(out)});
+}
+
 inline Tensor mm(const Tensor& a, const Tensor& b) {
   const Tensor out = torch::stable::new_empty(a, std::vector<int64_t>{a.size(0), b.size(1)});
   mm_out(out, a, b);

@@ -218,5 +218,45 @@ inline Vec<double> log1p_vec(Vec<double> x) {
   return result;
 }
 
+// exp(x) for x <= 0, +inf or NaN; within 1 ulp down to -87, 0 below. x = k log(2) + r, and exp(r) by its series to r^7.
+inline Vec<float> exp_vec(Vec<float> x) {
+  const float magic = 0x1.8p23f;  // what is added to it is rounded to an integer, found in the lowest bits
+  const Vec<float> shifted = x * 0x1.715476p0f + magic;
+  const Vec<float> k = shifted - magic;
+  const float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  const Vec<float> r = (x - k * ln2_high) - k * ln2_low;
+  Vec<float> series = 1.0f / 720 + r * (1.0f / 5040);
+  series = 1.0f / 24 + r * (1.0f / 120 + r * series);
+  series = 1 + r * (1 + r * (0.5f + r * (1.0f / 6 + r * series)));
+  const Mask<float> scale = (reinterpret_cast<Mask<float>>(shifted) << 23) + 0x3f800000;
+  const Vec<float> result = series * reinterpret_cast<Vec<float>>(scale);
+  return x < -87 ? Vec<float>{} : (x <= 0 ? result : x);
+}
+
+inline Vec<double> exp_vec(Vec<double> x) {
+  Vec<double> result;
+  for (int i = 0; i < kLanes<double>; ++i) result[i] = std::exp(x[i]);
+  return result;
+}
+
+// A running maximum. NaN is taken and then kept, as torch.max does; ties keep the earlier position.
+template <typename Acc>
+inline Mask<Acc> beats(Vec<Acc> candidate, Vec<Acc> value) {
+  return ~(candidate <= value) & (value == value);
+}
+
+// Whether any lane of a mask is set.
+template <typename M>
+inline bool any_lane(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#else
+  const Mask<double> words = reinterpret_cast<Mask<double>>(mask);
+  int64_t any = 0;
+  for (int i = 0; i < kLanes<double>; ++i) any |= words[i];
+  return any != 0;
+#endif
+}
+
 }  // namespace
 }  // namespace splade_fast::cpu

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/options.h"
+#include "../common/philox.h"
 #include "dtypes.h"
 
 namespace splade_fast::cpu {
@@ -59,6 +60,33 @@ struct ScoreTask {
 
 constexpr int64_t kMaxLanes = 16;  // of a vector, in any instruction set
 
+// scores (count, lanes) = scale * slots x queries.
+template <typename Acc>
+struct ProductTask {
+  const void* slots;    // packed by pack(): tiles of tile_tokens
+  const void* queries;  // packed by pack(): panels of panel_columns, one after the other
+  int64_t depth;
+  int64_t count;
+  int64_t lanes;  // whole panels
+  Acc scale;
+  Acc* scores;
+};
+
+// Scores (count, lanes) of neighbouring slots, a lane per query; lanes are a multiple of kMaxLanes.
+template <typename Acc>
+struct SampleTile {
+  const Acc* scores;
+  int64_t count, lanes;
+  philox::State state;
+  uint64_t first_slot, first_query;  // their numbers in the noise
+  Acc inv_temp;
+  const Acc* bounds;   // (lanes,) what a perturbed score has to exceed
+  Acc *maximum, *sum;  // (lanes,) of the logsumexp so far: sum of exp(score - maximum), or of exp(score) where that
+                       // is not finite
+  int32_t* places;     // (count * lanes,) the scores that may be drawn
+  uint32_t* words;     // their noise's words
+};
+
 template <typename T>
 struct Kernels {
   using Acc = Accumulator<T>;
@@ -105,6 +133,13 @@ struct Kernels {
   // integers in the order of the scores. Returns how many.
   int64_t (*find_candidates)(const Acc* scores, int64_t count, int64_t lanes, const Position<Acc>* bounds,
                              Position<Acc>* keys, int32_t* places);
+
+  void (*multiply_slots)(const ProductTask<Acc>& task);
+  // Adds a tile to the logsumexp and finds the scores that might exceed their bounds. Returns how many.
+  int64_t (*sample_tile)(const SampleTile<Acc>& tile);
+  // Running maxima (lanes,) of scores (count, lanes) and their positions, which start at `first`.
+  void (*group_maximum)(const Acc* scores, int64_t first, int64_t count, int64_t lanes, Acc* value,
+                        Position<Acc>* position);
 };
 
 struct AllKernels {

@@ -158,13 +158,6 @@ inline Mask<Acc> to_keys(Vec<Acc> scores) {
   return scores == scores ? keys : ~lowest;
 }
 
-inline bool any_lane(const void* mask) {
-  uint64_t words[kVectorBytes / 8], any = 0;
-  std::memcpy(words, mask, kVectorBytes);
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
-}
-
 template <typename Acc>
 int64_t find_candidates(const Acc* scores, int64_t count, int64_t lanes, const Position<Acc>* bounds,
                         Position<Acc>* keys, int32_t* places) {
@@ -173,17 +166,7 @@ int64_t find_candidates(const Acc* scores, int64_t count, int64_t lanes, const P
     for (int64_t q = 0; q < lanes; q += kLanes<Acc>) {
       const Mask<Acc> key = to_keys<Acc>(load_bits<Vec<Acc>>(scores + first + q));
       const Mask<Acc> better = key > load_bits<Mask<Acc>>(bounds + q);
-#if defined(__AVX512F__)
-      uint32_t lane_bits;
-      if constexpr (sizeof(Acc) == 4) {
-        lane_bits = _mm512_movepi32_mask(reinterpret_cast<__m512i>(better));
-      } else {
-        lane_bits = _mm512_movepi64_mask(reinterpret_cast<__m512i>(better));
-      }
-      if (lane_bits == 0) continue;
-#else
-      if (!any_lane(&better)) continue;
-#endif
+      if (!any_lane(better)) continue;
       for (int lane = 0; lane < kLanes<Acc>; ++lane) {
         if (!better[lane]) continue;
         keys[found] = key[lane];

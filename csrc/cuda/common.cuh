@@ -202,6 +202,10 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+inline Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(tensor, dim, start, length);
+}
+
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of the other tensors");
 }

@@ -35,8 +35,4 @@ inline ScalarType head_position_type(const Tensor& hidden, const std::optional<T
   return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
 }
 
-inline Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
-  return torch::stable::narrow(tensor, dim, start, length);
-}
-
 }  // namespace splade_fast::cuda

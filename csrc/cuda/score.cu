@@ -7,7 +7,7 @@
 // left out: finding them would need to wait for the device.
 #include <torch/csrc/stable/library.h>
 
-#include "common.cuh"
+#include "score.h"
 
 namespace splade_fast::cuda {
 namespace {
@@ -124,15 +124,12 @@ void score_block(const Entries& queries, const Query* query_values, int64_t firs
 
 // Host functions -------------------------------------------------------------------------------------------------
 
-Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& query_values,
-                     const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
-                     const Tensor& doc_lengths, int64_t num_cols) {
-  const char* op = "sparse_scores";
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+}  // namespace
+
+Tensor sparse_products(const SparseOperands& operands, ScalarType result, const OnDevice& device) {
+  const auto& [query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols] = operands;
   STD_TORCH_CHECK(query_values.size(1) <= INT32_MAX && doc_values.size(1) <= INT32_MAX,
                   "query_values and doc_values must have fewer than 2^31 slots");
-  const OnDevice device(doc_values, op);
-  const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
   const Tensor scores =
       torch::stable::new_empty(query_values, std::vector<int64_t>{query_values.size(0), doc_values.size(0)}, result);
   if (scores.numel() == 0) return scores;
@@ -164,6 +161,20 @@ Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& q
       }
     });
   });
+  return scores;
+}
+
+namespace {
+
+Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& query_values,
+                     const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
+                     const Tensor& doc_lengths, int64_t num_cols) {
+  const char* op = "sparse_scores";
+  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  const OnDevice device(doc_values, op);
+  const Tensor scores =
+      sparse_products({query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols},
+                      wider_type(query_values.scalar_type(), doc_values.scalar_type()), device);
   check_launch(op);
   return scores;
 }

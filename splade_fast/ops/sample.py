@@ -1,4 +1,4 @@
-"""sample: Gumbel-Max draws from scores, and from a cache of embeddings without its (B, C) scores."""
+"""sample: Gumbel-Max draws from given scores, and from a cache without its (B, C) scores."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from splade_fast import reference
+from splade_fast import _library, reference
 from splade_fast.ops._autograd import accumulation_dtype
 from splade_fast.ops._checks import check_choice, check_device, check_floating, check_tensor
-from splade_fast.ops.score import _check_same_space, _plain_scores
+from splade_fast.ops.score import (
+    _TILE_SCORES,
+    _best,
+    _check_same_space,
+    _plain_scores,
+    _tensors,
+)
+from splade_fast.reference.sample import mask_scores
 from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
@@ -70,7 +77,12 @@ def gumbel_max(
         per_query = isinstance(valid, Tensor) and valid.ndim == 2
         _check_bool("valid", valid, (batch, num_slots) if per_query else (num_slots,), scores)
     state = _state(rng, scores.device)
-    indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
+    if _library.has_kernels(scores.device):
+        indices: Tensor = torch.ops.splade_fast.sample_scores(
+            scores, None, state, num_samples, inv_temp, valid, 0, 0
+        )[3]
+    else:
+        indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
     if rng is not None:
         rng.advance()
     return indices
@@ -92,13 +104,13 @@ def sample_negatives(
     slot_offset: int = 0,
     query_offset: int = 0,
 ) -> NegativeSamples:
-    """Draws of slots c with probability softmax(inv_temp * s)[c], s = scale * queries[b] · cache[c].
+    """Slots c drawn with probability softmax(inv_temp * s)[c], s = scale * queries[b] · cache[c].
 
     One pass over the cache by tiles: scores, their logsumexp and the draws; (B, C) never exists.
     The noise depends on the seed, the step, the query's and the slot's number alone, so shards of a
     cache draw what the whole would: of their candidates the first by `perturbed` are its draws,
-    equal ones by ascending slot. Streaming negatives of Lindgren et al., NeurIPS 2021; draws without
-    replacement as Kool, van Hoof, Welling, ICML 2019.
+    equal ones by ascending slot. Streaming negatives of Lindgren et al., NeurIPS 2021; draws
+    without replacement as Kool, van Hoof, Welling, ICML 2019.
 
     Slots of score -inf are never drawn; those of +inf and, before them, of NaN always are, the
     lowest first. NaN makes the logsumexp NaN.
@@ -137,31 +149,121 @@ def sample_negatives(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if top_k is not None:
         _check_count("top_k", top_k)
-    check_choice("top_k_method", top_k_method, TOP_K_METHODS)
+    exact = check_choice("top_k_method", top_k_method, TOP_K_METHODS) == TOP_K_METHODS["exact"]
     if valid is not None:
         _check_bool("valid", valid, (num_slots,), like)
     if exclude is not None:
         _check_exclude(exclude, batch, num_slots, like)
     _check_offsets(batch, num_slots, slot_offset, query_offset)
-    state = _state(rng, like.device)
-    scores = _all_scores(queries, cache) * scale
-    found = NegativeSamples(
-        *reference.sample_negatives(
-            scores,
-            state,
-            num_samples,
-            inv_temp=inv_temp,
-            top_k=top_k,
-            top_k_method=top_k_method,
-            valid=valid,
-            exclude=exclude,
-            slot_offset=slot_offset,
-            query_offset=query_offset,
-        )
+    draw = _Draw(
+        num_samples, scale, inv_temp, top_k, exact, valid, exclude, slot_offset, query_offset
     )
+    found = _sample(queries, cache, _state(rng, like.device), draw)
     if rng is not None:
         rng.advance()
     return found
+
+
+class _Draw(NamedTuple):
+    """What the ops take besides scores and state, in their order."""
+
+    num_samples: int
+    scale: float
+    inv_temp: float
+    top_k: int | None
+    exact: bool
+    valid: Tensor | None
+    exclude: Tensor | None
+    slot_offset: int
+    query_offset: int
+
+
+def _sample(
+    queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
+) -> NegativeSamples:
+    if not _library.has_kernels(state.device):
+        return _sample_plainly(queries, cache, state, draw)
+    if draw.exact and draw.top_k is not None and state.device.type == "cuda":
+        return _sample_from_highest(queries, cache, state, draw)
+    if isinstance(cache, SparseRows):
+        found = torch.ops.splade_fast.sample_sparse(*_tensors(queries, cache), state, *draw)
+    else:
+        found = torch.ops.splade_fast.sample_dense(queries, cache, state, *draw)
+    scores, perturbed, logsumexp, indices = found
+    return NegativeSamples(indices, scores, logsumexp, perturbed)
+
+
+def _sample_plainly(
+    queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
+) -> NegativeSamples:
+    return NegativeSamples(
+        *reference.sample_negatives(
+            _plain_products(queries, cache) * draw.scale,
+            state,
+            draw.num_samples,
+            inv_temp=draw.inv_temp,
+            top_k=draw.top_k,
+            top_k_method="exact" if draw.exact else "grouped",
+            valid=draw.valid,
+            exclude=draw.exclude,
+            slot_offset=draw.slot_offset,
+            query_offset=draw.query_offset,
+        )
+    )
+
+
+def _sample_from_highest(
+    queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
+) -> NegativeSamples:
+    """The exact top_k by tiles of the cache, then draws from it. Nothing waits for a GPU."""
+    batch, num_slots = len(queries), len(cache)
+    assert draw.top_k is not None
+    kept = min(draw.top_k, num_slots)
+    acc = accumulation_dtype(torch.promote_types(queries.dtype, cache.dtype))
+    scores = torch.empty(batch, 0, dtype=acc, device=state.device)
+    slots = torch.empty(batch, 0, dtype=torch.int64, device=state.device)
+    tile_slots = max(kept, _TILE_SCORES // max(batch, 1))
+    for start in range(0, num_slots, tile_slots):
+        stop = min(start + tile_slots, num_slots)
+        tile = _products(queries, cache[start:stop], acc) * draw.scale
+        valid = None if draw.valid is None else draw.valid[start:stop]
+        tile = mask_scores(tile, valid, _excluded_of_tile(draw.exclude, start, stop))
+        of_tile = torch.arange(start, stop, device=state.device).expand_as(tile)
+        scores, slots = _best(
+            torch.cat([scores, tile], dim=1), torch.cat([slots, of_tile], dim=1), kept
+        )
+    slots, order = slots.sort(dim=1)
+    found = torch.ops.splade_fast.sample_scores(
+        scores.gather(1, order),
+        slots,
+        state,
+        draw.num_samples,
+        draw.inv_temp,
+        None,
+        draw.slot_offset,
+        draw.query_offset,
+    )
+    drawn_scores, perturbed, logsumexp, indices = found
+    return NegativeSamples(indices, drawn_scores, logsumexp, perturbed)
+
+
+def _excluded_of_tile(exclude: Tensor | None, start: int, stop: int) -> Tensor | None:
+    if exclude is None:
+        return None
+    return exclude[:, start:stop] if exclude.dtype == torch.bool else exclude - start
+
+
+def _products(queries: SparseRows | Tensor, cache: SparseRows | Tensor, acc: torch.dtype) -> Tensor:
+    """(B, C) in the accumulation dtype, on a GPU."""
+    if isinstance(cache, SparseRows):
+        wide = queries.to(dtype=acc)
+        products: Tensor = torch.ops.splade_fast.sparse_scores(*_tensors(wide, cache))
+        return products
+    assert isinstance(queries, Tensor)
+    if queries.dtype == cache.dtype and queries.dtype != acc:
+        return torch.mm(queries, cache.t(), out_dtype=acc)
+    with torch.autocast(cache.device.type, enabled=False):
+        return queries.to(acc) @ cache.to(acc).t()
 
 
 def _state(rng: Philox | None, device: torch.device) -> Tensor:
@@ -175,7 +277,7 @@ def _state(rng: Philox | None, device: torch.device) -> Tensor:
     return rng.state
 
 
-def _all_scores(queries: SparseRows | Tensor, cache: SparseRows | Tensor) -> Tensor:
+def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) -> Tensor:
     """(B, C) in the accumulation dtype, where there are no kernels."""
     if isinstance(cache, SparseRows):
         return _plain_scores(queries, cache)
@@ -254,3 +356,47 @@ def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: i
             raise TypeError(f"{name} must be an integer, got {type(offset).__name__}")
         if offset < 0 or offset + count > limit:
             raise ValueError(f"{name} must be at least 0 and at most {limit - count}, got {offset}")
+
+
+def _fake_scores(
+    scores: Tensor,
+    slots: Tensor | None,
+    state: Tensor,
+    num_samples: int,
+    inv_temp: float,
+    valid: Tensor | None,
+    slot_offset: int,
+    query_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_samples(scores, scores.dtype, scores.shape[0], num_samples)
+
+
+def _fake_dense(
+    queries: Tensor, cache: Tensor, state: Tensor, num_samples: int, *draw: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(queries.dtype, cache.dtype)
+    return _empty_samples(cache, dtype, queries.shape[0], num_samples)
+
+
+def _fake_sparse(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query_values, doc_values, num_samples = arguments[1], arguments[4], arguments[8]
+    dtype = torch.promote_types(query_values.dtype, doc_values.dtype)
+    return _empty_samples(doc_values, dtype, query_values.shape[0], num_samples)
+
+
+def _empty_samples(
+    like: Tensor, dtype: torch.dtype, batch: int | torch.SymInt, num_samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(dtype)
+    return (
+        like.new_empty((batch, num_samples), dtype=acc),
+        like.new_empty((batch, num_samples), dtype=acc),
+        like.new_empty((batch,), dtype=acc),
+        like.new_empty((batch, num_samples), dtype=torch.int64),
+    )
+
+
+if _library.cpu_library_loaded():
+    torch.library.register_fake("splade_fast::sample_scores", _fake_scores)
+    torch.library.register_fake("splade_fast::sample_dense", _fake_dense)
+    torch.library.register_fake("splade_fast::sample_sparse", _fake_sparse)

@@ -1,0 +1,185 @@
+"""sample_negatives from a full cache, dense or sparse, beside the formula in plain PyTorch.
+
+What is compared for correctness is the logsumexp; the draws themselves are random. Dense embeddings
+are normal, scaled so that the scores have a standard deviation of 3; sparse queries and rows are
+those of the score cases.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import splade_fast
+from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.cases.score import Formats, ScoreCase, embedding_bag_scores, one_read
+from benchmarks.inputs import seeded
+from splade_fast import Philox, SparseRows
+
+_SCORE_DEVIATION = 3.0
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What only some contenders need, made before any timing."""
+
+    rng: Philox
+    formats: Formats | None  # the sparse case's, as embedding_bag takes them
+
+
+def _ours(
+    queries: Any, cache: Any, extra: _Extra, *, top_k: int | None, num_samples: int
+) -> Tensor:
+    found = splade_fast.sample_negatives(
+        queries, cache, num_samples=num_samples, top_k=top_k, rng=extra.rng
+    )
+    return found.logsumexp
+
+
+def _eager(
+    queries: Any, cache: Any, extra: _Extra, *, top_k: int | None, num_samples: int
+) -> Tensor:
+    """Scores, the groups' maxima, noise, argmax, logsumexp, each written to memory."""
+    formats = extra.formats
+    scores = queries @ cache.t() if formats is None else embedding_bag_scores(formats)
+    return _draw(scores, top_k, num_samples)
+
+
+def _densified(
+    queries: SparseRows, cache: SparseRows, extra: _Extra, *, top_k: int | None, num_samples: int
+) -> Tensor:
+    """Dense products of the rows, some at a time."""
+    dense = queries.to_dense()
+    parts = [
+        dense @ cache[start : start + _ROWS_AT_ONCE].to_dense().t()
+        for start in range(0, len(cache), _ROWS_AT_ONCE)
+    ]
+    return _draw(torch.cat(parts, dim=1), top_k, num_samples)
+
+
+def _draw(scores: Tensor, top_k: int | None, num_samples: int) -> Tensor:
+    if top_k is not None:
+        scores = scores.view(len(scores), top_k, -1).amax(-1)
+    noise = torch.empty_like(scores).exponential_().log_().neg_()
+    (scores + noise).topk(num_samples, dim=1)
+    return scores.logsumexp(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCase(Case):
+    op: ClassVar[str] = "sample"
+    ours: ClassVar[Implementation] = staticmethod(_ours)
+    eager: ClassVar[Implementation] = staticmethod(_eager)
+
+    sparse: bool
+    queries: int = 64
+    slots: int = 131_072
+    top_k: int | None = None
+    num_samples: int = 1
+    depth: int = 768  # of dense embeddings
+    vocab: int = 30522
+    query_terms: int = 30
+    doc_terms: int = 128
+
+    @property
+    def shape(self) -> str:
+        size = f"V{self.vocab} k{self.doc_terms}" if self.sparse else f"D{self.depth}"
+        grouped = "" if self.top_k is None else f" top{self.top_k}"
+        return f"B{self.queries} C{self.slots} {size}{grouped} m{self.num_samples}"
+
+    @property
+    def layout(self) -> str:
+        return "sparse" if self.sparse else "dense"
+
+    @property
+    def fill(self) -> float:
+        return 1.0
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        memory = Target("MiB peak extra memory", 8)
+        if self.device != "cpu":
+            return (Target("times faster than eager", 1),)
+        if self.sparse:
+            return (Target("times faster than peer", 10), memory)
+        return (Target("times the floor", 1.3), memory)
+
+    def tiny(self) -> "SampleCase":
+        top_k = None if self.top_k is None else 10
+        return replace(self, queries=3, slots=200, depth=16, vocab=500, doc_terms=20, top_k=top_k)
+
+    def peer(self) -> Implementation:
+        if not self.sparse:
+            raise ImportError("no library draws from a cache in one pass")
+        return _densified
+
+    def build(self, *, floors: bool = True) -> Workload:
+        rng = Philox(0, self.device)
+        if self.sparse:
+            score = ScoreCase(
+                direction="forward",
+                dtype=self.dtype,
+                device=self.device,
+                queries=self.queries,
+                docs=self.slots,
+                vocab=self.vocab,
+            )
+            queries = score.rows(self.queries, self.query_terms, 0)
+            cache = score.rows(self.slots, self.doc_terms, 1)
+            extra = _Extra(rng, Formats(queries, cache))
+            read = one_read(cache)
+            return self._workload(queries, cache, extra, lambda: score.exact(queries, cache), read)
+        generator = seeded(self.device)
+        options: dict[str, Any] = {"generator": generator, "device": self.device}
+        scale = _SCORE_DEVIATION / self.depth**0.5
+        queries = (torch.randn(self.queries, self.depth, **options) * scale).to(self.dtype)
+        cache = torch.randn(self.slots, self.depth, **options).to(self.dtype)
+        products: dict[str, Callable[[], object]] = {
+            "queries x cache": lambda: torch.mm(queries, cache.t()),
+            "cache x queries": lambda: torch.mm(cache, queries.t()),
+        }
+
+        def exact() -> Tensor:
+            parts = cache.split(_ROWS_AT_ONCE)
+            return torch.cat([queries.double() @ part.double().t() for part in parts], dim=1)
+
+        return self._workload(queries, cache, _Extra(rng, None), exact, products)
+
+    def _workload(
+        self,
+        queries: Any,
+        cache: Any,
+        extra: _Extra,
+        exact_scores: Callable[[], Tensor],
+        floors: dict[str, Callable[[], object]],
+    ) -> Workload:
+        def exact() -> dict[str, Tensor]:
+            scores = exact_scores()
+            if self.top_k is not None:
+                scores = scores.view(len(scores), self.top_k, -1).amax(-1)
+            return {"output": scores.logsumexp(1)}
+
+        return Workload(
+            arguments=(queries, cache, extra),
+            options={"top_k": self.top_k, "num_samples": self.num_samples},
+            leaves={},
+            upstream=torch.empty(0),
+            exact=exact,
+            floors=floors,
+        )
+
+
+def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[SampleCase]:
+    found = []
+    for dtype in dtypes:
+        for sparse in (False, True):
+            base = SampleCase(direction="forward", dtype=dtype, device=device, sparse=sparse)
+            found += [base, replace(base, top_k=64)]
+            if not sparse:
+                found.append(replace(base, num_samples=8))
+                if device != "cpu":
+                    found.append(replace(base, queries=1024))
+    return [case.tiny() for case in found[:4]] if quick else found

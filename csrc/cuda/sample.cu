@@ -1,0 +1,627 @@
+// sample on CUDA: Gumbel-Max draws and the logsumexp of scores that exist a tile at a time.
+//
+// A tile (queries, slots) is sized to stay in the second-level cache. torch's GEMM, or the kernel of score, writes it;
+// then a block takes a segment of a query's slots, adds up its part of the logsumexp, makes the noise, a Philox block
+// for four slots, and picks the segment's first draws; one block per query merges the segments with what earlier tiles
+// gave. Nothing depends on the order in which blocks run. Tiles of one launch follow each other on the stream, so the
+// draws of earlier tiles are a bound that spares most slots of later ones the logarithms of their noise.
+//
+// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile and draws from these at the end.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "../common/sample.h"
+#include "../common/torch_ops.h"
+#include "score.h"
+
+namespace splade_fast::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kQuads = 4;  // Philox blocks of a thread, four slots each
+constexpr int kPerThread = kQuads * static_cast<int>(philox::kSlotsPerBlock);
+constexpr int64_t kSegment = kThreads * kPerThread;  // slots of a block
+constexpr int64_t kMaxSegments = kThreads - 1;       // of a tile: a thread of the merge takes one
+constexpr int64_t kTileBytes = int64_t{16} << 20;
+constexpr int64_t kSmallGroup = 1024;  // slots of a group that a single warp reduces
+
+// Device functions -----------------------------------------------------------------------------------------------
+
+template <typename Acc>
+__device__ inline Acc negative_infinity() {
+  return -static_cast<Acc>(INFINITY);
+}
+
+template <typename Acc>
+struct Candidate {
+  Acc perturbed, score;
+  int64_t slot;
+};
+
+template <typename Acc>
+__device__ inline Candidate<Acc> no_candidate() {
+  return {negative_infinity<Acc>(), negative_infinity<Acc>(), INT64_MAX};
+}
+
+template <typename Acc>
+__device__ inline bool before(const Candidate<Acc>& a, const Candidate<Acc>& b) {
+  return philox::is_drawn_before(a.perturbed, a.slot, b.perturbed, b.slot);
+}
+
+// The first of all threads' candidates, to all threads of the block.
+template <typename Acc>
+__device__ Candidate<Acc> first_of_block(Candidate<Acc> mine, Candidate<Acc>* of_warps) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const Candidate<Acc> other{__shfl_down_sync(kAllLanes, mine.perturbed, offset),
+                               __shfl_down_sync(kAllLanes, mine.score, offset),
+                               __shfl_down_sync(kAllLanes, mine.slot, offset)};
+    if (before(other, mine)) mine = other;
+  }
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  Candidate<Acc> first = of_warps[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    if (before(of_warps[warp], first)) first = of_warps[warp];
+  }
+  __syncthreads();
+  return first;
+}
+
+// reduce(a, b) over all threads of the block in a fixed order, to all of them.
+template <typename Value, typename Reduce>
+__device__ Value reduce_block(Value mine, Value* of_warps, Reduce reduce) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    mine = reduce(mine, __shfl_down_sync(kAllLanes, mine, offset));
+  }
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  Value result = of_warps[0];
+  for (int warp = 1; warp < kWarps; ++warp) result = reduce(result, of_warps[warp]);
+  __syncthreads();
+  return result;
+}
+
+template <typename Acc>
+__device__ inline Acc finite_or_zero(Acc x) {
+  return isfinite(x) ? x : Acc(0);
+}
+
+__device__ inline float exp_of(float x) { return ::expf(x); }
+__device__ inline double exp_of(double x) { return ::exp(x); }
+
+// Whether the noise of a word might lift a score by -gap: see may_be_drawn() of csrc/cpu/sample_impl.h. NaN passes.
+__device__ inline bool may_be_drawn(float gap, uint32_t word) {
+  constexpr float kLog2E = 0x1.715476p0f, kWordBits = 24, kSlack = 0x1p-10f, kLimit = 100;
+  const float exponent = fmaxf(fminf(gap * kLog2E + (kWordBits + kSlack), kLimit), -kLimit);
+  const float bound = __int_as_float(static_cast<int>((exponent + 127) * 0x1p23f));
+  return static_cast<float>(word >> 8) <= bound;
+}
+
+// What of a tile's scores counts, and as how much.
+template <typename T>
+struct Tile {
+  const T* scores;  // (queries, columns)
+  int64_t columns;
+  int64_t first;         // slot of the first column
+  const int64_t* slots;  // (queries, columns), where they are not the columns
+  Accumulator<T> scale;
+  const bool *valid, *exclude;  // rows of all slots, a stride apart; null: none
+  int64_t valid_stride, exclude_stride;
+
+  __device__ Accumulator<T> score(int64_t query, int64_t column) const {
+    const int64_t slot = first + column;
+    if (valid != nullptr && !valid[query * valid_stride + slot]) return negative_infinity<Accumulator<T>>();
+    if (exclude != nullptr && exclude[query * exclude_stride + slot]) return negative_infinity<Accumulator<T>>();
+    return philox::multiply(to_acc(scores[query * columns + column]), scale);
+  }
+
+  __device__ int64_t slot(int64_t query, int64_t column) const {
+    return slots != nullptr ? slots[query * columns + column] : first + column;
+  }
+};
+
+template <typename Acc>
+struct Drawing {
+  const int64_t* state;  // seed, step
+  int64_t slot_offset, query_offset;
+  Acc inv_temp;
+  int64_t num_samples;
+};
+
+// Draws of every query so far, in their order, and its logsumexp.
+template <typename Acc>
+struct Running {
+  Acc *scores, *perturbed;  // (queries, num_samples)
+  int64_t* indices;         // -1: none
+};
+
+// What the segments of a tile give.
+template <typename Acc>
+struct Segments {
+  int64_t count, room;  // room: for draws of a segment
+  Acc *scores, *perturbed;
+  int64_t* slots;      // (queries, count, room)
+  int32_t* found;      // (queries, count)
+  Acc *maximum, *sum;  // (queries, count)
+};
+
+// The part of a logsumexp that a segment gives.
+template <typename Acc>
+__device__ void write_logsumexp(const Acc (&score)[kPerThread], const Segments<Acc>& segments, int64_t place,
+                                Acc* of_warps) {
+  Acc maximum = negative_infinity<Acc>();
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) maximum = score[i] > maximum ? score[i] : maximum;
+  maximum = reduce_block(maximum, of_warps, [](Acc a, Acc b) { return b > a ? b : a; });
+  const Acc reference = finite_or_zero(maximum);
+  Acc sum = Acc(0);
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) sum += exp_of(score[i] - reference);
+  sum = reduce_block(sum, of_warps, [](Acc a, Acc b) { return a + b; });
+  if (threadIdx.x == 0) {
+    segments.maximum[place] = maximum;
+    segments.sum[place] = sum;
+  }
+}
+
+// The first draws of a segment, one after the other: each is the first of what comes after the one before.
+template <typename T>
+__device__ void write_draws(const Accumulator<T> (&perturbed)[kPerThread], const Accumulator<T> (&score)[kPerThread],
+                            const Tile<T>& tile, int64_t query, int64_t first_column,
+                            const Segments<Accumulator<T>>& segments, int64_t place,
+                            Candidate<Accumulator<T>>* of_warps) {
+  using Acc = Accumulator<T>;
+  Candidate<Acc> last = no_candidate<Acc>();
+  int found = 0;
+  for (; found < segments.room; ++found) {
+    Candidate<Acc> mine = no_candidate<Acc>();
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (perturbed[i] == negative_infinity<Acc>()) continue;
+      const int64_t column = first_column + (i / 4) * (4 * kThreads) + i % 4;
+      const Candidate<Acc> candidate{perturbed[i], score[i], tile.slot(query, column)};
+      if ((found == 0 || before(last, candidate)) && before(candidate, mine)) mine = candidate;
+    }
+    last = first_of_block(mine, of_warps);
+    if (last.slot == INT64_MAX) break;
+    if (threadIdx.x == 0) {
+      const int64_t target = place * segments.room + found;
+      segments.perturbed[target] = last.perturbed;
+      segments.scores[target] = last.score;
+      segments.slots[target] = last.slot;
+    }
+  }
+  if (threadIdx.x == 0) segments.found[place] = found;
+}
+
+// Kernels --------------------------------------------------------------------------------------------------------
+
+// A block per query and segment. Columns of a thread are those of whole Philox blocks, `phase` being the place of the
+// first column in its block.
+template <typename T, bool kGivenSlots>
+__global__ void __launch_bounds__(kThreads)
+    draw_kernel(const Tile<T> tile, const Drawing<Accumulator<T>> drawing, const Accumulator<T>* perturbed_so_far,
+                const Segments<Accumulator<T>> segments) {
+  using Acc = Accumulator<T>;
+  __shared__ Acc sums[kWarps];
+  __shared__ Candidate<Acc> candidates[kWarps];
+  const int64_t query = blockIdx.x / segments.count, segment = blockIdx.x % segments.count;
+  const philox::State state = philox::unpack_state(drawing.state[0], drawing.state[1]);
+  const uint32_t query_number = static_cast<uint32_t>(drawing.query_offset + query);
+  const int64_t first_number = drawing.slot_offset + tile.first;  // of the first column
+  const int phase = kGivenSlots ? 0 : static_cast<int>(first_number % philox::kSlotsPerBlock);
+  const int64_t first_column = segment * kSegment + 4 * static_cast<int64_t>(threadIdx.x) - phase;
+
+  Acc score[kPerThread], perturbed[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t column = first_column + (i / 4) * (4 * kThreads) + i % 4;
+    const bool inside = column >= 0 && column < tile.columns;
+    score[i] = inside ? tile.score(query, column) : negative_infinity<Acc>();
+    perturbed[i] = negative_infinity<Acc>();
+  }
+  write_logsumexp(score, segments, blockIdx.x, sums);
+
+  Acc bound = perturbed_so_far[(query + 1) * drawing.num_samples - 1];
+#pragma unroll
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const int64_t start = first_column + quad * (4 * kThreads);
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) any |= score[4 * quad + j] != negative_infinity<Acc>();
+    if (!any) continue;
+    philox::Words words{};
+    if constexpr (!kGivenSlots) {
+      const uint32_t block = static_cast<uint32_t>((first_number + start) / philox::kSlotsPerBlock);
+      words = philox::block_words(state, block, query_number, philox::Domain::kNoise);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const Acc value = score[4 * quad + j];
+      if (value == negative_infinity<Acc>()) continue;
+      float noise;
+      if constexpr (kGivenSlots) {
+        const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
+        noise = philox::gumbel_of_slot(state, query_number, number);
+      } else {
+        if (!may_be_drawn(static_cast<float>(value * drawing.inv_temp - bound), words.word[j])) continue;
+        const uint64_t number = static_cast<uint64_t>(first_number + start + j);
+        noise = philox::gumbel_of_word(state, words.word[j], query_number, number);
+      }
+      const Acc sum = philox::perturb(value, drawing.inv_temp, noise);
+      perturbed[4 * quad + j] = sum;
+      // With one draw its own slots are a bound too.
+      if (drawing.num_samples == 1 && sum > bound) bound = sum;
+    }
+  }
+  write_draws(perturbed, score, tile, query, first_column, segments, blockIdx.x, candidates);
+}
+
+// A block per query: a thread has the draws of a segment, or those so far, and the first of all goes next.
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(const Segments<Acc> segments, int64_t num_samples, const Running<Acc> before_tile,
+                 const Running<Acc> after_tile, Acc* maximum, double* sum, Acc* logsumexp) {
+  __shared__ Candidate<Acc> candidates[kWarps];
+  const int64_t query = blockIdx.x, row = query * num_samples;
+  const int64_t list = threadIdx.x;
+  const bool of_segment = list < segments.count, so_far = list == segments.count;
+  const int64_t place = query * segments.count + list;
+  const int64_t length = of_segment ? segments.found[place] : (so_far ? num_samples : 0);
+  int64_t next = 0;
+  for (int64_t i = 0; i < num_samples; ++i) {
+    Candidate<Acc> mine = no_candidate<Acc>();
+    if (next < length) {
+      if (of_segment) {
+        const int64_t source = place * segments.room + next;
+        mine = {segments.perturbed[source], segments.scores[source], segments.slots[source]};
+      } else if (before_tile.indices[row + next] >= 0) {
+        mine = {before_tile.perturbed[row + next], before_tile.scores[row + next], before_tile.indices[row + next]};
+      }
+    }
+    const Candidate<Acc> first = first_of_block(mine, candidates);
+    const bool none = first.slot == INT64_MAX;
+    if (!none && mine.slot == first.slot) ++next;
+    if (threadIdx.x == 0) {
+      after_tile.perturbed[row + i] = first.perturbed;
+      after_tile.scores[row + i] = first.score;
+      after_tile.indices[row + i] = none ? -1 : first.slot;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  // Parts without anything that counts have no maximum to speak of.
+  double total = sum[query], reference = total != 0 ? static_cast<double>(finite_or_zero(maximum[query])) : 0.0;
+  for (int64_t segment = 0; segment < segments.count; ++segment) {
+    const double part = segments.sum[query * segments.count + segment];
+    if (part == 0) continue;
+    const double of_part = finite_or_zero(segments.maximum[query * segments.count + segment]);
+    const double larger = total != 0 ? ::fmax(reference, of_part) : of_part;
+    total = (total != 0 ? total * ::exp(reference - larger) : 0.0) + part * ::exp(of_part - larger);
+    reference = larger;
+  }
+  maximum[query] = static_cast<Acc>(reference);
+  sum[query] = total;
+  logsumexp[query] = total != 0 ? static_cast<Acc>(reference + ::log(total)) : negative_infinity<Acc>();
+}
+
+// Maxima of the groups that a tile touches, a block per query and group. Earlier tiles have the lower slots.
+template <typename Acc>
+__global__ void group_kernel(const Tile<Acc> tile, int64_t first_group, int64_t groups_of_tile, int64_t groups,
+                             int64_t slots, Acc* kept_scores, int64_t* kept_slots) {
+  __shared__ Candidate<Acc> candidates[kWarps];
+  const int64_t query = blockIdx.x / groups_of_tile, group = first_group + blockIdx.x % groups_of_tile;
+  const int64_t start = group_start(group, groups, slots), stop = group_start(group + 1, groups, slots);
+  const int64_t begin = max(start, tile.first), end = min(stop, tile.first + tile.columns);
+  Candidate<Acc> mine = no_candidate<Acc>();
+  for (int64_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
+    const Acc score = tile.score(query, slot - tile.first);
+    const Candidate<Acc> candidate{score, score, slot};
+    if (before(candidate, mine)) mine = candidate;
+  }
+  const Candidate<Acc> first = first_of_block(mine, candidates);
+  if (threadIdx.x != 0) return;
+  const int64_t place = query * groups + group;
+  if (begin != start && !before(first, {kept_scores[place], kept_scores[place], kept_slots[place]})) return;
+  kept_scores[place] = first.score;
+  kept_slots[place] = first.slot;
+}
+
+template <typename Acc>
+__global__ void scale_kernel(Acc* scores, int64_t count, Acc scale) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) scores[i] = philox::multiply(scores[i], scale);
+}
+
+// exclude (queries, width) slots: a thread each.
+template <typename Acc>
+__global__ void exclude_kernel(Acc* scores, int64_t columns, int64_t first, const int64_t* exclude, int64_t queries,
+                               int64_t width) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= queries * width) return;
+  const int64_t column = exclude[i] - first;
+  if (exclude[i] >= 0 && column >= 0 && column < columns) {
+    scores[i / width * columns + column] = negative_infinity<Acc>();
+  }
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+template <typename Acc>
+constexpr ScalarType kScalarType = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+
+Tensor matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{rows, columns}, dtype);
+}
+
+// Slots of a tile, in whole segments.
+int64_t tile_slots(int64_t queries, int64_t element_bytes) {
+  const int64_t fit = kTileBytes / (std::max<int64_t>(queries, 1) * element_bytes);
+  return std::min(std::max(fit / kSegment, int64_t{1}), kMaxSegments - 1) * kSegment;
+}
+
+// The draws of all queries while tiles go by. Two sets of outputs take turns: a merge reads one and writes the other.
+template <typename Acc>
+class Sampler {
+ public:
+  Sampler(const SampleOptions& options, const Tensor& state, const Tensor& like, int64_t queries,
+          const OnDevice& device)
+      : state_(torch::stable::contiguous(state)),
+        drawing_{const_data<int64_t>(state_), options.slot_offset, options.query_offset,
+                 static_cast<Acc>(options.inv_temp), options.num_samples},
+        like_(like),
+        queries_(queries),
+        device_(device),
+        current_(like, kScalarType<Acc>, queries, options.num_samples),
+        next_(like, kScalarType<Acc>, queries, options.num_samples),
+        maximum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, kScalarType<Acc>)),
+        sum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, ScalarType::Double)) {
+    const double nothing = -std::numeric_limits<double>::infinity();
+    torch::stable::fill_(current_.scores, nothing);
+    torch::stable::fill_(current_.perturbed, nothing);
+    torch::stable::fill_(current_.logsumexp, nothing);
+    torch::stable::fill_(current_.indices, -1.0);
+  }
+
+  template <typename T>
+  void add(const Tile<T>& tile) {
+    if (queries_ == 0 || tile.columns == 0) return;
+    const int64_t phase = tile.slots ? 0 : (drawing_.slot_offset + tile.first) % philox::kSlotsPerBlock;
+    const int64_t count = ceil_div(tile.columns + phase, kSegment), room = std::min(drawing_.num_samples, kSegment);
+    const Tensor scores = matrix(like_, queries_ * count, room, kScalarType<Acc>);
+    const Tensor perturbed = matrix(like_, queries_ * count, room, kScalarType<Acc>);
+    const Tensor slots = matrix(like_, queries_ * count, room, ScalarType::Long);
+    const Tensor found = matrix(like_, queries_, count, ScalarType::Int);
+    const Tensor maximum = matrix(like_, queries_, count, kScalarType<Acc>);
+    const Tensor sum = matrix(like_, queries_, count, kScalarType<Acc>);
+    const Segments<Acc> segments{count,
+                                 room,
+                                 mutable_data<Acc>(scores),
+                                 mutable_data<Acc>(perturbed),
+                                 mutable_data<int64_t>(slots),
+                                 mutable_data<int32_t>(found),
+                                 mutable_data<Acc>(maximum),
+                                 mutable_data<Acc>(sum)};
+    const Running<Acc> current = running(current_), next = running(next_);
+    const unsigned blocks = grid_size(queries_ * count);
+    if (tile.slots) {
+      draw_kernel<T, true><<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
+    } else {
+      draw_kernel<T, false><<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
+    }
+    merge_kernel<Acc><<<grid_size(queries_), kThreads, 0, device_.stream()>>>(
+        segments, drawing_.num_samples, current, next, mutable_data<Acc>(maximum_), mutable_data<double>(sum_),
+        mutable_data<Acc>(next_.logsumexp));
+    std::swap(current_, next_);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result() const {
+    return {current_.scores, current_.perturbed, current_.logsumexp, current_.indices};
+  }
+
+ private:
+  static Running<Acc> running(const Samples& samples) {
+    return {mutable_data<Acc>(samples.scores), mutable_data<Acc>(samples.perturbed),
+            mutable_data<int64_t>(samples.indices)};
+  }
+
+  const Tensor state_;
+  const Drawing<Acc> drawing_;
+  const Tensor& like_;
+  const int64_t queries_;
+  const OnDevice& device_;
+  Samples current_, next_;
+  Tensor maximum_, sum_;
+};
+
+// Scores whose slots are given, at most kMaxSegments segments at a time.
+template <typename Acc>
+void add_kept(Sampler<Acc>& sampler, const Tensor& scores, const Tensor& slots) {
+  const int64_t columns = scores.size(1);
+  for (int64_t first = 0; first < columns; first += kMaxSegments * kSegment) {
+    const int64_t count = std::min(kMaxSegments * kSegment, columns - first);
+    const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
+    const Tensor numbers = torch::stable::contiguous(narrowed(slots, 1, first, count));
+    sampler.add(
+        Tile<Acc>{const_data<Acc>(part), count, 0, const_data<int64_t>(numbers), Acc(1), nullptr, nullptr, 0, 0});
+  }
+}
+
+// The masks as a tile of T sees them; listed exclusions are written into the scores instead.
+template <typename T>
+void set_masks(Tile<T>& tile, const SampleMasks& masks) {
+  if (masks.valid) {
+    tile.valid = const_data<bool>(*masks.valid);
+    tile.valid_stride = masks.valid->dim() == 2 ? masks.valid->size(1) : 0;
+  }
+  if (masks.exclude && masks.exclude->scalar_type() == ScalarType::Bool) {
+    tile.exclude = const_data<bool>(*masks.exclude);
+    tile.exclude_stride = masks.exclude->size(1);
+  }
+}
+
+// products(first, count) are the scores (queries, count) of slots from `first` on, not yet scaled.
+template <typename Acc, typename Products>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_by_tiles(const SampleOptions& options, const SampleMasks& masks,
+                                                           const Tensor& state, const Tensor& like, int64_t queries,
+                                                           int64_t slots, const OnDevice& device,
+                                                           const Products& products) {
+  const bool grouped = options.top_k && *options.top_k < slots;
+  STD_TORCH_CHECK(!grouped || !options.exact,
+                  "the exact top_k has no CUDA kernel: splade_fast.sample_negatives composes it");
+  Sampler<Acc> sampler(options, state, like, queries, device);
+  if (queries == 0 || slots == 0) return sampler.result();
+  const std::optional<Tensor> kept_scores =
+      grouped ? std::optional(matrix(like, queries, *options.top_k, kScalarType<Acc>)) : std::nullopt;
+  const std::optional<Tensor> kept_slots =
+      grouped ? std::optional(matrix(like, queries, *options.top_k, ScalarType::Long)) : std::nullopt;
+  const int64_t most = tile_slots(queries, sizeof(Acc));
+  for (int64_t first = 0; first < slots; first += most) {
+    const int64_t count = std::min(most, slots - first);
+    const Tensor scores = products(first, count);
+    Tile<Acc> tile{
+        const_data<Acc>(scores), count, first, nullptr, static_cast<Acc>(options.scale), nullptr, nullptr, 0, 0};
+    set_masks(tile, masks);
+    if (masks.exclude && masks.exclude->scalar_type() == ScalarType::Long && masks.exclude->size(1) > 0) {
+      const int64_t width = masks.exclude->size(1);
+      scale_kernel<Acc><<<grid_size(ceil_div(queries * count, kThreads)), kThreads, 0, device.stream()>>>(
+          mutable_data<Acc>(scores), queries * count, tile.scale);
+      exclude_kernel<Acc><<<grid_size(ceil_div(queries * width, kThreads)), kThreads, 0, device.stream()>>>(
+          mutable_data<Acc>(scores), count, first, const_data<int64_t>(*masks.exclude), queries, width);
+      tile.scale = Acc(1);
+    }
+    if (!grouped) {
+      sampler.add(tile);
+      continue;
+    }
+    const int64_t groups = *options.top_k, first_group = group_of(first, groups, slots);
+    const int64_t of_tile = group_of(first + count - 1, groups, slots) - first_group + 1;
+    const int threads = ceil_div(slots, groups) > kSmallGroup ? kThreads : kWarp;
+    group_kernel<Acc><<<grid_size(queries * of_tile), threads, 0, device.stream()>>>(
+        tile, first_group, of_tile, groups, slots, mutable_data<Acc>(*kept_scores), mutable_data<int64_t>(*kept_slots));
+  }
+  if (grouped) add_kept(sampler, *kept_scores, *kept_slots);
+  return sampler.result();
+}
+
+// Host functions -------------------------------------------------------------------------------------------------
+
+using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+SampleMasks contiguous_masks(const SampleMasks& masks) {
+  return {contiguous_or_none(masks.valid), contiguous_or_none(masks.exclude)};
+}
+
+// body(Type<Acc>{}) for float or double.
+template <typename Body>
+SampleResult dispatch_accumulation(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(Type<double>{}) : body(Type<float>{});
+}
+
+SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tensor& state, int64_t num_samples,
+                          double scale, double inv_temp, std::optional<int64_t> top_k, bool exact,
+                          const std::optional<Tensor>& valid, const std::optional<Tensor>& exclude, int64_t slot_offset,
+                          int64_t query_offset) {
+  const char* op = "sample_dense";
+  const SampleOptions options{num_samples, scale, inv_temp, top_k, exact, slot_offset, query_offset};
+  check_dense_cache(queries, cache);
+  const int64_t batch = queries.size(0), slots = cache.size(0);
+  check_sample(options, {valid, exclude}, state, cache, batch, slots);
+  const OnDevice device(cache, op);
+  const SampleMasks masks = contiguous_masks({valid, exclude});
+  const ScalarType dtype = wider_type(queries.scalar_type(), cache.scalar_type()), acc = accumulation_type(dtype);
+  const Tensor rows = contiguous_as(queries, dtype);
+  const auto products = [&](int64_t first, int64_t count) {
+    const Tensor tile = contiguous_as(narrowed(cache, 0, first, count), dtype);
+    Tensor scores = matrix(cache, batch, count, acc);
+    if (queries.size(1) == 0) {
+      torch::stable::zero_(scores);
+    } else if (dtype == acc) {
+      aten::mm_out(scores, rows, torch::stable::transpose(tile, 0, 1));
+    } else {
+      aten::mm_in_type_of(scores, rows, torch::stable::transpose(tile, 0, 1));
+    }
+    return scores;
+  };
+  const SampleResult result = dispatch_accumulation(dtype, [&](auto type) {
+    using Acc = typename decltype(type)::type;
+    return sample_by_tiles<Acc>(options, masks, state, cache, batch, slots, device, products);
+  });
+  check_launch(op);
+  return result;
+}
+
+SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Tensor& query_values,
+                           const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
+                           const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols, const Tensor& state,
+                           int64_t num_samples, double scale, double inv_temp, std::optional<int64_t> top_k, bool exact,
+                           const std::optional<Tensor>& valid, const std::optional<Tensor>& exclude,
+                           int64_t slot_offset, int64_t query_offset) {
+  const char* op = "sample_sparse";
+  const SampleOptions options{num_samples, scale, inv_temp, top_k, exact, slot_offset, query_offset};
+  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  const int64_t batch = query_values.size(0), slots = doc_values.size(0);
+  check_sample(options, {valid, exclude}, state, doc_values, batch, slots);
+  const OnDevice device(doc_values, op);
+  const SampleMasks masks = contiguous_masks({valid, exclude});
+  const ScalarType acc = accumulation_type(wider_type(query_values.scalar_type(), doc_values.scalar_type()));
+  const auto products = [&](int64_t first, int64_t count) {
+    return sparse_products({query_indices, query_values, query_lengths, narrowed(doc_indices, 0, first, count),
+                            narrowed(doc_values, 0, first, count), narrowed(doc_lengths, 0, first, count), num_cols},
+                           acc, device);
+  };
+  const SampleResult result = dispatch_accumulation(acc, [&](auto type) {
+    using Acc = typename decltype(type)::type;
+    return sample_by_tiles<Acc>(options, masks, state, doc_values, batch, slots, device, products);
+  });
+  check_launch(op);
+  return result;
+}
+
+SampleResult sample_scores(const Tensor& scores, const std::optional<Tensor>& slots, const Tensor& state,
+                           int64_t num_samples, double inv_temp, const std::optional<Tensor>& valid,
+                           int64_t slot_offset, int64_t query_offset) {
+  const char* op = "sample_scores";
+  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, slot_offset, query_offset};
+  check_floating("scores", scores, 2);
+  const int64_t batch = scores.size(0), columns = scores.size(1);
+  check_sample(options, {valid, std::nullopt}, state, scores, batch, columns);
+  check_slots(slots, valid, scores);
+  const OnDevice device(scores, op);
+  const SampleMasks masks = contiguous_masks({valid, std::nullopt});
+  std::optional<SampleResult> result;
+  dispatch_floating(scores.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = Accumulator<T>;
+    Sampler<Acc> sampler(options, state, scores, batch, device);
+    if (slots) {
+      add_kept(sampler, contiguous_as(scores, kScalarType<Acc>), *slots);
+    } else {
+      // Whole rows where a tile takes them, since a tile's rows follow each other.
+      const int64_t most = (kMaxSegments - 1) * kSegment;
+      for (int64_t first = 0; first < columns; first += most) {
+        const int64_t count = std::min(most, columns - first);
+        const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
+        Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0};
+        set_masks(tile, masks);
+        sampler.add(tile);
+      }
+    }
+    result = sampler.result();
+  });
+  check_launch(op);
+  return *result;
+}
+
+}  // namespace
+}  // namespace splade_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
+  m.impl("sample_dense", TORCH_BOX(&splade_fast::cuda::sample_dense));
+  m.impl("sample_sparse", TORCH_BOX(&splade_fast::cuda::sample_sparse));
+  m.impl("sample_scores", TORCH_BOX(&splade_fast::cuda::sample_scores));
+}

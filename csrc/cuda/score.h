@@ -1,0 +1,20 @@
+// Scores of sparse rows, for the score and sample ops.
+#pragma once
+
+#include "common.cuh"
+
+namespace splade_fast::cuda {
+
+struct SparseOperands {
+  std::optional<Tensor> query_indices;
+  Tensor query_values;
+  std::optional<Tensor> query_lengths;
+  Tensor doc_indices, doc_values, doc_lengths;
+  int64_t num_cols;
+};
+
+// (Q, N) in the wider type of the two, or in its accumulation type.
+// The caller has checked the operands and checks the launches.
+Tensor sparse_products(const SparseOperands& operands, ScalarType result, const OnDevice& device);
+
+}  // namespace splade_fast::cuda
