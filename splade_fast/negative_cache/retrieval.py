@@ -8,20 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splade_fast import reference
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.negative_cache.transforms import Scale
 from splade_fast.ops._autograd import accumulation_dtype
-from splade_fast.ops.sample import NegativeSamples, sample_negatives
+from splade_fast.ops.sample import NegativeSamples, sample_negatives, sample_scores
 from splade_fast.ops.score import sparse_scores
-from splade_fast.reference.sample import (
-    NOISE,
-    REFINEMENT,
-    _draw,
-    block_of_state,
-    noise_of_words,
-)
 from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
@@ -232,24 +224,28 @@ def _scale_of(transform: Transform | None) -> float | None:
 
 def draw_from_scores(scores: Tensor, slot_offset: int, how: Draw) -> NegativeSamples:
     """Draws from scores (B, T) of the slots from slot_offset on, which the indices count."""
-    found = reference.sample_negatives(
+    found = sample_scores(
         scores,
-        how.rng.state,
-        how.draws,
+        None,
+        how.rng,
+        num_samples=how.draws,
         inv_temp=how.inv_temp,
         slot_offset=slot_offset,
         query_offset=how.query_offset,
     )
-    return _numbered(NegativeSamples(*found), slot_offset)
+    return _numbered(found, slot_offset)
 
 
 def draw_from_kept(kept: Kept, how: Draw) -> NegativeSamples:
     """Draws from the scores that count, with the noise of their slots."""
-    queries = torch.arange(len(kept.scores), device=kept.scores.device) + how.query_offset
-    noise = _noise_at(how.rng.state, queries[:, None], kept.slots.clamp(min=0))
-    drawn = _draw(kept.scores, kept.slots, noise, how.draws, how.inv_temp)
-    indices, scores, perturbed = drawn
-    return NegativeSamples(indices, scores, kept.scores.logsumexp(1), perturbed)
+    return sample_scores(
+        kept.scores,
+        kept.slots.clamp(min=0),
+        how.rng,
+        num_samples=how.draws,
+        inv_temp=how.inv_temp,
+        query_offset=how.query_offset,
+    )
 
 
 def merge_draws(parts: Iterable[NegativeSamples]) -> NegativeSamples:
@@ -373,14 +369,3 @@ def _beside(left: Kept, right: Kept) -> Kept:
 def _numbered(found: NegativeSamples, first: int) -> NegativeSamples:
     """Indices from the first slot of all on; -1 stays."""
     return found._replace(indices=torch.where(found.indices < 0, -1, found.indices + first))
-
-
-def _noise_at(state: Tensor, queries: Tensor, slots: Tensor) -> Tensor:
-    """The noise of given slots: `gumbel_noise` of all would be (B, C)."""
-    words, refinements = (
-        torch.stack(block_of_state(state, slots >> 2, queries, domain), -1)
-        .gather(-1, (slots & 3).unsqueeze(-1))
-        .squeeze(-1)
-        for domain in (NOISE, REFINEMENT)
-    )
-    return noise_of_words(words, refinements)

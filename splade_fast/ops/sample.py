@@ -164,6 +164,53 @@ def sample_negatives(
     return found
 
 
+@torch.no_grad()
+def sample_scores(
+    scores: Tensor,
+    slots: Tensor | None,
+    rng: Philox,
+    *,
+    num_samples: int = 1,
+    inv_temp: float = 1.0,
+    slot_offset: int = 0,
+    query_offset: int = 0,
+) -> NegativeSamples:
+    """The draws of `sample_negatives` from scores that are there, in the present step of rng.
+
+    Args:
+        scores: (B, N) float32 or float64, -inf where a slot must be neither counted nor drawn.
+        slots: (B, N) int64, ascending, whose scores they are; None: the columns.
+        rng: is not advanced.
+        others: as in `sample_negatives`.
+    """
+    if _library.has_kernels(scores.device):
+        drawn, perturbed, logsumexp, indices = torch.ops.splade_fast.sample_scores(
+            scores, slots, rng.state, num_samples, inv_temp, None, slot_offset, query_offset
+        )
+        return NegativeSamples(indices, drawn, logsumexp, perturbed)
+    if slots is not None:
+        kept = reference.sample_kept(
+            scores,
+            slots + slot_offset,
+            rng.state,
+            num_samples,
+            inv_temp=inv_temp,
+            query_offset=query_offset,
+        )
+        local = torch.where(kept[0] < 0, -1, kept[0] - slot_offset)
+        return NegativeSamples(local, *kept[1:])
+    return NegativeSamples(
+        *reference.sample_negatives(
+            scores,
+            rng.state,
+            num_samples,
+            inv_temp=inv_temp,
+            slot_offset=slot_offset,
+            query_offset=query_offset,
+        )
+    )
+
+
 class _Draw(NamedTuple):
     """What the ops take besides scores and state, in their order."""
 

@@ -4,13 +4,14 @@ from splade_fast.reference.gather import gather_rows, scatter_rows_
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
 from splade_fast.reference.prune import prune_rows, prune_topk
-from splade_fast.reference.sample import gumbel_max, sample_negatives
+from splade_fast.reference.sample import gumbel_max, sample_kept, sample_negatives
 
 __all__ = [
     "gather_rows",
     "gumbel_max",
     "prune_rows",
     "prune_topk",
+    "sample_kept",
     "sample_negatives",
     "scatter_rows_",
     "splade_head",
