@@ -57,6 +57,9 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
   m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
 
+  // The count largest of int32 ages, of equal ages the lowest slot first; on the CPU alone.
+  m.def("oldest_slots(Tensor age, int count) -> Tensor");
+
   // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
   // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
   // keep the top_k highest scores, not one of each of top_k groups; it has no CUDA kernel.

@@ -102,10 +102,52 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
       [&](int64_t i) { return place[last[i]]; });
 }
 
+struct Aged {
+  int32_t age;
+  int64_t slot;
+  // Of equal ages the lowest slot counts as the oldest.
+  bool operator<(const Aged& other) const { return age != other.age ? age > other.age : slot < other.slot; }
+};
+
+// One pass: the oldest so far are kept, and once there are count of them, what is not older than the youngest
+// of the oldest is passed over, whole blocks at a time.
+Tensor oldest_slots(const Tensor& age, int64_t count) {
+  constexpr int64_t kBlock = 256;
+  STD_TORCH_CHECK(age.scalar_type() == ScalarType::Int && age.dim() == 1, "age must be int32 (slots,)");
+  const int64_t slots = age.size(0);
+  STD_TORCH_CHECK(count >= 0 && count <= slots, "count must be between 0 and the ", slots, " slots, got ", count);
+  const Tensor ages = torch::stable::contiguous(age);
+  const int32_t* source = const_data<int32_t>(ages);
+  std::vector<Aged> found;
+  found.reserve(count + kBlock);
+  bool full = false;
+  int32_t threshold = 0;
+  for (int64_t first = 0; count > 0 && first < slots; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, slots);
+    int32_t older = !full;
+    for (int64_t slot = first; slot < last; ++slot) older |= source[slot] > threshold;
+    if (!older) continue;
+    for (int64_t slot = first; slot < last; ++slot) {
+      if (!full || source[slot] > threshold) found.push_back({source[slot], slot});
+    }
+    if (static_cast<int64_t>(found.size()) < count) continue;
+    std::nth_element(found.begin(), found.begin() + (count - 1), found.end());
+    found.resize(count);
+    threshold = found.back().age;
+    full = true;
+  }
+  std::sort(found.begin(), found.end());
+  const Tensor oldest = torch::stable::new_empty(age, std::vector<int64_t>{count}, ScalarType::Long);
+  std::transform(found.begin(), found.begin() + count, mutable_data<int64_t>(oldest),
+                 [](const Aged& item) { return item.slot; });
+  return oldest;
+}
+
 }  // namespace
 }  // namespace splade_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&splade_fast::cpu::gather_rows));
+  m.impl("oldest_slots", TORCH_BOX(&splade_fast::cpu::oldest_slots));
   m.impl("scatter_rows_", TORCH_BOX(&splade_fast::cpu::scatter_rows_));
 }

@@ -19,8 +19,7 @@ from splade_fast.negative_cache.features import (
     table_names,
     value_of,
 )
-from splade_fast.ops.gather import gather_rows, scatter_rows_
-from splade_fast.ops.prune import prune_rows
+from splade_fast.ops.gather import gather_rows, oldest_slots, scatter_rows_
 from splade_fast.sparse_rows import SparseRows
 
 __all__ = ["CacheData", "CacheManager", "FixedLenFeature", "NegativeCache", "SparseFeature"]
@@ -319,13 +318,6 @@ class CacheManager:
         state = {":age": (cache.age, -1), ":valid": (cache.valid, True)}
         tables, rows = _with_state(cache.data.tables(), rows, state, count)
         scatter_rows_(tables, slots, rows, mask=mask)
-
-
-def oldest_slots(age: Tensor, count: int) -> Tensor:
-    """(count,) int64, the slots of the largest ages; of equal ages the lowest first."""
-    slots, ages, _ = prune_rows(age.double()[None], count, -torch.inf, None, None)
-    order = ages[0].sort(descending=True, stable=True)[1]
-    return slots[0].long()[order]
 
 
 def _with_state(

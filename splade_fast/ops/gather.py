@@ -7,6 +7,7 @@ from torch import Tensor
 
 from splade_fast import _library, reference
 from splade_fast.ops._checks import check_device, check_tensor
+from splade_fast.ops.prune import prune_rows
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
@@ -96,6 +97,25 @@ def scatter_rows_(
         torch.autograd.graph.increment_version(values)
 
 
+def oldest_slots(age: Tensor, count: int) -> Tensor:
+    """The slots of the `count` largest ages; of equal ages the lowest slot first.
+
+    Args:
+        age: (C,) int32.
+        count: between 0 and C.
+
+    Returns:
+        (count,) int64, from the oldest on.
+    """
+    if age.device.type == "cpu" and _library.has_kernels(age.device):
+        oldest: Tensor = torch.ops.splade_fast.oldest_slots(age, count)
+        return oldest
+    # Every int32 is a float64.
+    slots, ages, _ = prune_rows(age.double()[None], count, -torch.inf, None, None)
+    order = ages[0].sort(descending=True, stable=True)[1]
+    return slots[0].long()[order]
+
+
 def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[str], list[Tensor]]:
     check_tensor("indices", indices)
     if indices.dtype not in (torch.int64, torch.int32):
@@ -135,6 +155,11 @@ def _scatter_fake(
     return None
 
 
+def _oldest_fake(age: Tensor, count: int) -> Tensor:
+    return age.new_empty((count,), dtype=torch.int64)
+
+
 if _library.cpu_library_loaded():
     torch.library.register_fake("splade_fast::gather_rows", _gather_fake)
     torch.library.register_fake("splade_fast::scatter_rows_", _scatter_fake)
+    torch.library.register_fake("splade_fast::oldest_slots", _oldest_fake)

@@ -14,7 +14,6 @@ from splade_fast.negative_cache.negative_cache import (
     FixedLenFeature,
     NegativeCache,
     SparseFeature,
-    oldest_slots,
 )
 from splade_fast.negative_cache.util import approximate_top_k_with_indices
 
@@ -132,16 +131,6 @@ def test_more_new_items_than_slots():
     mask = torch.tensor([True, False, True])
     keeper.update_cache(cache, new_items=items(1, 2, 3), new_items_mask=mask)
     assert state(cache) == ([1, 3], [0, 0])
-
-
-@pytest.mark.parametrize("count", [1, 3, 100, 1000])
-def test_the_oldest_slots(device, count):
-    """The largest ages first, of equal ages the lowest slot."""
-    ages = torch.randint(-1, 30, (1000,), dtype=torch.int32, device=device)
-    ages[5] = 2**31 - 1
-    ages[6] = 2**31 - 2
-    expected = ages.cpu().long().sort(descending=True, stable=True)[1][:count]
-    assert oldest_slots(ages, count).tolist() == expected.tolist()
 
 
 def test_items_are_padded_and_cast():

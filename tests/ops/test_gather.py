@@ -8,6 +8,7 @@ from torch import Tensor
 
 import splade_fast as sf
 from splade_fast import reference
+from splade_fast.ops.gather import oldest_slots
 
 DTYPES = [
     torch.bool,
@@ -223,11 +224,30 @@ def test_a_table_that_a_backward_saved_is_not_changed_unnoticed(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("order", ["any", "rising", "falling", "equal"])
+@pytest.mark.parametrize("count", [0, 1, 3, 100, 999, 1000])
+def test_the_oldest_slots(device, count, order):
+    """The largest ages first, of equal ages the lowest slot."""
+    ages = torch.randint(-1, 30, (1000,), dtype=torch.int32)
+    ages[500], ages[700], ages[701] = 2**31 - 2, 2**31 - 1, -(2**31)
+    if order == "equal":
+        ages[:] = 7
+    elif order != "any":
+        ages = ages.sort(descending=order == "falling")[0]
+    expected = ages.long().sort(descending=True, stable=True)[1][:count]
+    assert oldest_slots(ages.to(device), count).tolist() == expected.tolist()
+    strided = torch.stack([ages, -ages], 1).to(device)[:, 0]
+    assert oldest_slots(strided, count).tolist() == expected.tolist()
+
+
 def test_opcheck(device):
     tables = [table(6, row, torch.float32, device) for row in ((), (3,), (2, 2))]
     indices = torch.tensor([0, 5, 5], device=device)
     rows = [t[:3].clone() for t in tables]
     torch.library.opcheck(torch.ops.splade_fast.gather_rows.default, (tables, indices))
+    if device.type == "cpu":
+        ages = torch.arange(9, dtype=torch.int32)
+        torch.library.opcheck(torch.ops.splade_fast.oldest_slots.default, (ages, 4))
     for mask in (None, torch.tensor([True, False, True], device=device)):
         torch.library.opcheck(
             torch.ops.splade_fast.scatter_rows_.default, (tables, indices, rows, mask)
