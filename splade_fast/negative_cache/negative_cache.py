@@ -19,7 +19,7 @@ from splade_fast.negative_cache.features import (
     table_names,
     value_of,
 )
-from splade_fast.ops.gather import gather_rows, oldest_slots, scatter_rows_
+from splade_fast.ops.gather import gather_rows, oldest_slots, write_rows
 from splade_fast.sparse_rows import SparseRows
 
 __all__ = ["CacheData", "CacheManager", "FixedLenFeature", "NegativeCache", "SparseFeature"]
@@ -261,32 +261,37 @@ class CacheManager:
         """
         if len(cache.age) != cache.size:
             raise ValueError(f"cache.age must be ({cache.size},), got {tuple(cache.age.shape)}")
-        new = None
+        device = cache.device
+        new: Tables | None = None
+        mask: Tensor | None = None
         if new_items is not None:
             if set(new_items) != set(cache.data):
                 raise ValueError(
                     f"new_items must have the keys of the cache, {sorted(cache.data)}, "
                     f"got {sorted(new_items)}"
                 )
-            new = cache.data.rows("new_items", new_items, cache.device)
-            mask = _mask_on("new_items_mask", new_items_mask, _count(new), cache)
-            if _count(new) > cache.size and (mask is None or int(mask.sum()) > cache.size):
+            new = cache.data.rows("new_items", new_items, device)
+            count = _count(new)
+            mask = _mask_on("new_items_mask", new_items_mask, count, device)
+            if count > cache.size and (mask is None or int(mask.sum()) > cache.size):
                 raise ValueError(
-                    f"new_items must be at most the {cache.size} slots of the cache, "
-                    f"got {_count(new)}"
+                    f"new_items must be at most the {cache.size} slots of the cache, got {count}"
                 )
         if updated_item_indices is not None:
-            self._refresh(cache, updated_item_data or {}, updated_item_indices, updated_item_mask)
+            self._refresh(
+                cache, device, updated_item_data or {}, updated_item_indices, updated_item_mask
+            )
         elif updated_item_data:
             raise ValueError("updated_item_indices must be given with updated_item_data, got None")
         if new is not None:
-            self._insert(cache, new, mask)
-        cache.age += 1
+            _insert(cache, new, mask)
+        cache.age.add_(1)
         return cache
 
     def _refresh(
         self,
         cache: NegativeCache,
+        device: torch.device,
         data: Mapping[str, Value],
         indices: Tensor,
         mask: Tensor | None,
@@ -296,46 +301,48 @@ class CacheManager:
                 f"updated_item_data must have keys of the cache, {sorted(cache.data)}, "
                 f"got {sorted(data)}"
             )
-        rows = cache.data.rows("updated_item_data", data, cache.device)
-        indices = indices.to(cache.device)
-        if rows and len(indices) != _count(rows):
+        rows = cache.data.rows("updated_item_data", data, device)
+        if indices.ndim != 1 or (rows and len(indices) != _count(rows)):
             raise ValueError(
                 f"updated_item_indices must be ({_count(rows)},) as updated_item_data, "
                 f"got {tuple(indices.shape)}"
             )
-        mask = _mask_on("updated_item_mask", mask, len(indices), cache)
-        tables = cache.data.tables(data)
+        mask = _mask_on("updated_item_mask", mask, len(indices), device)
+        tables = list(cache.data.tables(data).values())
+        fresh = list(rows.values())
         if self.use_lru:
-            tables, rows = _with_state(tables, rows, {":age": (cache.age, -1)}, len(indices))
-        scatter_rows_(tables, indices, rows, mask=mask)
-
-    def _insert(self, cache: NegativeCache, rows: Tables, mask: Tensor | None) -> None:
-        count = _count(rows)
-        slots = oldest_slots(cache.age, min(count, cache.size))
-        if mask is not None:
-            # The m-th item that is not masked takes the m-th slot.
-            slots = slots[(mask.cumsum(0) - 1).clamp(0, max(len(slots) - 1, 0))]
-        state = {":age": (cache.age, -1), ":valid": (cache.valid, True)}
-        tables, rows = _with_state(cache.data.tables(), rows, state, count)
-        scatter_rows_(tables, slots, rows, mask=mask)
+            tables.append(cache.age)
+            fresh.append(cache.age.new_full((len(indices),), -1))
+        write_rows(tables, indices.to(device), fresh, mask)
 
 
-def _with_state(
-    tables: Tables, rows: Tables, state: Mapping[str, tuple[Tensor, int]], count: int
-) -> tuple[Tables, Tables]:
-    """With tables in which every row becomes the same value."""
-    tables = tables | {name: table for name, (table, _) in state.items()}
-    rows = rows | {name: table.new_full((count,), value) for name, (table, value) in state.items()}
-    return tables, rows
+def _insert(cache: NegativeCache, rows: Tables, mask: Tensor | None) -> None:
+    """In place of the oldest items."""
+    count = _count(rows)
+    slots = oldest_slots(cache.age, min(count, cache.size))
+    if mask is not None:
+        # The m-th item that is not masked takes the m-th slot.
+        slots = slots[(mask.cumsum(0) - 1).clamp(0, max(len(slots) - 1, 0))]
+    tables = cache.data.tables()
+    write_rows(
+        [*tables.values(), cache.age, cache.valid],
+        slots,
+        [
+            *(rows[name] for name in tables),
+            cache.age.new_full((count,), -1),
+            cache.valid.new_full((count,), True),
+        ],
+        mask,
+    )
 
 
 def _count(rows: Tables) -> int:
     return len(next(iter(rows.values()))) if rows else 0
 
 
-def _mask_on(name: str, mask: Tensor | None, count: int, cache: NegativeCache) -> Tensor | None:
+def _mask_on(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
     if mask is None:
         return None
     if mask.shape != (count,):
         raise ValueError(f"{name} must be ({count},), got {tuple(mask.shape)}")
-    return mask.to(cache.device, torch.bool)
+    return mask.to(device, torch.bool)

@@ -86,15 +86,22 @@ def scatter_rows_(
         if mask.shape != indices.shape:
             raise ValueError(f"mask must be {tuple(indices.shape)}, got {tuple(mask.shape)}")
         check_device("mask", mask, "indices", indices)
+    write_rows(values, indices, sources, mask)
+
+
+@torch.no_grad()
+def write_rows(
+    tables: list[Tensor], indices: Tensor, rows: list[Tensor], mask: Tensor | None
+) -> None:
+    """`scatter_rows_` for arguments that are known to fit."""
     if not _library.has_kernels(indices.device):
-        with torch.no_grad():
-            named = [dict(zip(names, tensors, strict=True)) for tensors in (values, sources)]
-            reference.scatter_rows_(named[0], indices, named[1], mask)
+        named = [{str(i): t for i, t in enumerate(tensors)} for tensors in (tables, rows)]
+        reference.scatter_rows_(named[0], indices, named[1], mask)
         return
-    torch.ops.splade_fast.scatter_rows_(values, indices.long(), sources, mask)
+    torch.ops.splade_fast.scatter_rows_(tables, indices.long(), rows, mask)
     if not torch.compiler.is_compiling():
         # What a backward has saved of a table must not be used as if it had not changed.
-        torch.autograd.graph.increment_version(values)
+        torch.autograd.graph.increment_version(tables)
 
 
 def oldest_slots(age: Tensor, count: int) -> Tensor:
