@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases
+from benchmarks.case import UnavailableError
 from benchmarks.driver import CONTENDERS, Options, run_case
 from benchmarks.machine import Machine
 from benchmarks.results import Row, by_case, read_csv, write_csv
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help=f"rounds a case, default {ROUNDS}")
     parser.add_argument("--seconds", type=float, default=60, help="stop a case's rounds after this")
     parser.add_argument(
-        "--skip", nargs="+", default=[], choices=("eager", "compile", "peer", "memory")
+        "--skip", nargs="+", default=[], choices=("eager", "compile", "peer", "others", "memory")
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument(
@@ -64,18 +65,26 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
         rounds=options.repeats or ROUNDS[options.device],
         seconds=options.seconds,
         contenders=tuple(name for name in CONTENDERS if name not in options.skip),
+        others="others" not in options.skip,
         memory="memory" not in options.skip,
     )
     suffix = "-quick" if options.quick else ""
     path = options.out / f"{op}-{options.device}{suffix}.csv"
     rows: list[Row] = []
+    complete = True
     for case in cases.load(op, options.device, dtypes, quick=options.quick):
-        found = run_case(case, measuring, machine)
+        try:
+            found = run_case(case, measuring, machine)
+        except UnavailableError as error:
+            print(f"without {case.shape}: {error}", flush=True)
+            complete = False
+            continue
         print(f"\n{format_case(found)}", flush=True)
         rows += found
         write_csv(rows, path)
-    _draw(rows, path)
-    return all(row.correct for row in rows)
+    if rows:
+        _draw(rows, path)
+    return complete and all(row.correct for row in rows)
 
 
 def _report(out: Path) -> int:

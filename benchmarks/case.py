@@ -1,7 +1,7 @@
 """What a benchmark case is: one op on one shape, and the functions that compete on it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,10 @@ Direction = Literal["forward", "forward+backward"]
 Implementation = Callable[..., Tensor]
 
 
+class UnavailableError(RuntimeError):
+    """A case cannot be built on this machine, e.g. because its data cannot be fetched."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound that ours has to keep, e.g. at most 1.10 times the floor."""
@@ -20,6 +24,7 @@ class Target:
         "times the floor",
         "times faster than eager",
         "times faster than peer",
+        "times faster than torch sparse",
         "MiB peak extra memory",
     ]
     bound: float
@@ -94,7 +99,8 @@ class Case(ABC):
         """The same case at a size that loads every library and costs nothing."""
 
     @abstractmethod
-    def build(self, *, floors: bool = True) -> Workload: ...
+    def build(self, *, floors: bool = True) -> Workload:
+        """Raises UnavailableError where something that the case needs is missing."""
 
     @abstractmethod
     def peer(self) -> Implementation:
@@ -111,6 +117,14 @@ class Case(ABC):
             f"{self.dtype_name} {self.device} {self.direction}"
         )
 
+    def others(self) -> Mapping[str, Callable[[], Implementation]]:
+        """Contenders of this case alone: each by a function that fails where it is missing."""
+        return {}
+
+    def detail(self, contender: str, workload: Workload) -> str:
+        """What else there is to know of a contender that has run, e.g. its recall."""
+        return ""
+
     def implementation(self, contender: str) -> Implementation:
         match contender:
             case "ours":
@@ -124,4 +138,5 @@ class Case(ABC):
                 return torch.compile(type(self).eager)
             case "peer":
                 return self.peer()
-        raise ValueError(f"unknown contender {contender!r}")
+            case _:
+                return self.others()[contender]()

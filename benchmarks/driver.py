@@ -21,6 +21,7 @@ class Options:
     rounds: int
     seconds: float
     contenders: tuple[str, ...] = CONTENDERS
+    others: bool = True  # those of a case alone
     memory: bool = True
 
 
@@ -31,24 +32,28 @@ def run_case(case: Case, options: Options, machine: Machine) -> list[Row]:
     if not outcome.correct:
         print(f"WRONG: {outcome.tensor} of {case.title}; not timed", flush=True)
         return [_row(case, machine, outcome, "ours")]
-    implementations = _available(case, workload, options.contenders)
+    names = [*options.contenders, *(case.others() if options.others else ())]
+    implementations = _available(case, workload, names)
     contenders = {
         name: Contender(
             partial(workload.run, implementation, case.direction), workload.clear_gradients
         )
         for name, implementation in implementations.items()
     }
-    floor_detail = fastest(workload.floors, device=case.device)
-    contenders["floor"] = Contender(workload.floors[floor_detail])
+    details = {name: case.detail(name, workload) for name in implementations}
+    details["floor"] = fastest(workload.floors, device=case.device)
+    contenders["floor"] = Contender(workload.floors[details["floor"]])
     times = time_in_turns(
         contenders, rounds=options.rounds, seconds=options.seconds, device=case.device
     )
-    peaks = _peaks(case, workload, implementations) if options.memory else {}
+    # An index that another library builds is no part of what a run needs.
+    measured = {name: found for name, found in implementations.items() if name in CONTENDERS}
+    peaks = _peaks(case, workload, measured) if options.memory else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
     return [
         dataclasses.replace(
             _row(case, machine, outcome, name),
-            detail=floor_detail if name == "floor" else "",
+            detail=details[name],
             rounds=len(values),
             median_ms=medians[name],
             p25_ms=statistics.quantiles(values, n=4)[0],
@@ -94,9 +99,8 @@ def _peaks(
 
 def _verdict(targets: Sequence[Target], medians: dict[str, float], peaks: dict[str, float]) -> str:
     measured = {"times the floor": medians["ours"] / medians["floor"]}
-    for other in ("eager", "peer"):
-        if other in medians:
-            measured[f"times faster than {other}"] = medians[other] / medians["ours"]
+    for other, median in medians.items():
+        measured[f"times faster than {other}"] = median / medians["ours"]
     if "ours" in peaks:
         measured["MiB peak extra memory"] = peaks["ours"]
     return "; ".join(

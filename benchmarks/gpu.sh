@@ -10,7 +10,7 @@
 #   OUT             where logs, junit, CSVs and plots go         (./gpu_out)
 #   STAGES          which stages to run       (build tests memcheck racecheck benchmarks)
 #   STAGE_SECONDS   time limit of a stage                        (420)
-#   CASES           benchmark cases                              (pool head sample)
+#   CASES           benchmark cases                              (pool head prune score encode sample)
 #   BENCHMARK_ARGS  more options for python -m benchmarks        (--seconds 3)
 
 set -uo pipefail
@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 out=${OUT:-gpu_out}
 stages=${STAGES:-build tests memcheck racecheck benchmarks}
 stage_seconds=${STAGE_SECONDS:-420}
-read -ra cases <<<"${CASES:-pool head sample}"
+read -ra cases <<<"${CASES:-pool head prune score encode sample}"
 read -ra benchmark_args <<<"${BENCHMARK_ARGS:---seconds 3}"
 
 mkdir -p "$out"
@@ -53,7 +53,8 @@ sanitizer() {
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
-stage tests "$python" -m pytest tests/ops tests/test_library.py -m cuda --junitxml="$out/junit.xml"
+stage tests "$python" -m pytest tests/ops tests/test_library.py tests/test_sparse_rows.py -m cuda \
+    --junitxml="$out/junit.xml"
 if command -v compute-sanitizer >/dev/null; then
     sanitizer memcheck
     sanitizer racecheck

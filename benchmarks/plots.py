@@ -13,9 +13,11 @@ COLOURS = {
     "eager": "#b2182b",
     "compile": "#ef8a62",
     "peer": "#762a83",
+    "torch sparse": "#e08214",
+    "seismic": "#2166ac",
     "floor": "#999999",
 }
-BAR = 0.16
+GROUP = 0.8  # of the space between two cases
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -28,7 +30,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     memory.set_xlabel("peak extra memory, MiB")
     times.set_yticks(range(len(groups)), [_label(case) for case in groups], fontsize=8)
     times.invert_yaxis()
-    figure.legend(*times.get_legend_handles_labels(), loc="outside upper right", ncols=5)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside upper right", ncols=len(COLOURS))
     figure.suptitle(f"{rows[0].op} on {rows[0].gpu or rows[0].cpu}", x=0.01, ha="left")
     figure.savefig(path)
 
@@ -39,15 +41,18 @@ def _label(case: tuple[str, ...]) -> str:
 
 
 def _bars(axes: Axes, groups: dict[tuple[str, ...], list[Row]], quantity: str) -> None:
-    for offset, (contender, colour) in enumerate(COLOURS.items()):
+    present = {row.contender for rows in groups.values() for row in rows}
+    colours = {name: colour for name, colour in COLOURS.items() if name in present}
+    height = GROUP / max(1, len(colours))
+    for offset, (contender, colour) in enumerate(colours.items()):
         points = [
-            (position + (offset - 2) * BAR, getattr(row, quantity))
+            (position + (offset - (len(colours) - 1) / 2) * height, getattr(row, quantity))
             for position, rows in enumerate(groups.values())
             for row in rows
             if row.contender == contender and getattr(row, quantity) is not None
         ]
         if points:
             positions, values = zip(*points, strict=True)
-            axes.barh(positions, values, height=BAR, color=colour, label=contender)
+            axes.barh(positions, values, height=height, color=colour, label=contender)
     axes.set_xscale("log")
     axes.grid(axis="x", which="major", alpha=0.3)

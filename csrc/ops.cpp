@@ -14,11 +14,28 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def("pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
   m.def("pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
 
+  // The dense product or the screened one, of which ops/head.py chooses one of the two below.
+  // algorithm: 0 = auto, 1 = dense, 2 = screened. source: what weight was cast from, if it was; what is remembered of
+  // the weight goes by it.
   // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
+      "int pooling, int activation, bool save_for_backward, bool float_output, int algorithm, "
+      "Tensor? source) "
+      "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
+  m.def(
+      "head_forward_dense(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
+  // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
+  // mean of the hidden states that will come.
+  m.def("head_prepare(Tensor weight, Tensor mean) -> (Tensor packed, Tensor rows)");
+  // report: declined (only if it may: nothing is computed then, the outputs have no elements), tokens compared, pairs
+  // multiplied in full precision.
+  m.def(
+      "head_forward_screened(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
+      "int pooling, int activation, bool save_for_backward, bool float_output, Tensor mean, Tensor packed, "
+      "Tensor rows, bool may_decline) -> (Tensor pooled, Tensor max_logits, Tensor argmax, Tensor report)");
   // A gradient that is not needed comes back without elements.
   m.def(
       "head_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, Tensor hidden, Tensor weight, "
@@ -36,6 +53,8 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def(
       "prune_rows(Tensor x, int? k, float? threshold, float? max_ratio, float? mass) "
       "-> (Tensor values, Tensor indices, Tensor lengths)");
+  // Padded rows (B, K) back to (B, num_cols), zero elsewhere. The CPU has a kernel.
+  m.def("dense_rows(Tensor values, Tensor indices, Tensor lengths, int num_cols) -> Tensor");
 
   // Queries are sparse rows like the documents, or dense (Q, V): then query_indices and query_lengths are None.
   m.def(
@@ -62,7 +81,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
 
   // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
   // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
-  // keep the top_k highest scores, not one of each of top_k groups; it has no CUDA kernel.
+  // keep the top_k highest scores, not one of each of top_k groups.
   m.def(
       "sample_dense(Tensor queries, Tensor cache, Tensor state, int num_samples, float scale, float inv_temp, "
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
@@ -73,9 +92,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor state, int num_samples, float scale, float inv_temp, "
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
       "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
-  // slots: int64 like scores, where they are not the columns.
   m.def(
-      "sample_scores(Tensor scores, Tensor? slots, Tensor state, int num_samples, float inv_temp, Tensor? valid, "
-      "int slot_offset, int query_offset) "
-      "-> (Tensor scores_out, Tensor perturbed, Tensor logsumexp, Tensor indices)");
+      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid) "
+      "-> (Tensor drawn_scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

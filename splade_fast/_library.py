@@ -23,7 +23,7 @@ def build_info() -> dict[str, Any]:
         "built": dict(_STATE.built),
         "cpu": {"loaded": _STATE.cpu_reason is None, "why_not": _STATE.cpu_reason},
         "cuda": {"loaded": _STATE.cuda_reason is None, "why_not": _STATE.cuda_reason},
-        "cpu_instruction_set": _instruction_set(),
+        "cpu_instruction_set": cpu_instruction_set(),
     }
 
 
@@ -136,12 +136,15 @@ def _warn_once(device_type: str, reason: str) -> None:
     )
 
 
-def _instruction_set() -> str | None:
+@functools.cache
+def cpu_instruction_set() -> str | None:
+    """The instruction set of the CPU kernels; None without them, or if SPLADE_FAST_ISA is wrong."""
     if _STATE.cpu_reason is not None:
         return None
     name = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_cpu_instruction_set
     name.restype = ctypes.c_char_p
-    return str(name().decode())
+    chosen: bytes | None = name()
+    return chosen.decode() if chosen is not None else None
 
 
 _STATE = _State()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from splade_fast.ops.prune import prune_rows
+from splade_fast.ops.prune import dense_rows, prune_rows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -69,13 +69,15 @@ class SparseRows:
             threshold: entries have to be greater than this; at least 0.
             max_ratio: in [0, 1]; keep entries of at least `max_ratio` times the row's maximum.
             mass: in [0, 1]; keep the fewest largest entries whose sum reaches `mass` times the
-                row's sum (alpha-mass pruning, Bruch et al., SIGIR 2024).
+                row's sum (alpha-mass pruning, Bruch et al., SIGIR 2024); sums are in float64,
+                from the largest entry to the smallest.
 
         Returns:
             SparseRows of B rows and `num_cols` V; K is the longest row's length. On a GPU K is
             min(k, V), so that nothing waits for it; without k, what is above the threshold is
-            counted first, and with `mass` K is the longest row's length as well. The values are
-            differentiable: their gradient goes to the kept entries of x.
+            counted first, and with `mass` K is the longest row's length as well, which takes
+            `torch.compile(fullgraph=True)` from both. The values are differentiable: their
+            gradient goes to the kept entries of x.
 
         Raises:
             TypeError, ValueError: x is no floating-point matrix, or a criterion is out of range.
@@ -94,6 +96,115 @@ class SparseRows:
 
         indices, values, lengths = prune_rows(x, k, threshold, max_ratio, mass)
         return cls(indices, values, lengths, x.shape[1])
+
+    @classmethod
+    def from_torch_csr(cls, matrix: Tensor) -> SparseRows:
+        """The same matrix from a `torch.sparse_csr` tensor; stored zeros stay entries.
+
+        Args:
+            matrix: (B, V) floating point, on any device.
+
+        Raises:
+            TypeError, ValueError: matrix has another layout, dtype or number of dimensions, or its
+                columns do not ascend within a row.
+        """
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix must be a tensor, got {type(matrix).__name__}")
+        if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
+            raise ValueError(
+                "matrix must be a matrix of layout torch.sparse_csr (see Tensor.to_sparse_csr), "
+                f"got {matrix.layout} {tuple(matrix.shape)}"
+            )
+        if not matrix.is_floating_point():
+            raise TypeError(f"matrix must be floating point, got {matrix.dtype}")
+        lengths = matrix.crow_indices().diff()
+        rows = cls._from_entries(lengths, matrix.col_indices(), matrix.values(), matrix.shape[1])
+        rows.check_contents()
+        return rows
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, *, dtype: torch.dtype | None = None) -> SparseRows:
+        """The same matrix from scipy; stored zeros stay entries, repeated ones are added up.
+
+        Args:
+            matrix: (B, V), a scipy.sparse array or matrix of any format.
+            dtype: of the values; by default that of `matrix`, which then has to be float32 or
+                float64.
+
+        Raises:
+            TypeError: matrix is nothing of scipy.sparse, or not floating point without `dtype`.
+            ImportError: scipy is not installed.
+        """
+        from scipy.sparse import csr_array, issparse
+
+        if not issparse(matrix):
+            raise TypeError(f"matrix must be of scipy.sparse, got {type(matrix).__name__}")
+        if matrix.ndim != 2:
+            raise ValueError(f"matrix must have two dimensions, got shape {matrix.shape}")
+        csr = csr_array(matrix, copy=True)
+        csr.sum_duplicates()  # and sorts
+        values = torch.from_numpy(csr.data).to(dtype)
+        if not values.is_floating_point():
+            raise TypeError(f"matrix must be floating point without dtype, got {values.dtype}")
+        lengths = torch.from_numpy(csr.indptr).diff()
+        return cls._from_entries(lengths, torch.from_numpy(csr.indices), values, csr.shape[1])
+
+    @classmethod
+    def from_dicts(
+        cls,
+        dicts: Iterable[Mapping[Any, float]],
+        num_cols: int,
+        token_to_id: Mapping[Any, int] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> SparseRows:
+        """One row per dict {column: value}, in any order of columns; zeros stay entries.
+
+        Args:
+            dicts: the rows, as `to_dicts` gives them.
+            num_cols: V.
+            token_to_id: the columns of tokens, e.g. `tokenizer.get_vocab()`, where the dicts read
+                {token: value}.
+            dtype: of the values.
+
+        Raises:
+            ValueError: naming the row with a token that has no column, a column that is no integer
+                in [0, num_cols), or two tokens of one column.
+        """
+        lengths: list[int] = []
+        columns: list[int] = []
+        values: list[float] = []
+        for row, entries in enumerate(dicts):
+            by_column = _by_column(row, entries, num_cols, token_to_id)
+            lengths.append(len(by_column))
+            for column, value in sorted(by_column.items()):
+                columns.append(column)
+                values.append(value)
+        return cls._from_entries(
+            torch.tensor(lengths, dtype=torch.int64),
+            torch.tensor(columns, dtype=torch.int64),
+            torch.tensor(values, dtype=dtype),
+            num_cols,
+        )
+
+    @classmethod
+    def _from_entries(
+        cls, lengths: Tensor, columns: Tensor, values: Tensor, num_cols: int
+    ) -> SparseRows:
+        """The inverse of `coordinates`: lengths (B,), columns and values (nnz,), row by row."""
+        lengths = lengths.long()
+        width = int(lengths.max()) if len(lengths) else 0
+        rows = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+        starts = lengths.cumsum(0) - lengths
+        slots = torch.arange(len(values), device=values.device) - starts[rows]
+        indices = columns.new_full((len(lengths), width), -1, dtype=torch.int32)
+        padded = values.new_zeros(len(lengths), width)
+        return cls(
+            indices.index_put((rows, slots), columns.int()),
+            padded.index_put((rows, slots), values),
+            lengths.int(),
+            num_cols,
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[SparseRows]) -> SparseRows:
@@ -121,6 +232,11 @@ class SparseRows:
         )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, V), that of the dense matrix."""
+        return len(self), self.num_cols
+
+    @property
     def width(self) -> int:
         """K, the number of slots of every row."""
         return self.indices.shape[1]
@@ -142,6 +258,11 @@ class SparseRows:
 
     def __len__(self) -> int:
         return self.indices.shape[0]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Columns and values of one row after the other, without padding; waits for a GPU once."""
+        for row, length in enumerate(self.lengths.tolist()):
+            yield self.indices[row, :length], self.values[row, :length]
 
     def __repr__(self) -> str:
         return (
@@ -165,7 +286,10 @@ class SparseRows:
         return SparseRows(self.indices[rows], self.values[rows], self.lengths[rows], self.num_cols)
 
     def equal(self, other: SparseRows) -> bool:
-        """Whether both hold exactly the same vectors in the same dtype; padding does not count."""
+        """Whether both hold exactly the same vectors in the same dtype.
+
+        Padding does not count; as in `torch.equal`, NaN differs from NaN.
+        """
         return (
             self.num_cols == other.num_cols
             and self.dtype == other.dtype
@@ -183,8 +307,7 @@ class SparseRows:
 
     def to_dense(self) -> Tensor:
         """(B, num_cols) with zeros everywhere else; differentiable in `values`."""
-        rows, columns, values = self.coordinates()
-        return values.new_zeros(len(self), self.num_cols).index_put((rows, columns), values)
+        return dense_rows(self.indices, self.values, self.lengths, self.num_cols)
 
     def to_torch_csr(self) -> Tensor:
         """The same matrix as a `torch.sparse_csr` tensor (B, num_cols) with int64 indices."""
@@ -194,7 +317,7 @@ class SparseRows:
         )
 
     def to_scipy(self) -> csr_array:
-        """The same matrix as a `scipy.sparse.csr_array`; bfloat16 values become float32.
+        """The same matrix as a `scipy.sparse.csr_array`; 16-bit values become float32.
 
         Raises:
             ImportError: scipy is not installed.
@@ -203,8 +326,8 @@ class SparseRows:
 
         _, columns, values = self.coordinates()
         values = values.detach().cpu()
-        if values.dtype == torch.bfloat16:
-            values = values.float()  # numpy has no bfloat16
+        if values.dtype not in (torch.float32, torch.float64):
+            values = values.float()  # scipy has no others
         arrays = (values.numpy(), columns.cpu().numpy(), self._row_starts().cpu().numpy())
         return csr_array(arrays, shape=(len(self), self.num_cols))
 
@@ -356,6 +479,24 @@ class SparseRows:
     def _row_starts(self) -> Tensor:
         """(B + 1,) int64: where each row starts in `coordinates`, and the total."""
         return torch.nn.functional.pad(self.lengths.long().cumsum(0), (1, 0))
+
+
+def _by_column(
+    row: int, entries: Mapping[Any, float], num_cols: int, token_to_id: Mapping[Any, int] | None
+) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for name, value in entries.items():
+        column = name if token_to_id is None else token_to_id.get(name)
+        if column is None:
+            raise ValueError(f"dicts[{row}] must name tokens of token_to_id, got {name!r}")
+        if not isinstance(column, int) or not 0 <= column < num_cols:
+            raise ValueError(
+                f"dicts[{row}] must have columns from 0 to {num_cols - 1}, got {column!r}"
+            )
+        if column in found:
+            raise ValueError(f"dicts[{row}] must have one value a column, got two for {column}")
+        found[column] = value
+    return found
 
 
 def _check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> None:

@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.cases.pool import PoolCase
+from benchmarks.cases.score import ScoreCase
 from benchmarks.checks import check, relative_error
 from benchmarks.driver import Options, run_case
+from benchmarks.encoded import resampled
 from benchmarks.inputs import ragged_lengths
 from benchmarks.machine import Machine
 from benchmarks.results import Row, read_csv
+from splade_fast import SparseRows
+from splade_fast.demo.checkpoint import CheckpointError
 
 REPOSITORY = Path(__file__).parents[1]
 POOL = PoolCase(
@@ -42,21 +47,23 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
     quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    run = run_driver("pool", "head", "prune", "sample", *quick, "--out", str(tmp_path))
+    ops = ("pool", "head", "prune", "score", "encode", "sample")
+    run = run_driver(*ops, *quick, "--out", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
-    for op in ("pool", "head", "prune", "sample"):
+    for op in ops:
         path = tmp_path / f"{op}-cpu-quick.csv"
         with path.open(newline="") as file:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
         rows = read_csv(path)
-        assert {row.contender for row in rows} == {"ours", "eager", "floor"}
-        directions = {"forward"} if op == "sample" else {"forward", "forward+backward"}
-        assert {row.direction for row in rows} == directions
+        others = {"torch sparse"} if op == "score" else set()
+        assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
+        backward = set() if op in ("score", "encode", "sample") else {"forward+backward"}
+        assert {row.direction for row in rows} == {"forward"} | backward
         assert all(row.correct and row.median_ms and row.torch and row.rounds == 3 for row in rows)
-        measured = [row for row in rows if row.contender != "floor"]
+        measured = [row for row in rows if row.contender in ("ours", "eager")]
         assert all(row.peak_extra_mib is not None for row in measured)
-        skipped = op == "prune"  # its target is against the peer
+        skipped = op in ("prune", "score", "encode")  # targets against the peer alone, or none
         assert all(row.verdict or skipped for row in rows if row.contender == "ours")
     report = run_driver("--report", "--out", str(tmp_path))
     assert report.returncode == 0
@@ -101,3 +108,63 @@ def test_ragged_lengths_keep_the_fill(fill: float) -> None:
     assert lengths.float().mean().item() / 128 == pytest.approx(fill, abs=0.01)
     assert lengths.min() >= 1
     assert lengths.max() <= 128
+
+
+def test_a_contender_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    class Case(PoolCase):
+        def others(self):
+            def missing():
+                raise ImportError("No module named 'nowhere'")
+
+            return {"nowhere": missing, "twice": lambda: PoolCase.eager}
+
+        def detail(self, contender, workload):
+            return f"{contender} says" if contender == "twice" else ""
+
+    case = Case(**{field.name: getattr(POOL, field.name) for field in dataclasses.fields(POOL)})
+    options = Options(rounds=3, seconds=1.0, contenders=("ours",), memory=False)
+    rows = run_case(case, options, Machine.current("cpu"))
+    assert "without nowhere: ImportError: No module named 'nowhere'" in capsys.readouterr().out
+    assert [(row.contender, row.detail) for row in rows[:2]] == [
+        ("ours", ""),
+        ("twice", "twice says"),
+    ]
+
+
+def test_a_case_that_cannot_be_built_is_named_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def no_checkpoint(k: int) -> None:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr("benchmarks.cases.score.encoded_sample", no_checkpoint)
+    case = ScoreCase(
+        direction="forward", dtype=torch.float32, device="cpu", queries=2, docs=9, encoded=True
+    )
+    monkeypatch.setattr("benchmarks.cases.load", lambda *arguments, **options: [case])
+    arguments = ["score", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    assert f"without {case.shape}: no network" in capsys.readouterr().out
+
+
+def test_drawn_documents_have_the_statistics_of_the_encoded() -> None:
+    """Document frequencies nearly; and a document of 50 may lack some that no draw found."""
+    dense = torch.zeros(4, 1000)
+    dense[0, ::20] = 1.0
+    dense[1, 5:500:25] = 2.0
+    dense[2, 20:40] = 3.0
+    encoded = SparseRows.from_dense(dense)
+    drawn = resampled(encoded, 20_000, 1)
+    drawn.check_contents()
+    assert drawn.equal(resampled(encoded, 20_000, 1))
+    assert not drawn.equal(resampled(encoded, 20_000, 2))
+    lengths = drawn.lengths.bincount(minlength=51) / 20_000
+    assert lengths[[0, 20]].tolist() == pytest.approx([0.25, 0.5], abs=0.02)
+    assert lengths[45:].sum().item() == pytest.approx(0.25, abs=0.02)
+    assert lengths[[*range(1, 20), *range(21, 45)]].sum() == 0
+    assert set(drawn.values[drawn.indices == 5].tolist()) == {2.0}
+    weights = drawn.values[drawn.indices == 20]  # of the first and the third document
+    assert weights.mean().item() == pytest.approx(2.0, abs=0.1)
+    counts = drawn.coordinates()[1].bincount(minlength=1000)
+    assert counts[20].item() == pytest.approx(2 * counts[5].item(), rel=0.2)
+    assert (counts > 0).equal((dense > 0).any(0))

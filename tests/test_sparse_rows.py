@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from splade_fast.ops.score import sparse_scores
 from splade_fast.sparse_rows import SparseRows
 
 
@@ -75,6 +78,12 @@ def test_empty_shapes_survive_everything(shape, tmp_path):
         assert torch.equal(rows.to_torch_csr().to_dense(), x)
         assert rows.to_scipy().shape == shape
         assert rows.to_dicts() == [{}] * shape[0]
+        assert SparseRows.from_torch_csr(rows.to_torch_csr()).equal(rows)
+        assert SparseRows.from_scipy(rows.to_scipy()).equal(rows)
+        assert SparseRows.from_dicts(rows.to_dicts(), shape[1]).equal(rows)
+        assert [len(columns) for columns, _ in rows] == [0] * shape[0]
+        assert rows.to(torch.bfloat16).to_dense().dtype == torch.bfloat16
+        assert rows.shape == shape
         assert SparseRows.cat([rows, rows]).to_dense().shape == (2 * shape[0], shape[1])
         assert len(rows[:0]) == 0
         rows.save(tmp_path / "rows.safetensors")
@@ -91,6 +100,166 @@ def test_conversions_agree_with_dense():
     names = [f"term{i}" for i in range(x.shape[1])]
     assert rows.to_dicts(names)[0] == {names[i]: v for i, v in rows.to_dicts()[0].items()}
     assert np.array_equal(rows.to(torch.bfloat16).to_scipy().toarray(), dense.numpy())
+
+
+def entries_of_every_kind(dtype: torch.dtype) -> SparseRows:
+    """Empty rows first, last and between, a full one, negative and stored zero values."""
+    x = random_dense(9, 20, dtype)
+    x[[0, 4, 5, 8]] = -1
+    x[3] = 1
+    rows = SparseRows.from_dense(x)
+    values = rows.values.clone()
+    values[1, 0], values[1, 1], values[3, 2], values[3, 3] = -2, 0, torch.inf, -torch.inf
+    return SparseRows(rows.indices, values, rows.lengths, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_conversions_come_back_exactly(dtype, tmp_path):
+    rows = entries_of_every_kind(dtype)
+    names = [f"term{i}" for i in range(20)]
+    ids = {name: i for i, name in enumerate(names)}
+    rows.save(tmp_path / "rows.safetensors")
+    for back in (
+        SparseRows.from_torch_csr(rows.to_torch_csr()),
+        SparseRows.from_scipy(rows.to_scipy(), dtype=dtype),
+        SparseRows.from_dicts(rows.to_dicts(), 20, dtype=dtype),
+        SparseRows.from_dicts(rows.to_dicts(names), 20, ids, dtype=dtype),
+        SparseRows.load(tmp_path / "rows.safetensors"),
+        SparseRows.load(tmp_path / "rows.safetensors", mmap=False),
+        SparseRows.cat([rows[:4], rows[4:6], rows[6:]]),
+        rows[torch.arange(9)],
+        rows.to(torch.float64).to(dtype),
+    ):
+        back.check_contents()
+        assert back.equal(rows)
+        assert back.width == rows.width == 20
+        assert back.num_cols == 20
+    positive = SparseRows.from_dense(rows.to_dense())
+    assert SparseRows.from_dense(positive.to_dense()).equal(positive)
+
+
+@pytest.mark.parametrize("columns", ["all empty", "no columns"])
+def test_empty_rows_come_back(columns):
+    width = 0 if columns == "no columns" else 7
+    rows = SparseRows.from_dense(torch.zeros(3, width))
+    assert rows.width == 0
+    wide = SparseRows(
+        torch.full((3, 2), -1, dtype=torch.int32), torch.zeros(3, 2), rows.lengths, width
+    )
+    for given in (rows, wide):
+        assert torch.equal(given.to_dense(), torch.zeros(3, width))
+        for back in (
+            SparseRows.from_torch_csr(given.to_torch_csr()),
+            SparseRows.from_scipy(given.to_scipy()),
+            SparseRows.from_dicts(given.to_dicts(), width),
+            SparseRows.cat([given[:1], given[1:]]),
+        ):
+            assert back.equal(rows)
+            assert len(back) == 3
+
+
+def test_from_scipy_takes_any_format():
+    from scipy.sparse import coo_array, csc_matrix
+
+    twice = coo_array(([1.0, 2.0, 4.0], ([0, 0, 2], [3, 3, 1])), shape=(3, 5))
+    assert SparseRows.from_scipy(twice).to_dicts() == [{3: 3.0}, {}, {1: 4.0}]
+    assert twice.nnz == 3  # and leaves it as it is
+    rows = SparseRows.from_scipy(csc_matrix(twice))
+    assert rows.to_dicts() == [{3: 3.0}, {}, {1: 4.0}]
+    assert rows.dtype == torch.float64
+    whole = twice.astype(int)
+    assert SparseRows.from_scipy(whole, dtype=torch.float32).to_dicts() == rows.to_dicts()
+    with pytest.raises(TypeError, match="floating point without dtype, got torch.int64"):
+        SparseRows.from_scipy(whole)
+    with pytest.raises(TypeError, match="matrix must be of scipy.sparse, got ndarray"):
+        SparseRows.from_scipy(np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"two dimensions, got shape \(5,\)"):
+        SparseRows.from_scipy(coo_array(np.ones(5)))
+
+
+def test_from_torch_csr_refuses():
+    csr = torch.eye(3).to_sparse_csr()
+    with pytest.raises(TypeError, match="matrix must be a tensor, got list"):
+        SparseRows.from_torch_csr([[1.0]])
+    with pytest.raises(ValueError, match="torch.sparse_csr .*got torch.sparse_coo"):
+        SparseRows.from_torch_csr(csr.to_sparse_coo())
+    with pytest.raises(ValueError, match="torch.sparse_csr .*got torch.strided"):
+        SparseRows.from_torch_csr(torch.eye(3))
+    with pytest.raises(TypeError, match="floating point, got torch.int64"):
+        SparseRows.from_torch_csr(csr.to(torch.int64))
+    backwards = torch.sparse_csr_tensor([0, 2], [2, 1], [1.0, 1.0], (1, 3), check_invariants=False)
+    with pytest.raises(ValueError, match="indices must ascend within a row, got in row 0"):
+        SparseRows.from_torch_csr(backwards)
+
+
+@pytest.mark.parametrize(
+    ("dicts", "token_to_id", "message"),
+    [
+        ([{0: 1.0}, {3: 1.0}], None, r"dicts\[1\] must have columns from 0 to 2, got 3"),
+        ([{-1: 1.0}], None, "columns from 0 to 2, got -1"),
+        ([{"a": 1.0}], None, "columns from 0 to 2, got 'a'"),
+        ([{"a": 1.0, "b": 1.0}], {"a": 0}, "must name tokens of token_to_id, got 'b'"),
+        ([{"a": 1.0, "b": 1.0}], {"a": 0, "b": 0}, "one value a column, got two for 0"),
+        ([{"a": 1.0}], {"a": 5}, "columns from 0 to 2, got 5"),
+    ],
+)
+def test_from_dicts_refuses(dicts, token_to_id, message):
+    with pytest.raises(ValueError, match=message):
+        SparseRows.from_dicts(dicts, 3, token_to_id)
+
+
+def test_from_dicts_in_any_order():
+    assert SparseRows.from_dicts(({4: 1.5, 0: -1}, {}), 5).indices.tolist() == [[0, 4], [-1, -1]]
+    assert SparseRows.from_dicts([], 5).shape == (0, 5)
+
+
+def test_iteration_gives_the_used_slots():
+    rows = entries_of_every_kind(torch.float32)
+    found = [dict(zip(columns.tolist(), values.tolist(), strict=True)) for columns, values in rows]
+    assert found == rows.to_dicts()
+
+
+def test_pickle_and_copy():
+    rows = entries_of_every_kind(torch.float32)
+    assert pickle.loads(pickle.dumps(rows)).equal(rows)
+    assert copy.deepcopy(rows).equal(rows)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inside_torch_compile(dynamic):
+    """Also where the width of the rows is only known once they are there."""
+
+    def pruned(x, queries):
+        few = SparseRows.from_dense(x, 3)
+        many = SparseRows.from_dense(x, threshold=0.5, max_ratio=0.5)
+        return few.to_dense() + many.to_dense(), sparse_scores(queries, few)
+
+    compiled = torch.compile(pruned, fullgraph=True, dynamic=dynamic)
+    for rows in (5, 6):
+        x = random_dense(rows).requires_grad_()
+        queries = torch.randn(rows - 2, 20)
+        results, expected = compiled(x, queries), pruned(x, queries)
+        for actual, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        (grad,) = torch.autograd.grad(results[0].square().sum() + results[1].sum(), x)
+        (wanted,) = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), x)
+        torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_rows_move_to_a_gpu_and_back():
+    rows = entries_of_every_kind(torch.float32)
+    pinned = rows.pin_memory()
+    assert pinned.indices.is_pinned()
+    assert pinned.values.is_pinned()
+    assert pinned.lengths.is_pinned()
+    moved = pinned.to("cuda", torch.float16, non_blocking=True)
+    assert moved.device.type == "cuda"
+    assert moved.to("cpu").equal(rows.to(torch.float16))
+    assert SparseRows.from_torch_csr(moved.to_torch_csr()).equal(moved)
+    torch.testing.assert_close(moved.to_dense().cpu(), rows.to(torch.float16).to_dense())
+    moved.check_contents()
 
 
 def test_nan_is_kept_and_ranks_first():

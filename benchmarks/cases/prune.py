@@ -1,4 +1,7 @@
-"""SparseRows.from_dense with k: the k largest entries of each row; the peer is torch.topk."""
+"""The k largest entries of each row: as SparseRows (from_dense), or as a dense tensor (prune_topk).
+
+The peer is torch.topk, for dense output with its values scattered into zeros.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,17 +17,18 @@ from benchmarks.inputs import seeded
 from splade_fast import reference
 
 
-def _ours(x: Tensor, *, k: int) -> Tensor:
-    return splade_fast.SparseRows.from_dense(x, k).values
+def _ours(x: Tensor, *, k: int, dense: bool) -> Tensor:
+    return splade_fast.prune_topk(x, k) if dense else splade_fast.SparseRows.from_dense(x, k).values
 
 
-def _eager(x: Tensor, *, k: int) -> Tensor:
-    return reference.prune_rows(x, k, 0.0)[1]
+def _eager(x: Tensor, *, k: int, dense: bool) -> Tensor:
+    return reference.prune_topk(x, k) if dense else reference.prune_rows(x, k, 0.0)[1]
 
 
-def _topk(x: Tensor, *, k: int) -> Tensor:
-    """Of dense rows only: it finds the k largest, and leaves making sparse rows of them to do."""
-    return x.topk(k, dim=1).values
+def _topk(x: Tensor, *, k: int, dense: bool) -> Tensor:
+    """Sparse only of dense rows: it finds the k largest, and leaves making rows of them to do."""
+    values, columns = x.topk(k, dim=1)
+    return torch.zeros_like(x).scatter_(1, columns, values) if dense else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class PruneCase(Case):
     vocab: int
     k: int
     positive: float  # share of the entries
+    dense: bool = False  # output
 
     @property
     def shape(self) -> str:
@@ -44,7 +49,7 @@ class PruneCase(Case):
 
     @property
     def layout(self) -> str:
-        return "rows"
+        return "dense" if self.dense else "rows"
 
     @property
     def fill(self) -> float:
@@ -58,7 +63,7 @@ class PruneCase(Case):
         return dataclasses.replace(self, batch=3, vocab=500, k=20)
 
     def peer(self) -> Implementation:
-        if self.direction == "forward+backward":
+        if self.direction == "forward+backward" and not self.dense:
             raise ImportError("torch.topk of rows with fewer than k entries has another shape")
         return _topk
 
@@ -69,12 +74,12 @@ class PruneCase(Case):
         if self.positive < 1:
             chance = torch.rand(x.shape, generator=generator, device=self.device)
             x.masked_fill_(chance >= self.positive, 0)
-        width = _ours(x, k=self.k).shape[1]
-        upstream = torch.randn(self.batch, width, generator=generator, **options)
+        shape = _ours(x, k=self.k, dense=self.dense).shape
+        upstream = torch.randn(shape, generator=generator, **options)
         x.requires_grad_(self.direction == "forward+backward")
         return Workload(
             arguments=(x,),
-            options={"k": self.k},
+            options={"k": self.k, "dense": self.dense},
             leaves={"x": x},
             upstream=upstream,
             exact=lambda: self._exact(x, upstream),
@@ -83,12 +88,12 @@ class PruneCase(Case):
 
     def _exact(self, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
         x64 = x.detach().double().requires_grad_(x.requires_grad)
-        values = _eager(x64, k=self.k)
+        output = _eager(x64, k=self.k, dense=self.dense)
         if not x.requires_grad:
-            return {"output": values}
-        values.backward(upstream.double())
+            return {"output": output}
+        output.backward(upstream.double())
         assert x64.grad is not None
-        return {"output": values.detach(), "x": x64.grad}
+        return {"output": output.detach(), "x": x64.grad}
 
 
 def _one_read(x: Tensor) -> dict[str, Callable[[], object]]:
@@ -116,9 +121,13 @@ def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[Pr
         )
         if quick:
             tiny = base.tiny()
-            return [tiny, dataclasses.replace(tiny, direction="forward+backward")]
+            both = [tiny, dataclasses.replace(tiny, direction="forward+backward")]
+            return [
+                dataclasses.replace(case, dense=dense) for case in both for dense in (False, True)
+            ]
         found += [base, dataclasses.replace(base, positive=1.0)]
         if dtype == dtypes[0]:
             wide = dataclasses.replace(base, vocab=250_002)
             found += [wide, dataclasses.replace(wide, positive=1.0)]
+            found += [dataclasses.replace(case, dense=True) for case in (base, wide)]
     return found

@@ -117,42 +117,46 @@ class SampleCase(Case):
         return _densified
 
     def build(self, *, floors: bool = True) -> Workload:
-        rng = Philox(0, self.device)
-        if self.sparse:
-            score = ScoreCase(
-                direction="forward",
-                dtype=self.dtype,
-                device=self.device,
-                queries=self.queries,
-                docs=self.slots,
-                vocab=self.vocab,
-            )
-            queries = score.rows(self.queries, self.query_terms, 0)
-            cache = score.rows(self.slots, self.doc_terms, 1)
-            extra = _Extra(rng, Formats(queries, cache))
-            read = one_read(cache)
-            return self._workload(queries, cache, extra, lambda: score.exact(queries, cache), read)
+        return self._build_sparse() if self.sparse else self._build_dense()
+
+    def _build_sparse(self) -> Workload:
+        score = ScoreCase(
+            direction="forward",
+            dtype=self.dtype,
+            device=self.device,
+            queries=self.queries,
+            docs=self.slots,
+            vocab=self.vocab,
+        )
+        queries = score.rows(self.queries, self.query_terms, 0)
+        cache = score.rows(self.slots, self.doc_terms, 1)
+        formats = Formats(queries, cache, score)
+        return self._workload(
+            queries, cache, formats, lambda: score.exact(queries, cache), one_read(cache)
+        )
+
+    def _build_dense(self) -> Workload:
         generator = seeded(self.device)
         options: dict[str, Any] = {"generator": generator, "device": self.device}
         scale = _SCORE_DEVIATION / self.depth**0.5
         queries = (torch.randn(self.queries, self.depth, **options) * scale).to(self.dtype)
         cache = torch.randn(self.slots, self.depth, **options).to(self.dtype)
-        products: dict[str, Callable[[], object]] = {
-            "queries x cache": lambda: torch.mm(queries, cache.t()),
-            "cache x queries": lambda: torch.mm(cache, queries.t()),
-        }
 
         def exact() -> Tensor:
             parts = cache.split(_ROWS_AT_ONCE)
             return torch.cat([queries.double() @ part.double().t() for part in parts], dim=1)
 
-        return self._workload(queries, cache, _Extra(rng, None), exact, products)
+        products: dict[str, Callable[[], object]] = {
+            "queries x cache": lambda: torch.mm(queries, cache.t()),
+            "cache x queries": lambda: torch.mm(cache, queries.t()),
+        }
+        return self._workload(queries, cache, None, exact, products)
 
     def _workload(
         self,
         queries: Any,
         cache: Any,
-        extra: _Extra,
+        formats: Formats | None,
         exact_scores: Callable[[], Tensor],
         floors: dict[str, Callable[[], object]],
     ) -> Workload:
@@ -163,7 +167,7 @@ class SampleCase(Case):
             return {"output": scores.logsumexp(1)}
 
         return Workload(
-            arguments=(queries, cache, extra),
+            arguments=(queries, cache, _Extra(Philox(0, self.device), formats)),
             options={"top_k": self.top_k, "num_samples": self.num_samples},
             leaves={},
             upstream=torch.empty(0),
@@ -175,11 +179,10 @@ class SampleCase(Case):
 def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[SampleCase]:
     found = []
     for dtype in dtypes:
-        for sparse in (False, True):
-            base = SampleCase(direction="forward", dtype=dtype, device=device, sparse=sparse)
-            found += [base, replace(base, top_k=64)]
-            if not sparse:
-                found.append(replace(base, num_samples=8))
-                if device != "cpu":
-                    found.append(replace(base, queries=1024))
+        base = SampleCase(direction="forward", dtype=dtype, device=device, sparse=False)
+        found += [base, replace(base, top_k=64), replace(base, sparse=True)]
+        if dtype == dtypes[0]:
+            found += [replace(base, sparse=True, top_k=64), replace(base, num_samples=8)]
+        if device != "cpu":
+            found.append(replace(base, queries=1024))
     return [case.tiny() for case in found[:4]] if quick else found

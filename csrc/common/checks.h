@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 
 #include "options.h"
 
@@ -98,34 +99,41 @@ inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<T
   return {cu_seqlens->size(0) - 1, hidden.size(0)};
 }
 
-// One side of score: sparse rows (rows, slots) with indices and lengths, or dense (rows, num_cols) without.
-inline void check_rows(const char* name, const std::optional<Tensor>& indices, const Tensor& values,
+inline void check_row_values(const std::string& prefix, const Tensor& values) {
+  STD_TORCH_CHECK(is_supported(values.scalar_type()) && values.dim() == 2, prefix,
+                  "values must be a matrix of float32, float64, bfloat16 or float16");
+}
+
+// Sparse rows (rows, slots); the prefix stands before the names of the three tensors.
+inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, const Tensor& values,
+                              const Tensor& lengths, int64_t num_cols) {
+  STD_TORCH_CHECK(num_cols >= 0 && num_cols < INT32_MAX, "num_cols must be a size below 2^31 - 1, got ", num_cols);
+  check_row_values(prefix, values);
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.dim() == 2 && indices.size(0) == values.size(0) &&
+                      indices.size(1) == values.size(1),
+                  prefix, "indices must be int32 and have the shape of ", prefix, "values");
+  STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int && lengths.dim() == 1 && lengths.size(0) == values.size(0),
+                  prefix, "lengths must be int32 (", values.size(0), ",)");
+  STD_TORCH_CHECK(indices.device() == values.device() && lengths.device() == values.device(), prefix, "indices and ",
+                  prefix, "lengths must be on the device of ", prefix, "values");
+}
+
+// One side of score: sparse rows with indices and lengths, or dense (rows, num_cols) without.
+inline void check_rows(const std::string& prefix, const std::optional<Tensor>& indices, const Tensor& values,
                        const std::optional<Tensor>& lengths, int64_t num_cols) {
-  STD_TORCH_CHECK(is_supported(values.scalar_type()) && values.dim() == 2, name,
-                  "_values must be a matrix of float32, float64, bfloat16 or float16");
-  STD_TORCH_CHECK(indices.has_value() == lengths.has_value(), name, "_indices and ", name,
-                  "_lengths must both be None or neither");
-  if (!indices) {
-    STD_TORCH_CHECK(values.size(1) == num_cols, name, "_values must be (rows, num_cols) = (", values.size(0), ", ",
-                    num_cols, ") without indices, got ", values.size(1), " columns");
-    return;
-  }
-  STD_TORCH_CHECK(indices->scalar_type() == ScalarType::Int && indices->dim() == 2 &&
-                      indices->size(0) == values.size(0) && indices->size(1) == values.size(1),
-                  name, "_indices must be int32 and have the shape of ", name, "_values");
-  STD_TORCH_CHECK(
-      lengths->scalar_type() == ScalarType::Int && lengths->dim() == 1 && lengths->size(0) == values.size(0), name,
-      "_lengths must be int32 (", values.size(0), ",)");
-  STD_TORCH_CHECK(indices->device() == values.device() && lengths->device() == values.device(), name, "_indices and ",
-                  name, "_lengths must be on the device of ", name, "_values");
+  STD_TORCH_CHECK(indices.has_value() == lengths.has_value(), prefix, "indices and ", prefix,
+                  "lengths must both be None or neither");
+  if (indices) return check_sparse_rows(prefix, *indices, values, *lengths, num_cols);
+  check_row_values(prefix, values);
+  STD_TORCH_CHECK(values.size(1) == num_cols, prefix, "values must be (rows, num_cols) = (", values.size(0), ", ",
+                  num_cols, ") without indices, got ", values.size(1), " columns");
 }
 
 inline void check_scored(const std::optional<Tensor>& query_indices, const Tensor& query_values,
                          const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
                          const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols) {
-  STD_TORCH_CHECK(num_cols >= 0 && num_cols < INT32_MAX, "num_cols must be a size below 2^31 - 1, got ", num_cols);
-  check_rows("query", query_indices, query_values, query_lengths, num_cols);
-  check_rows("doc", doc_indices, doc_values, doc_lengths, num_cols);
+  check_rows("query_", query_indices, query_values, query_lengths, num_cols);
+  check_sparse_rows("doc_", doc_indices, doc_values, doc_lengths, num_cols);
   STD_TORCH_CHECK(query_values.device() == doc_values.device(), "doc_values must be on the device of query_values");
 }
 

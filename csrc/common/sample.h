@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "philox.h"
@@ -22,6 +24,10 @@ struct SampleMasks {
   std::optional<Tensor> valid;    // bool (slots,) or (queries, slots)
   std::optional<Tensor> exclude;  // bool (queries, slots), or int64 (queries, any) slots
 };
+
+inline SampleMasks contiguous_masks(const SampleMasks& masks) {
+  return {contiguous_or_none(masks.valid), contiguous_or_none(masks.exclude)};
+}
 
 inline void check_mask_of(const char* name, const Tensor& mask, int64_t queries, int64_t slots) {
   const bool per_query = mask.dim() == 2;
@@ -62,16 +68,6 @@ inline void check_sample(const SampleOptions& options, const SampleMasks& masks,
   }
 }
 
-// Slots of given scores where they are not the columns.
-inline void check_slots(const std::optional<Tensor>& slots, const std::optional<Tensor>& valid, const Tensor& scores) {
-  if (!slots) return;
-  STD_TORCH_CHECK(!valid, "valid must be None with slots");
-  STD_TORCH_CHECK(slots->scalar_type() == ScalarType::Long && slots->dim() == 2 && slots->size(0) == scores.size(0) &&
-                      slots->size(1) == scores.size(1),
-                  "slots must be int64 (", scores.size(0), ", ", scores.size(1), ")");
-  STD_TORCH_CHECK(slots->device() == scores.device(), "slots must be on the device of the scores");
-}
-
 inline void check_dense_cache(const Tensor& queries, const Tensor& cache) {
   check_floating("queries", queries, 2);
   check_floating("cache", cache, 2);
@@ -89,6 +85,10 @@ struct Samples {
         logsumexp(torch::stable::new_empty(like, std::vector<int64_t>{queries}, dtype)),
         indices(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
 };
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> result_of(const Samples& samples) {
+  return {samples.scores, samples.perturbed, samples.logsumexp, samples.indices};
+}
 
 // Group g of `groups` contiguous ones whose sizes differ by at most one starts here; the longer ones come first.
 SPLADE_FAST_INLINE int64_t group_start(int64_t group, int64_t groups, int64_t slots) {

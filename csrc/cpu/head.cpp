@@ -11,12 +11,19 @@
 #include "memory.h"
 
 namespace splade_fast::cpu {
-namespace {
 
 using torch::stable::contiguous;
 
-HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
+namespace {
+
+ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
+  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
+}
+
+}  // namespace
+
+HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
   return {
@@ -24,9 +31,17 @@ HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::opt
       cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0)) : padded_sequences(shape.batch, shape.length, mask)};
 }
 
-ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
-  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
+HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const std::optional<Tensor>& cu_seqlens,
+                             Pooling pooling, bool save, bool float_output, bool none) {
+  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
+  const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, empty{0};
+  const std::vector<int64_t>&pooled = none ? empty : shape, &saved = save && pooling == Pooling::kMax ? pooled : empty;
+  return {torch::stable::new_empty(hidden, pooled, float_output ? acc : dtype),
+          torch::stable::new_empty(hidden, saved, acc),
+          torch::stable::new_empty(hidden, saved, head_position_type(hidden, cu_seqlens))};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
@@ -34,15 +49,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
                                            int64_t activation_code, bool save, bool float_output) {
   const Pooling pooling = check_pooling(pooling_code);
   const Activation activation = check_activation(activation_code);
-  const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
-  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
-  const bool saved = save && pooling == Pooling::kMax;
-  const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, none{0};
-  Tensor pooled = torch::stable::new_empty(hidden, shape, float_output ? acc : dtype);
-  Tensor max_logits = torch::stable::new_empty(hidden, saved ? shape : none, acc);
-  Tensor argmax = torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens));
-  head_forward(input, pooling, activation, pooled, max_logits, argmax);
-  return {pooled, max_logits, argmax};
+  const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
+  const HeadOutputs outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output);
+  head_forward(input, pooling, activation, outputs);
+  return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
 
 // Gradients like their tensors, or without elements where not needed.
@@ -142,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
                                                 bool needs_hidden, bool needs_weight, bool needs_bias) {
   constexpr int64_t kChunkBytes = int64_t{8} << 20;
   const Activation activation = check_activation(activation_code);
-  const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
+  const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = contiguous(torch::stable::to(grad, hidden.scalar_type()));
 
@@ -176,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
 }  // namespace splade_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
-  m.impl("head_forward", TORCH_BOX(&splade_fast::cpu::forward));
+  m.impl("head_forward_dense", TORCH_BOX(&splade_fast::cpu::forward));
   m.impl("head_backward_max", TORCH_BOX(&splade_fast::cpu::backward_max));
   m.impl("head_backward_sum", TORCH_BOX(&splade_fast::cpu::backward_sum));
 }

@@ -16,15 +16,29 @@ struct HeadInput {
   int64_t depth() const { return weight.size(1); }
 };
 
+HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens);
+
+struct HeadOutputs {
+  Tensor pooled;
+  Tensor max_logits, argmax;  // without elements: not saved
+};
+
+// Uninitialised; `none`: all without elements.
+HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const std::optional<Tensor>& cu_seqlens,
+                             Pooling pooling, bool save, bool float_output, bool none = false);
+
 struct HeadGradients {
   Tensor hidden;  // without elements: not needed
   Tensor weight;
   Tensor bias;
 };
 
-// Forward: pooled, and for max pooling with elements in max_logits also what the backward needs.
-void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
-                  const Tensor& max_logits, const Tensor& argmax);
+void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs);
+
+// (tokens,) Which run of tokens each is summed up with first by head_forward's sum pooling, if they are of one
+// sequence.
+std::vector<int64_t> head_runs(const HeadInput& input);
 
 // Where each sequence lies in the flattened hidden states.
 struct SequenceRows {

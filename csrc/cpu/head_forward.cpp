@@ -19,31 +19,40 @@ namespace {
 constexpr int64_t kTokenBytes = int64_t{16} << 20;  // packed tokens at a time: half of a common last-level cache
 constexpr int64_t kMaxSequences = 512;              // state rows of one block, per thread
 
+// Tokens that are packed at a time.
+template <typename T>
+int64_t block_tokens(const HeadInput& input) {
+  const int64_t tile = kernels<T>().tile_tokens;
+  const int64_t tile_bytes = std::max<int64_t>(kernels<T>().packed_bytes(tile, input.depth()), 1);
+  const int64_t tiles = (input.sequences.tokens() + tile - 1) / tile;
+  return tile * std::min(std::max<int64_t>(kTokenBytes / tile_bytes, 1), tiles);
+}
+
+template <typename T>
+std::vector<Block> blocks_of(const HeadInput& input) {
+  const int64_t tokens = std::max(block_tokens<T>(input), kernels<T>().tile_tokens);
+  return cut_into_blocks(input.sequences.offset, tokens, kMaxSequences);
+}
+
 template <typename T, typename Out>
 class Forward {
   using Acc = Accumulator<T>;
 
  public:
-  Forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
-          const Tensor& max_logits, const Tensor& argmax)
+  Forward(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs)
       : input_(input),
         pooling_(pooling),
         activation_(activation),
-        pooled_(pooled),
-        max_logits_(max_logits),
-        argmax_(argmax),
-        save_(max_logits.numel() > 0),
+        outputs_(outputs),
+        save_(outputs.max_logits.numel() > 0),
         columns_(kernels<T>().panel_columns),
         panels_((input.vocabulary() + columns_ - 1) / columns_) {}
 
   void run() {
     const int64_t tile = kernels<T>().tile_tokens;
-    const int64_t tile_bytes = std::max<int64_t>(kernels<T>().packed_bytes(tile, input_.depth()), 1);
-    const int64_t max_tiles = std::max<int64_t>(kTokenBytes / tile_bytes, 1);
-    const int64_t tiles = std::min(max_tiles, (input_.sequences.tokens() + tile - 1) / tile);
-    const Scratch<char> packed(tiles * tile_bytes);
-    const std::vector<Block> blocks = cut_into_blocks(input_.sequences.offset, max_tiles * tile, kMaxSequences);
-    for (const Block& block : blocks) {
+    const int64_t tile_bytes = kernels<T>().packed_bytes(tile, input_.depth());
+    const Scratch<char> packed(block_tokens<T>(input_) / tile * tile_bytes);
+    for (const Block& block : blocks_of<T>(input_)) {
       if (!block.closes && carried_value_ == nullptr) allocate_carried();
       pack_tokens(block, packed.get(), tile_bytes);
       torch::stable::parallel_for(0, panels_, 1,
@@ -121,7 +130,7 @@ class Forward {
   void finish(int64_t b, int64_t first_column, int64_t count, Acc* state, const Position<Acc>* positions,
               const Acc* bias) const {
     const int64_t offset = b * input_.vocabulary() + first_column;
-    Out* pooled = mutable_data<Out>(pooled_) + offset;
+    Out* pooled = mutable_data<Out>(outputs_.pooled) + offset;
     if (pooling_ == Pooling::kSum) {
       kernels<Out>().store(pooled, state, count);
       return;
@@ -129,15 +138,15 @@ class Forward {
     // A sequence without tokens stays at -inf whatever the bias.
     kernels<Out>().finish_max(state, input_.sequences.length(b) > 0 ? bias : nullptr, count, activation_, pooled);
     if (save_) {
-      std::copy_n(state, count, mutable_data<Acc>(max_logits_) + offset);
-      store_positions(argmax_, offset, positions, count);
+      std::copy_n(state, count, mutable_data<Acc>(outputs_.max_logits) + offset);
+      store_positions(outputs_.argmax, offset, positions, count);
     }
   }
 
   const HeadInput& input_;
   const Pooling pooling_;
   const Activation activation_;
-  const Tensor &pooled_, &max_logits_, &argmax_;
+  const HeadOutputs& outputs_;
   const bool save_;
   const int64_t columns_, panels_;
   std::unique_ptr<Scratch<Acc>> carried_value_;
@@ -146,16 +155,27 @@ class Forward {
 
 }  // namespace
 
-void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Tensor& pooled,
-                  const Tensor& max_logits, const Tensor& argmax) {
+void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs) {
   dispatch_floating(input.hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    if (pooled.scalar_type() == input.hidden.scalar_type()) {
-      Forward<T, T>(input, pooling, activation, pooled, max_logits, argmax).run();
+    if (outputs.pooled.scalar_type() == input.hidden.scalar_type()) {
+      Forward<T, T>(input, pooling, activation, outputs).run();
     } else {
-      Forward<T, Accumulator<T>>(input, pooling, activation, pooled, max_logits, argmax).run();
+      Forward<T, Accumulator<T>>(input, pooling, activation, outputs).run();
     }
   });
+}
+
+std::vector<int64_t> head_runs(const HeadInput& input) {
+  std::vector<int64_t> run(input.sequences.tokens());
+  dispatch_floating(input.hidden.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t tile = kernels<T>().tile_tokens;
+    for (const Block& block : blocks_of<T>(input)) {
+      for (int64_t t = block.begin; t < block.end; ++t) run[t] = t - (t - block.begin) % tile;
+    }
+  });
+  return run;
 }
 
 }  // namespace splade_fast::cpu

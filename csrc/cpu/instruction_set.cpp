@@ -1,53 +1,82 @@
-// Chooses the kernel table for this machine, once.
+// Chooses the kernel tables for this machine, once.
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 #include "kernels.h"
+#include "screen.h"
 
 namespace splade_fast::cpu {
 namespace {
 
-struct Candidate {
+struct InstructionSet {
   const char* name;
   bool runs_here;
   const AllKernels& (*kernels)();
+  const Screen& (*screen)();
 };
 
-const AllKernels& choose() {
+InstructionSet choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Candidate candidates[] = {
-      {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16},
-      {"avx512", avx512, kernels_avx512},
-      {"avx2", avx2, kernels_avx2},
-      {"portable", true, kernels_portable},
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const InstructionSet candidates[] = {
+      {"avx512bf16", avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
+      {"avx512vnni", avx512vnni, kernels_avx512, screen_avx512vnni},
+      {"avx512", avx512, kernels_avx512, screen_avx512},
+      {"avxvnni", avx2 && __builtin_cpu_supports("avxvnni"), kernels_avx2, screen_avxvnni},
+      {"avx2", avx2, kernels_avx2, screen_avx2},
+      {"portable", true, kernels_portable, screen_portable},
+  };
+#elif defined(__aarch64__)
+  const InstructionSet candidates[] = {
+      {"dotprod", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, kernels_portable, screen_dotprod},
+      {"portable", true, kernels_portable, screen_portable},
   };
 #else
-  const Candidate candidates[] = {{"portable", true, kernels_portable}};
+  const InstructionSet candidates[] = {{"portable", true, kernels_portable, screen_portable}};
 #endif
   const char* wanted = std::getenv("SPLADE_FAST_ISA");
-  for (const Candidate& candidate : candidates) {
+  for (const InstructionSet& candidate : candidates) {
     const bool chosen = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, candidate.name) == 0;
-    if (chosen && candidate.runs_here) return candidate.kernels();
+    if (chosen && candidate.runs_here) return candidate;
   }
   STD_TORCH_CHECK(false, "SPLADE_FAST_ISA=", wanted, " is not an instruction set of this build and machine");
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet set = choose();
+  return set;
 }
 
 }  // namespace
 
 const AllKernels& all_kernels() {
-  static const AllKernels& kernels = choose();
+  static const AllKernels& kernels = chosen().kernels();
+  return kernels;
+}
+
+const Screen& screen() {
+  static const Screen& kernels = chosen().screen();
   return kernels;
 }
 
 }  // namespace splade_fast::cpu
 
-// For build_info(): read with ctypes, since an op cannot return a string through the stable ABI of torch 2.10.
+// For build_info(): read with ctypes, since an op cannot return a string through the stable ABI of torch 2.10. Null
+// where SPLADE_FAST_ISA names none: what C calls must not throw, and the first op says it.
 extern "C" __attribute__((visibility("default"))) const char* splade_fast_cpu_instruction_set() {
-  return splade_fast::cpu::all_kernels().name;
+  try {
+    return splade_fast::cpu::chosen().name;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }

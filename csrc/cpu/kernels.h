@@ -70,6 +70,8 @@ struct ProductTask {
   int64_t lanes;  // whole panels
   Acc scale;
   Acc* scores;
+  const void* next;  // what will be packed next, asked for from memory meanwhile
+  int64_t next_bytes;
 };
 
 // Scores (count, lanes) of neighbouring slots, a lane per query; lanes are a multiple of kMaxLanes.
@@ -93,6 +95,7 @@ struct Kernels {
 
   int64_t tile_tokens;
   int64_t panel_columns;
+  int64_t step_depth;  // products of a lane in one instruction
   int64_t (*packed_bytes)(int64_t lanes, int64_t depth);
 
   // Interleave up to `lanes` rows (depth-major, missing rows zero) for the product kernels. rows == nullptr: the
@@ -101,6 +104,8 @@ struct Kernels {
                int64_t depth);
   void (*head_max)(const Panel<Acc>& panel);
   void (*head_sum)(const Panel<Acc>& panel);
+  // products[i] of tokens[i] and entries[i], rows of `depth`: to the bit what the two above compute.
+  void (*multiply_pairs)(const T* const* tokens, const T* const* entries, int64_t count, int64_t depth, Acc* products);
 
   // Reduce `count` rows of `columns` logits into value (and argmax, unless nullptr).
   void (*pool_max)(const T* const* rows, const int32_t* position, int64_t count, int64_t columns, Acc* value,
@@ -158,7 +163,8 @@ const AllKernels& kernels_avx512();
 const AllKernels& kernels_avx512bf16();
 #endif
 
-// The best set that this machine runs; SPLADE_FAST_ISA=portable|avx2|avx512|avx512bf16 lowers it.
+// The best set that this machine runs; SPLADE_FAST_ISA lowers it to one of those in
+// instruction_set.cpp.
 const AllKernels& all_kernels();
 
 template <typename T>

@@ -11,18 +11,6 @@
 namespace splade_fast::cpu {
 namespace {
 
-// A tile's share of the weight that the next panel will pack: its way from memory hides behind the products.
-template <typename Acc>
-inline void prefetch_share(const Panel<Acc>& panel, int64_t first_token) {
-  constexpr int64_t kLine = 64;
-  const int64_t tiles = (panel.num_tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t share = (panel.next_bytes / tiles / kLine + 1) * kLine;
-  const int64_t begin = first_token / kTileTokens * share;
-  const int64_t end = begin + share < panel.next_bytes ? begin + share : panel.next_bytes;
-  const char* next = static_cast<const char*>(panel.next_weight);
-  for (int64_t byte = begin; byte < end; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
-}
-
 template <typename Acc>
 using Products = const Vec<Acc> (*)[kPanelVectors];
 
@@ -33,10 +21,11 @@ inline void for_each_run(const Panel<Accumulator<T>>& panel, Body body) {
   const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
   const int64_t num_steps = steps<T>(panel.depth);
   const char* tile = static_cast<const char*>(panel.tokens);
+  const int64_t tiles = (panel.num_tokens + kTileTokens - 1) / kTileTokens;
   Vec<Accumulator<T>> products[kTileTokens][kPanelVectors];
   for (int64_t first = 0; first < panel.num_tokens; first += kTileTokens, tile += tile_bytes) {
-    prefetch_share(panel, first);
-    multiply_tile<T>(tile, panel.weight, num_steps, products);
+    prefetch_share(panel.next_weight, panel.next_bytes, first / kTileTokens, tiles);
+    multiply_tile<T>(tile, panel.weight, num_steps, products, [] {});
     const int64_t last = first + kTileTokens < panel.num_tokens ? first + kTileTokens : panel.num_tokens;
     for (int64_t begin = first, end = first; begin < last; begin = end) {
       const int32_t sequence = panel.sequence[begin];
@@ -237,10 +226,12 @@ template <typename T>
 constexpr Kernels<T> make_kernels() {
   return {kTileTokens,
           kPanelColumns<Accumulator<T>>,
+          Step<T>::kDepth,
           packed_bytes<T>,
           pack<T>,
           head_max<T>,
           head_sum<T>,
+          multiply_pairs<T>,
           pool_max<T>,
           pool_sum<T>,
           finish_max<T>,

@@ -1,8 +1,9 @@
-// prune on the CPU: dense rows (B, V) -> the entries to keep.
+// prune on the CPU: dense rows (B, V) -> the entries to keep, and back.
 //
 // One pass over a row collects what may be kept. With k the buffer holds only about 2 k entries: whenever it is
 // full the k largest stay, and the smallest of them is the threshold of what follows, because a later equal entry would
-// lose the tie. So dense rows cost about one read as well, and every row fits.
+// lose the tie. So dense rows cost about one read as well, and every row fits. Where there are fewer rows than threads,
+// rows are cut into parts; what one part keeps are candidates of the row.
 #include "../common/prune.h"
 
 #include <torch/csrc/stable/library.h>
@@ -34,33 +35,52 @@ Accumulator<T> rounded(Accumulator<T> value) {
   return value;
 }
 
+bool largest_only(const Criteria& criteria) { return criteria.k && !criteria.mass; }
+
 // How many candidates there may be at once.
 template <typename T>
 int64_t capacity(const Criteria& criteria, int64_t columns) {
   constexpr int64_t kSlack = Candidates<Accumulator<T>>::kSlack, kEnough = 512;
   const int64_t all = columns + kSlack;
   // The sum that mass refers to is that of all candidates.
-  return criteria.k && !criteria.mass ? std::min(all, std::max(2 * *criteria.k, kEnough) + kSlack) : all;
+  return largest_only(criteria) ? std::min(all, std::max(2 * *criteria.k, kEnough) + kSlack) : all;
 }
 
-// collect() with the entries that are not <= threshold of a row, or with the k largest of them.
+// The candidates of one thread and their memory.
+template <typename Acc>
+struct Buffer {
+  static constexpr int64_t kSlack = Candidates<Acc>::kSlack;
+
+  explicit Buffer(int64_t capacity)
+      : value(capacity + kSlack),
+        column(capacity + kSlack),
+        key(capacity + kSlack),
+        found{value.get(), column.get(), key.get(), capacity, 0} {}
+
+  const Scratch<Acc> value;
+  const Scratch<int32_t> column;
+  const Scratch<Position<Acc>> key;
+  Candidates<Acc> found;
+};
+
+// The columns [first, last) of a row: the entries that are not <= threshold, or the k largest of them.
 template <typename T>
-void collect_row(const T* row, int64_t columns, const Criteria& criteria, Candidates<Accumulator<T>>& found) {
+void collect_part(const T* row, int64_t first, int64_t last, const Criteria& criteria,
+                  Candidates<Accumulator<T>>& found) {
   using Acc = Accumulator<T>;
   const Kernels<T>& kernel = kernels<T>();
   // No threshold: NaN, which nothing is at most.
   Acc threshold = std::numeric_limits<Acc>::quiet_NaN();
   if (criteria.threshold) threshold = rounded<T>(static_cast<Acc>(*criteria.threshold));
-  const bool largest_only = criteria.k && !criteria.mass;
   found.count = 0;
-  if (largest_only && *criteria.k == 0) return;
-  for (int64_t column = kernel.collect(row, 0, columns, threshold, found);;
-       column = kernel.collect(row, column, columns, threshold, found)) {
-    if (largest_only && found.count > *criteria.k) {
+  if (largest_only(criteria) && *criteria.k == 0) return;
+  for (int64_t column = kernel.collect(row, first, last, threshold, found);;
+       column = kernel.collect(row, column, last, threshold, found)) {
+    if (largest_only(criteria) && found.count > *criteria.k) {
       threshold = kernel.keep_largest(found, *criteria.k);
       if (threshold != threshold) return;  // k times NaN
     }
-    if (column == columns) return;
+    if (column == last) return;
   }
 }
 
@@ -87,10 +107,11 @@ std::vector<int32_t> ranked(const Candidates<Acc>& found) {
   return order;
 }
 
-// Every comparison is false for NaN, which keeps the entry.
+// The criteria that need all candidates of a row. Every comparison is false for NaN, which keeps the entry.
 template <typename T>
 void apply(const Criteria& criteria, Candidates<Accumulator<T>>& found) {
   using Acc = Accumulator<T>;
+  if (!criteria.max_ratio && !criteria.mass) return;
   std::vector<char> keep(found.count, 1);
   if (criteria.mass) {
     const std::vector<int32_t> order = ranked(found);
@@ -116,26 +137,58 @@ void apply(const Criteria& criteria, Candidates<Accumulator<T>>& found) {
   keep_where(found, keep);
 }
 
+// Into how many parts to cut each row, so that every thread has some. Waking a thread takes as long as a small part.
+int64_t parts_of_a_row(int64_t batch, int64_t columns) {
+  constexpr int64_t kLeast = 1 << 18;
+  const int64_t threads = torch::stable::get_num_threads();
+  return batch == 0 ? 1 : std::max<int64_t>(1, std::min((threads + batch - 1) / batch, columns / kLeast));
+}
+
+template <typename T>
+Row<T> taken_from(const T* source, const Candidates<Accumulator<T>>& found) {
+  Row<T> row{{found.column, found.column + found.count}, {}};
+  row.values.reserve(found.count);
+  for (const int32_t kept : row.columns) row.values.push_back(source[kept]);
+  return row;
+}
+
+// What the parts of a row keep, in the order of the columns, is all that the whole row may keep.
+template <typename T>
+Row<T> join(const T* source, const Row<T>* parts, int64_t count, const Criteria& criteria) {
+  int64_t candidates = 0;
+  for (int64_t part = 0; part < count; ++part) candidates += static_cast<int64_t>(parts[part].columns.size());
+  Buffer<Accumulator<T>> buffer(candidates);
+  auto& found = buffer.found;
+  for (int64_t part = 0; part < count; ++part) {
+    const auto& [columns, values] = parts[part];
+    std::copy(columns.begin(), columns.end(), found.column + found.count);
+    kernels<T>().load(found.value + found.count, values.data(), static_cast<int64_t>(values.size()));
+    found.count += static_cast<int64_t>(columns.size());
+  }
+  if (largest_only(criteria) && found.count > *criteria.k) kernels<T>().keep_largest(found, *criteria.k);
+  apply<T>(criteria, found);
+  return taken_from(source, found);
+}
+
 template <typename T>
 std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
-  using Acc = Accumulator<T>;
-  const int64_t columns = x.size(1), places = capacity<T>(criteria, columns);
-  std::vector<Row<T>> rows(x.size(0));
-  torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kSlack = Candidates<Acc>::kSlack;
-    const Scratch<Acc> value(places + kSlack);
-    const Scratch<int32_t> column(places + kSlack);
-    const Scratch<Position<Acc>> key(places + kSlack);
-    Candidates<Acc> found{value.get(), column.get(), key.get(), places, 0};
-    for (int64_t b = begin; b < end; ++b) {
-      const T* source = const_data<T>(x) + b * x.stride(0);
-      collect_row<T>(source, columns, criteria, found);
-      if (criteria.max_ratio || criteria.mass) apply<T>(criteria, found);
-      Row<T>& row = rows[b];
-      row.columns.assign(found.column, found.column + found.count);
-      row.values.reserve(found.count);
-      for (const int32_t kept : row.columns) row.values.push_back(source[kept]);
+  const int64_t batch = x.size(0), columns = x.size(1), parts = parts_of_a_row(batch, columns);
+  const int64_t places = capacity<T>(criteria, (columns + parts - 1) / parts);
+  const auto row = [&](int64_t b) { return const_data<T>(x) + b * x.stride(0); };
+  std::vector<Row<T>> found(batch * parts);
+  torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
+    Buffer<Accumulator<T>> buffer(places);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / parts, part = i % parts;
+      collect_part(row(b), columns * part / parts, columns * (part + 1) / parts, criteria, buffer.found);
+      if (parts == 1) apply<T>(criteria, buffer.found);
+      found[i] = taken_from(row(b), buffer.found);
     }
+  });
+  if (parts == 1) return found;
+  std::vector<Row<T>> rows(batch);
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) rows[b] = join(row(b), &found[b * parts], parts, criteria);
   });
   return rows;
 }
@@ -179,7 +232,57 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
   return *outputs;
 }
 
+// Back to dense rows ----------------------------------------------------------------------------------------------
+
+void check_entries(const int32_t* indices, const int32_t* lengths, int64_t batch, int64_t width, int64_t num_cols) {
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= width, "lengths must be between 0 and ", width, ", got ",
+                    lengths[b], " in row ", b);
+    for (int64_t j = 0; j < lengths[b]; ++j) {
+      const int64_t column = indices[b * width + j];
+      STD_TORCH_CHECK(column >= 0 && column < num_cols, "indices must be between 0 and ", num_cols - 1,
+                      " where used, got ", column, " in row ", b);
+    }
+  }
+}
+
+// A part is written while it is in the cache: zeros, then the entries that it has.
+template <typename T>
+void write_dense(const int32_t* indices, const T* values, const int32_t* lengths, int64_t width, const Tensor& dense) {
+  const int64_t batch = dense.size(0), columns = dense.size(1), parts = parts_of_a_row(batch, columns);
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (columns + 1));
+  torch::stable::parallel_for(0, batch * parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / parts, part = i % parts;
+      const int64_t first = columns * part / parts, last = columns * (part + 1) / parts;
+      T* row = mutable_data<T>(dense) + b * columns;
+      std::fill(row + first, row + last, T{});
+      for (int64_t j = b * width; j < b * width + lengths[b]; ++j) {
+        if (indices[j] >= first && indices[j] < last) row[indices[j]] = values[j];
+      }
+    }
+  });
+}
+
+Tensor dense_rows(const Tensor& values, const Tensor& indices, const Tensor& lengths, int64_t num_cols) {
+  check_sparse_rows("", indices, values, lengths, num_cols);
+  const Tensor entries = torch::stable::contiguous(values), columns = torch::stable::contiguous(indices),
+               sizes = torch::stable::contiguous(lengths);
+  const int64_t batch = values.size(0), width = values.size(1);
+  check_entries(const_data<int32_t>(columns), const_data<int32_t>(sizes), batch, width, num_cols);
+  const Tensor dense = torch::stable::new_empty(values, std::vector<int64_t>{batch, num_cols});
+  prefer_huge_pages(dense);
+  dispatch_floating(values.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    write_dense(const_data<int32_t>(columns), const_data<T>(entries), const_data<int32_t>(sizes), width, dense);
+  });
+  return dense;
+}
+
 }  // namespace
 }  // namespace splade_fast::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) { m.impl("prune_rows", TORCH_BOX(&splade_fast::cpu::prune_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
+  m.impl("prune_rows", TORCH_BOX(&splade_fast::cpu::prune_rows));
+  m.impl("dense_rows", TORCH_BOX(&splade_fast::cpu::dense_rows));
+}

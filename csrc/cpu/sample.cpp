@@ -18,17 +18,9 @@ using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 constexpr int64_t kTilesAtOnce = 4;        // register tiles of slots
 constexpr int64_t kMaxDenseQueries = 256;  // of a block: their packed panels fit the second-level cache
 
-SampleResult result_of(const Samples& samples) {
-  return {samples.scores, samples.perturbed, samples.logsumexp, samples.indices};
-}
-
 philox::State read_state(const Tensor& state) {
   const Tensor words = torch::stable::contiguous(state);
   return philox::unpack_state(const_data<int64_t>(words)[0], const_data<int64_t>(words)[1]);
-}
-
-SampleMasks contiguous_masks(const SampleMasks& masks) {
-  return {contiguous_or_none(masks.valid), contiguous_or_none(masks.exclude)};
 }
 
 // Dense ------------------------------------------------------------------------------------------------------------
@@ -94,7 +86,7 @@ class DenseBlock {
                     std::min(kernel.tile_tokens, end - begin - n), block_.depth_);
       }
       kernel.multiply_slots({packed_.get(), block_.packed_.get(), block_.depth_, end - begin, block_.lanes_,
-                             block_.scale_, scores_.get()});
+                             block_.scale_, scores_.get(), block_.row(end), block_.bytes_after(end)});
       return scores_.get();
     }
 
@@ -113,6 +105,15 @@ class DenseBlock {
 
   // bfloat16 beside float16 is computed in float, so equal sizes mean equal types.
   bool is_stored_as_t() const { return sizeof(T) == cache_.element_size(); }
+
+  const char* row(int64_t slot) const { return static_cast<const char*>(cache_.const_data_ptr()) + slot * row_bytes(); }
+  int64_t row_bytes() const { return cache_.stride(0) * static_cast<int64_t>(cache_.element_size()); }
+
+  // Of the next tile, as far as rows follow each other.
+  int64_t bytes_after(int64_t slot) const {
+    const int64_t tile = kTilesAtOnce * kernels<T>().tile_tokens;
+    return cache_.stride(0) == depth_ ? std::min(tile, cache_.size(0) - slot) * row_bytes() : 0;
+  }
 
   void convert(int64_t first, int64_t count, T* rows) const {
     dispatch_floating(cache_.scalar_type(), [&](auto type) {
@@ -240,32 +241,22 @@ class GivenSource {
   const Scratch<Acc> rows_, tile_;
 };
 
-SampleResult sample_scores(const Tensor& scores, const std::optional<Tensor>& slots, const Tensor& state,
-                           int64_t num_samples, double inv_temp, const std::optional<Tensor>& valid,
-                           int64_t slot_offset, int64_t query_offset) {
-  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, slot_offset, query_offset};
+SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t num_samples, double inv_temp,
+                           const std::optional<Tensor>& valid) {
+  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, 0, 0};
   check_floating("scores", scores, 2);
   const int64_t batch = scores.size(0), columns = scores.size(1);
   check_sample(options, {valid, std::nullopt}, state, scores, batch, columns);
-  check_slots(slots, valid, scores);
-  const ScalarType dtype = accumulation_type(scores.scalar_type());
-  const Samples samples(scores, dtype, batch, num_samples);
+  const Samples samples(scores, accumulation_type(scores.scalar_type()), batch, num_samples);
   const SampleMasks masks = contiguous_masks({valid, std::nullopt});
   const philox::State noise = read_state(state);
+  const Tensor rows = with_whole_rows(scores);
   dispatch_floating(scores.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using Acc = Accumulator<T>;
-    const Tensor rows = slots ? contiguous_as(scores, dtype) : with_whole_rows(scores);
-    const std::optional<Tensor> numbers = contiguous_or_none(slots);
     for (int64_t first = 0; first < batch; first += kBlockQueries) {
       const int64_t count = std::min(kBlockQueries, batch - first), lanes = round_up(count, kMaxLanes);
-      BlockSampler<Acc> sampler(options, masks, noise, columns, first, count, lanes);
-      if (numbers) {
-        sampler.run_on_kept(const_data<Acc>(rows) + first * columns, const_data<int64_t>(*numbers) + first * columns,
-                            columns);
-      } else {
-        sampler.run([&] { return GivenSource<T>(rows, first, count, lanes); });
-      }
+      BlockSampler<Accumulator<T>> sampler(options, masks, noise, columns, first, count, lanes);
+      sampler.run([&] { return GivenSource<T>(rows, first, count, lanes); });
       sampler.store(samples, first);
     }
   });

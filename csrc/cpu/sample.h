@@ -168,13 +168,6 @@ class BlockSampler {
     }
   }
 
-  // Given scores whose slots are not those of their columns.
-  void run_on_kept(const Acc* scores, const int64_t* slots, int64_t kept) {
-    start_parts(1);
-    for (int64_t q = 0; q < queries_; ++q)
-      draw_from_kept(q, scores + q * kept, slots + q * kept, 1, kept, 0, draws_[q]);
-  }
-
   void store(const Samples& samples, int64_t first) const {
     const int64_t wanted = options_.num_samples;
     for (int64_t q = 0; q < queries_; ++q) {
@@ -280,8 +273,14 @@ class BlockSampler {
     Acc maximum = -kInf;
     for (int64_t i = 0; i < count; ++i) maximum = scores[i * stride] > maximum ? scores[i * stride] : maximum;
     const Acc reference = std::isfinite(maximum) ? maximum : Acc(0);
+    constexpr int64_t kRun = 64;  // summing by runs rounds less
     double sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += std::exp(scores[i * stride] - reference);
+    for (int64_t first = 0; first < count; first += kRun) {
+      double of_run = 0;
+      for (int64_t i = first; i < std::min(first + kRun, count); ++i)
+        of_run += std::exp(scores[i * stride] - reference);
+      sum += of_run;
+    }
     maximum_[part * lanes_ + q] = maximum;
     sum_[part * lanes_ + q] = static_cast<Acc>(sum);
     const Acc inv_temp = static_cast<Acc>(options_.inv_temp);

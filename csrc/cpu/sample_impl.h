@@ -22,12 +22,17 @@ void multiply_slots(const ProductTask<Accumulator<T>>& task) {
   const int64_t panel_bytes = packed_bytes<T>(kPanelColumns<Acc>, task.depth);
   const Vec<Acc> scale = broadcast<Vec<Acc>>(task.scale);
   const char* tile = static_cast<const char*>(task.slots);
+  const int64_t panels = task.lanes / kPanelColumns<Acc>;
+  const int64_t parts = (task.count + kTileTokens - 1) / kTileTokens * panels * (num_steps / kPart + 1);
+  int64_t part = 0;
   Vec<Acc> products[kTileTokens][kPanelVectors];
   for (int64_t first = 0; first < task.count; first += kTileTokens, tile += tile_bytes) {
     const int64_t rows = task.count - first < kTileTokens ? task.count - first : kTileTokens;
     const char* panel = static_cast<const char*>(task.queries);
     for (int64_t lane = 0; lane < task.lanes; lane += kPanelColumns<Acc>, panel += panel_bytes) {
-      multiply_tile<T>(tile, panel, num_steps, products);
+      // A little at a time: many requests at once would hold up the product's own.
+      multiply_tile<T>(tile, panel, num_steps, products,
+                       [&] { prefetch_share(task.next, task.next_bytes, part++, parts); });
       for (int64_t r = 0; r < rows; ++r) {
         Acc* row = task.scores + (first + r) * task.lanes + lane;
         for (int j = 0; j < kPanelVectors; ++j) store_bits(row + j * kLanes<Acc>, products[r][j] * scale);

@@ -147,4 +147,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
 }  // namespace
 }  // namespace splade_fast::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) { m.impl("head_forward", TORCH_BOX(&splade_fast::cuda::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
+  m.impl("head_forward_dense", TORCH_BOX(&splade_fast::cuda::forward));
+}

@@ -6,7 +6,8 @@
 // gave. Nothing depends on the order in which blocks run. Tiles of one launch follow each other on the stream, so the
 // draws of earlier tiles are a bound that spares most slots of later ones the logarithms of their noise.
 //
-// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile and draws from these at the end.
+// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile; the exact one keeps the highest scores,
+// which are the first draws without noise. Both draw from what is kept at the end.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -199,11 +200,18 @@ __device__ void write_draws(const Accumulator<T> (&perturbed)[kPerThread], const
   if (threadIdx.x == 0) segments.found[place] = found;
 }
 
+// Where the noise of a score comes from.
+enum class Noise {
+  kOfColumns,     // slots follow each other: a Philox block serves four
+  kOfGivenSlots,  // each slot has a number of its own
+  kNone           // the first draws are the highest scores
+};
+
 // Kernels --------------------------------------------------------------------------------------------------------
 
 // A block per query and segment. Columns of a thread are those of whole Philox blocks, `phase` being the place of the
 // first column in its block.
-template <typename T, bool kGivenSlots>
+template <typename T, Noise kNoise>
 __global__ void __launch_bounds__(kThreads)
     draw_kernel(const Tile<T> tile, const Drawing<Accumulator<T>> drawing, const Accumulator<T>* perturbed_so_far,
                 const Segments<Accumulator<T>> segments) {
@@ -214,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
   const philox::State state = philox::unpack_state(drawing.state[0], drawing.state[1]);
   const uint32_t query_number = static_cast<uint32_t>(drawing.query_offset + query);
   const int64_t first_number = drawing.slot_offset + tile.first;  // of the first column
-  const int phase = kGivenSlots ? 0 : static_cast<int>(first_number % philox::kSlotsPerBlock);
+  const int phase = kNoise == Noise::kOfColumns ? static_cast<int>(first_number % philox::kSlotsPerBlock) : 0;
   const int64_t first_column = segment * kSegment + 4 * static_cast<int64_t>(threadIdx.x) - phase;
 
   Acc score[kPerThread], perturbed[kPerThread];
@@ -236,7 +244,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < 4; ++j) any |= score[4 * quad + j] != negative_infinity<Acc>();
     if (!any) continue;
     philox::Words words{};
-    if constexpr (!kGivenSlots) {
+    if constexpr (kNoise == Noise::kOfColumns) {
       const uint32_t block = static_cast<uint32_t>((first_number + start) / philox::kSlotsPerBlock);
       words = philox::block_words(state, block, query_number, philox::Domain::kNoise);
     }
@@ -244,16 +252,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < 4; ++j) {
       const Acc value = score[4 * quad + j];
       if (value == negative_infinity<Acc>()) continue;
-      float noise;
-      if constexpr (kGivenSlots) {
+      Acc sum;
+      if constexpr (kNoise == Noise::kNone) {
+        if (value <= bound) continue;  // an equal score of a later slot is too late
+        sum = value;
+      } else if constexpr (kNoise == Noise::kOfGivenSlots) {
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
-        noise = philox::gumbel_of_slot(state, query_number, number);
+        sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_of_slot(state, query_number, number));
       } else {
         if (!may_be_drawn(static_cast<float>(value * drawing.inv_temp - bound), words.word[j])) continue;
         const uint64_t number = static_cast<uint64_t>(first_number + start + j);
-        noise = philox::gumbel_of_word(state, words.word[j], query_number, number);
+        sum = philox::perturb(value, drawing.inv_temp,
+                              philox::gumbel_of_word(state, words.word[j], query_number, number));
       }
-      const Acc sum = philox::perturb(value, drawing.inv_temp, noise);
       perturbed[4 * quad + j] = sum;
       // With one draw its own slots are a bound too.
       if (drawing.num_samples == 1 && sum > bound) bound = sum;
@@ -368,16 +379,17 @@ int64_t tile_slots(int64_t queries, int64_t element_bytes) {
 template <typename Acc>
 class Sampler {
  public:
-  Sampler(const SampleOptions& options, const Tensor& state, const Tensor& like, int64_t queries,
-          const OnDevice& device)
-      : state_(torch::stable::contiguous(state)),
+  Sampler(const SampleOptions& options, int64_t num_samples, Noise noise, const Tensor& state, const Tensor& like,
+          int64_t queries, const OnDevice& device)
+      : noise_(noise),
+        state_(torch::stable::contiguous(state)),
         drawing_{const_data<int64_t>(state_), options.slot_offset, options.query_offset,
-                 static_cast<Acc>(options.inv_temp), options.num_samples},
+                 static_cast<Acc>(options.inv_temp), num_samples},
         like_(like),
         queries_(queries),
         device_(device),
-        current_(like, kScalarType<Acc>, queries, options.num_samples),
-        next_(like, kScalarType<Acc>, queries, options.num_samples),
+        current_(like, kScalarType<Acc>, queries, num_samples),
+        next_(like, kScalarType<Acc>, queries, num_samples),
         maximum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, kScalarType<Acc>)),
         sum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, ScalarType::Double)) {
     const double nothing = -std::numeric_limits<double>::infinity();
@@ -390,7 +402,8 @@ class Sampler {
   template <typename T>
   void add(const Tile<T>& tile) {
     if (queries_ == 0 || tile.columns == 0) return;
-    const int64_t phase = tile.slots ? 0 : (drawing_.slot_offset + tile.first) % philox::kSlotsPerBlock;
+    const bool of_columns = noise_ == Noise::kOfColumns;
+    const int64_t phase = of_columns ? (drawing_.slot_offset + tile.first) % philox::kSlotsPerBlock : 0;
     const int64_t count = ceil_div(tile.columns + phase, kSegment), room = std::min(drawing_.num_samples, kSegment);
     const Tensor scores = matrix(like_, queries_ * count, room, kScalarType<Acc>);
     const Tensor perturbed = matrix(like_, queries_ * count, room, kScalarType<Acc>);
@@ -408,10 +421,20 @@ class Sampler {
                                  mutable_data<Acc>(sum)};
     const Running<Acc> current = running(current_), next = running(next_);
     const unsigned blocks = grid_size(queries_ * count);
-    if (tile.slots) {
-      draw_kernel<T, true><<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
-    } else {
-      draw_kernel<T, false><<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
+    const auto draw = [&](auto noise) {
+      draw_kernel<T, decltype(noise)::value>
+          <<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
+    };
+    switch (noise_) {
+      case Noise::kOfColumns:
+        draw(std::integral_constant<Noise, Noise::kOfColumns>{});
+        break;
+      case Noise::kOfGivenSlots:
+        draw(std::integral_constant<Noise, Noise::kOfGivenSlots>{});
+        break;
+      case Noise::kNone:
+        draw(std::integral_constant<Noise, Noise::kNone>{});
+        break;
     }
     merge_kernel<Acc><<<grid_size(queries_), kThreads, 0, device_.stream()>>>(
         segments, drawing_.num_samples, current, next, mutable_data<Acc>(maximum_), mutable_data<double>(sum_),
@@ -419,9 +442,7 @@ class Sampler {
     std::swap(current_, next_);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> result() const {
-    return {current_.scores, current_.perturbed, current_.logsumexp, current_.indices};
-  }
+  const Samples& result() const { return current_; }
 
  private:
   static Running<Acc> running(const Samples& samples) {
@@ -429,6 +450,7 @@ class Sampler {
             mutable_data<int64_t>(samples.indices)};
   }
 
+  const Noise noise_;
   const Tensor state_;
   const Drawing<Acc> drawing_;
   const Tensor& like_;
@@ -438,9 +460,11 @@ class Sampler {
   Tensor maximum_, sum_;
 };
 
-// Scores whose slots are given, at most kMaxSegments segments at a time.
+// Draws from scores (queries, kept) whose slots are given, at most kMaxSegments segments at a time.
 template <typename Acc>
-void add_kept(Sampler<Acc>& sampler, const Tensor& scores, const Tensor& slots) {
+Samples sample_kept(const SampleOptions& options, const Tensor& state, const Tensor& scores, const Tensor& slots,
+                    const OnDevice& device) {
+  Sampler<Acc> sampler(options, options.num_samples, Noise::kOfGivenSlots, state, scores, scores.size(0), device);
   const int64_t columns = scores.size(1);
   for (int64_t first = 0; first < columns; first += kMaxSegments * kSegment) {
     const int64_t count = std::min(kMaxSegments * kSegment, columns - first);
@@ -449,6 +473,7 @@ void add_kept(Sampler<Acc>& sampler, const Tensor& scores, const Tensor& slots) 
     sampler.add(
         Tile<Acc>{const_data<Acc>(part), count, 0, const_data<int64_t>(numbers), Acc(1), nullptr, nullptr, 0, 0});
   }
+  return sampler.result();
 }
 
 // The masks as a tile of T sees them; listed exclusions are written into the scores instead.
@@ -464,21 +489,12 @@ void set_masks(Tile<T>& tile, const SampleMasks& masks) {
   }
 }
 
-// products(first, count) are the scores (queries, count) of slots from `first` on, not yet scaled.
-template <typename Acc, typename Products>
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample_by_tiles(const SampleOptions& options, const SampleMasks& masks,
-                                                           const Tensor& state, const Tensor& like, int64_t queries,
-                                                           int64_t slots, const OnDevice& device,
-                                                           const Products& products) {
-  const bool grouped = options.top_k && *options.top_k < slots;
-  STD_TORCH_CHECK(!grouped || !options.exact,
-                  "the exact top_k has no CUDA kernel: splade_fast.sample_negatives composes it");
-  Sampler<Acc> sampler(options, state, like, queries, device);
-  if (queries == 0 || slots == 0) return sampler.result();
-  const std::optional<Tensor> kept_scores =
-      grouped ? std::optional(matrix(like, queries, *options.top_k, kScalarType<Acc>)) : std::nullopt;
-  const std::optional<Tensor> kept_slots =
-      grouped ? std::optional(matrix(like, queries, *options.top_k, ScalarType::Long)) : std::nullopt;
+// body(tile) for every tile; products(first, count) are the scores (queries, count) of slots from `first` on, not yet
+// scaled.
+template <typename Acc, typename Products, typename Body>
+void for_each_tile(const SampleOptions& options, const SampleMasks& masks, int64_t queries, int64_t slots,
+                   const OnDevice& device, const Products& products, const Body& body) {
+  if (queries == 0) return;
   const int64_t most = tile_slots(queries, sizeof(Acc));
   for (int64_t first = 0; first < slots; first += most) {
     const int64_t count = std::min(most, slots - first);
@@ -494,27 +510,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_by_tiles(const SampleOptions& 
           mutable_data<Acc>(scores), count, first, const_data<int64_t>(*masks.exclude), queries, width);
       tile.scale = Acc(1);
     }
-    if (!grouped) {
-      sampler.add(tile);
-      continue;
-    }
-    const int64_t groups = *options.top_k, first_group = group_of(first, groups, slots);
-    const int64_t of_tile = group_of(first + count - 1, groups, slots) - first_group + 1;
-    const int threads = ceil_div(slots, groups) > kSmallGroup ? kThreads : kWarp;
-    group_kernel<Acc><<<grid_size(queries * of_tile), threads, 0, device.stream()>>>(
-        tile, first_group, of_tile, groups, slots, mutable_data<Acc>(*kept_scores), mutable_data<int64_t>(*kept_slots));
+    body(tile);
   }
-  if (grouped) add_kept(sampler, *kept_scores, *kept_slots);
-  return sampler.result();
 }
 
-// Host functions -------------------------------------------------------------------------------------------------
+template <typename Acc, typename ForEachTile>
+Samples sample_groups(const SampleOptions& options, const Tensor& state, const Tensor& like, int64_t queries,
+                      int64_t slots, const OnDevice& device, const ForEachTile& for_each) {
+  const int64_t groups = *options.top_k;
+  const Tensor scores = matrix(like, queries, groups, kScalarType<Acc>);
+  const Tensor kept = matrix(like, queries, groups, ScalarType::Long);
+  for_each([&](const Tile<Acc>& tile) {
+    const int64_t first = group_of(tile.first, groups, slots);
+    const int64_t of_tile = group_of(tile.first + tile.columns - 1, groups, slots) - first + 1;
+    const int threads = ceil_div(slots, groups) > kSmallGroup ? kThreads : kWarp;
+    group_kernel<Acc><<<grid_size(queries * of_tile), threads, 0, device.stream()>>>(
+        tile, first, of_tile, groups, slots, mutable_data<Acc>(scores), mutable_data<int64_t>(kept));
+  });
+  return sample_kept<Acc>(options, state, scores, kept, device);
+}
 
 using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-SampleMasks contiguous_masks(const SampleMasks& masks) {
-  return {contiguous_or_none(masks.valid), contiguous_or_none(masks.exclude)};
+template <typename Acc, typename Products>
+SampleResult sample_by_tiles(const SampleOptions& options, const SampleMasks& masks, const Tensor& state,
+                             const Tensor& like, int64_t queries, int64_t slots, const OnDevice& device,
+                             const Products& products) {
+  const auto for_each = [&](const auto& body) {
+    for_each_tile<Acc>(options, masks, queries, slots, device, products, body);
+  };
+  const bool keeps_some = options.top_k && *options.top_k < slots;
+  if (keeps_some && !options.exact) {
+    return result_of(sample_groups<Acc>(options, state, like, queries, slots, device, for_each));
+  }
+  const int64_t draws = keeps_some ? *options.top_k : options.num_samples;
+  Sampler<Acc> sampler(options, draws, keeps_some ? Noise::kNone : Noise::kOfColumns, state, like, queries, device);
+  for_each([&](const Tile<Acc>& tile) { sampler.add(tile); });
+  const Samples& found = sampler.result();
+  return result_of(keeps_some ? sample_kept<Acc>(options, state, found.scores, found.indices, device) : found);
 }
+
+// Host functions -------------------------------------------------------------------------------------------------
 
 // body(Type<Acc>{}) for float or double.
 template <typename Body>
@@ -582,36 +618,30 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
   return result;
 }
 
-SampleResult sample_scores(const Tensor& scores, const std::optional<Tensor>& slots, const Tensor& state,
-                           int64_t num_samples, double inv_temp, const std::optional<Tensor>& valid,
-                           int64_t slot_offset, int64_t query_offset) {
+SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t num_samples, double inv_temp,
+                           const std::optional<Tensor>& valid) {
   const char* op = "sample_scores";
-  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, slot_offset, query_offset};
+  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, 0, 0};
   check_floating("scores", scores, 2);
   const int64_t batch = scores.size(0), columns = scores.size(1);
   check_sample(options, {valid, std::nullopt}, state, scores, batch, columns);
-  check_slots(slots, valid, scores);
   const OnDevice device(scores, op);
   const SampleMasks masks = contiguous_masks({valid, std::nullopt});
   std::optional<SampleResult> result;
   dispatch_floating(scores.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = Accumulator<T>;
-    Sampler<Acc> sampler(options, state, scores, batch, device);
-    if (slots) {
-      add_kept(sampler, contiguous_as(scores, kScalarType<Acc>), *slots);
-    } else {
-      // Whole rows where a tile takes them, since a tile's rows follow each other.
-      const int64_t most = (kMaxSegments - 1) * kSegment;
-      for (int64_t first = 0; first < columns; first += most) {
-        const int64_t count = std::min(most, columns - first);
-        const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
-        Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0};
-        set_masks(tile, masks);
-        sampler.add(tile);
-      }
+    Sampler<Acc> sampler(options, num_samples, Noise::kOfColumns, state, scores, batch, device);
+    // Rows of a tile follow each other, so whole rows are read in place.
+    const int64_t most = (kMaxSegments - 1) * kSegment;
+    for (int64_t first = 0; first < columns; first += most) {
+      const int64_t count = std::min(most, columns - first);
+      const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
+      Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0};
+      set_masks(tile, masks);
+      sampler.add(tile);
     }
-    result = sampler.result();
+    result = result_of(sampler.result());
   });
   check_launch(op);
   return *result;

@@ -21,9 +21,16 @@ from splade_fast.ops._checks import (
     check_like,
     check_mask,
 )
+from splade_fast.ops._screening import (
+    ALGORITHMS,
+    DENSE,
+    MAX_DIM,
+    SCREENED,
+    decoder_of,
+    is_candidate,
+)
 
 MAX = POOLINGS["max"]
-ALGORITHMS = {"auto": 0, "dense": 1}
 
 
 def splade_head(
@@ -53,7 +60,11 @@ def splade_head(
         cu_seqlens: (B + 1,) int32, starts of the sequences in packed hidden, ending with T.
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
-        algorithm: "auto" or "dense", which are the same today.
+        algorithm: how the CPU computes it. "dense" multiplies everything in full precision.
+            "screened" proves in int8 which logits cannot be positive or the maximum, and
+            multiplies the others alone (docs/screening.md): several times faster for a trained
+            model, slower where most logits are positive. "auto" finds out which is faster. The
+            result is the same to the bit.
 
     Returns:
         (B, V) in the dtype of hidden; a sequence without counted positions is all zero.
@@ -62,17 +73,21 @@ def splade_head(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         RuntimeError: cu_seqlens does not rise from 0 to T (CPU), or a gradient of the gradient is
             asked for.
+        NotImplementedError: "screened" on a GPU, or for more than 65,536 dimensions.
     """
     check_floating("hidden", hidden)
     autocast = _autocast_dtype(hidden)
+    source = weight
     if autocast is not None:
         check_floating("weight", weight)
         hidden, weight = hidden.to(autocast), weight.to(autocast)
         bias = bias.to(autocast) if bias is not None else None
     pooling_code = check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
-    check_choice("algorithm", algorithm, ALGORITHMS)
+    algorithm_code = check_choice("algorithm", algorithm, ALGORITHMS)
     _check_decoder(hidden, weight, bias)
+    if algorithm_code == SCREENED:
+        _check_screened(hidden)
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
@@ -95,6 +110,8 @@ def splade_head(
         activation_code,
         needs_gradient(hidden, weight, bias),
         autocast is not None,
+        algorithm_code,
+        None if source is weight else source,
     )
     return outputs[0]
 
@@ -105,6 +122,15 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _check_screened(hidden: Tensor) -> None:
+    if hidden.device.type == "cuda":
+        raise NotImplementedError('algorithm="screened" has no CUDA kernel, use "auto" or "dense"')
+    if hidden.ndim and hidden.shape[-1] > MAX_DIM:
+        raise NotImplementedError(
+            f'algorithm="screened" takes at most {MAX_DIM} dimensions, got {hidden.shape[-1]}'
+        )
 
 
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -149,6 +175,41 @@ def check_sequences(
     return check_mask(attention_mask, hidden.shape[0], hidden.shape[1], "hidden", hidden)
 
 
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooling: int,
+    activation: int,
+    save: bool,
+    float_output: bool,
+    algorithm: int,
+    source: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The screened product where it is asked for or pays, else the dense one."""
+    arguments = (hidden, weight, bias, attention_mask, cu_seqlens)
+    options = (pooling, activation, save, float_output)
+    ops = torch.ops.splade_fast
+    forced = algorithm == SCREENED
+    if forced or (algorithm != DENSE and is_candidate(hidden, attention_mask, save)):
+        source = weight if source is None else source
+        decoder = decoder_of(source, weight.dtype)
+        if forced or decoder.asks():
+            ready = decoder.prepare(weight, source, hidden, attention_mask)
+            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.head_forward_screened(
+                *arguments, *options, ready.mean, ready.packed, ready.rows, not forced
+            )
+            declined = bool(outputs[3][0])
+            if not forced:
+                decoder.record(declined)
+            if not declined:
+                return outputs[:3]
+    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(*arguments, *options)
+    return dense
+
+
 def _fake_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -159,6 +220,8 @@ def _fake_forward(
     activation: int,
     save: bool,
     float_output: bool,
+    algorithm: int,
+    source: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         batch, position_dtype = cu_seqlens.shape[0] - 1, torch.int32
@@ -209,7 +272,7 @@ def _fake_backward_sum(
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    hidden, weight, bias, attention_mask, cu_seqlens, ctx.pooling, ctx.activation, _, _ = inputs
+    hidden, weight, bias, attention_mask, cu_seqlens, ctx.pooling, ctx.activation, *_ = inputs
     ctx.set_materialize_grads(False)
     if ctx.pooling == MAX:
         ctx.save_for_backward(output[1], output[2], hidden, weight, cu_seqlens)
@@ -219,7 +282,7 @@ def _setup_context(
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 11
     needs = ctx.needs_input_grad[:3]
     if ctx.pooling == MAX:
         gradients = torch.ops.splade_fast.head_backward_max(
@@ -230,10 +293,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
             grad, *ctx.saved_tensors, ctx.activation, *needs
         )
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*given, None, None, None, None, None, None)
+    return (*given, *(None,) * 8)
 
 
 if _library.cpu_library_loaded():
+    for backend in ("CPU", "CUDA"):
+        torch.library.impl("splade_fast::head_forward", backend, _forward)
     torch.library.register_fake("splade_fast::head_forward", _fake_forward)
     torch.library.register_fake("splade_fast::head_backward_max", _fake_backward_max)
     torch.library.register_fake("splade_fast::head_backward_sum", _fake_backward_sum)

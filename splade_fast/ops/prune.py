@@ -38,9 +38,7 @@ def prune_topk(x: Tensor, k: int) -> Tensor:
         return x.clone()
     if not _library.has_kernels(x.device):
         return reference.prune_topk(x, k)
-    _, indices, _ = torch.ops.splade_fast.prune_rows(x.detach(), k, None, None, None)
-    columns = indices.long()
-    return torch.zeros_like(x).scatter(1, columns, x.gather(1, columns))
+    return dense_rows(*_prune_rows(x, k, None, None, None), x.shape[1])
 
 
 def prune_rows(
@@ -69,6 +67,16 @@ def prune_rows(
     # mass adds entries up from the largest to the smallest, which needs them sorted.
     candidates = _prune_rows(x, most, threshold, None, None)
     return keep_largest(*candidates, k, max_ratio, mass)
+
+
+def dense_rows(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> Tensor:
+    """(B, num_cols) of `SparseRows.to_dense`; nothing waits for a GPU."""
+    if values.device.type not in ("cpu", "meta") or values.dtype not in DTYPES:
+        return reference.dense_rows(indices, values, lengths, num_cols)
+    if not _library.has_kernels(values.device):
+        return reference.dense_rows(indices, values, lengths, num_cols)
+    dense: Tensor = torch.ops.splade_fast.dense_rows(values, indices, lengths, num_cols)
+    return dense
 
 
 def _prune_rows(
@@ -125,8 +133,28 @@ def _backward(
     return dense.scatter_add(1, indices.clamp(min=0).long(), used), None, None, None, None
 
 
+def _fake_dense(values: Tensor, indices: Tensor, lengths: Tensor, num_cols: int) -> Tensor:
+    return values.new_empty((values.shape[0], num_cols))
+
+
+def _setup_context_dense(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_dense(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    if grad.shape[1] == 0:  # there is no column that unused slots could read
+        return grad.new_zeros(indices.shape), None, None, None
+    used = grad.gather(1, indices.clamp(min=0).long()).masked_fill(indices < 0, 0)
+    return used, None, None, None
+
+
 if _library.cpu_library_loaded():
     torch.library.register_fake("splade_fast::prune_rows", _fake)
+    torch.library.register_fake("splade_fast::dense_rows", _fake_dense)
+    torch.library.register_autograd(
+        "splade_fast::dense_rows", _backward_dense, setup_context=_setup_context_dense
+    )
     torch.library.register_autograd(
         "splade_fast::prune_rows", _backward, setup_context=_setup_context
     )

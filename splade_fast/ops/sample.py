@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +10,7 @@ from torch import Tensor
 from splade_fast import _library, reference
 from splade_fast.ops._autograd import accumulation_dtype
 from splade_fast.ops._checks import check_choice, check_device, check_floating, check_tensor
-from splade_fast.ops.score import (
-    _TILE_SCORES,
-    _best,
-    _check_same_space,
-    _plain_scores,
-    _tensors,
-)
-from splade_fast.reference.sample import mask_scores
+from splade_fast.ops.score import _check_same_space, _plain_scores, _tensors
 from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
@@ -27,6 +19,8 @@ TOP_K_METHODS = {"grouped": 0, "exact": 1}
 # What the counter of the noise has room for.
 _MAX_SLOTS = 2**34
 _MAX_QUERIES = 2**32
+
+_INFINITY = float("inf")
 
 
 class NegativeSamples(NamedTuple):
@@ -79,7 +73,7 @@ def gumbel_max(
     state = _state(rng, scores.device)
     if _library.has_kernels(scores.device):
         indices: Tensor = torch.ops.splade_fast.sample_scores(
-            scores, None, state, num_samples, inv_temp, valid, 0, 0
+            scores, state, num_samples, inv_temp, valid
         )[3]
     else:
         indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
@@ -145,7 +139,7 @@ def sample_negatives(
     batch, num_slots = len(queries), len(cache)
     like = cache if isinstance(cache, Tensor) else cache.values
     _check_draw(num_samples, inv_temp)
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if top_k is not None:
         _check_count("top_k", top_k)
@@ -230,8 +224,6 @@ def _sample(
 ) -> NegativeSamples:
     if not _library.has_kernels(state.device):
         return _sample_plainly(queries, cache, state, draw)
-    if draw.exact and draw.top_k is not None and state.device.type == "cuda":
-        return _sample_from_highest(queries, cache, state, draw)
     if isinstance(cache, SparseRows):
         found = torch.ops.splade_fast.sample_sparse(*_tensors(queries, cache), state, *draw)
     else:
@@ -257,60 +249,6 @@ def _sample_plainly(
             query_offset=draw.query_offset,
         )
     )
-
-
-def _sample_from_highest(
-    queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
-) -> NegativeSamples:
-    """The exact top_k by tiles of the cache, then draws from it. Nothing waits for a GPU."""
-    batch, num_slots = len(queries), len(cache)
-    assert draw.top_k is not None
-    kept = min(draw.top_k, num_slots)
-    acc = accumulation_dtype(torch.promote_types(queries.dtype, cache.dtype))
-    scores = torch.empty(batch, 0, dtype=acc, device=state.device)
-    slots = torch.empty(batch, 0, dtype=torch.int64, device=state.device)
-    tile_slots = max(kept, _TILE_SCORES // max(batch, 1))
-    for start in range(0, num_slots, tile_slots):
-        stop = min(start + tile_slots, num_slots)
-        tile = _products(queries, cache[start:stop], acc) * draw.scale
-        valid = None if draw.valid is None else draw.valid[start:stop]
-        tile = mask_scores(tile, valid, _excluded_of_tile(draw.exclude, start, stop))
-        of_tile = torch.arange(start, stop, device=state.device).expand_as(tile)
-        scores, slots = _best(
-            torch.cat([scores, tile], dim=1), torch.cat([slots, of_tile], dim=1), kept
-        )
-    slots, order = slots.sort(dim=1)
-    found = torch.ops.splade_fast.sample_scores(
-        scores.gather(1, order),
-        slots,
-        state,
-        draw.num_samples,
-        draw.inv_temp,
-        None,
-        draw.slot_offset,
-        draw.query_offset,
-    )
-    drawn_scores, perturbed, logsumexp, indices = found
-    return NegativeSamples(indices, drawn_scores, logsumexp, perturbed)
-
-
-def _excluded_of_tile(exclude: Tensor | None, start: int, stop: int) -> Tensor | None:
-    if exclude is None:
-        return None
-    return exclude[:, start:stop] if exclude.dtype == torch.bool else exclude - start
-
-
-def _products(queries: SparseRows | Tensor, cache: SparseRows | Tensor, acc: torch.dtype) -> Tensor:
-    """(B, C) in the accumulation dtype, on a GPU."""
-    if isinstance(cache, SparseRows):
-        wide = queries.to(dtype=acc)
-        products: Tensor = torch.ops.splade_fast.sparse_scores(*_tensors(wide, cache))
-        return products
-    assert isinstance(queries, Tensor)
-    if queries.dtype == cache.dtype and queries.dtype != acc:
-        return torch.mm(queries, cache.t(), out_dtype=acc)
-    with torch.autocast(cache.device.type, enabled=False):
-        return queries.to(acc) @ cache.to(acc).t()
 
 
 def _state(rng: Philox | None, device: torch.device) -> Tensor:
@@ -365,7 +303,7 @@ def _check_count(name: str, value: object) -> None:
 
 def _check_draw(num_samples: object, inv_temp: object) -> None:
     _check_count("num_samples", num_samples)
-    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < float("inf"):
+    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < _INFINITY:
         raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
 
 
@@ -406,14 +344,7 @@ def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: i
 
 
 def _fake_scores(
-    scores: Tensor,
-    slots: Tensor | None,
-    state: Tensor,
-    num_samples: int,
-    inv_temp: float,
-    valid: Tensor | None,
-    slot_offset: int,
-    query_offset: int,
+    scores: Tensor, state: Tensor, num_samples: int, inv_temp: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_samples(scores, scores.dtype, scores.shape[0], num_samples)
 

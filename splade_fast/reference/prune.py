@@ -28,6 +28,19 @@ def prune_topk(x: Tensor, k: int) -> Tensor:
     return x.masked_fill(~keep, 0)
 
 
+def dense_rows(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> Tensor:
+    """Padded rows (B, K) as (B, num_cols), zero elsewhere."""
+    dense = values.new_zeros(values.shape[0], num_cols)
+    if indices.numel() == 0 or num_cols == 0:
+        return dense
+    # Unused slots write their row's last entry again, empty rows a 0 to their first column.
+    last = (lengths.long() - 1).clamp(min=0).unsqueeze(1)
+    used = indices >= 0
+    columns = torch.where(used, indices, indices.gather(1, last)).clamp(min=0)
+    entries = torch.where(used, values, values.gather(1, last).detach())
+    return dense.scatter(1, columns.long(), entries)
+
+
 def keep_largest(
     indices: Tensor,
     values: Tensor,

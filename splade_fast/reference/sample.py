@@ -118,7 +118,7 @@ def gumbel_max(
     valid: Tensor | None = None,
 ) -> Tensor:
     """`splade_fast.gumbel_max` from the state (2,) int64 of a generator."""
-    masked = mask_scores(scores.to(_accumulation_dtype(scores.dtype)), valid, None)
+    masked = _mask(scores.to(_accumulation_dtype(scores.dtype)), valid, None)
     noise = gumbel_noise(state, *masked.shape)
     return _draw(masked, _all_slots(masked), noise, num_samples, inv_temp)[0]
 
@@ -141,7 +141,7 @@ def sample_negatives(
     Returns:
         indices (B, m), scores (B, m), logsumexp (B,), perturbed (B, m).
     """
-    scores = mask_scores(scores, valid, exclude)
+    scores = _mask(scores, valid, exclude)
     kept = _kept_slots(scores, top_k, top_k_method)
     of_kept = scores.gather(1, kept)
     noise = gumbel_noise(
@@ -181,7 +181,7 @@ def _all_slots(scores: Tensor) -> Tensor:
     return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
 
 
-def mask_scores(scores: Tensor, valid: Tensor | None, exclude: Tensor | None) -> Tensor:
+def _mask(scores: Tensor, valid: Tensor | None, exclude: Tensor | None) -> Tensor:
     """-inf for what must be neither counted nor drawn."""
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)

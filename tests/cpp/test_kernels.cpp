@@ -191,6 +191,144 @@ static void test_prune_sizes(const Kernels<T>& kernel) {
   }
 }
 
+// Documents against a table of queries, by loops: small integers, so that every sum is exact. Row n of the documents is
+// empty where n % 4 == 1 and as wide as it can be where n % 4 == 2; `special` puts inf and NaN into some.
+template <typename T>
+static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width, bool special) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kColumns = 90, kDocuments = 37;
+  const int64_t lanes = (queries + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+  std::mt19937 random(static_cast<unsigned>(queries * 131 + width));
+
+  // Two of three columns are in some query.
+  std::vector<int32_t> table_row(kColumns + 1, 0);
+  std::vector<Acc> table(lanes, 0);
+  for (int64_t column = 0; column < kColumns; ++column) {
+    if (column % 3 == 1) continue;
+    table_row[column] = static_cast<int32_t>(table.size() / lanes);
+    for (int64_t q = 0; q < lanes; ++q) table.push_back(q < queries ? static_cast<int>(random() % 7) - 3 : 0);
+  }
+  std::vector<int32_t> indices(kDocuments * width, -1), lengths(kDocuments);
+  std::vector<Acc> wide(kDocuments * width, 0);
+  for (int64_t n = 0; n < kDocuments; ++n) {
+    const int64_t length = n % 4 == 1 ? 0 : n % 4 == 2 ? width : static_cast<int64_t>(random() % (width + 1));
+    lengths[n] = static_cast<int32_t>(length);
+    // Ascending, and at most kColumns - 1.
+    for (int64_t j = 0; j < length; ++j) {
+      const int64_t n_th = n * width + j;
+      indices[n_th] = static_cast<int32_t>(j * kColumns / width);
+      wide[n_th] = static_cast<int>(random() % 7) - 3;
+      if (special && n % 5 == 0 && random() % 4 == 0) wide[n_th] = random() % 2 ? kInf : kNan;
+    }
+  }
+  std::vector<T> values(wide.size());
+  kernel.store(values.data(), wide.data(), static_cast<int64_t>(wide.size()));
+
+  std::vector<int32_t> hit_rows(width + kMaxLanes);
+  std::vector<Acc> hit_values(width + kMaxLanes), scores(kDocuments * lanes, kNan);
+  const ScoreTask<T> task{table_row.data(), table.data(),      kColumns,       lanes,
+                          indices.data(),   values.data(),     lengths.data(), width,
+                          hit_rows.data(),  hit_values.data(), scores.data()};
+  EXPECT(kernel.score_rows(task, 0, kDocuments) == kDocuments, "all documents are allowed");
+  std::vector<Acc> expected(kDocuments * lanes);
+  for (int64_t n = 0; n < kDocuments; ++n) {
+    for (int64_t q = 0; q < lanes; ++q) {
+      Acc sum = 0;
+      for (int64_t j = n * width; j < n * width + lengths[n]; ++j) {
+        sum += wide[j] * table[table_row[indices[j]] * lanes + q];  // 0 times inf is NaN
+      }
+      expected[n * lanes + q] = sum;
+      const Acc found = scores[n * lanes + q];
+      EXPECT(found == sum || (std::isnan(found) && std::isnan(sum)), "document %ld, query %ld: %g, not %g",
+             static_cast<long>(n), static_cast<long>(q), static_cast<double>(found), static_cast<double>(sum));
+    }
+  }
+
+  // As rows of a wider result.
+  constexpr int64_t kStride = kDocuments + 3;
+  std::vector<T> stored(queries * kStride), exact(expected.size());
+  kernel.store_scores(stored.data(), kStride, expected.data(), lanes, queries, kDocuments);
+  kernel.store(exact.data(), expected.data(), static_cast<int64_t>(expected.size()));
+  for (int64_t q = 0; q < queries; ++q) {
+    for (int64_t n = 0; n < kStride; ++n) {
+      const double found = to_double(stored[q * kStride + n]);
+      const double wanted = n < kDocuments ? to_double(exact[n * lanes + q]) : 0;
+      EXPECT(found == wanted || (std::isnan(found) && std::isnan(wanted)), "stored document %ld, query %ld: %g, not %g",
+             static_cast<long>(n), static_cast<long>(q), found, wanted);
+    }
+  }
+
+  // A document that is not allowed stops it, and says which it is.
+  if (width < 3) return;
+  for (const int32_t column : {static_cast<int32_t>(kColumns), -1, std::numeric_limits<int32_t>::min()}) {
+    std::vector<int32_t> outside = indices;
+    outside[14 * width + width - 1] = column;
+    ScoreTask<T> bad = task;
+    bad.indices = outside.data();
+    EXPECT(kernel.score_rows(bad, 3, kDocuments) == 14, "column %d in document 14", column);
+  }
+  for (const int32_t length : {-1, static_cast<int32_t>(width + 1)}) {
+    std::vector<int32_t> wrong = lengths;
+    wrong[14] = length;
+    ScoreTask<T> bad = task;
+    bad.lengths = wrong.data();
+    EXPECT(kernel.score_rows(bad, 3, kDocuments) == 14, "length %d of document 14", length);
+  }
+}
+
+// Scores above the bound of their query: NaN above everything, -0 like 0.
+template <typename T>
+static void test_find_candidates(const Kernels<T>& kernel) {
+  using Acc = Accumulator<T>;
+  using Key = Position<Acc>;
+  constexpr Key kLowest = std::numeric_limits<Key>::min(), kHighest = std::numeric_limits<Key>::max();
+  constexpr int64_t kLanes = 2 * kMaxLanes, kCount = 9;
+  const Acc ranked[] = {-kInf, -3, Acc(-0.5), 0, Acc(0.25), 1, 7, kInf, kNan};  // ascending
+  std::vector<Key> all(kCount * kLanes, 0), bounds(kLanes, kLowest), keys(kCount * kLanes);
+  std::vector<int32_t> places(kCount * kLanes);
+  std::vector<Acc> scores(kCount * kLanes);
+  for (int64_t i = 0; i < kCount; ++i) std::fill_n(&scores[i * kLanes], kLanes, ranked[i]);
+  EXPECT(kernel.find_candidates(scores.data(), kCount, kLanes, bounds.data(), all.data(), places.data()) ==
+             kCount * kLanes,
+         "all are above the lowest key");
+  for (int64_t i = 1; i < kCount; ++i) EXPECT(all[i * kLanes] > all[(i - 1) * kLanes], "keys ascend at %ld", long(i));
+  const auto key_of = [&](Acc score) {
+    for (int64_t i = 0; i < kCount; ++i) {
+      if (score == ranked[i] || (std::isnan(score) && std::isnan(ranked[i]))) return all[i * kLanes];
+    }
+    return kLowest;
+  };
+
+  std::mt19937 random(3);
+  for (Acc& score : scores) {
+    score = ranked[random() % kCount];
+    if (score == 0 && random() % 2) score = Acc(-0.0);
+    if (std::isnan(score) && random() % 2) score = -score;
+  }
+  for (Key& bound : bounds) bound = random() % 4 ? all[random() % kCount * kLanes] : kHighest;
+  const int64_t found =
+      kernel.find_candidates(scores.data(), kCount, kLanes, bounds.data(), keys.data(), places.data());
+  int64_t next = 0;
+  for (int64_t place = 0; place < kCount * kLanes; ++place) {
+    const Key key = key_of(scores[place]);
+    if (key <= bounds[place % kLanes]) continue;
+    EXPECT(next < found && places[next] == place && keys[next] == key, "candidate at %ld", static_cast<long>(place));
+    ++next;
+  }
+  EXPECT(next == found, "%ld candidates, not %ld", static_cast<long>(found), static_cast<long>(next));
+}
+
+template <typename T>
+static void test_score_sizes(const Kernels<T>& kernel) {
+  for (const int64_t queries : {1, 15, 16, 17, 48, 64, 80}) {
+    for (const int64_t width : {1, 5, 16, 33, 90}) {
+      test_score<T>(kernel, queries, width, false);
+      test_score<T>(kernel, queries, width, true);
+    }
+  }
+  test_find_candidates<T>(kernel);
+}
+
 static void test_all(const AllKernels& kernels) {
   std::printf("%s\n", kernels.name);
   test_type(kernels.f32);
@@ -201,6 +339,10 @@ static void test_all(const AllKernels& kernels) {
   test_prune_sizes(kernels.f64);
   test_prune_sizes(kernels.bf16);
   test_prune_sizes(kernels.f16);
+  test_score_sizes(kernels.f32);
+  test_score_sizes(kernels.f64);
+  test_score_sizes(kernels.bf16);
+  test_score_sizes(kernels.f16);
   test_activation(kernels.f32);
   test_pool_nan(kernels.f32);
 }

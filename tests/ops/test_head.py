@@ -247,7 +247,7 @@ def test_opcheck(device, packed, pooling):
     bias = torch.randn(7, device=device, requires_grad=True)
     mask = None if packed else attention_mask("holes", 2, 5).to(device)
     cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32, device=device) if packed else None
-    args = (hidden, weight, bias, mask, cu_seqlens, pooling, 1, True, False)
+    args = (hidden, weight, bias, mask, cu_seqlens, pooling, 1, True, False, 0, None)
     torch.library.opcheck(torch.ops.splade_fast.head_forward.default, args)
 
 
@@ -377,9 +377,9 @@ def test_bad_arguments(device):
     with pytest.raises(ValueError, match=r"cu_seqlens must be \(batch \+ 1,\), got \(0,\)"):
         sf.splade_head(hidden.reshape(10, 3), weight, cu_seqlens=cu_seqlens[:0])
     with pytest.raises(
-        ValueError, match="algorithm must be one of 'auto', 'dense', got 'screened'"
+        ValueError, match="algorithm must be one of 'auto', 'dense', 'screened', got 'exact'"
     ):
-        sf.splade_head(hidden, weight, algorithm="screened")
+        sf.splade_head(hidden, weight, algorithm="exact")
 
 
 @pytest.mark.parametrize("bounds", [[1, 4, 10], [0, 4, 9], [0, 11, 10], [0, 6, 5, 10], [-1, 10]])
@@ -391,5 +391,5 @@ def test_bad_cu_seqlens_values(bounds):
         sf.splade_head(hidden, weight, cu_seqlens=cu_seqlens)
     with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the 10 tokens"):
         torch.ops.splade_fast.head_forward(
-            hidden, weight, None, None, cu_seqlens, 0, 1, False, False
+            hidden, weight, None, None, cu_seqlens, 0, 1, False, False, 0, None
         )

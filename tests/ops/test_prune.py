@@ -10,7 +10,7 @@ from torch import Tensor
 
 import splade_fast as sf
 from splade_fast import reference
-from splade_fast.ops.prune import prune_rows
+from splade_fast.ops.prune import dense_rows, prune_rows
 from tests.ops.inputs import DTYPES
 
 CRITERIA = {
@@ -63,17 +63,18 @@ def test_every_combination_of_criteria(device, dtype, values):
         compare_rows(x, *criteria)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 63, 64, 65, 2047, 2113, 5000, 30522])
-def test_widths(device, columns):
+def test_widths(device, columns, dtype):
     """Fewer and more candidates than the buffer holds; the ends of vectors and steps."""
-    dense = torch.rand(2, columns, device=device)
-    sparse = dense.masked_fill(torch.rand_like(dense) > 0.02, 0)
+    dense = torch.rand(2, columns).to(device, dtype)
+    sparse = dense.masked_fill(torch.rand(dense.shape, device=device) > 0.02, 0)
     for x, k in itertools.product((dense, sparse, -dense), (None, 0, 1, 5, 256, columns, 9999)):
         compare_rows(x, k)
         compare_topk(x, columns if k is None else k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_million_columns(device, dtype):
     dense = torch.rand(1, 1_000_000).to(device, dtype)
     for x in (dense, dense.masked_fill(torch.rand_like(dense) > 0.01, 0)):
@@ -81,6 +82,34 @@ def test_a_million_columns(device, dtype):
             compare_rows(x, k)
     compare_rows(x, 1000, 0.25, 0.5, 0.9)
     compare_topk(dense, 100)
+
+
+def row_of(candidates: int, columns: int, order: str, dtype: torch.dtype) -> Tensor:
+    """(1, columns) with so many positive entries at random columns; the others are not."""
+    values = torch.arange(1, candidates + 1) if order == "rising" else torch.ones(candidates)
+    if order == "ties":
+        values = torch.randint(1, 4, (candidates,))
+    x = torch.randint(-2, 1, (columns,)).to(dtype)
+    x[torch.randperm(columns)[:candidates].sort()[0]] = values.to(dtype)
+    return x[None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["equal", "ties", "rising"])
+def test_the_buffer_of_candidates_is_full_or_overflows(device, dtype, order):
+    """Around as many candidates as the buffers hold, and many times as many.
+
+    On the CPU the buffer has max(2 k, 512) + 64 places, of which up to 64 stay free; on CUDA 2,730
+    in float64 and 4,096 in the other dtypes.
+    """
+    for room in (512, 576, 2730, 4096):
+        for candidates in (room - 64, room - 1, room, room + 1, 20 * room):
+            x = row_of(candidates, candidates + 1000, order, dtype).to(device)
+            for k in (1, 255, 256, 257, candidates - 1, candidates):
+                compare_rows(x, k)
+            compare_rows(x, 256, 0.0, 0.5)
+            compare_topk(x, 256)
+            compare_topk(-x, 256)
 
 
 @pytest.mark.parametrize("order", ["equal", "rising", "falling", "equal then larger"])
@@ -97,6 +126,29 @@ def test_dense_rows_in_order(device, order):
         compare_rows(x.to(device), k)
         compare_topk(x.to(device), k)
         compare_topk(-x.to(device), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_rows_do_not_depend_on_threads(dtype):
+    """Fewer rows than threads: each row is cut into parts."""
+    x = torch.randint(-50, 50, (2, 1_200_000)).to(dtype)
+    x[1] = torch.where(torch.rand(1_200_000) < 1e-3, NAN, x[1])
+    criteria = [(None, 0.0, None, None), (300, None, None, None), (900_000, 0.0, None, None)]
+    criteria += [(5000, 3.0, 0.9, None), (5000, 0.0, 0.1, 0.5)]
+    expected = [reference.prune_rows(x, *given) for given in criteria]
+    expected_topk = reference.prune_topk(x, 300)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            for given, wanted in zip(criteria, expected, strict=True):
+                for ours, exact in zip(prune_rows(x, *given), wanted, strict=True):
+                    torch.testing.assert_close(ours, exact, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                sf.prune_topk(x, 300), expected_topk, rtol=0, atol=0, equal_nan=True
+            )
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,6 +313,82 @@ def test_the_op_checks_for_cpp_callers(device):
         ((x, 1, NAN, None, None), "threshold must not be NaN"),
         ((x, 1, 0.0, 1.5, None), "max_ratio must be between 0 and 1, got 1.5"),
         ((x, 1, 0.0, None, -0.5), "mass must be between 0 and 1, got -0.5"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+INDICES = [[0, 3, -1], [-1, -1, -1], [2, -1, -1], [0, 1, 4]]
+VALUES = [[-0.0, 2, 0], [0, 0, 0], [NAN, 0, 0], [INF, 1, -3]]
+DENSE = [[-0.0, 0, 0, 2, 0], [0.0] * 5, [0, 0, NAN, 0, 0], [INF, 1, 0, 0, -3]]
+
+
+def padded_rows(device, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.tensor(INDICES, dtype=torch.int32, device=device),
+        torch.tensor(VALUES, dtype=dtype, device=device),
+        torch.tensor([2, 0, 1, 3], dtype=torch.int32, device=device),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [dense_rows, reference.dense_rows])
+def test_dense_rows(device, function, dtype):
+    expected = torch.tensor(DENSE, dtype=dtype, device=device)
+    indices, values, lengths = padded_rows(device, dtype)
+    dense = function(indices, values, lengths, 5)
+    torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
+    assert dense[0, 0].signbit()
+    apart = (indices.t().contiguous().t(), values.repeat(1, 2)[:, :3], lengths.repeat(2)[:4])
+    torch.testing.assert_close(function(*apart, 5), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [dense_rows, reference.dense_rows])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_dense_rows_of_nothing(device, function, shape):
+    indices = torch.full(shape, -1, dtype=torch.int32, device=device)
+    values = torch.zeros(shape, device=device, requires_grad=True)
+    lengths = torch.zeros(shape[0], dtype=torch.int32, device=device)
+    for columns in (0, 4):
+        dense = function(indices, values, lengths, columns)
+        assert torch.equal(dense, torch.zeros(shape[0], columns, device=device))
+    (grad,) = torch.autograd.grad(dense.sum() + values.sum(), values)
+    assert grad.shape == shape
+
+
+@pytest.mark.parametrize("function", [dense_rows, reference.dense_rows])
+def test_dense_rows_differentiates(device, function):
+    indices, _, lengths = padded_rows(device)
+    values = torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def squares(values):
+        return function(indices, values.masked_fill(indices < 0, 0), lengths, 5) ** 2
+
+    assert torch.autograd.gradcheck(squares, values)
+    assert torch.autograd.gradgradcheck(squares, values)
+
+
+def test_dense_rows_opcheck():
+    indices, values, lengths = padded_rows("cpu")
+    values = values.nan_to_num().requires_grad_()
+    torch.library.opcheck(torch.ops.splade_fast.dense_rows.default, (values, indices, lengths, 5))
+
+
+def test_dense_rows_checks_for_cpp_callers():
+    op = torch.ops.splade_fast.dense_rows
+    indices, values, lengths = padded_rows("cpu")
+    outside, long = indices.clone(), lengths.clone()
+    outside[3, 1], long[2] = 5, 4
+    for arguments, message in (
+        ((values, outside, lengths, 5), "indices must be between 0 and 4 where used, got 5 in row"),
+        ((values, indices, lengths, 4), "indices must be between 0 and 3 where used, got 4 in row"),
+        ((values, indices, -lengths, 5), "lengths must be between 0 and 3, got -2 in row 0"),
+        ((values, indices, long, 5), "lengths must be between 0 and 3, got 4 in row 2"),
+        ((values, indices.long(), lengths, 5), "indices must be int32"),
+        ((values, indices[:, :2], lengths, 5), "indices must .* have the shape of values"),
+        ((values, indices, lengths[:2], 5), r"lengths must be int32 \(4,\)"),
+        ((values.int(), indices, lengths, 5), "values must be a matrix of float32"),
+        ((values, indices, lengths, -1), "num_cols must be a size"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

@@ -1,0 +1,522 @@
+// head forward on the CPU, screened: an int8 product with a rigorous bound leaves a few pairs of token and vocabulary
+// entry that can be positive (and, for max pooling, the maximum); only these are multiplied in full precision, with the
+// operations of the dense kernels, so that the result is theirs to the bit. docs/screening.md derives the bound.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../common/screen_bound.h"
+#include "head.h"
+#include "kernels.h"
+#include "memory.h"
+#include "positions.h"
+#include "screen.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+constexpr int64_t kTokenBytes = int64_t{16} << 20;  // rounded tokens at a time
+constexpr int64_t kMaxSequences = 512;              // state rows of one block, per thread
+constexpr int64_t kProductTokens = 1024;            // whose products with a panel stay in the second-level cache
+constexpr size_t kMaxPairs = 4096;                  // gathered before they are multiplied
+
+// The decoder's weight as the int8 product wants it.
+struct PreparedWeight {
+  Tensor mean;    // (D,) float: about the mean of the hidden states, taken from them before they are rounded
+  Tensor packed;  // (panels, steps, columns) int32, four int8 each
+  Tensor rows;    // (panels, 4, columns) float: scale, residual, norm, product with the mean
+
+  enum Row { kScale, kResidual, kNorm, kMeanDot };
+  const float* row(int64_t panel, Row which) const {
+    const int64_t columns = rows.size(2);
+    return const_data<float>(rows) + (panel * 4 + which) * columns;
+  }
+  float* mutable_row(int64_t panel, Row which) const { return const_cast<float*>(row(panel, which)); }
+  uint32_t* units(int64_t panel) const {
+    return reinterpret_cast<uint32_t*>(mutable_data<int32_t>(packed)) + panel * packed.size(1) * packed.size(2);
+  }
+};
+
+// Random signs, times the norm of the Hadamard transform.
+std::vector<float> rotation_signs(int64_t padded_depth) {
+  std::vector<float> sign(padded_depth);
+  const float norm = 1.0f / std::sqrt(static_cast<float>(screen_block(padded_depth)));
+  for (int64_t d = 0; d < padded_depth; ++d) sign[d] = screen_sign(d) * norm;
+  return sign;
+}
+
+void check_mean(const Tensor& mean, const Tensor& weight) {
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.dim() == 1 && mean.size(0) == weight.size(1),
+                  "mean must be float32 (", weight.size(1), ",)");
+}
+
+std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean) {
+  check_floating("weight", weight, 2);
+  check_mean(mean, weight);
+  const Screen& kernel = screen();
+  const int64_t vocabulary = weight.size(0), depth = weight.size(1), columns = kernel.panel_columns;
+  STD_TORCH_CHECK(depth <= kScreenMaxDepth, "weight must have at most ", kScreenMaxDepth, " columns, got ", depth);
+  const int64_t panels = (vocabulary + columns - 1) / columns, padded_depth = screen_padded_depth(depth);
+  const Tensor dense = contiguous(weight), dense_mean = contiguous(mean);
+  const PreparedWeight prepared{
+      dense_mean,
+      torch::stable::new_empty(mean, std::vector<int64_t>{panels, padded_depth / 4, columns}, ScalarType::Int),
+      torch::stable::new_empty(mean, std::vector<int64_t>{panels, 4, columns})};
+  const std::vector<float> sign = rotation_signs(padded_depth);
+  dispatch_floating(weight.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> scratch(padded_depth * kMaxLanes);
+      int32_t sum[kMaxLanes];
+      for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t lane = 0; lane < columns; lane += kernel.lanes) {
+          // Columns past the vocabulary repeat its last entry.
+          const int64_t first = std::min(panel * columns + lane, vocabulary - 1);
+          round_rows<T>(kernel)(
+              {const_data<T>(dense) + first * depth, depth, nullptr, vocabulary - first, depth, padded_depth,
+               const_data<float>(dense_mean), sign.data(), false, scratch.get()},
+              kernel.weight_levels, kernel.weight_offset,
+              {prepared.units(panel) + lane, columns, prepared.mutable_row(panel, PreparedWeight::kScale) + lane,
+               prepared.mutable_row(panel, PreparedWeight::kResidual) + lane,
+               prepared.mutable_row(panel, PreparedWeight::kNorm) + lane, sum,
+               prepared.mutable_row(panel, PreparedWeight::kMeanDot) + lane});
+        }
+      }
+    });
+  });
+  return {prepared.packed, prepared.rows};
+}
+
+// The rounded tokens of sequences [first, last).
+template <typename T>
+class RoundedTokens {
+ public:
+  RoundedTokens(const HeadInput& input, const PreparedWeight& weight, const std::vector<float>& sign, int64_t first,
+                int64_t last)
+      : first_(first),
+        begin_(input.sequences.offset[first]),
+        count_(input.sequences.offset[last] - begin_),
+        padded_((count_ + kScreenGroup - 1) / kScreenGroup * kScreenGroup),
+        steps_(static_cast<int64_t>(sign.size()) / 4),
+        units_(padded_ * steps_),
+        scale_(padded_),
+        residual_(padded_),
+        norm_(padded_),
+        start_(padded_),
+        sequence_(count_),
+        largest_residual_(last - first),
+        largest_norm_(last - first) {
+    for (int64_t t = 0; t < count_; ++t) {
+      sequence_[t] = input.sequences.sequence[begin_ + t] - static_cast<int32_t>(first);
+    }
+    const Screen& kernel = screen();
+    const float rounding = screen_rounding(input.depth());
+    const float mean_norm = norm_of(weight.mean);
+    torch::stable::parallel_for(0, padded_ / kernel.lanes, 4, [&](int64_t begin, int64_t end) {
+      const Scratch<float> scratch(4 * steps_ * kMaxLanes);
+      for (int64_t lane = begin * kernel.lanes; lane < end * kernel.lanes; lane += kernel.lanes) {
+        // Lanes past the last token repeat it; nothing reads them.
+        const int64_t token = std::min(lane, count_ - 1);
+        uint32_t* units = units_.get() + lane / kScreenGroup * kScreenGroup * steps_ + lane % kScreenGroup;
+        round_rows<T>(kernel)(
+            {const_data<T>(input.hidden), input.depth(), input.sequences.row.data() + begin_ + token, count_ - token,
+             input.depth(), 4 * steps_, const_data<float>(weight.mean), sign.data(), true, scratch.get()},
+            kernel.token_levels, 0,
+            {units, kScreenGroup, scale_.get() + lane, residual_.get() + lane, norm_.get() + lane, start_.get() + lane,
+             nullptr});
+        for (int64_t t = lane; t < lane + kernel.lanes; ++t) {
+          start_.get()[t] *= -static_cast<int32_t>(kernel.weight_offset);
+          residual_.get()[t] += rounding * (norm_.get()[t] + mean_norm) + kScreenTiny;
+        }
+      }
+    });
+    for (int64_t t = 0; t < count_; ++t) {
+      float &residual = largest_residual_[sequence_[t]], &norm = largest_norm_[sequence_[t]];
+      residual = std::max(residual, residual_.get()[t]);
+      norm = std::max(norm, norm_.get()[t]);
+    }
+  }
+
+  ScreenTokens view() const {
+    return {units_.get(), scale_.get(), residual_.get(), norm_.get(), start_.get(), sequence_.data(), steps_};
+  }
+  int64_t count() const { return count_; }
+  // Of all tokens of a sequence.
+  float largest_residual(int64_t sequence) const { return largest_residual_[sequence - first_]; }
+  float largest_norm(int64_t sequence) const { return largest_norm_[sequence - first_]; }
+
+ private:
+  static float norm_of(const Tensor& mean) {
+    double squares = 0;
+    for (int64_t d = 0; d < mean.numel(); ++d) squares += std::pow(const_data<float>(mean)[d], 2);
+    return static_cast<float>(std::sqrt(squares)) * screen_inflation(mean.numel());
+  }
+
+  const int64_t first_, begin_, count_, padded_, steps_;
+  const Scratch<uint32_t> units_;
+  const Scratch<float> scale_, residual_, norm_;
+  const Scratch<int32_t> start_;
+  std::vector<int32_t> sequence_;
+  std::vector<float> largest_residual_, largest_norm_;
+};
+
+// What screening left over, of all threads.
+struct Survivors {
+  std::atomic<int64_t> compared{0};  // pairs of token and entry whose bounds were looked at one by one
+  std::atomic<int64_t> pairs{0};
+};
+
+template <typename T, typename Out>
+class Screened {
+  using Acc = Accumulator<T>;
+
+ public:
+  Screened(const HeadInput& input, const PreparedWeight& weight, Pooling pooling, Activation activation)
+      : input_(input),
+        weight_(weight),
+        pooling_(pooling),
+        activation_(activation),
+        vocabulary_(input.vocabulary()),
+        depth_(input.depth()),
+        columns_(screen().panel_columns),
+        panels_((vocabulary_ + columns_ - 1) / columns_),
+        sign_(rotation_signs(screen_padded_depth(input.depth()))),
+        bias_(input.bias ? input.vocabulary() : 0) {
+    if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
+    find_thresholds();
+    cut_into_blocks();
+    if (pooling == Pooling::kSum) runs_ = head_runs(input);
+  }
+
+  // Whether the whole costs less than the dense product would: from a share of the panels of the first block.
+  bool pays() {
+    constexpr int64_t kShare = 32, kLeast = 4;
+    if (blocks_.empty() || panels_ == 0) return true;
+    const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kLeast));
+    const RoundedTokens<T> tokens = round(blocks_[0]);
+    Survivors survivors;
+    torch::stable::parallel_for(0, sampled, 1, [&](int64_t begin, int64_t end) {
+      Worker worker(*this, tokens, blocks_[0], nullptr);
+      for (int64_t i = begin; i < end; ++i) worker.screen_panel(i * panels_ / sampled);
+      worker.count(survivors);
+    });
+    return cost(survivors, tokens.count() * sampled * columns_) < kWorthIt;
+  }
+
+  void run(const HeadOutputs& outputs, Survivors& survivors) {
+    for (const SequenceRange& block : blocks_) {
+      const RoundedTokens<T> tokens = round(block);
+      torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
+        Worker worker(*this, tokens, block, &outputs);
+        for (int64_t panel = begin; panel < end; ++panel) {
+          worker.screen_panel(panel);
+          worker.multiply_pairs_if(kMaxPairs);
+        }
+        worker.multiply_pairs_if(1);
+        worker.count(survivors);
+      });
+    }
+  }
+
+ private:
+  struct SequenceRange {
+    int64_t first, last;
+  };
+
+  // An entry of the output that may be positive, and where its pairs start.
+  struct Entry {
+    int64_t sequence, column;
+    size_t first_pair;
+  };
+
+  // One thread's part of a block.
+  class Worker {
+   public:
+    Worker(const Screened& head, const RoundedTokens<T>& tokens, const SequenceRange& block, const HeadOutputs* outputs)
+        : head_(head),
+          rounded_(tokens),
+          tokens_(tokens.view()),
+          block_(block),
+          outputs_(outputs),
+          longest_(longest_sequence()),
+          state_((block.last - block.first) * head.columns_),
+          products_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) * head.columns_),
+          columns_(head.columns_),
+          counts_(head.columns_),
+          found_tokens_(head.columns_ * longest_),
+          scratch_(kMaxLanes * longest_),
+          found_{columns_.get(), counts_.get(), found_tokens_.get(), scratch_.get(), 0, 0, 0} {}
+
+    void screen_panel(int64_t panel) {
+      const HeadInput& input = head_.input_;
+      const ScreenPanel weight{head_.weight_.units(panel), head_.weight_.row(panel, PreparedWeight::kScale),
+                               head_.weight_.row(panel, PreparedWeight::kResidual),
+                               head_.weight_.row(panel, PreparedWeight::kNorm),
+                               head_.threshold_.data() + panel * head_.columns_};
+      const std::vector<int64_t>& offset = input.sequences.offset;
+      for (int64_t first = block_.first, last = first; first < block_.last; first = last) {
+        while (last < block_.last && (last == first || offset[last + 1] - offset[first] <= kProductTokens)) ++last;
+        screen_sequences(panel, weight, first, last);
+      }
+    }
+
+    void multiply_pairs_if(size_t enough) {
+      if (pairs_.size() < enough) return;
+      const T* hidden = const_data<T>(head_.input_.hidden);
+      const T* weight = const_data<T>(head_.input_.weight);
+      std::vector<const T*> tokens(pairs_.size()), weights(pairs_.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          tokens[p] = hidden + head_.input_.sequences.row[pairs_[p]] * head_.depth_;
+          weights[p] = weight + entries_[e].column * head_.depth_;
+        }
+      }
+      std::vector<Acc> products(pairs_.size());
+      kernels<T>().multiply_pairs(tokens.data(), weights.data(), static_cast<int64_t>(pairs_.size()), head_.depth_,
+                                  products.data());
+      head_.pooling_ == Pooling::kMax ? pool_max(products) : pool_sum(products);
+      multiplied_ += static_cast<int64_t>(pairs_.size());
+      entries_.clear();
+      pairs_.clear();
+    }
+
+    void count(Survivors& survivors) const {
+      survivors.compared += found_.compared;
+      survivors.pairs += multiplied_ + static_cast<int64_t>(pairs_.size());
+    }
+
+   private:
+    int64_t longest_sequence() const {
+      int64_t longest = 0;
+      for (int64_t b = block_.first; b < block_.last; ++b) {
+        longest = std::max(longest, head_.input_.sequences.length(b));
+      }
+      return longest;
+    }
+
+    void screen_sequences(int64_t panel, const ScreenPanel& weight, int64_t first, int64_t last) {
+      const HeadInput& input = head_.input_;
+      const std::vector<int64_t>& offset = input.sequences.offset;
+      if (offset[first] == offset[last]) return;
+      const int64_t origin = offset[block_.first], first_column = panel * head_.columns_;
+      // Tokens are multiplied from the start of a group on.
+      const int64_t start = (offset[first] - origin) / kScreenGroup * kScreenGroup;
+      float* state = state_.get() - tokens_.sequence[start] * head_.columns_;
+      const int64_t states = last - block_.first - tokens_.sequence[start];
+      std::fill_n(state_.get(), states * head_.columns_, -std::numeric_limits<float>::infinity());
+      screen().multiply(tokens_, weight, start, offset[last] - origin, products_.get(), state);
+      for (int64_t sequence = first; sequence < last; ++sequence) {
+        const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
+        if (length == 0) continue;
+        screen().find_pairs(
+            weight,
+            {products_.get() + (begin - start) * head_.columns_, state + (sequence - block_.first) * head_.columns_,
+             tokens_.residual + begin, tokens_.norm + begin, rounded_.largest_residual(sequence),
+             rounded_.largest_norm(sequence), length},
+            head_.pooling_ == Pooling::kMax, found_);
+        const int32_t* token = found_.tokens;
+        for (int64_t e = 0; e < found_.entries; token += found_.counts[e++]) {
+          // Columns past the vocabulary repeat its last entry.
+          if (first_column + found_.columns[e] >= head_.vocabulary_) continue;
+          entries_.push_back({sequence, first_column + found_.columns[e], pairs_.size()});
+          for (int64_t i = 0; i < found_.counts[e]; ++i) pairs_.push_back(offset[sequence] + token[i]);
+        }
+      }
+    }
+
+    size_t pairs_end(size_t entry) const {
+      return entry + 1 < entries_.size() ? entries_[entry + 1].first_pair : pairs_.size();
+    }
+
+    // Of an entry in (B, V).
+    int64_t place(size_t entry) const { return entries_[entry].sequence * head_.vocabulary_ + entries_[entry].column; }
+
+    std::vector<Acc> biases(const std::vector<int64_t>& columns) const {
+      std::vector<Acc> result(columns.size(), Acc(0));
+      for (size_t i = 0; i < columns.size() && head_.input_.bias; ++i) result[i] = head_.bias_.get()[columns[i]];
+      return result;
+    }
+
+    void pool_max(const std::vector<Acc>& products) const {
+      std::vector<Acc> logits(entries_.size());
+      std::vector<int32_t> positions(entries_.size());
+      std::vector<int64_t> columns(entries_.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        // As beats() of the dense kernel: NaN is taken and kept, ties stay with the earlier token.
+        Acc largest = -std::numeric_limits<Acc>::infinity();
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          if (products[p] <= largest || largest != largest) continue;
+          largest = products[p];
+          positions[e] = head_.input_.sequences.position[pairs_[p]];
+        }
+        logits[e] = largest;
+        columns[e] = entries_[e].column;
+      }
+      std::vector<Out> pooled(entries_.size());
+      kernels<Out>().finish_max(logits.data(), biases(columns).data(), static_cast<int64_t>(entries_.size()),
+                                head_.activation_, pooled.data());
+      const bool save = outputs_->max_logits.numel() > 0;
+      Out* all_pooled = mutable_data<Out>(outputs_->pooled);
+      Acc* all_logits = save ? mutable_data<Acc>(outputs_->max_logits) : nullptr;
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        all_pooled[place(e)] = pooled[e];
+        if (save) all_logits[place(e)] = logits[e];
+      }
+      if (!save) return;
+      dispatch_positions(outputs_->argmax, [&](auto* all_positions) {
+        using Stored = std::remove_pointer_t<decltype(all_positions)>;
+        for (size_t e = 0; e < entries_.size(); ++e) all_positions[place(e)] = static_cast<Stored>(positions[e]);
+      });
+    }
+
+    // Run by run of the dense kernel: tokens that are left out would have added zeros.
+    void pool_sum(std::vector<Acc>& products) const {
+      std::vector<int64_t> columns(products.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        std::fill(columns.begin() + entries_[e].first_pair, columns.begin() + pairs_end(e), entries_[e].column);
+      }
+      std::vector<Acc> weights(products.size());
+      kernels<Acc>().finish_max(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
+                                head_.activation_, weights.data());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        Acc total = 0, run = 0;
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          run += weights[p];
+          if (p + 1 < pairs_end(e) && head_.runs_[pairs_[p + 1]] == head_.runs_[pairs_[p]]) continue;
+          total += run;
+          run = 0;
+        }
+        kernels<Out>().store(mutable_data<Out>(outputs_->pooled) + place(e), &total, 1);
+      }
+    }
+
+    const Screened& head_;
+    const RoundedTokens<T>& rounded_;
+    const ScreenTokens tokens_;
+    const SequenceRange block_;
+    const HeadOutputs* outputs_;
+    const int64_t longest_;
+    const Scratch<float> state_, products_;
+    const Scratch<int32_t> columns_, counts_, found_tokens_, scratch_;
+    ScreenedPairs found_;
+    std::vector<Entry> entries_;
+    std::vector<int64_t> pairs_;  // tokens
+    int64_t multiplied_ = 0;
+  };
+
+  RoundedTokens<T> round(const SequenceRange& block) const {
+    return RoundedTokens<T>(input_, weight_, sign_, block.first, block.last);
+  }
+
+  void find_thresholds() {
+    threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
+    for (int64_t v = 0; v < input_.vocabulary(); ++v) {
+      const float mean_dot = weight_.row(v / columns_, PreparedWeight::kMeanDot)[v % columns_];
+      const float bias = input_.bias ? static_cast<float>(bias_.get()[v]) : 0.0f;
+      if (bias == -std::numeric_limits<float>::infinity()) continue;
+      threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
+    }
+  }
+
+  void cut_into_blocks() {
+    const std::vector<int64_t>& offset = input_.sequences.offset;
+    const int64_t most = std::max<int64_t>(kTokenBytes / screen_padded_depth(input_.depth()), 1);
+    for (int64_t first = 0; first < input_.sequences.batch();) {
+      int64_t last = first + 1;
+      while (last < input_.sequences.batch() && last - first < kMaxSequences &&
+             offset[last + 1] - offset[first] <= most) {
+        ++last;
+      }
+      if (offset[last] > offset[first]) blocks_.push_back({first, last});
+      first = last;
+    }
+  }
+
+  // Relative to the dense product of as many pairs of token and entry. Fitted to measurements (docs/screening.md), in
+  // multiplications of the float32 product: what comparing a pair with its bound costs, what a pair costs that is
+  // multiplied in full precision, and what every pair costs beside its products.
+  double cost(const Survivors& survivors, int64_t screened) const {
+    constexpr double kCompare = 50, kMultiply = 10000, kStore = 8;
+    const double all = static_cast<double>(screened), depth = static_cast<double>(depth_);
+    const double dense = all * depth / kernels<T>().step_depth;
+    const double product = all * (depth / screen().speed + kStore);
+    return (product + kCompare * survivors.compared + kMultiply * survivors.pairs) / dense;
+  }
+
+  static constexpr double kWorthIt = 0.9;
+
+  const HeadInput& input_;
+  const PreparedWeight& weight_;
+  const Pooling pooling_;
+  const Activation activation_;
+  const int64_t vocabulary_, depth_;  // asking the tensors goes through torch's library
+  const int64_t columns_, panels_;
+  const std::vector<float> sign_;
+  const Scratch<Acc> bias_;
+  std::vector<float> threshold_;  // (panels * columns)
+  std::vector<SequenceRange> blocks_;
+  std::vector<int64_t> runs_;
+};
+
+void clear(const Tensor& fresh) {
+  if (fresh.numel() == 0) return;
+  prefer_huge_pages(fresh);
+  const int64_t row = fresh.size(1) * static_cast<int64_t>(fresh.element_size());
+  torch::stable::parallel_for(0, fresh.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::memset(mutable_data<char>(fresh) + begin * row, 0, (end - begin) * row);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
+                                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                                   const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
+                                                   int64_t activation_code, bool save, bool float_output,
+                                                   const Tensor& mean, const Tensor& packed, const Tensor& rows,
+                                                   bool may_decline) {
+  const Pooling pooling = check_pooling(pooling_code);
+  const Activation activation = check_activation(activation_code);
+  const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
+  check_mean(mean, weight);
+  const PreparedWeight prepared{contiguous(mean), contiguous(packed), contiguous(rows)};
+  const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
+  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == panels &&
+                      packed.size(1) == screen_padded_depth(weight.size(1)) / 4 && packed.size(2) == columns &&
+                      rows.dim() == 3 && rows.size(0) == panels && rows.size(1) == 4 && rows.size(2) == columns,
+                  "packed and rows must be what head_prepare made of weight");
+  // declined, tokens compared, pairs multiplied
+  const Tensor report = torch::stable::new_empty(hidden, std::vector<int64_t>{3}, ScalarType::Long);
+  int64_t* facts = mutable_data<int64_t>(report);
+  HeadOutputs outputs;
+  dispatch_floating(hidden.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto compute = [&](auto out) {
+      Screened<T, typename decltype(out)::type> head(input, prepared, pooling, activation);
+      Survivors survivors;
+      facts[0] = may_decline && !head.pays();
+      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save && !facts[0], float_output, facts[0] != 0);
+      if (!facts[0]) {
+        clear(outputs.pooled);
+        clear(outputs.max_logits);
+        clear(outputs.argmax);
+        head.run(outputs, survivors);
+      }
+      facts[1] = survivors.compared;
+      facts[2] = survivors.pairs;
+    };
+    float_output ? compute(Type<Accumulator<T>>{}) : compute(Type<T>{});
+  });
+  return {outputs.pooled, outputs.max_logits, outputs.argmax, report};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
+  m.impl("head_prepare", TORCH_BOX(&splade_fast::cpu::prepare));
+  m.impl("head_forward_screened", TORCH_BOX(&splade_fast::cpu::forward));
+}

@@ -1,0 +1,308 @@
+// The kernels of screening, written once in vector extensions and compiled once per instruction set.
+#pragma once
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#include "../common/screen_bound.h"
+#include "isa.h"
+#include "kernels.h"
+#include "screen.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+using Floats = Vec<float>;
+using Ints = Mask<float>;
+constexpr int kScreenLanes = kLanes<float>;
+
+// Shape of the register tile: kScreenTokens x (kScreenVectors vectors) sums, the operands beside them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kScreenTokens = 8, kScreenVectors = 3;
+#else
+constexpr int kScreenTokens = 4, kScreenVectors = 2;
+#endif
+constexpr int64_t kScreenColumns = kScreenVectors * kScreenLanes;
+static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes == 0);
+
+// The product of four int8 a lane ---------------------------------------------------------------------------------
+
+#if (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
+constexpr int kWeightLevels = 127, kWeightOffset = 128;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weight),
+                                                    reinterpret_cast<__m512i>(token)));
+#else
+  return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token)));
+#endif
+}
+#elif defined(__AVX512BW__)
+// Pairs of products are added in int16, which holds two of 127 * 127.
+constexpr int kWeightLevels = 63, kWeightOffset = 64;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight), reinterpret_cast<__m512i>(token));
+  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__)
+constexpr int kWeightLevels = 63, kWeightOffset = 64;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token));
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weight),
+                                          reinterpret_cast<int8x16_t>(token)));
+}
+#else
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  for (int shift = 24; shift >= 0; shift -= 8) sum += ((weight << shift) >> 24) * ((token << shift) >> 24);
+  return sum;
+}
+#endif
+
+inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// Rounding rows ---------------------------------------------------------------------------------------------------
+
+inline float to_float(double x) { return static_cast<float>(x); }
+inline float to_float(float x) { return x; }
+inline float to_float(float16 x) { return to_acc(x); }
+inline float to_float(bfloat16 x) { return to_acc(x); }
+
+// x[d]: depth d of every row, a row a lane; missing rows repeat the last.
+template <typename T>
+inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
+  const T* row[kScreenLanes];
+  for (int64_t lane = 0; lane < kScreenLanes; ++lane) {
+    const int64_t i = lane < rows.count ? lane : rows.count - 1;
+    row[lane] = rows.base + (rows.row ? rows.row[i] : i) * rows.stride;
+  }
+  int64_t depth = 0;
+  if constexpr (!std::is_same_v<T, double>) {
+    for (; depth + kScreenLanes <= rows.depth; depth += kScreenLanes) {
+      Floats square[kScreenLanes];
+      for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = load_vec(row[lane] + depth);
+      transpose(square);
+      for (int i = 0; i < kScreenLanes; ++i) x[depth + i] = square[i];
+    }
+  }
+  for (; depth < rows.depth; ++depth) {
+    for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = to_float(row[lane][depth]);
+  }
+  for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
+}
+
+// Hadamard transform of every `block` vectors, without its norm: four at a time, and two where that is left over.
+inline void hadamard(Floats* x, int64_t count, int64_t block) {
+  int64_t half = 1;
+  for (; half * 4 <= block; half *= 4) {
+    for (int64_t first = 0; first < count; first += 4 * half) {
+      for (int64_t i = first; i < first + half; ++i) {
+        const Floats a = x[i] + x[i + half], b = x[i] - x[i + half];
+        const Floats c = x[i + 2 * half] + x[i + 3 * half], d = x[i + 2 * half] - x[i + 3 * half];
+        x[i] = a + c;
+        x[i + half] = b + d;
+        x[i + 2 * half] = a - c;
+        x[i + 3 * half] = b - d;
+      }
+    }
+  }
+  if (half == block) return;
+  for (int64_t first = 0; first < count; first += 2 * half) {
+    for (int64_t i = first; i < first + half; ++i) {
+      const Floats a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+}
+
+inline Floats largest_of(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats root(Floats x) {
+  for (int lane = 0; lane < kScreenLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+}
+
+template <typename T>
+void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
+  Floats* const x = reinterpret_cast<Floats*>(rows.scratch);
+  const int64_t depth = rows.padded_depth;
+  load_transposed(rows, x);
+  Floats mean_dot = {};
+  for (int64_t d = 0; d < rows.depth; ++d) {
+    if (rows.subtract) {
+      x[d] -= rows.mean[d];
+    } else {
+      mean_dot += rows.mean[d] * x[d];
+    }
+  }
+  for (int64_t d = 0; d < depth; ++d) x[d] *= rows.sign[d];
+  hadamard(x, depth, screen_block(depth));
+
+  Floats largest = {}, squares = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    largest = largest_of(x[d] < 0 ? -x[d] : x[d], largest);
+    squares += x[d] * x[d];
+  }
+  const Ints finite = (squares == squares) & (largest <= kScreenLargest);
+  const Ints rounds = finite & (largest >= kScreenSmallest);
+  const Floats scale = rounds ? largest / static_cast<float>(levels) : Floats{};
+  const Floats inverse = rounds ? static_cast<float>(levels) / largest : Floats{};
+
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const Floats magic = broadcast<Floats>(0x1.8p23f);
+  Floats lost_squares = {};
+  Ints sum = {};
+  for (int64_t d = 0; d < depth; d += 4) {
+    Ints unit = {};
+    for (int i = 0; i < 4; ++i) {
+      const Floats entry = rounds ? x[d + i] : Floats{};
+      const Floats shifted = entry * inverse + magic;
+      const Floats lost = entry - scale * (shifted - magic);
+      const Ints integer = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic);
+      lost_squares += lost * lost;
+      sum += integer;
+      unit |= ((integer + static_cast<int32_t>(offset)) & 0xff) << (8 * i);
+    }
+    uint32_t* target = rounded.units + d / 4 * rounded.unit_stride;
+    store_bits(target, unit);
+  }
+  // A row that is too small to be rounded is all residual, and so is one that is too large or not finite, of which
+  // nothing is known.
+  const float infinite = __builtin_inff();
+  const float inflation = screen_inflation(depth);
+  const Floats whole = finite ? largest * std::sqrt(static_cast<float>(depth)) : broadcast<Floats>(infinite);
+  const Floats residual = (rounds ? root(lost_squares) : whole) * inflation;
+  const Floats norm = (rounds ? root(squares) : whole) * inflation + residual;
+  store_bits(rounded.scale, scale);
+  store_bits(rounded.residual, residual);
+  store_bits(rounded.norm, norm);
+  store_bits(rounded.sum, sum);
+  if (!rows.subtract) store_bits(rounded.mean_dot, mean_dot);
+}
+
+// Products ----------------------------------------------------------------------------------------------------------
+
+inline Ints load_units(const uint32_t* units) { return load_bits<Ints>(units); }
+
+void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+              float* state) {
+  for (int64_t first = begin; first < end; first += kScreenTokens) {
+    const uint32_t* token = tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup;
+    const uint32_t* weight = panel.units;
+    Ints sum[kScreenTokens][kScreenVectors];
+    for (int t = 0; t < kScreenTokens; ++t) {
+      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.start[first + t]);
+    }
+    for (int64_t step = 0; step < tokens.steps; ++step, token += kScreenGroup, weight += kScreenColumns) {
+      Ints entries[kScreenVectors];
+      for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_units(weight + j * kScreenLanes);
+      for (int t = 0; t < kScreenTokens; ++t) {
+        const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
+        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
+      }
+    }
+    const int64_t last = first + kScreenTokens < end ? first + kScreenTokens : end;
+    for (int64_t run = first, run_end = first; run < last; run = run_end) {
+      const int32_t sequence = tokens.sequence[run];
+      while (run_end < last && tokens.sequence[run_end] == sequence) ++run_end;
+      for (int j = 0; j < kScreenVectors; ++j) {
+        float* largest = state + sequence * kScreenColumns + j * kScreenLanes;
+        float* target = products + (run - begin) * kScreenColumns + j * kScreenLanes;
+        Floats value = load_bits<Floats>(largest);
+        for (int64_t t = run; t < run_end; ++t, target += kScreenColumns) {
+          const Floats product = to_floats(sum[t - first][j]) * tokens.scale[t];
+          store_bits(target, product);
+          value = largest_of(product, value);
+        }
+        store_bits(largest, value);
+      }
+    }
+  }
+}
+
+inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
+  return residual * other_norm + (norm * other_residual + kScreenTiny);
+}
+
+inline Floats vector_of(const float* x) { return load_bits<Floats>(x); }
+
+// Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
+inline unsigned lanes_not_below(Floats x, Floats limit) {
+  const Ints keep = ~(x < limit);
+  unsigned lanes = 0;
+#if defined(__AVX512F__)
+  lanes = _mm512_movepi32_mask(reinterpret_cast<__m512i>(keep));
+#elif defined(__AVX2__)
+  lanes = static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(keep)));
+#else
+  for (int lane = 0; lane < kScreenLanes; ++lane) lanes |= static_cast<unsigned>(keep[lane] & 1) << lane;
+#endif
+  return lanes;
+}
+
+void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
+  found.entries = found.pairs = 0;
+  for (int64_t column = 0; column < kScreenColumns; column += kScreenLanes) {
+    const Floats scale = vector_of(panel.scale + column), threshold = vector_of(panel.threshold + column);
+    const Floats residual = vector_of(panel.residual + column), norm = vector_of(panel.norm + column);
+    const auto error = [&](float token_residual, float token_norm) {
+      return error_bound(broadcast<Floats>(token_residual), broadcast<Floats>(token_norm), residual, norm);
+    };
+    // First all tokens at once, with the largest of their bounds: this settles nearly all entries.
+    const Floats most =
+        vector_of(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
+    const unsigned open = lanes_not_below(most, threshold);
+    if (open == 0) continue;
+    found.compared += sequence.tokens * kScreenLanes;
+    const float* products = sequence.products + column;
+    Floats limit = threshold;
+    for (int64_t t = 0; t < sequence.tokens && largest; ++t) {
+      const Floats lower =
+          vector_of(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
+      limit = largest_of(lower, limit);
+    }
+    int32_t counts[kScreenLanes] = {};
+    for (int64_t t = 0; t < sequence.tokens; ++t) {
+      const Floats upper =
+          vector_of(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
+      for (unsigned lanes = lanes_not_below(upper, limit) & open; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        found.scratch[lane * sequence.tokens + counts[lane]++] = static_cast<int32_t>(t);
+      }
+    }
+    for (int lane = 0; lane < kScreenLanes; ++lane) {
+      if (counts[lane] == 0) continue;
+      found.columns[found.entries] = static_cast<int32_t>(column) + lane;
+      found.counts[found.entries++] = counts[lane];
+      std::memcpy(found.tokens + found.pairs, found.scratch + lane * sequence.tokens, counts[lane] * sizeof(int32_t));
+      found.pairs += counts[lane];
+    }
+  }
+}
+
+constexpr Screen make_screen(const char* name, double speed) {
+  return {name,
+          kScreenLanes,
+          kScreenColumns,
+          127,
+          kWeightLevels,
+          kWeightOffset,
+          speed,
+          round_rows_impl<float>,
+          round_rows_impl<double>,
+          round_rows_impl<bfloat16>,
+          round_rows_impl<float16>,
+          multiply,
+          find_pairs};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu

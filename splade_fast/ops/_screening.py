@@ -1,0 +1,138 @@
+"""Which algorithm the CPU head takes, and the prepared weights that the screened one needs.
+
+The screened product (docs/screening.md) wants the decoder's weight in int8. That is prepared once
+per weight tensor and version, kept as long as the tensor's storage lives, and made anew when the
+weight changes. Which algorithm runs never changes a result, only its time.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splade_fast import _library
+
+ALGORITHMS = {"auto": 0, "dense": 1, "screened": 2}
+DENSE, SCREENED = ALGORITHMS["dense"], ALGORITHMS["screened"]
+
+MAX_DIM = 2**16  # products of int8 over more could leave int32
+# Preparing the weight costs as much as the dense product of 80 (float32) to 200 (bfloat16) tokens:
+# for fewer than this it is not worth it where training is about to change the weight again.
+_MIN_TRAINING_TOKENS = 512
+# The mean that is taken from the hidden states comes from the first batch; the first one of four
+# times as many tokens gives a better one, up to so many.
+_MEAN_GROWTH, _MEAN_TOKENS = 4, 4096
+# After n declines in a row the next 2**n - 1 calls go dense without asking, but at most so many.
+_MAX_WAIT = 63
+_SAMPLED_ENTRIES = 4096
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """The weight in int8, and its products with a mean of hidden states."""
+
+    mean: Tensor
+    packed: Tensor
+    rows: Tensor
+    tokens: int  # behind the mean
+    version: object
+
+
+class Decoder:
+    """What is remembered of one decoder weight."""
+
+    def __init__(self) -> None:
+        self.prepared: PreparedWeight | None = None
+        self._declines = 0
+        self._wait = 0
+
+    def asks(self) -> bool:
+        """Whether an automatic choice should try the screened product again."""
+        self._wait -= 1
+        return self._wait < 0
+
+    def record(self, declined: bool) -> None:
+        """How trying it went."""
+        self._declines = self._declines + 1 if declined else 0
+        self._wait = min(2**self._declines - 1, _MAX_WAIT)
+
+    def prepare(
+        self, weight: Tensor, source: Tensor, hidden: Tensor, counts: Tensor | None
+    ) -> PreparedWeight:
+        """The weight as it is now, prepared."""
+        version = _version(source)
+        tokens = count_tokens(hidden, counts)
+        old = self.prepared
+        if (
+            old is not None
+            and old.version == version
+            and not _gives_better_mean(tokens, old.tokens)
+        ):
+            return old
+        mean = _mean(hidden, counts)
+        packed, rows = torch.ops.splade_fast.head_prepare(weight, mean)
+        self.prepared = PreparedWeight(mean, packed, rows, tokens, version)
+        return self.prepared
+
+
+_decoders: dict[tuple[object, ...], Decoder] = {}
+_lock = threading.Lock()
+
+
+def decoder_of(weight: Tensor, dtype: torch.dtype) -> Decoder:
+    """What is remembered of the weight, used in that dtype, as long as its storage lives."""
+    storage = weight.untyped_storage()
+    place = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride())
+    key = (*place, weight.dtype, dtype)
+    with _lock:
+        decoder = _decoders.get(key)
+        if decoder is None:
+            decoder = _decoders[key] = Decoder()
+            weakref.finalize(storage, _decoders.pop, key, None)
+    return decoder
+
+
+def is_candidate(hidden: Tensor, counts: Tensor | None, training: bool) -> bool:
+    """Whether the screened product could pay for such a call."""
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float64 or hidden.shape[-1] > MAX_DIM:
+        return False
+    # Without an instruction for products of int8 they are slower than those of floats.
+    if _library.cpu_instruction_set() == "portable":
+        return False
+    return not training or count_tokens(hidden, counts) >= _MIN_TRAINING_TOKENS
+
+
+def _gives_better_mean(tokens: int, old_tokens: int) -> bool:
+    return old_tokens < _MEAN_TOKENS and tokens >= min(_MEAN_GROWTH * old_tokens, _MEAN_TOKENS)
+
+
+def count_tokens(hidden: Tensor, counts: Tensor | None) -> int:
+    """How many tokens count."""
+    if counts is not None:
+        return int(counts.count_nonzero())
+    return hidden.numel() // max(1, hidden.shape[-1])
+
+
+def _mean(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    """About the mean of the tokens that count; any vector is right, this one makes bounds tight."""
+    tokens = hidden.flatten(0, -2) if counts is None else hidden[counts]
+    mean = tokens.float().mean(0)
+    return torch.where((mean.abs() < 2.0**40).all(), mean, 0.0)
+
+
+def _version(weight: Tensor) -> object:
+    """Equal only while the weight has not changed.
+
+    Torch counts the changes made in place, except those through `.data`: a sample of the entries
+    shows these where they are more than a few.
+    """
+    if weight.is_inference():
+        return object()  # nothing is counted
+    flat = weight.detach().reshape(-1)
+    step = flat.numel() // _SAMPLED_ENTRIES | 1  # odd: not always the same dimensions
+    sample = flat[::step].contiguous().view(torch.uint8)
+    return weight._version, sample.numpy().tobytes()
