@@ -93,6 +93,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
       "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
   m.def(
-      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid) "
+      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid, int slot_offset, "
+      "int query_offset) "
       "-> (Tensor drawn_scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

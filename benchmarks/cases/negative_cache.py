@@ -96,7 +96,7 @@ class CacheStepCase(Case):
     queries: int = 64
     slots: int = 131_072
     depth: int = 768
-    tokens: int = 128
+    tokens: int = 32
 
     @property
     def shape(self) -> str:

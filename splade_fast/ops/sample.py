@@ -73,7 +73,7 @@ def gumbel_max(
     state = _state(rng, scores.device)
     if _library.has_kernels(scores.device):
         indices: Tensor = torch.ops.splade_fast.sample_scores(
-            scores, state, num_samples, inv_temp, valid
+            scores, state, num_samples, inv_temp, valid, 0, 0
         )[3]
     else:
         indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
@@ -173,26 +173,21 @@ def sample_scores(
 
     Args:
         scores: (B, N) float32 or float64, -inf where a slot must be neither counted nor drawn.
-        slots: (B, N) int64, ascending, whose scores they are; None: the columns.
+        slots: (B, N) int64, ascending, whose scores they are; None: those from slot_offset on.
         rng: is not advanced.
         others: as in `sample_negatives`.
     """
+    if slots is not None:
+        # As many as count, which are few.
+        kept = reference.sample_kept(
+            scores, slots, rng.state, num_samples, inv_temp=inv_temp, query_offset=query_offset
+        )
+        return NegativeSamples(*kept)
     if _library.has_kernels(scores.device):
         drawn, perturbed, logsumexp, indices = torch.ops.splade_fast.sample_scores(
-            scores, slots, rng.state, num_samples, inv_temp, None, slot_offset, query_offset
+            scores, rng.state, num_samples, inv_temp, None, slot_offset, query_offset
         )
         return NegativeSamples(indices, drawn, logsumexp, perturbed)
-    if slots is not None:
-        kept = reference.sample_kept(
-            scores,
-            slots + slot_offset,
-            rng.state,
-            num_samples,
-            inv_temp=inv_temp,
-            query_offset=query_offset,
-        )
-        local = torch.where(kept[0] < 0, -1, kept[0] - slot_offset)
-        return NegativeSamples(local, *kept[1:])
     return NegativeSamples(
         *reference.sample_negatives(
             scores,
@@ -344,7 +339,7 @@ def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: i
 
 
 def _fake_scores(
-    scores: Tensor, state: Tensor, num_samples: int, inv_temp: float, valid: Tensor | None
+    scores: Tensor, state: Tensor, num_samples: int, *draw: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_samples(scores, scores.dtype, scores.shape[0], num_samples)
 
