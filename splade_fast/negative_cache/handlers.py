@@ -74,7 +74,7 @@ class _Handler(nn.Module):
     def _caches_on(self, device: torch.device) -> dict[str, NegativeCache]:
         """The caches by name, moved to the device of the queries for good."""
         caches: dict[str, Any] = dict(self.caches.items())
-        if any(cache.device != device for cache in caches.values()):
+        if not all(cache.is_on(device) for cache in caches.values()):
             self.to(device)
         return caches
 

@@ -175,6 +175,13 @@ class NegativeCache(nn.Module):
             return self.age.device
         return next((table.device for table in self.data.tables().values()), self.age.device)
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether everything that does not stay in host memory is there."""
+        tensors = [self.age, self.valid]
+        if self.data.storage == "device":
+            tensors += self.data.tables().values()
+        return all(tensor.device == device for tensor in tensors)
+
     def gather(self, slots: Tensor, *keys: str) -> Tables:
         """Rows of the tables of some features, (N, ...) for slots (N,); on the cache's device."""
         return gather_rows(self.data.tables(keys), slots)
