@@ -31,53 +31,61 @@ class _Problem:
     fresh: Tensor  # (N, D), for these places
     new: Mapping[str, Tensor]  # N items
 
-    def cache(self, contender: str) -> NegativeCache:
-        return self.caches.get(contender) or self.caches["ours"]
-
 
 def _ours(problem: _Problem, action: Action) -> Tensor:
-    cache = problem.cache("ours")
-    tables = cache.data.tables()
-    if action == "read":
-        return splade_fast.gather_rows(tables, problem.places)["embedding"]
-    if action == "write":
-        splade_fast.scatter_rows_(tables, problem.places, problem.new)
-    else:
-        problem.manager.update_cache(
-            cache,
-            new_items=problem.new,
-            updated_item_data={"embedding": problem.fresh},
-            updated_item_indices=problem.places,
-        )
-    return _first_of(tables["embedding"], problem)
+    return _act(
+        problem, action, "ours", splade_fast.gather_rows, splade_fast.scatter_rows_, _update_at_once
+    )
 
 
 def _eager(problem: _Problem, action: Action) -> Tensor:
-    cache = problem.cache("eager")
+    return _act(
+        problem, action, "eager", reference.gather_rows, reference.scatter_rows_, _update_row_by_row
+    )
+
+
+def _act(
+    problem: _Problem,
+    action: Action,
+    contender: str,
+    read: Callable[..., dict[str, Tensor]],
+    write: Callable[..., None],
+    update: Callable[[NegativeCache, _Problem], None],
+) -> Tensor:
+    cache = problem.caches[contender if action != "read" else "ours"]
     tables = cache.data.tables()
     if action == "read":
-        return reference.gather_rows(tables, problem.places)["embedding"]
+        return read(tables, problem.places)["embedding"]
     if action == "write":
-        reference.scatter_rows_(tables, problem.places, problem.new)
+        write(tables, problem.places, problem.new)
     else:
-        _update_row_by_row(cache, tables, problem)
-    return _first_of(tables["embedding"], problem)
+        update(cache, problem)
+    # What was written, without reading much of it.
+    return tables["embedding"][problem.places[:4]]
 
 
-def _update_row_by_row(
-    cache: NegativeCache, tables: Mapping[str, Tensor], problem: _Problem
-) -> None:
+def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
+    problem.manager.update_cache(
+        cache,
+        new_items=problem.new,
+        updated_item_data={"embedding": problem.fresh},
+        updated_item_indices=problem.places,
+    )
+
+
+def _update_row_by_row(cache: NegativeCache, problem: _Problem) -> None:
+    tables = cache.data.tables()
     youngest = torch.full((len(problem.places), 1), -1, dtype=torch.int32, device=cache.age.device)
-    _assign_rows(tables["embedding"], problem.places, problem.fresh)
-    _assign_rows(cache.age, problem.places, youngest)
+    assign_rows(tables["embedding"], problem.places, problem.fresh)
+    assign_rows(cache.age, problem.places, youngest)
     slots = cache.age.topk(len(problem.places)).indices
     for name, table in tables.items():
-        _assign_rows(table, slots, problem.new[name])
-    _assign_rows(cache.age, slots, youngest)
+        assign_rows(table, slots, problem.new[name])
+    assign_rows(cache.age, slots, youngest)
     cache.age += 1
 
 
-def _assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
+def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
     """Each row padded to the table's width, cast, and assigned by its index."""
     for place, row in zip(places.unsqueeze(1), rows, strict=True):
         missing = (len(table[0]) if table.ndim > 1 else 1) - len(row)
@@ -85,13 +93,25 @@ def _assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
         table[place] = padded.to(table.dtype)
 
 
-def _first_of(embeddings: Tensor, problem: _Problem) -> Tensor:
-    """What was written, without reading much of it."""
-    return embeddings[problem.places[:4]]
+@dataclass(frozen=True, kw_only=True)
+class InPlaceCase(Case):
+    """Each contender changes tables of its own, which no compiler may trace."""
+
+    @property
+    def fill(self) -> float:
+        return 1.0
+
+    def implementation(self, contender: str) -> Implementation:
+        if contender == "compile":
+            raise NotImplementedError("the tables change in place")
+        return super().implementation(contender)
+
+    def peer(self) -> Implementation:
+        raise ImportError("the known packages are not on the package index")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatherCase(Case):
+class GatherCase(InPlaceCase):
     op: ClassVar[str] = "gather"
     ours: ClassVar[Implementation] = staticmethod(_ours)
     eager: ClassVar[Implementation] = staticmethod(_eager)
@@ -111,10 +131,6 @@ class GatherCase(Case):
         return "tables"
 
     @property
-    def fill(self) -> float:
-        return 1.0
-
-    @property
     def targets(self) -> tuple[Target, ...]:
         if self.action == "update":
             return (Target("times faster than eager", 50),)
@@ -122,14 +138,6 @@ class GatherCase(Case):
 
     def tiny(self) -> "GatherCase":
         return replace(self, rows=5, slots=200, depth=16, tokens=8)
-
-    def implementation(self, contender: str) -> Implementation:
-        if contender == "compile":
-            raise NotImplementedError("the tables change in place")
-        return super().implementation(contender)
-
-    def peer(self) -> Implementation:
-        raise ImportError("no library has it as one op")
 
     def build(self, *, floors: bool = True) -> Workload:
         specs = {

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.cases.gather import _assign_rows
+from benchmarks.case import Implementation, Target, Workload
+from benchmarks.cases.gather import InPlaceCase, assign_rows
 from benchmarks.inputs import seeded
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
@@ -76,18 +76,18 @@ def _eager(problem: _Problem) -> Tensor:
     log_p = torch.cat([own[:, None], scores], 1).log_softmax(1)[:, 0]
     (-torch.expm1(log_p) * (_SCALE * (queries * fresh).sum(1) - own)).mean()
     young = torch.full((len(slots), 1), -1, dtype=torch.int32, device=slots.device)
-    _assign_rows(embeddings, slots, fresh)
-    _assign_rows(cache.age, slots, young)
+    assign_rows(embeddings, slots, fresh)
+    assign_rows(cache.age, slots, young)
     oldest = cache.age.topk(len(queries)).indices
     for table, rows in ((embeddings, problem.positives), (ids, problem.ids)):
-        _assign_rows(table, oldest, rows)
-    _assign_rows(cache.age, oldest, young)
+        assign_rows(table, oldest, rows)
+    assign_rows(cache.age, oldest, young)
     cache.age += 1
     return -log_p
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheStepCase(Case):
+class CacheStepCase(InPlaceCase):
     op: ClassVar[str] = "negative_cache"
     ours: ClassVar[Implementation] = staticmethod(_ours)
     eager: ClassVar[Implementation] = staticmethod(_eager)
@@ -108,24 +108,12 @@ class CacheStepCase(Case):
         return "dense"
 
     @property
-    def fill(self) -> float:
-        return 1.0
-
-    @property
     def targets(self) -> tuple[Target, ...]:
         return (Target("times faster than eager", 1),)
 
     def tiny(self) -> "CacheStepCase":
         top_k = None if self.top_k is None else 10
         return replace(self, queries=3, slots=200, depth=16, tokens=8, top_k=top_k)
-
-    def implementation(self, contender: str) -> Implementation:
-        if contender == "compile":
-            raise NotImplementedError("the tables change in place")
-        return super().implementation(contender)
-
-    def peer(self) -> Implementation:
-        raise ImportError("the known packages are not on the package index")
 
     def build(self, *, floors: bool = True) -> Workload:
         generator = seeded("cpu")
