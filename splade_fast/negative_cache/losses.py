@@ -18,9 +18,10 @@ from splade_fast.negative_cache.distributed import Ranks
 from splade_fast.negative_cache.features import Tables, Value, as_dense
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
-from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform
+from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, agree
+from splade_fast.ops._autograd import accumulation_dtype
 from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
 
 Features = Mapping[str, Value]
@@ -128,6 +129,7 @@ class AbstractCacheClassificationLoss(nn.Module):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        return_topk: int,
     ) -> tuple[Source, Tables | None]:
         """The documents to choose from, and the items of the queries for `exclude`."""
 
@@ -160,7 +162,9 @@ class AbstractCacheClassificationLoss(nn.Module):
             TypeError, ValueError, KeyError: the arguments do not fit each other or the caches.
         """
         queries, positives = as_dense(query_embeddings), as_dense(pos_doc_embeddings)
-        source, items = self._source(cache, queries.detach(), positives.detach(), pos_features)
+        source, items = self._source(
+            cache, queries.detach(), positives.detach(), pos_features, return_topk
+        )
         with torch.no_grad():
             others = self._in_batch_scores(queries, positives, items) if self.in_batch else None
             found, weights = self._draw(source, others)
@@ -205,7 +209,8 @@ class AbstractCacheClassificationLoss(nn.Module):
         )
 
     def _score(self, queries: Tensor, documents: Tensor) -> Tensor:
-        scores = (queries * documents).sum(1)
+        acc = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
+        scores = (queries.to(acc) * documents.to(acc)).sum(1)
         return scores if self.score_transform is None else self.score_transform(scores)
 
     def _reduced(self, values: Tensor) -> Tensor:
@@ -229,9 +234,7 @@ class AbstractCacheClassificationLoss(nn.Module):
 
     def _in_batch_scores(self, queries: Tensor, positives: Tensor, items: Tables | None) -> Tensor:
         """(B, B), -inf where the other positive is or equals the query's own."""
-        scores = (queries @ positives.t()).to(torch.promote_types(queries.dtype, torch.float32))
-        if self.score_transform is not None:
-            scores = self.score_transform(scores)
+        scores = tile_scores(queries, positives, self.score_transform)
         same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         if items is not None:
             same |= matches(items, items)
@@ -317,12 +320,12 @@ class AbstractCacheClassificationLoss(nn.Module):
                     f"{queries.device}, got {one.device}"
                 )
         joined = JoinedCache(cache, self.embedding_key, count_empty_slots=self.count_empty_slots)
-        depth = joined.depth
-        if queries.shape[1] != depth:
-            raise ValueError(
-                f"query_embeddings must be (queries, {depth}) as the cached embeddings, "
-                f"got {tuple(queries.shape)}"
-            )
+        for depth in joined.depths():
+            if queries.shape[1] != depth:
+                raise ValueError(
+                    f"query_embeddings must be (queries, {depth}) as the cached embeddings, "
+                    f"got {tuple(queries.shape)}"
+                )
         return joined
 
 
@@ -335,6 +338,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        return_topk: int,
     ) -> tuple[Source, Tables | None]:
         joined = self._joined(cache, queries, positives)
         schema = joined.caches[0].data
@@ -366,6 +370,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        return_topk: int,
     ) -> tuple[Source, Tables | None]:
         ranks = Ranks(self.process_group)
         error: Exception | None = None
@@ -378,7 +383,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             joined = self._joined(cache, queries, positives)
             schema = joined.caches[0].data
             items = self._items(schema, features, len(queries), queries.device)
-            settings = self._settings(schema, queries)
+            settings = self._settings(schema, queries, return_topk)
         except (TypeError, ValueError, KeyError) as problem:
             error = problem
         fn = self.retrieval_fn
@@ -393,7 +398,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             )
         return source, items
 
-    def _settings(self, schema: CacheData, queries: Tensor) -> str:
+    def _settings(self, schema: CacheData, queries: Tensor, return_topk: int) -> str:
         tables = {
             name: (tuple(table.shape[1:]), str(table.dtype))
             for name, table in sorted(schema.tables().items())
@@ -405,6 +410,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             self.top_k_method,
             self.num_negatives,
             self.exclude,
+            return_topk,
             type(self.retrieval_fn).__name__,
         )
         return f"{queries.dtype} {tuple(queries.shape[1:])} {tables} {options}"

@@ -77,11 +77,12 @@ class JoinedCache:
     def device(self) -> torch.device:
         return self.caches[0].device
 
-    @property
-    def depth(self) -> int:
-        """Columns of the embeddings."""
-        embeddings = self.caches[0].data[self.embedding_key]
-        return embeddings.num_cols if isinstance(embeddings, SparseRows) else embeddings.shape[1]
+    def depths(self) -> list[int]:
+        """Columns of the embeddings of each cache."""
+        embeddings = [cache.data[self.embedding_key] for cache in self.caches]
+        return [
+            one.num_cols if isinstance(one, SparseRows) else one[:1].numel() for one in embeddings
+        ]
 
     def pieces(self, most: int | None = None) -> Iterator[tuple[int, Value, Tensor | None]]:
         """(first slot, embeddings on the device, valid) of at most so many slots; None: any number.
@@ -113,21 +114,19 @@ class JoinedCache:
         return rows
 
 
-def tile_scores(queries: Value, embeddings: Value, transform: Transform | None) -> Tensor:
+def tile_scores(queries: Tensor, embeddings: Value, transform: Transform | None) -> Tensor:
     """T(q · e) (B, T) in the accumulation dtype."""
+    acc = accumulation_dtype(torch.promote_types(queries.dtype, embeddings.dtype))
     if isinstance(embeddings, SparseRows):
-        scores = sparse_scores(queries, embeddings)
-        scores = scores.to(accumulation_dtype(scores.dtype))
+        scores = sparse_scores(queries.to(dtype=acc), embeddings)
     else:
-        assert isinstance(queries, Tensor)
-        acc = accumulation_dtype(torch.promote_types(queries.dtype, embeddings.dtype))
         with torch.autocast(embeddings.device.type, enabled=False):
             scores = queries.to(acc) @ embeddings.to(acc).t()
     return scores if transform is None else transform(scores)
 
 
 def score_tiles(
-    queries: Value, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
+    queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(first slot, scores (B, T)) of all tiles; -inf: must not be counted or drawn."""
     most = max(1, _TILE_SCORES // max(1, len(queries)))
@@ -141,7 +140,7 @@ def score_tiles(
 
 
 def all_scores(
-    queries: Value, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
+    queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Kept:
     """All slots, for functions that want to see all scores: (B, C)."""
     tiles = [scores for _, scores in score_tiles(queries, cache, transform, exclude)]
@@ -151,7 +150,7 @@ def all_scores(
 
 
 def draw(
-    queries: Value,
+    queries: Tensor,
     cache: JoinedCache,
     transform: Transform | None,
     exclude: Tensor | None,
@@ -187,7 +186,7 @@ def draw(
 
 
 def draw_top_k(
-    queries: Value,
+    queries: Tensor,
     cache: JoinedCache,
     transform: Transform | None,
     exclude: Tensor | None,
@@ -266,7 +265,7 @@ def merge_draws(parts: Iterable[NegativeSamples]) -> NegativeSamples:
 
 
 def keep_top_k(
-    queries: Value,
+    queries: Tensor,
     cache: JoinedCache,
     transform: Transform | None,
     exclude: Tensor | None,

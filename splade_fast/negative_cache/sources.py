@@ -184,6 +184,11 @@ class ShardedCaches:
             k = share + (self._ranks.rank < more)
             kept = keep_top_k(*self._scored, top_k._replace(k=k), self._cache.size)
         of_all = choose_from(kept, fn, None, self.total)
+        if of_all.indices.shape[1] != 1:
+            raise ValueError(
+                "retrieval_fn must choose one negative of a query over ranks, got "
+                f"{of_all.indices.shape[1]}"
+            )
         parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*of_all)]
         if in_batch is not None:
             slots = torch.arange(in_batch.shape[1], device=in_batch.device) + self.total

@@ -203,6 +203,12 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
     other = DistributedCacheClassificationLoss(**KEYS, num_negatives=1 + (rank == 1))
     with pytest.raises(RuntimeError, match="must be the same on all ranks, got others on rank 1"):
         other(network, queries, queries, cache)
+    loss.retrieval_fn = lambda scores: scores.topk(2).indices
+    with pytest.raises(ValueError, match="must choose one negative of a query over ranks, got 2"):
+        loss(network, queries, queries, cache)
+    loss.retrieval_fn = GumbelMaxRetrievalFn()
+    with pytest.raises(RuntimeError, match="must be the same on all ranks, got others on rank 1"):
+        loss(network, queries, queries, cache, return_topk=2 if rank == 1 else 0)
     few = DistributedCacheClassificationLoss(**KEYS, top_k=1)
     with pytest.raises(ValueError, match=f"top_k must be at least the number of ranks, {count}"):
         few(network, queries, queries, cache)

@@ -550,11 +550,13 @@ def test_dtypes(dtype):
         t.to(dtype).double() for t in (queries, positives, cache.data["embeddings"])
     ))  # fmt: skip
     cache.to(dtype)
-    for options in ({}, {"score_transform": lambda s: s}, {"in_batch": False, "top_k": 40}):
+    for options in ({}, {"score_transform": lambda s: s}, {"top_k": 40}, {"exclude": "data"}):
         result = loss_of(**options)(
-            identity, queries.to(dtype), positives.to(dtype), {"cache": cache}
-        )
-        tolerance = 8 * torch.finfo(dtype).eps * 10
+            identity, queries.to(dtype), positives.to(dtype), {"cache": cache},
+            pos_features={"data": positives},
+        )  # fmt: skip
+        # The inputs are rounded, what is computed from them is not.
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert_close(result.interpretable_loss.double(), exact, rtol=tolerance, atol=tolerance)
         assert result.training_loss.isfinite().all()
 
@@ -580,5 +582,8 @@ def test_bad_arguments():
         loss_of()(identity, queries, positives[:2], caches)
     with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 6\) as the cached"):
         loss_of()(identity, queries[:, :3], positives[:, :3], caches)
+    other = {**caches, "other": cache_of(torch.zeros(3, 5))}
+    with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 5\) as the cached"):
+        loss_of()(identity, queries, positives, other)
     with pytest.raises(KeyError, match="must have 'text'"):
         loss_of(data_keys=["text"])(identity, queries, positives, caches)
