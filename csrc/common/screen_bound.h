@@ -17,7 +17,8 @@ inline float screen_inflation(int64_t depth) { return 1.0f + 0x1p-10f + static_c
 // to rounding, in any order of summation.
 inline float screen_rounding(int64_t depth) { return static_cast<float>(depth + 64) * 0x1p-23f; }
 
-// Absolute: whatever went below the smallest normal number, with or without flushing to zero.
+// Absolute, of both residuals and of the bound: whatever went below the smallest normal number, with or without
+// flushing to zero.
 constexpr float kScreenTiny = 0x1p-100f;
 
 // Relative to |bias| + |m·w|: the rounding of their sum.

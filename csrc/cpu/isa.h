@@ -228,7 +228,8 @@ inline Vec<float> exp_vec(Vec<float> x) {
   Vec<float> series = 1.0f / 720 + r * (1.0f / 5040);
   series = 1.0f / 24 + r * (1.0f / 120 + r * series);
   series = 1 + r * (1 + r * (0.5f + r * (1.0f / 6 + r * series)));
-  const Mask<float> scale = (reinterpret_cast<Mask<float>>(shifted) << 23) + 0x3f800000;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits scale = (reinterpret_cast<Bits>(shifted) << 23) + 0x3f800000u;
   const Vec<float> result = series * reinterpret_cast<Vec<float>>(scale);
   return x < -87 ? Vec<float>{} : (x <= 0 ? result : x);
 }

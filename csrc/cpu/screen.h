@@ -22,7 +22,7 @@ struct RowsToRound {
   const float* mean;  // (depth,)
   const float* sign;  // (padded_depth,) times the norm of the rotation
   bool subtract;      // the mean from every row (tokens); if not, also return its products with them (entries)
-  float* scratch;     // padded_depth * kMaxLanes
+  float* scratch;     // padded_depth * kMaxLanes, aligned to a vector
 };
 
 // Rounded rows: row ≈ scale * integers. residual and norm are upper bounds of ‖row - scale * integers‖ and of the

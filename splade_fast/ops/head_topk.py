@@ -22,10 +22,12 @@ def splade_head_topk(
     cu_seqlens: Tensor | None = None,
     pooling: str = "max",
     activation: str = "log1p_relu",
+    algorithm: str = "auto",
 ) -> SparseRows:
     """SparseRows.from_dense(splade_head(…), k), a block of sequences at a time; for inference.
 
-    With max pooling on the CPU equal to that to the bit.
+    On the CPU equal to that to the bit with max pooling, and with sum pooling where one block
+    holds the batch.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens.
@@ -34,7 +36,7 @@ def splade_head_topk(
         attention_mask: (B, L), nonzero = counts. None: all count.
         k: keep at most the k largest entries of a row; None keeps all that are positive.
         cu_seqlens: (B + 1,) int32; its values are read, which waits for a GPU.
-        pooling, activation: as in splade_head.
+        pooling, activation, algorithm: as in splade_head.
 
     Returns:
         SparseRows of B rows over V columns.
@@ -60,7 +62,14 @@ def splade_head_topk(
             rows, counts = hidden[bounds[first] : bounds[last]], None
             starts = cu_seqlens[first : last + 1] - bounds[first]
         pooled = splade_head(
-            rows, weight, bias, counts, cu_seqlens=starts, pooling=pooling, activation=activation
+            rows,
+            weight,
+            bias,
+            counts,
+            cu_seqlens=starts,
+            pooling=pooling,
+            activation=activation,
+            algorithm=algorithm,
         )
         parts.append(SparseRows.from_dense(pooled, k))
     return SparseRows.cat(parts)

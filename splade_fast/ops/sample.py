@@ -267,11 +267,10 @@ def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) ->
         return queries.to(acc) @ cache.to(acc).t()
 
 
-def _check_scored(queries: Any, cache: Any) -> bool:
-    """Whether the cache is dense."""
+def _check_scored(queries: Any, cache: Any) -> None:
     if isinstance(cache, SparseRows):
         _check_same_space(queries, cache)
-        return False
+        return
     if not isinstance(cache, Tensor):
         raise TypeError(f"cache must be a tensor or SparseRows, got {type(cache).__name__}")
     check_floating("cache", cache)
@@ -286,7 +285,6 @@ def _check_scored(queries: Any, cache: Any) -> bool:
             f"got {tuple(queries.shape)}"
         )
     check_device("queries", queries, "cache", cache)
-    return True
 
 
 def _check_count(name: str, value: object) -> None:

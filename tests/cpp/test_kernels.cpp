@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "expect.h"
+#include "instruction_sets.h"
 
 using namespace splade_fast;
 using namespace splade_fast::cpu;
@@ -318,6 +319,44 @@ static void test_find_candidates(const Kernels<T>& kernel) {
   EXPECT(next == found, "%ld candidates, not %ld", static_cast<long>(found), static_cast<long>(next));
 }
 
+// The products of single pairs are those of the tile, to the bit: one token and one entry are a maximum of one.
+template <typename T>
+static void test_multiply_pairs(const Kernels<T>& kernel, int64_t count, int64_t depth) {
+  using Acc = Accumulator<T>;
+  std::mt19937 random(static_cast<unsigned>(count * 13 + depth));
+  std::normal_distribution<double> normal;
+  std::vector<Acc> wide(2 * count * depth);
+  for (Acc& x : wide) x = static_cast<Acc>(normal(random));
+  std::vector<T> rows(wide.size());
+  kernel.store(rows.data(), wide.data(), static_cast<int64_t>(wide.size()));
+  std::vector<const T*> tokens(count), entries(count);
+  for (int64_t i = 0; i < count; ++i) {
+    tokens[i] = rows.data() + i * depth;
+    entries[i] = rows.data() + (count + i * 7 % count) * depth;
+  }
+  std::vector<Acc> products(count);
+  kernel.multiply_pairs(tokens.data(), entries.data(), count, depth, products.data());
+  std::vector<char> packed_token(kernel.packed_bytes(kernel.tile_tokens, depth) + 64);
+  std::vector<char> packed_entry(kernel.packed_bytes(kernel.panel_columns, depth) + 64);
+  const int32_t zero = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    kernel.pack(packed_token.data(), kernel.tile_tokens, tokens[i], depth, nullptr, 1, depth);
+    kernel.pack(packed_entry.data(), kernel.panel_columns, entries[i], depth, nullptr, 1, depth);
+    std::vector<Acc> value(kernel.panel_columns, -std::numeric_limits<Acc>::infinity());
+    kernel.head_max({packed_token.data(), packed_entry.data(), depth, 1, &zero, &zero, value.data(), nullptr,
+                     kernel.panel_columns, nullptr, Activation::kRelu, entries[i], 0});
+    EXPECT(products[i] == value[0], "pair %ld of depth %ld: %g, not %g", static_cast<long>(i), static_cast<long>(depth),
+           static_cast<double>(products[i]), static_cast<double>(value[0]));
+  }
+}
+
+template <typename T>
+static void test_pair_sizes(const Kernels<T>& kernel) {
+  for (const int64_t count : {1, 15, 16, 33}) {
+    for (const int64_t depth : {0, 1, 15, 16, 33, 128, 129, 300, 768}) test_multiply_pairs<T>(kernel, count, depth);
+  }
+}
+
 template <typename T>
 static void test_score_sizes(const Kernels<T>& kernel) {
   for (const int64_t queries : {1, 15, 16, 17, 48, 64, 80}) {
@@ -330,7 +369,6 @@ static void test_score_sizes(const Kernels<T>& kernel) {
 }
 
 static void test_all(const AllKernels& kernels) {
-  std::printf("%s\n", kernels.name);
   test_type(kernels.f32);
   test_type(kernels.f64);
   test_type(kernels.bf16);
@@ -343,16 +381,15 @@ static void test_all(const AllKernels& kernels) {
   test_score_sizes(kernels.f64);
   test_score_sizes(kernels.bf16);
   test_score_sizes(kernels.f16);
+  test_pair_sizes(kernels.f32);
+  test_pair_sizes(kernels.f64);
+  test_pair_sizes(kernels.bf16);
+  test_pair_sizes(kernels.f16);
   test_activation(kernels.f32);
   test_pool_nan(kernels.f32);
 }
 
 int main() {
-  test_all(kernels_portable());
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_all(kernels_avx2());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) test_all(kernels_avx512());
-  if (__builtin_cpu_supports("avx512bf16")) test_all(kernels_avx512bf16());
-#endif
+  for_each_instruction_set(test_all);
   return 0;
 }

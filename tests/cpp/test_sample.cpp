@@ -9,6 +9,7 @@
 #include "common/philox.h"
 #include "cpu/kernels.h"
 #include "expect.h"
+#include "instruction_sets.h"
 
 using namespace splade_fast;
 using namespace splade_fast::cpu;
@@ -201,7 +202,6 @@ static void test_type(const Kernels<Acc>& kernel) {
 }
 
 static void test_all(const AllKernels& kernels) {
-  std::printf("%s\n", kernels.name);
   test_type(kernels.f32);
   test_type(kernels.f64);
   for (const int64_t slots : {1, 14, 29}) {
@@ -213,11 +213,6 @@ int main() {
   test_known_answers();
   test_gumbel();
   test_order();
-  test_all(kernels_portable());
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test_all(kernels_avx2());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) test_all(kernels_avx512());
-  if (__builtin_cpu_supports("avx512bf16")) test_all(kernels_avx512bf16());
-#endif
+  for_each_instruction_set(test_all);
   return 0;
 }

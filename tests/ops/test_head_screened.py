@@ -111,6 +111,16 @@ def test_without_bias_and_not_contiguous():
     assert_same(hidden.transpose(0, 1).contiguous().transpose(0, 1), weight.T.contiguous().T)
 
 
+@pytest.mark.parametrize("k", [None, 8])
+def test_topk(k):
+    inputs = trained(40, 12, 128, 300, torch.float32)
+    dense, screened = (
+        sf.splade_head_topk(*inputs, k=k, algorithm=algorithm)
+        for algorithm in ("dense", "screened")
+    )
+    assert screened.equal(dense)
+
+
 # Adversaries -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,231 @@
+// The screening kernels of every instruction set that this machine runs: the bounds hold for double-precision products,
+// and no pair that can be positive (and the maximum) is left out.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "common/screen_bound.h"
+#include "cpu/kernels.h"
+#include "cpu/screen.h"
+#include "expect.h"
+
+using namespace splade_fast;
+using namespace splade_fast::cpu;
+
+static const float kInf = std::numeric_limits<float>::infinity();
+
+// Rows as the kernels round them, in double where it matters.
+struct Rounded {
+  int64_t rows, padded_rows, padded_depth;
+  std::vector<uint32_t> units;
+  std::vector<float> scale, residual, norm, mean_dot;
+  std::vector<int32_t> sum;
+};
+
+static std::vector<float> signs(int64_t padded_depth) {
+  std::vector<float> sign(padded_depth);
+  for (int64_t d = 0; d < padded_depth; ++d) {
+    sign[d] = screen_sign(d) / std::sqrt(static_cast<float>(screen_block(padded_depth)));
+  }
+  return sign;
+}
+
+// In groups of `stride` rows: tokens in groups of kScreenGroup, entries in panels.
+static Rounded round(const Screen& screen, const std::vector<float>& matrix, int64_t rows, int64_t depth,
+                     const std::vector<float>& mean, bool tokens) {
+  const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_depth = screen_padded_depth(depth);
+  const int64_t padded = (rows + stride - 1) / stride * stride;
+  Rounded result{rows,
+                 padded,
+                 padded_depth,
+                 std::vector<uint32_t>(padded * padded_depth / 4),
+                 std::vector<float>(padded),
+                 std::vector<float>(padded),
+                 std::vector<float>(padded),
+                 std::vector<float>(padded),
+                 std::vector<int32_t>(padded)};
+  const std::vector<float> sign = signs(padded_depth);
+  std::vector<float> scratch(padded_depth * kMaxLanes + 16);
+  float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
+  for (int64_t row = 0; row < padded; row += screen.lanes) {
+    const int64_t first = std::min(row, rows - 1);
+    screen.round_f32({matrix.data() + first * depth, depth, nullptr, rows - first, depth, padded_depth, mean.data(),
+                      sign.data(), tokens, aligned},
+                     tokens ? screen.token_levels : screen.weight_levels, tokens ? 0 : screen.weight_offset,
+                     {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride, stride,
+                      result.scale.data() + row, result.residual.data() + row, result.norm.data() + row,
+                      result.sum.data() + row, result.mean_dot.data() + row});
+  }
+  return result;
+}
+
+struct Case {
+  int64_t tokens, entries, depth;
+  std::vector<float> hidden, weight, mean, threshold;
+};
+
+static Case make_case(int64_t tokens, int64_t entries, int64_t depth, float spread) {
+  std::mt19937 random(static_cast<unsigned>(tokens * 7919 + entries * 31 + depth));
+  std::normal_distribution<float> normal;
+  Case found{tokens,
+             entries,
+             depth,
+             std::vector<float>(tokens * depth),
+             std::vector<float>(entries * depth),
+             std::vector<float>(depth),
+             std::vector<float>(entries)};
+  for (float& x : found.mean) x = normal(random);
+  for (int64_t i = 0; i < tokens * depth; ++i) {
+    found.hidden[i] = found.mean[i % depth] + normal(random) * (i % depth == 3 ? spread : 1.0f);
+  }
+  for (float& x : found.weight) x = normal(random);
+  for (float& x : found.threshold) x = std::abs(normal(random)) * std::sqrt(static_cast<float>(depth));
+  return found;
+}
+
+// (h - mean)·w in double.
+static double product(const Case& inputs, int64_t token, int64_t entry) {
+  double sum = 0;
+  for (int64_t d = 0; d < inputs.depth; ++d) {
+    sum += (static_cast<double>(inputs.hidden[token * inputs.depth + d]) - inputs.mean[d]) *
+           inputs.weight[entry * inputs.depth + d];
+  }
+  return sum;
+}
+
+static void test_screen(const Screen& screen, const Case& inputs, bool largest) {
+  const int64_t columns = screen.panel_columns, tokens = inputs.tokens;
+  const Rounded token = round(screen, inputs.hidden, tokens, inputs.depth, inputs.mean, true);
+  const Rounded entry = round(screen, inputs.weight, inputs.entries, inputs.depth, inputs.mean, false);
+  const int64_t steps = token.padded_depth / 4;
+  std::vector<int32_t> start(token.padded_rows), sequence(tokens);
+  std::vector<float> residual = token.residual;
+  for (int64_t t = 0; t < token.padded_rows; ++t) {
+    start[t] = -static_cast<int32_t>(screen.weight_offset) * token.sum[t];
+    residual[t] += screen_rounding(inputs.depth) * token.norm[t] + kScreenTiny;
+  }
+  // Three sequences, of which the middle one starts within a tile.
+  const int64_t bounds[] = {0, tokens / 3, tokens / 3 + (tokens + 2) / 3, tokens};
+  for (int64_t s = 0; s < 3; ++s) std::fill(sequence.begin() + bounds[s], sequence.begin() + bounds[s + 1], s);
+  const ScreenTokens packed{
+      token.units.data(), token.scale.data(), residual.data(), token.norm.data(), start.data(), sequence.data(), steps};
+  std::vector<float> threshold(entry.padded_rows, kInf);
+  std::copy(inputs.threshold.begin(), inputs.threshold.end(), threshold.begin());
+
+  for (int64_t first = 0; first < inputs.entries; first += columns) {
+    const ScreenPanel panel{entry.units.data() + first * steps, entry.scale.data() + first,
+                            entry.residual.data() + first, entry.norm.data() + first, threshold.data() + first};
+    std::vector<float> products((tokens + 2 * kScreenGroup) * columns), state(3 * columns, -kInf);
+    screen.multiply(packed, panel, 0, tokens, products.data(), state.data());
+    for (int64_t s = 0; s < 3; ++s) {
+      const int64_t begin = bounds[s], count = bounds[s + 1] - begin;
+      if (count == 0) continue;
+      std::vector<int32_t> found_columns(columns), counts(columns), found_tokens(columns * count),
+          scratch(kMaxLanes * count);
+      ScreenedPairs found{found_columns.data(), counts.data(), found_tokens.data(), scratch.data(), 0, 0, 0};
+      screen.find_pairs(
+          panel,
+          {products.data() + begin * columns, state.data() + s * columns, residual.data() + begin,
+           token.norm.data() + begin, *std::max_element(residual.begin() + begin, residual.begin() + begin + count),
+           *std::max_element(token.norm.begin() + begin, token.norm.begin() + begin + count), count},
+          largest, found);
+      std::vector<std::vector<bool>> kept(columns, std::vector<bool>(count, false));
+      const int32_t* next = found_tokens.data();
+      for (int64_t e = 0; e < found.entries; ++e) {
+        EXPECT(std::is_sorted(next, next + counts[e]), "tokens ascend");
+        for (int64_t i = 0; i < counts[e]; ++i) kept[found_columns[e]][*next++] = true;
+      }
+      EXPECT(next - found_tokens.data() == found.pairs, "%ld pairs", static_cast<long>(found.pairs));
+      for (int64_t column = 0; column < columns && first + column < inputs.entries; ++column) {
+        std::vector<double> exact(count);
+        float most = -kInf;
+        for (int64_t t = 0; t < count; ++t) {
+          exact[t] = product(inputs, begin + t, first + column);
+          const float rounded = products[(begin + t) * columns + column] * entry.scale[first + column];
+          const double bound = residual[begin + t] * entry.norm[first + column] +
+                               token.norm[begin + t] * entry.residual[first + column] + kScreenTiny;
+          EXPECT(std::abs(rounded - exact[t]) <= bound, "%g is not within %g of %g", rounded, bound, exact[t]);
+          most = std::max(most, products[(begin + t) * columns + column]);
+        }
+        EXPECT(state[s * columns + column] == most, "state %g, not %g", state[s * columns + column], most);
+        const double best = *std::max_element(exact.begin(), exact.end());
+        for (int64_t t = 0; t < count; ++t) {
+          const bool needed = exact[t] > threshold[first + column] && (!largest || exact[t] == best);
+          EXPECT(!needed || kept[column][t], "token %ld of entry %ld is lost", static_cast<long>(t),
+                 static_cast<long>(first + column));
+        }
+      }
+    }
+  }
+}
+
+// The rounded row is within its residual of the row, in the rotated space, whose norms are those of the rows.
+static void test_rounding(const Screen& screen, float scale) {
+  const int64_t depth = 100, rows = 19;
+  Case inputs = make_case(rows, 1, depth, 50.0f);
+  std::fill(inputs.mean.begin(), inputs.mean.end(), 0.0f);
+  for (float& x : inputs.hidden) x *= scale;
+  const Rounded found = round(screen, inputs.hidden, rows, depth, inputs.mean, true);
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0;
+    for (int64_t d = 0; d < depth; ++d) squares += std::pow(double(inputs.hidden[row * depth + d]), 2);
+    const double norm = std::sqrt(squares);
+    EXPECT(found.norm[row] >= norm, "norm %g of a row of %g", found.norm[row], norm);
+    double rounded_squares = 0;
+    for (int64_t step = 0; step < found.padded_depth / 4; ++step) {
+      const uint32_t unit = found.units[row / kScreenGroup * kScreenGroup * found.padded_depth / 4 +
+                                        step * kScreenGroup + row % kScreenGroup];
+      for (int i = 0; i < 4; ++i) {
+        rounded_squares += std::pow(static_cast<int8_t>(unit >> (8 * i)) * double(found.scale[row]), 2);
+      }
+    }
+    EXPECT(std::abs(std::sqrt(rounded_squares) - norm) <= found.residual[row], "residual %g of a row of %g, rounded %g",
+           found.residual[row], norm, std::sqrt(rounded_squares));
+  }
+}
+
+static void test_rows_that_cannot_be_rounded(const Screen& screen) {
+  const int64_t depth = 70;
+  for (const float bad : {kInf, -kInf, std::numeric_limits<float>::quiet_NaN(), 3e38f}) {
+    Case inputs = make_case(5, 1, depth, 1.0f);
+    inputs.hidden[2 * depth + 9] = bad;
+    const Rounded found = round(screen, inputs.hidden, 5, depth, inputs.mean, true);
+    for (int64_t row = 0; row < 5; ++row) {
+      EXPECT((found.residual[row] == kInf) == (row == 2), "residual %g of row %ld", found.residual[row],
+             static_cast<long>(row));
+      EXPECT(row != 2 || found.scale[row] == 0, "scale %g", found.scale[row]);
+    }
+  }
+}
+
+static void test_all(const Screen& screen) {
+  for (const int64_t depth : {1, 4, 63, 64, 100, 192, 768}) {
+    for (const int64_t tokens : {1, 5, 16, 41}) {
+      for (const float spread : {1.0f, 100.0f}) {
+        const Case inputs = make_case(tokens, 75, depth, spread);
+        test_screen(screen, inputs, true);
+        test_screen(screen, inputs, false);
+      }
+    }
+  }
+  for (const float scale : {1e-30f, 1e-12f, 1.0f, 1e12f}) test_rounding(screen, scale);
+  test_rows_that_cannot_be_rounded(screen);
+  std::printf("%s: screening\n", screen.name);
+}
+
+int main() {
+  test_all(screen_portable());
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) test_all(screen_avx2());
+  if (avx2 && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
+  if (avx512) test_all(screen_avx512());
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) test_all(screen_avx512vnni());
+#endif
+  return 0;
+}
