@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from splade_fast import reference
+from splade_fast import negative_cache, reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
@@ -33,6 +33,7 @@ __all__ = [
     "build_info",
     "gather_rows",
     "gumbel_max",
+    "negative_cache",
     "prune_topk",
     "reference",
     "sample_negatives",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import splade_fast as sf
 from splade_fast.negative_cache import Scale, SparseFeature
 from splade_fast.negative_cache.losses import CacheClassificationLoss
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache
@@ -537,7 +538,7 @@ def test_a_replaced_retrieval_function_sees_all_scores():
 
 
 def test_pickle():
-    loss = loss_of(score_transform=Scale(20.0), top_k=3)
+    loss = loss_of(score_transform=sf.negative_cache.Scale(20.0), top_k=3)
     again = pickle.loads(pickle.dumps(loss))
     assert again.score_transform == Scale(20.0)
     assert torch.equal(again.retrieval_fn.rng.state, loss.retrieval_fn.rng.state)
