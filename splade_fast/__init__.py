@@ -1,8 +1,9 @@
 """splade_fast: exact, fused kernels for learned sparse retrieval (SPLADE) in PyTorch."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from splade_fast import negative_cache, reference
+from splade_fast import reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
@@ -22,6 +23,7 @@ from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
+    from splade_fast import negative_cache
     from splade_fast.model import SpladeEncoder
 
 __all__ = [
@@ -47,9 +49,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """SpladeEncoder brings transformers along, which users of the ops alone should not wait for."""
+    """What users of the ops alone should not wait for: SpladeEncoder brings transformers along."""
     if name == "SpladeEncoder":
         from splade_fast.model import SpladeEncoder
 
         return SpladeEncoder
+    if name == "negative_cache":
+        return importlib.import_module("splade_fast.negative_cache")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
