@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from splade_fast import reference
+from splade_fast import losses, reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
@@ -19,6 +19,16 @@ from splade_fast.ops import (
     splade_head_topk,
     splade_pool,
 )
+from splade_fast.regularizers import (
+    LinearSchedule,
+    QuadraticSchedule,
+    active_dims,
+    anti_zero_loss,
+    df_flops_loss,
+    document_frequencies,
+    flops_loss,
+    l1_loss,
+)
 from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
@@ -27,14 +37,23 @@ if TYPE_CHECKING:
     from splade_fast.model import SpladeEncoder
 
 __all__ = [
+    "LinearSchedule",
     "NegativeSamples",
     "Philox",
+    "QuadraticSchedule",
     "SparseRows",
     "SpladeEncoder",
     "__version__",
+    "active_dims",
+    "anti_zero_loss",
     "build_info",
+    "df_flops_loss",
+    "document_frequencies",
+    "flops_loss",
     "gather_rows",
     "gumbel_max",
+    "l1_loss",
+    "losses",
     "negative_cache",
     "prune_topk",
     "reference",

@@ -293,14 +293,14 @@ class Screened {
   }
 
   // Relative to the dense product of as many pairs of token and entry. Fitted to measurements (docs/screening.md), in
-  // multiplications of the float32 product: what comparing a pair with its bound costs, what a pair costs that is
-  // multiplied in full precision, and what every pair costs beside its products.
+  // multiplications of the float32 product: what every pair costs beside its int8 product, what comparing a pair with
+  // its bound costs, and what a pair costs that is multiplied in full precision.
   double cost(const Survivors& survivors, int64_t screened) const {
-    constexpr double kCompare = 50, kMultiply = 10000, kStore = 8;
+    constexpr double kStore = 8, kCompare = 30, kFetch = 2400, kMultiply = 14.5;
     const double all = static_cast<double>(screened), depth = static_cast<double>(depth_);
-    const double dense = all * depth / kernels<T>().step_depth;
+    const double steps = depth / kernels<T>().step_depth;
     const double product = all * (depth / screen().speed + kStore);
-    return (product + kCompare * survivors.compared + kMultiply * survivors.pairs) / dense;
+    return (product + kCompare * survivors.compared + (kFetch + kMultiply * steps) * survivors.pairs) / (all * steps);
   }
 
   static constexpr double kWorthIt = 0.9;

@@ -218,7 +218,8 @@ inline Vec<double> log1p_vec(Vec<double> x) {
   return result;
 }
 
-// exp(x) for x <= 0, +inf or NaN; within 1 ulp down to -87, 0 below. x = k log(2) + r, and exp(r) by its series to r^7.
+// exp(x) for x <= 0, +inf or NaN; within 1.2 ulp down to -87, 0 below. x = k log(2) + r, and exp(r) by its series to
+// r^7.
 inline Vec<float> exp_vec(Vec<float> x) {
   const float magic = 0x1.8p23f;  // what is added to it is rounded to an integer, found in the lowest bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic;

@@ -1,0 +1,158 @@
+"""Relevance losses on scores of queries and documents."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from splade_fast.ops._checks import check_floating
+
+
+def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """mean_i BCE(σ(scores_i), labels_i): relevance of single pairs.
+
+    With `l1_loss` this is the textbook loss BCEWithLogits + λ‖·‖₁.
+
+    Args:
+        scores: (B,), one per (query, document) pair.
+        labels: (B,), from 0 (irrelevant) to 1 (relevant), any dtype.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: scores are not floating point, shapes differ, or a label is out of
+            range (looking at the labels waits for a GPU).
+    """
+    check_floating("scores", scores)
+    _check_shape("labels", labels, scores)
+    if bool(((labels < 0) | (labels > 1)).any()):
+        raise ValueError("labels must be between 0 and 1")
+    return functional.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+
+
+def in_batch_loss(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """mean_i -log softmax_j(queries_i · d_j / temperature)[i] over all documents of the batch.
+
+    Args:
+        queries: (B, V), pooled.
+        documents: (B, V), document i is relevant for query i.
+        negatives: (N, V), hard negatives that every query is compared with as well.
+        temperature: divides the scores.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape, or temperature is not
+            positive.
+    """
+    check_floating("queries", queries)
+    _check_shape("documents", documents, queries)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if negatives is not None:
+        if negatives.ndim != 2 or negatives.shape[1] != documents.shape[1]:
+            raise ValueError(
+                f"negatives must be (negatives, vocabulary) with vocabulary = "
+                f"{documents.shape[1]}, got {tuple(negatives.shape)}"
+            )
+        documents = torch.cat([documents, negatives])
+    scores = queries @ documents.T / temperature
+    return functional.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+
+
+def pairwise_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    """mean log(1 + exp(negative - positive)): RankNet on a relevant and an irrelevant document.
+
+    Args:
+        positive: (B,) or (B, 1), scores of the relevant documents.
+        negative: (B,) or (B, m), scores of the irrelevant ones.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: scores are not floating point, or their shapes do not go together.
+    """
+    return functional.softplus(-_margins(positive, negative)).mean()
+
+
+def margin_mse_loss(
+    positive: Tensor, negative: Tensor, teacher_positive: Tensor, teacher_negative: Tensor
+) -> Tensor:
+    """mean ((positive - negative) - (teacher_positive - teacher_negative))².
+
+    Follows Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture
+    Knowledge Distillation" (2020).
+
+    Args:
+        positive: (B,) or (B, 1), the student's scores of the relevant documents.
+        negative: (B,) or (B, m), the student's scores of the irrelevant ones.
+        teacher_positive, teacher_negative: the teacher's, likewise.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: scores are not floating point, or their shapes do not go together.
+    """
+    _check_shape("teacher_positive", teacher_positive, positive)
+    _check_shape("teacher_negative", teacher_negative, negative)
+    student = _margins(positive, negative)
+    teacher = _margins(teacher_positive, teacher_negative).to(student.dtype)
+    return functional.mse_loss(student, teacher)
+
+
+def kl_distillation_loss(scores: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """T² mean_i KL(softmax(teacher_i / T) ‖ softmax(scores_i / T)), T the temperature.
+
+    T² keeps the size of the gradient, as in Hinton et al., "Distilling the Knowledge in a Neural
+    Network" (2015).
+
+    Args:
+        scores: (B, m), the student's scores of m documents of each query.
+        teacher: (B, m), the teacher's.
+        temperature: T.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError, ValueError: scores are not a floating-point matrix, shapes differ, or temperature
+            is not positive.
+    """
+    check_floating("scores", scores)
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be (batch, documents), got {tuple(scores.shape)}")
+    _check_shape("teacher", teacher, scores)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    student = functional.log_softmax(scores / temperature, dim=1)
+    target = functional.log_softmax(teacher.to(scores.dtype) / temperature, dim=1)
+    divergence = functional.kl_div(student, target, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def _margins(positive: Tensor, negative: Tensor) -> Tensor:
+    check_floating("positive", positive)
+    check_floating("negative", negative)
+    if positive.ndim == 1 and negative.ndim == 2:
+        positive = positive[:, None]
+    fits = positive.ndim == negative.ndim and positive.ndim in (1, 2)
+    if not fits or len(positive) != len(negative) or positive.shape[1:] not in ((), (1,)):
+        raise ValueError(
+            "positive and negative must be (batch,) or (batch, 1) and (batch,) or (batch, "
+            f"negatives), got {tuple(positive.shape)} and {tuple(negative.shape)}"
+        )
+    return positive - negative
+
+
+def _check_shape(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")
