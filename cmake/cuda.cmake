@@ -36,7 +36,7 @@ if(CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_backward.cu csrc/cuda/prune.cu
-                              csrc/cuda/sample.cu csrc/cuda/score.cu)
+                              csrc/cuda/sample.cu csrc/cuda/score.cu csrc/cuda/gather.cu)
   # Register and spill report in the build log; a spill is an error.
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")

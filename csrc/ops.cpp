@@ -70,6 +70,15 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
       "-> (Tensor scores, Tensor ids)");
 
+  // Tables have any dtype and (rows, ...) with the same number of rows each; indices are int64 (count,). With CUDA
+  // indices the tables may also lie in pinned host memory; the gathered rows are on the device of the indices.
+  m.def("gather_rows(Tensor[] tables, Tensor indices) -> Tensor[]");
+  // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
+  m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
+
+  // The count largest of int32 ages, of equal ages the lowest slot first; on the CPU alone.
+  m.def("oldest_slots(Tensor age, int count) -> Tensor");
+
   // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
   // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
   // keep the top_k highest scores, not one of each of top_k groups.
@@ -84,6 +93,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "
       "-> (Tensor scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
   m.def(
-      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid) "
+      "sample_scores(Tensor scores, Tensor state, int num_samples, float inv_temp, Tensor? valid, int slot_offset, "
+      "int query_offset) "
       "-> (Tensor drawn_scores, Tensor perturbed, Tensor logsumexp, Tensor indices)");
 }

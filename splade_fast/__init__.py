@@ -1,5 +1,6 @@
 """splade_fast: exact, fused kernels for learned sparse retrieval (SPLADE) in PyTorch."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from splade_fast import losses, reference
@@ -7,9 +8,11 @@ from splade_fast._library import build_info
 from splade_fast._version import __version__
 from splade_fast.ops import (
     NegativeSamples,
+    gather_rows,
     gumbel_max,
     prune_topk,
     sample_negatives,
+    scatter_rows_,
     sparse_scores,
     sparse_search,
     splade_head,
@@ -30,6 +33,7 @@ from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
+    from splade_fast import negative_cache
     from splade_fast.model import SpladeEncoder
 
 __all__ = [
@@ -46,12 +50,15 @@ __all__ = [
     "df_flops_loss",
     "document_frequencies",
     "flops_loss",
+    "gather_rows",
     "gumbel_max",
     "l1_loss",
     "losses",
+    "negative_cache",
     "prune_topk",
     "reference",
     "sample_negatives",
+    "scatter_rows_",
     "sparse_scores",
     "sparse_search",
     "splade_head",
@@ -61,9 +68,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """SpladeEncoder brings transformers along, which users of the ops alone should not wait for."""
+    """What users of the ops alone should not wait for: SpladeEncoder brings transformers along."""
     if name == "SpladeEncoder":
         from splade_fast.model import SpladeEncoder
 
         return SpladeEncoder
+    if name == "negative_cache":
+        return importlib.import_module("splade_fast.negative_cache")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

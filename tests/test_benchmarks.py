@@ -47,7 +47,8 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
     quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    ops = ("pool", "head", "head_trained", "prune", "score", "encode", "sample")
+    ops = ("pool", "head", "head_trained", "prune", "score", "encode", "sample", "gather")
+    ops += ("negative_cache",)
     run = run_driver(*ops, *quick, "--out", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
     for op in ops:
@@ -58,7 +59,7 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         rows = read_csv(Row, path)
         others = {"score": {"torch sparse"}, "head_trained": {"dense"}}.get(op, set())
         assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
-        backward = set() if op in ("score", "encode", "sample") else {"forward+backward"}
+        backward = {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
         assert {row.direction for row in rows} == {"forward"} | backward
         assert all(row.correct and row.median_ms and row.torch and row.rounds == 3 for row in rows)
         measured = [row for row in rows if row.contender in ("ours", "eager")]

@@ -53,21 +53,21 @@ class Screened {
     constexpr int64_t kShare = 32, kLeast = 4;
     if (blocks_.empty() || panels_ == 0) return true;
     const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kLeast));
-    const RoundedTokens<T> tokens = round(blocks_[0]);
+    first_tokens_ = round(blocks_[0]);
     Survivors survivors;
     torch::stable::parallel_for(0, sampled, 1, [&](int64_t begin, int64_t end) {
-      Worker worker(*this, tokens, blocks_[0], nullptr);
+      Worker worker(*this, *first_tokens_, blocks_[0], nullptr);
       for (int64_t i = begin; i < end; ++i) worker.screen_panel(i * panels_ / sampled);
       worker.count(survivors);
     });
-    return cost(survivors, tokens.count() * sampled * columns_) < kWorthIt;
+    return cost(survivors, first_tokens_->count() * sampled * columns_) < kWorthIt;
   }
 
   void run(const HeadOutputs& outputs, Survivors& survivors) {
     for (const SequenceRange& block : blocks_) {
-      const RoundedTokens<T> tokens = round(block);
+      const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
       torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
-        Worker worker(*this, tokens, block, &outputs);
+        Worker worker(*this, *tokens, block, &outputs);
         for (int64_t panel = begin; panel < end; ++panel) {
           worker.screen_panel(panel);
           worker.multiply_pairs_if(kMaxPairs);
@@ -264,8 +264,8 @@ class Screened {
     int64_t multiplied_ = 0;
   };
 
-  RoundedTokens<T> round(const SequenceRange& block) const {
-    return RoundedTokens<T>(input_, weight_, sign_, block.first, block.last);
+  std::unique_ptr<RoundedTokens<T>> round(const SequenceRange& block) const {
+    return std::make_unique<RoundedTokens<T>>(input_, weight_, sign_, block.first, block.last);
   }
 
   void find_thresholds() {
@@ -315,6 +315,7 @@ class Screened {
   const Scratch<Acc> bias_;
   std::vector<float> threshold_;  // (panels * columns)
   std::vector<SequenceRange> blocks_;
+  std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, where pays() has rounded them
   std::vector<int64_t> runs_;
 };
 

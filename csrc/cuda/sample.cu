@@ -619,9 +619,9 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
 }
 
 SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t num_samples, double inv_temp,
-                           const std::optional<Tensor>& valid) {
+                           const std::optional<Tensor>& valid, int64_t slot_offset, int64_t query_offset) {
   const char* op = "sample_scores";
-  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, 0, 0};
+  const SampleOptions options{num_samples, 1.0, inv_temp, std::nullopt, false, slot_offset, query_offset};
   check_floating("scores", scores, 2);
   const int64_t batch = scores.size(0), columns = scores.size(1);
   check_sample(options, {valid, std::nullopt}, state, scores, batch, columns);

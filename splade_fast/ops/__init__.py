@@ -1,5 +1,6 @@
 """The public ops. Each module holds all of one op's Python: function, fake, autograd, autocast."""
 
+from splade_fast.ops.gather import gather_rows, scatter_rows_
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.ops.pool import splade_pool
@@ -9,9 +10,11 @@ from splade_fast.ops.score import sparse_scores, sparse_search
 
 __all__ = [
     "NegativeSamples",
+    "gather_rows",
     "gumbel_max",
     "prune_topk",
     "sample_negatives",
+    "scatter_rows_",
     "sparse_scores",
     "sparse_search",
     "splade_head",

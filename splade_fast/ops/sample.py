@@ -73,7 +73,7 @@ def gumbel_max(
     state = _state(rng, scores.device)
     if _library.has_kernels(scores.device):
         indices: Tensor = torch.ops.splade_fast.sample_scores(
-            scores, state, num_samples, inv_temp, valid
+            scores, state, num_samples, inv_temp, valid, 0, 0
         )[3]
     else:
         indices = reference.gumbel_max(scores, state, num_samples, inv_temp=inv_temp, valid=valid)
@@ -156,6 +156,48 @@ def sample_negatives(
     if rng is not None:
         rng.advance()
     return found
+
+
+@torch.no_grad()
+def sample_scores(
+    scores: Tensor,
+    slots: Tensor | None,
+    rng: Philox,
+    *,
+    num_samples: int = 1,
+    inv_temp: float = 1.0,
+    slot_offset: int = 0,
+    query_offset: int = 0,
+) -> NegativeSamples:
+    """The draws of `sample_negatives` from scores that are there, in the present step of rng.
+
+    Args:
+        scores: (B, N) float32 or float64, -inf where a slot must be neither counted nor drawn.
+        slots: (B, N) int64, ascending, whose scores they are; None: those from slot_offset on.
+        rng: is not advanced.
+        others: as in `sample_negatives`.
+    """
+    if slots is not None:
+        # As many as count, which are few.
+        kept = reference.sample_kept(
+            scores, slots, rng.state, num_samples, inv_temp=inv_temp, query_offset=query_offset
+        )
+        return NegativeSamples(*kept)
+    if _library.has_kernels(scores.device):
+        drawn, perturbed, logsumexp, indices = torch.ops.splade_fast.sample_scores(
+            scores, rng.state, num_samples, inv_temp, None, slot_offset, query_offset
+        )
+        return NegativeSamples(indices, drawn, logsumexp, perturbed)
+    return NegativeSamples(
+        *reference.sample_negatives(
+            scores,
+            rng.state,
+            num_samples,
+            inv_temp=inv_temp,
+            slot_offset=slot_offset,
+            query_offset=query_offset,
+        )
+    )
 
 
 class _Draw(NamedTuple):
@@ -295,7 +337,7 @@ def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: i
 
 
 def _fake_scores(
-    scores: Tensor, state: Tensor, num_samples: int, inv_temp: float, valid: Tensor | None
+    scores: Tensor, state: Tensor, num_samples: int, *draw: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_samples(scores, scores.dtype, scores.shape[0], num_samples)
 

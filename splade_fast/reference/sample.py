@@ -151,6 +151,28 @@ def sample_negatives(
     return indices, drawn_scores, of_kept.logsumexp(1), perturbed
 
 
+def sample_kept(
+    scores: Tensor,
+    slots: Tensor,
+    state: Tensor,
+    num_samples: int = 1,
+    *,
+    inv_temp: float = 1.0,
+    query_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample_negatives` from the scores (B, k) that count, of ascending slots (B, k) int64."""
+    queries = torch.arange(query_offset, query_offset + len(scores), device=scores.device)
+    words, refinements = (
+        torch.stack(block_of_state(state, slots >> 2, queries.unsqueeze(1), domain), -1)
+        .gather(-1, (slots & 3).unsqueeze(-1))
+        .squeeze(-1)
+        for domain in (NOISE, REFINEMENT)
+    )
+    noise = noise_of_words(words, refinements)
+    indices, drawn_scores, perturbed = _draw(scores, slots, noise, num_samples, inv_temp)
+    return indices, drawn_scores, scores.logsumexp(1), perturbed
+
+
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -782,7 +782,7 @@ def test_opcheck(device):
         ):
             torch.library.opcheck(ops.sample_sparse.default, (*mine, *parts, state, *draw))
     for valid in (None, scores > 0, scores[0] > 0):
-        torch.library.opcheck(ops.sample_scores.default, (scores, state, 2, 1.0, valid))
+        torch.library.opcheck(ops.sample_scores.default, (scores, state, 2, 1.0, valid, 0, 0))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -954,4 +954,4 @@ def test_the_ops_check_for_callers_in_cpp():
     with pytest.raises(RuntimeError, match="state must be int64"):
         dense(queries, cache, state[:1], *good)
     with pytest.raises(RuntimeError, match="valid must be bool"):
-        torch.ops.splade_fast.sample_scores(queries, state, 1, 1.0, queries)
+        torch.ops.splade_fast.sample_scores(queries, state, 1, 1.0, queries, 0, 0)

@@ -1,0 +1,207 @@
+"""gather_rows, scatter_rows_ and the whole update of a negative cache.
+
+The tables are those of a full cache: token ids, their mask, and embeddings. Rows are read and
+written at random places. The update refreshes some embeddings and inserts as many new items; beside
+it, eager assigns row after row in Python, as the known ports do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+import splade_fast
+from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.inputs import seeded
+from splade_fast import reference
+from splade_fast.negative_cache import CacheManager, FixedLenFeature, NegativeCache
+
+Action = Literal["read", "write", "update"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all contenders work on; each changes a cache of its own."""
+
+    manager: CacheManager
+    caches: Mapping[str, NegativeCache]
+    places: Tensor  # (N,), no duplicates
+    fresh: Tensor  # (N, D), for these places
+    new: Mapping[str, Tensor]  # N items
+
+
+def _ours(problem: _Problem, action: Action) -> Tensor:
+    return _act(
+        problem, action, "ours", splade_fast.gather_rows, splade_fast.scatter_rows_, _update_at_once
+    )
+
+
+def _eager(problem: _Problem, action: Action) -> Tensor:
+    return _act(
+        problem, action, "eager", reference.gather_rows, reference.scatter_rows_, _update_row_by_row
+    )
+
+
+def _act(
+    problem: _Problem,
+    action: Action,
+    contender: str,
+    read: Callable[..., dict[str, Tensor]],
+    write: Callable[..., None],
+    update: Callable[[NegativeCache, _Problem], None],
+) -> Tensor:
+    cache = problem.caches[contender if action != "read" else "ours"]
+    tables = cache.data.tables()
+    if action == "read":
+        return read(tables, problem.places)["embedding"]
+    if action == "write":
+        write(tables, problem.places, problem.new)
+    else:
+        update(cache, problem)
+    # What was written, without reading much of it.
+    return tables["embedding"][problem.places[:4]]
+
+
+def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
+    problem.manager.update_cache(
+        cache,
+        new_items=problem.new,
+        updated_item_data={"embedding": problem.fresh},
+        updated_item_indices=problem.places,
+    )
+
+
+def _update_row_by_row(cache: NegativeCache, problem: _Problem) -> None:
+    tables = cache.data.tables()
+    youngest = torch.full((len(problem.places), 1), -1, dtype=torch.int32, device=cache.age.device)
+    assign_rows(tables["embedding"], problem.places, problem.fresh)
+    assign_rows(cache.age, problem.places, youngest)
+    slots = cache.age.topk(len(problem.places)).indices
+    for name, table in tables.items():
+        assign_rows(table, slots, problem.new[name])
+    assign_rows(cache.age, slots, youngest)
+    cache.age += 1
+
+
+def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Each row padded to the table's width, cast, and assigned by its index."""
+    for place, row in zip(places.unsqueeze(1), rows, strict=True):
+        missing = (len(table[0]) if table.ndim > 1 else 1) - len(row)
+        padded = torch.cat([row, torch.zeros(missing, dtype=row.dtype, device=row.device)])
+        table[place] = padded.to(table.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceCase(Case):
+    """Each contender changes tables of its own, which no compiler may trace."""
+
+    @property
+    def fill(self) -> float:
+        return 1.0
+
+    def implementation(self, contender: str) -> Implementation:
+        if contender == "compile":
+            raise NotImplementedError("the tables change in place")
+        return super().implementation(contender)
+
+    def peer(self) -> Implementation:
+        raise ImportError("the known packages are not on the package index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherCase(InPlaceCase):
+    op: ClassVar[str] = "gather"
+    ours: ClassVar[Implementation] = staticmethod(_ours)
+    eager: ClassVar[Implementation] = staticmethod(_eager)
+
+    action: Action
+    rows: int = 64
+    slots: int = 131_072
+    depth: int = 768
+    tokens: int = 128
+
+    @property
+    def shape(self) -> str:
+        return f"{self.action} N{self.rows} C{self.slots} D{self.depth} tokens {self.tokens}"
+
+    @property
+    def layout(self) -> str:
+        return "tables"
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        if self.action == "update":
+            return (Target("times faster than eager", 50),)
+        return (Target("times faster than eager", 1),)
+
+    def tiny(self) -> "GatherCase":
+        return replace(self, rows=5, slots=200, depth=16, tokens=8)
+
+    def build(self, *, floors: bool = True) -> Workload:
+        specs = {
+            "ids": FixedLenFeature([self.tokens], torch.int32),
+            "mask": FixedLenFeature([self.tokens], torch.bool),
+            "embedding": FixedLenFeature([self.depth], self.dtype),
+        }
+        manager = CacheManager(specs, self.slots)
+        generator = seeded("cpu")
+        caches = {}
+        for contender in ("ours",) if self.action == "read" else ("ours", "eager"):
+            cache = manager.init_cache()
+            for table in cache.data.tables().values():
+                table.fill_(1)  # all pages of it exist
+            cache.age += torch.arange(self.slots, dtype=torch.int32).flip(0)
+            caches[contender] = cache.to(self.device)
+        # The places that are written are not those of the oldest items.
+        places = torch.randperm(self.slots // 2, generator=generator)[: self.rows] + self.slots // 2
+        fresh = torch.randn(self.rows, self.depth, generator=generator).to(self.dtype)
+        new = {
+            "ids": torch.randint(30522, (self.rows, self.tokens), generator=generator).int(),
+            "mask": torch.rand(self.rows, self.tokens, generator=generator) < 0.7,
+            "embedding": fresh if self.action == "write" else fresh.flip(0).contiguous(),
+        }
+        problem = _Problem(
+            manager,
+            caches,
+            places.to(self.device),
+            fresh.to(self.device),
+            {name: rows.to(self.device) for name, rows in new.items()},
+        )
+        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:4]
+        return Workload(
+            arguments=(problem, self.action),
+            options={},
+            leaves={},
+            upstream=torch.empty(0),
+            exact=lambda: {"output": written.double().to(self.device)},
+            floors=self._floors(problem) if floors else {},
+        )
+
+    def _floors(self, problem: _Problem) -> dict[str, Callable[[], Any]]:
+        """A copy of as many bytes that lie in one piece."""
+        sources = [*problem.new.values()]
+        if self.action == "update":
+            sources.append(problem.fresh)
+        targets = [torch.empty_like(rows) for rows in sources]
+        return {
+            "copy": lambda: [
+                target.copy_(rows) for target, rows in zip(targets, sources, strict=True)
+            ]
+        }
+
+
+def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[GatherCase]:
+    kinds: list[tuple[Action, int]] = [
+        ("read", 64),
+        ("read", 8192),
+        ("write", 64),
+        ("write", 8192),
+        ("update", 64),
+    ]
+    found = [
+        GatherCase(direction="forward", dtype=dtypes[0], device=device, action=action, rows=rows)
+        for action, rows in kinds
+    ]
+    return [case.tiny() for case in found] if quick else found

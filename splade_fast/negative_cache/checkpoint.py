@@ -1,0 +1,117 @@
+"""Checkpoints of sharded caches: one file for each rank, read by any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from splade_fast.negative_cache.distributed import Ranks
+from splade_fast.negative_cache.negative_cache import NegativeCache
+
+_NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
+
+
+def save_sharded(
+    module: nn.Module, folder: str | os.PathLike[str], process_group: Any = None
+) -> None:
+    """Write this rank's state, e.g. of a `CacheLossHandler`; all ranks call it with one folder.
+
+    Raises:
+        ValueError: the folder holds shards of another number of ranks.
+    """
+    rank, count = _place(process_group)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _NAME.format(rank=rank, count=count)
+    if others := [p.name for p in folder.glob("shard-*") if not p.name.endswith(name[11:])]:
+        raise ValueError(f"folder must hold no checkpoint of other ranks, got {sorted(others)[0]}")
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in module.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / name)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_sharded(
+    module: nn.Module, folder: str | os.PathLike[str], process_group: Any = None
+) -> None:
+    """Read what `save_sharded` wrote, from any number of ranks, into this rank's module.
+
+    Slots count over all ranks in their order: rank 0 takes the first as many as it has, and so on.
+    Everything else, the generator's state among it, is that of the first rank.
+
+    Raises:
+        FileNotFoundError: shards are missing.
+        ValueError: the shards' slots are not as many as those of the ranks now, or their features
+            differ.
+    """
+    paths = _shards(Path(folder))
+    shards = [safe_open(path, framework="pt") for path in paths]
+    state = module.state_dict()
+    caches = [name for name, part in module.named_modules() if isinstance(part, NegativeCache)]
+    loaded: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        cache = next((name for name in caches if key.startswith(f"{name}." if name else "")), None)
+        for path, shard in zip(paths, shards, strict=True):
+            if key not in set(shard.keys()):
+                raise ValueError(f"{path} must hold {key}")
+        if cache is None:
+            loaded[key] = shards[0].get_tensor(key)
+            continue
+        first, total = _slots_before(len(tensor), process_group)
+        loaded[key] = _slice(key, shards, first, len(tensor), total)
+        if loaded[key].shape != tensor.shape:
+            raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(loaded[key].shape)}")
+    module.load_state_dict(loaded)
+
+
+def _place(process_group: Any) -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
+def _shards(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("shard-*-of-*.safetensors"))
+    count = int(found[0].stem.rpartition("-")[2]) if found else 1
+    paths = [folder / _NAME.format(rank=rank, count=count) for rank in range(count)]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+    return paths
+
+
+def _slots_before(mine: int, process_group: Any) -> tuple[int, int]:
+    """Slots of the ranks before this one, and of all."""
+    rank, count = _place(process_group)
+    if count == 1:
+        return 0, mine
+    (sizes,) = Ranks(process_group).all_gather(torch.tensor([mine]))
+    return int(sizes[:rank].sum()), int(sizes.sum())
+
+
+def _slice(key: str, shards: list[Any], first: int, count: int, total: int) -> Tensor:
+    """Rows [first, first + count) of a table over all shards, which have `total`."""
+    parts, start = [], 0
+    for shard in shards:
+        rows = shard.get_slice(key)
+        size = rows.get_shape()[0]
+        low, high = max(first - start, 0), min(first + count - start, size)
+        if low < high:
+            parts.append(rows[low:high])
+        start += size
+    if start != total:
+        raise ValueError(f"the shards must have {total} slots as the caches now, got {start}")
+    return torch.cat(parts)

@@ -1,0 +1,150 @@
+"""What a cache stores of an item: the specs of its features, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splade_fast.sparse_rows import SparseRows
+
+Tables = dict[str, Tensor]
+Value = Tensor | SparseRows
+
+# Table names of a sparse feature are its key with these behind it.
+_SPARSE = (":indices", ":values", ":lengths")
+
+
+@dataclass(frozen=True)
+class FixedLenFeature:
+    """A dense feature: one tensor of a fixed shape for each item.
+
+    Args:
+        shape: of one item, e.g. [512], or [] for a number.
+        dtype: any of torch's.
+        default_value: what pads an item that is shorter than `shape`; None: 0.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    default_value: float | None = None
+
+    def zeros(self, count: int) -> dict[str, Tensor]:
+        return {"": torch.zeros([count, *self.shape], dtype=self.dtype)}
+
+
+@dataclass(frozen=True)
+class SparseFeature:
+    """Sparse vectors, each as its k largest positive entries.
+
+    Args:
+        num_cols: length of the vectors, V.
+        k: how many entries of a vector are stored; with k of at least its positive entries, all.
+        dtype: of the values.
+    """
+
+    num_cols: int
+    k: int
+    dtype: torch.dtype = torch.float32
+
+    def zeros(self, count: int) -> dict[str, Tensor]:
+        return dict(
+            zip(
+                _SPARSE,
+                (
+                    torch.full((count, self.k), -1, dtype=torch.int32),
+                    torch.zeros(count, self.k, dtype=self.dtype),
+                    torch.zeros(count, dtype=torch.int32),
+                ),
+                strict=True,
+            )
+        )
+
+
+Feature = FixedLenFeature | SparseFeature
+
+
+def sparse_tables(key: str, rows: SparseRows) -> Tables:
+    """The tables of a sparse feature."""
+    tensors = (rows.indices, rows.values, rows.lengths)
+    return {key + suffix: tensor for suffix, tensor in zip(_SPARSE, tensors, strict=True)}
+
+
+def value_of(key: str, tables: Mapping[str, Tensor], num_cols: int | None) -> Value:
+    """The feature `key` of tables; num_cols: of a sparse one."""
+    if num_cols is None:
+        return tables[key]
+    indices, values, lengths = (tables[key + suffix] for suffix in _SPARSE)
+    return SparseRows(indices, values, lengths, num_cols)
+
+
+def table_names(key: str, num_cols: int | None) -> tuple[str, ...]:
+    return (key,) if num_cols is None else tuple(key + suffix for suffix in _SPARSE)
+
+
+def as_dense(value: Value) -> Tensor:
+    """(N, ...), differentiable."""
+    return value.to_dense() if isinstance(value, SparseRows) else value
+
+
+def stored(
+    name: str,
+    value: Value,
+    like: Value,
+    device: torch.device,
+    default_value: float | None = None,
+) -> Value:
+    """Items as a cache stores them: cast, padded or pruned to the shape of its rows.
+
+    Args:
+        name: of the argument, for messages.
+        value: (N, ...) items, or SparseRows.
+        like: the feature in the cache.
+        device: where the rows are to be.
+        default_value: pads dense items; None: 0.
+
+    Raises:
+        TypeError, ValueError: the items do not fit.
+    """
+    if isinstance(like, SparseRows):
+        return _stored_sparse(name, value, like, device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    value = value.detach()
+    shape = like.shape[1:]
+    fits = value.ndim == like.ndim and all(
+        mine <= theirs for mine, theirs in zip(value.shape[1:], shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be (items, {_shown(shape)}), got {tuple(value.shape)}")
+    value = value.to(device=device, dtype=like.dtype)
+    if value.shape[1:] == shape:
+        return value
+    padded = value.new_full((len(value), *shape), default_value or 0)
+    padded[tuple(slice(size) for size in value.shape)] = value
+    return padded
+
+
+def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.device) -> SparseRows:
+    if isinstance(value, Tensor):
+        if value.ndim != 2 or value.shape[1] != like.num_cols:
+            raise ValueError(f"{name} must be (items, {like.num_cols}), got {tuple(value.shape)}")
+        value = SparseRows.from_dense(value.detach().to(like.dtype), like.width)
+    if value.num_cols != like.num_cols:
+        raise ValueError(f"{name} must have num_cols {like.num_cols}, got {value.num_cols}")
+    if value.width > like.width:
+        value = SparseRows.from_dense(value.to_dense().detach(), like.width)
+    value = value.to(device)
+    missing = (0, like.width - value.width)
+    return SparseRows(
+        torch.nn.functional.pad(value.indices, missing, value=-1),
+        torch.nn.functional.pad(value.values.detach().to(like.dtype), missing),
+        value.lengths,
+        like.num_cols,
+    )
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return ", ".join(f"up to {size}" for size in shape) or "no more dimensions"

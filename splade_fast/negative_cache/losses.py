@@ -1,0 +1,460 @@
+"""Cross entropy against a cache of documents, by one fresh negative or a few for each query.
+
+Lindgren, Reddi, Guo, Kumar: Efficient Training of Retrieval Models using Negative Cache, NeurIPS
+2021. More than one negative: sampling without replacement with importance weights, Kool, van Hoof,
+Welling, ICML 2019.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from splade_fast.negative_cache.distributed import Ranks
+from splade_fast.negative_cache.features import Tables, Value, as_dense
+from splade_fast.negative_cache.matching import matches
+from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
+from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
+from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
+from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, agree
+from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
+
+Features = Mapping[str, Value]
+DocNetwork = Callable[[dict[str, Value]], Value]
+Reducer = Callable[[Tensor], Tensor]
+
+
+class CacheLossReturn(NamedTuple):
+    """What a loss returns. The dicts are by name of a cache; M updates may be more than B."""
+
+    training_loss: Tensor  # reduced, or (B,); its gradient is that of the cross entropy
+    interpretable_loss: Tensor  # the cross entropy by the cached embeddings; no gradient
+    updated_item_data: Any  # the embeddings (M, ...) of the drawn items by the present network
+    updated_item_indices: Any  # (M,) their slots
+    updated_item_mask: Any  # (M,) bool: which of them to store
+    staleness: Tensor  # |cached - fresh|^2 / |fresh|^2 of the drawn embeddings
+    topk_features: list[dict[str, Value]] | None = None
+
+
+class CacheLoss(metaclass=abc.ABCMeta):
+    """Any callable of this form works with the handlers."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: Tensor,
+        pos_doc_embeddings: Tensor,
+        cache: Mapping[str, NegativeCache],
+        return_topk: int = 0,
+    ) -> CacheLossReturn: ...
+
+
+class AbstractCacheClassificationLoss(nn.Module):
+    """What the losses over the caches of one process and over those of all ranks share."""
+
+    retrieval_fn: nn.Module
+
+    def __init__(
+        self,
+        embedding_key: str,
+        data_keys: Iterable[str],
+        score_transform: Transform | None = None,
+        top_k: int | None = None,
+        reducer: Reducer | None = torch.mean,
+        *,
+        num_negatives: int = 1,
+        in_batch: bool = False,
+        exclude: str | Sequence[str] | None = None,
+        top_k_method: str = "grouped",
+        count_empty_slots: bool = False,
+        retrieval_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            embedding_key: the cached feature that holds the embeddings.
+            data_keys: the cached features that the document network takes.
+            score_transform: T, applied to q · d elementwise. `Scale` keeps scoring and drawing one
+                pass; any other callable goes by tiles of the cache, with the same draws.
+            top_k: count and draw only so many cached documents of each query; None: all.
+            reducer: of the (B,) results; None: none.
+            num_negatives: m, drawn without replacement. Their weights make the gradient's
+                expectation that of the full cross entropy for every m.
+            in_batch: the other positives of this process's batch count and are drawn as well.
+            exclude: features in which a document that equals the query's own positive, bit for bit,
+                is neither counted nor drawn: the name of an id feature, or of several features.
+            top_k_method: "grouped", the highest of each of top_k contiguous groups, or "exact".
+            count_empty_slots: slots that hold nothing yet count as documents of zeros.
+            retrieval_fn: (B, N) scores -> (B, m) indices; None: `GumbelMaxRetrievalFn()`. Others
+                than that are shown all scores.
+        """
+        super().__init__()
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+        if top_k_method not in TOP_K_METHODS:
+            expected = ", ".join(repr(method) for method in TOP_K_METHODS)
+            raise ValueError(f"top_k_method must be one of {expected}, got {top_k_method!r}")
+        self.embedding_key = embedding_key
+        self.data_keys = tuple(data_keys)
+        self.score_transform = score_transform
+        self.top_k = top_k
+        self.reducer = reducer
+        self.num_negatives = num_negatives
+        self.in_batch = in_batch
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+        self.top_k_method = top_k_method
+        self.count_empty_slots = count_empty_slots
+        setattr(self, "retrieval_fn", retrieval_fn or GumbelMaxRetrievalFn())  # noqa: B010
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """retrieval_fn takes any callable, also by the name it has elsewhere."""
+        if name in ("retrieval_fn", "_retrieval_fn"):
+            name = "retrieval_fn"
+            value = value if isinstance(value, nn.Module) else _Function(value)
+        super().__setattr__(name, value)
+
+    @property
+    def _retrieval_fn(self) -> nn.Module:
+        return self.retrieval_fn
+
+    @abc.abstractmethod
+    def _source(
+        self,
+        cache: Mapping[str, NegativeCache],
+        queries: Tensor,
+        positives: Tensor,
+        features: Features | None,
+        return_topk: int,
+    ) -> tuple[Source, Tables | None]:
+        """The documents to choose from, and the items of the queries for `exclude`."""
+
+    def forward(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: Value,
+        pos_doc_embeddings: Value,
+        cache: Mapping[str, NegativeCache],
+        return_topk: int = 0,
+        *,
+        pos_features: Features | None = None,
+    ) -> CacheLossReturn:
+        """training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0]; w = 1 for one.
+
+        Args:
+            doc_network: features by name, (B * m, ...), -> (B * m, D) embeddings. Called once.
+            query_embeddings: (B, D).
+            pos_doc_embeddings: (B, D), the positive of each query.
+            cache: the caches by name; several count as one, in the order of their names.
+            return_topk: also return the features of so many documents of the highest scores that
+                count, unsampled; 1 with top_k: of the drawn ones.
+            pos_features: (B, ...), the features of the positives; needed for `exclude`. They also
+                stand in for negatives where there are none, so that the network sees documents.
+
+        Returns:
+            CacheLossReturn. Queries with nothing to draw have loss 0.
+
+        Raises:
+            TypeError, ValueError, KeyError: the arguments do not fit each other or the caches.
+        """
+        queries, positives = as_dense(query_embeddings), as_dense(pos_doc_embeddings)
+        source, items = self._source(
+            cache, queries.detach(), positives.detach(), pos_features, return_topk
+        )
+        with torch.no_grad():
+            others = self._in_batch_scores(queries, positives, items) if self.in_batch else None
+            found, weights = self._draw(source, others)
+            count = weights.shape[1]
+            slots = found.indices[:, :count]
+            cached = (slots >= 0) & (slots < source.total)
+            slots = torch.where(cached, slots, -1)
+            any_cache = next(iter(cache.values())).data
+            rows = source.rows(slots, *self.data_keys, self.embedding_key)
+            stale = any_cache.values_of(rows, self.embedding_key)[self.embedding_key]
+            data = self._network_input(any_cache, rows, cached, pos_features)
+        fresh = as_dense(doc_network(dict(data)))
+        with torch.no_grad():
+            staleness = _mean_where(cached, _staleness(as_dense(stale), fresh).view(cached.shape))
+            name = "the output of doc_network"
+            tables = any_cache.rows(name, {self.embedding_key: fresh}, slots.device)
+            updates = source.updates(slots, tables)
+            topk_features = self._topk_features(source, any_cache, data, cached, return_topk)
+        negatives = fresh
+        if self.in_batch:
+            other = (found.indices[:, :count] - source.total).flatten()
+            drawn_others = (other >= 0).unsqueeze(1)
+            negatives = torch.where(drawn_others, positives[other.clamp(min=0)], fresh)
+        positive_scores = self._score(queries, positives)
+        repeated = queries.repeat_interleave(count, 0)
+        negative_scores = self._score(repeated, negatives).view(-1, count)
+        # log p = -softplus(log Σ exp S - s_pos), which neither underflows nor overflows.
+        gap = found.logsumexp - positive_scores.detach()
+        differences = negative_scores - positive_scores.unsqueeze(1)
+        training = torch.sigmoid(gap) * torch.where(
+            found.indices[:, :count] >= 0, weights * differences, 0
+        ).sum(1)
+        interpretable = nn.functional.softplus(gap)
+        return CacheLossReturn(
+            training_loss=self._reduced(training),
+            interpretable_loss=self._reduced(interpretable),
+            updated_item_data={name: data for name, (data, _, _) in updates.items()},
+            updated_item_indices={name: indices for name, (_, indices, _) in updates.items()},
+            updated_item_mask={name: mask for name, (_, _, mask) in updates.items()},
+            staleness=self._reduced(staleness),
+            topk_features=topk_features,
+        )
+
+    def _score(self, queries: Tensor, documents: Tensor) -> Tensor:
+        acc = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
+        scores = (queries.to(acc) * documents.to(acc)).sum(1)
+        return scores if self.score_transform is None else self.score_transform(scores)
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        return values if self.reducer is None else self.reducer(values)
+
+    def _top_k(self) -> TopK | None:
+        return TopK(self.top_k, self.top_k_method) if self.top_k else None
+
+    def _draw(self, source: Source, in_batch: Tensor | None) -> tuple[NegativeSamples, Tensor]:
+        """The negatives of each query, and their weights (B, m)."""
+        fn, wanted = self.retrieval_fn, self.num_negatives
+        if not isinstance(fn, GumbelMaxRetrievalFn):
+            found = source.choose(fn, self._top_k(), in_batch)
+            drawn = (found.indices >= 0).to(found.scores.dtype)
+            return found, drawn / drawn.sum(1, keepdim=True).clamp(min=1)
+        # One more than wanted: its perturbed score is the threshold of the others' weights.
+        found = source.draw(wanted + (wanted > 1), fn, self._top_k(), in_batch)
+        if wanted == 1:
+            return found, torch.ones_like(found.scores)
+        return found, _weights(found, fn.inv_temp)
+
+    def _in_batch_scores(self, queries: Tensor, positives: Tensor, items: Tables | None) -> Tensor:
+        """(B, B), -inf where the other positive is or equals the query's own."""
+        scores = tile_scores(queries, positives, self.score_transform)
+        same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        if items is not None:
+            same |= matches(items, items)
+        return scores.masked_fill(same, -torch.inf)
+
+    def _network_input(
+        self, schema: CacheData, rows: Tables, drawn: Tensor, pos_features: Features | None
+    ) -> dict[str, Value]:
+        """The features of the drawn documents; of the positive where none was drawn."""
+        tables = self._tables(schema, rows)
+        if pos_features is not None:
+            own = schema.rows("features", _chosen(pos_features, self.data_keys), drawn.device)
+            count = drawn.shape[1]
+            from_cache = drawn.flatten()
+            for name, table in tables.items():
+                mine = own[name].repeat_interleave(count, 0)
+                shape = (-1,) + (1,) * (table.ndim - 1)
+                tables[name] = torch.where(from_cache.view(shape), table, mine)
+        return schema.values_of(tables, *self.data_keys)
+
+    def _tables(self, schema: CacheData, rows: Tables) -> Tables:
+        return {name: rows[name] for name in schema.tables(self.data_keys)}
+
+    def _topk_features(
+        self,
+        source: Source,
+        schema: CacheData,
+        drawn: dict[str, Value],
+        cached: Tensor,
+        count: int,
+    ) -> list[dict[str, Value]] | None:
+        if count < 1:
+            return None
+        if count == 1 and self.top_k:
+            return [drawn]
+        if self.top_k:
+            count = min(count, self.top_k)
+        slots = source.highest(min(count, source.total), self._top_k()).slots
+        rows = self._tables(schema, source.rows(slots, *self.data_keys))
+        per_query = slots.shape[1]
+        return [
+            schema.values_of(
+                {name: table[start : start + per_query] for name, table in rows.items()},
+                *self.data_keys,
+            )
+            for start in range(0, slots.numel(), max(per_query, 1))
+        ]
+
+    def _items(
+        self, schema: CacheData, pos_features: Features | None, batch: int, device: torch.device
+    ) -> Tables | None:
+        """The features by which documents are told apart."""
+        if not self.exclude:
+            return None
+        if pos_features is None:
+            raise ValueError(
+                f"pos_features must hold {', '.join(self.exclude)} for exclude, got None"
+            )
+        items = schema.rows("pos_features", _chosen(pos_features, self.exclude), device)
+        counts = {len(table) for table in items.values()}
+        if counts != {batch}:
+            raise ValueError(f"pos_features must be ({batch}, ...), got {sorted(counts)} items")
+        return items
+
+    def _joined(
+        self, cache: Mapping[str, NegativeCache], queries: Tensor, positives: Tensor
+    ) -> JoinedCache:
+        """The caches as one; raises where the arguments do not fit."""
+        if not cache:
+            raise ValueError("cache must hold at least one cache, got none")
+        if queries.ndim != 2 or positives.shape != queries.shape:
+            raise ValueError(
+                "query_embeddings and pos_doc_embeddings must be (queries, depth) alike, got "
+                f"{tuple(queries.shape)} and {tuple(positives.shape)}"
+            )
+        for name, one in cache.items():
+            for key in (self.embedding_key, *self.data_keys, *self.exclude):
+                if key not in one.data:
+                    raise KeyError(f"cache[{name!r}] must have {key!r}, got {sorted(one.data)}")
+            if one.device != queries.device:
+                raise ValueError(
+                    f"cache[{name!r}] must be on the device of query_embeddings, "
+                    f"{queries.device}, got {one.device}"
+                )
+        joined = JoinedCache(cache, self.embedding_key, count_empty_slots=self.count_empty_slots)
+        for depth in joined.depths():
+            if queries.shape[1] != depth:
+                raise ValueError(
+                    f"query_embeddings must be (queries, {depth}) as the cached embeddings, "
+                    f"got {tuple(queries.shape)}"
+                )
+        return joined
+
+
+class CacheClassificationLoss(AbstractCacheClassificationLoss):
+    """The loss over the caches of this process."""
+
+    def _source(
+        self,
+        cache: Mapping[str, NegativeCache],
+        queries: Tensor,
+        positives: Tensor,
+        features: Features | None,
+        return_topk: int,
+    ) -> tuple[Source, Tables | None]:
+        joined = self._joined(cache, queries, positives)
+        schema = joined.caches[0].data
+        items = self._items(schema, features, len(queries), queries.device)
+        with torch.no_grad():
+            return LocalCaches(joined, queries, self.score_transform, items), items
+
+
+class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
+    """The loss over the caches of all ranks as one: each rank keeps a part.
+
+    All ranks call it together. Batches and caches may differ in size; whatever else differs, or a
+    wrong argument on one rank, raises on all of them. The noise of the first rank counts: the
+    draws are those of one process with all caches, in the order of the ranks, and all queries.
+    Refreshed embeddings return to the rank that owns them.
+
+    Args:
+        process_group: whose ranks; None: all.
+        others: as `CacheClassificationLoss`.
+    """
+
+    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+
+    def _source(
+        self,
+        cache: Mapping[str, NegativeCache],
+        queries: Tensor,
+        positives: Tensor,
+        features: Features | None,
+        return_topk: int,
+    ) -> tuple[Source, Tables | None]:
+        ranks = Ranks(self.process_group)
+        error: Exception | None = None
+        joined, items, settings = None, None, ""
+        try:
+            if self.top_k is not None and self.top_k < ranks.count:
+                raise ValueError(
+                    f"top_k must be at least the number of ranks, {ranks.count}, got {self.top_k}"
+                )
+            joined = self._joined(cache, queries, positives)
+            schema = joined.caches[0].data
+            items = self._items(schema, features, len(queries), queries.device)
+            settings = self._settings(schema, queries, return_topk)
+        except (TypeError, ValueError, KeyError) as problem:
+            error = problem
+        fn = self.retrieval_fn
+        state = fn.rng.state if isinstance(fn, GumbelMaxRetrievalFn) else torch.zeros(2).long()
+        slots = joined.size if joined is not None else 0
+        batch = len(queries)
+        sizes, batches, state = agree(ranks, error, batch, slots, settings, state)
+        assert joined is not None
+        with torch.no_grad():
+            source = ShardedCaches(
+                ranks, sizes, batches, joined, queries, self.score_transform, items, state
+            )
+        return source, items
+
+    def _settings(self, schema: CacheData, queries: Tensor, return_topk: int) -> str:
+        tables = {
+            name: (tuple(table.shape[1:]), str(table.dtype))
+            for name, table in sorted(schema.tables().items())
+        }
+        options = (
+            self.embedding_key,
+            self.data_keys,
+            self.top_k,
+            self.top_k_method,
+            self.num_negatives,
+            self.exclude,
+            return_topk,
+            type(self.retrieval_fn).__name__,
+        )
+        return f"{queries.dtype} {tuple(queries.shape[1:])} {tables} {options}"
+
+
+class _Function(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self.function(scores)
+
+
+def _chosen(features: Features, keys: Iterable[str]) -> dict[str, Value]:
+    missing = [key for key in keys if key not in features]
+    if missing:
+        raise KeyError(f"features must have {missing[0]!r}, got {sorted(features)}")
+    return {key: features[key] for key in keys}
+
+
+def _staleness(cached: Tensor, fresh: Tensor) -> Tensor:
+    """|cached - fresh|^2 / |fresh|^2 (N,); 0 where both are 0."""
+    fresh = fresh.to(torch.promote_types(fresh.dtype, torch.float32))
+    moved = (cached.to(fresh.dtype) - fresh).square().sum(1)
+    return torch.where(moved == 0, 0, moved / fresh.square().sum(1))
+
+
+def _mean_where(counts: Tensor, values: Tensor) -> Tensor:
+    """(B,) from (B, m)."""
+    return torch.where(counts, values, 0).sum(1) / counts.sum(1).clamp(min=1)
+
+
+def _weights(found: NegativeSamples, inv_temp: float) -> Tensor:
+    """w_j = softmax(S)_j / P(j is drawn | the threshold), so that E Σ_j w_j f_j = E_softmax(S) f.
+
+    The threshold is the perturbed score of the draw that is one too many; where there is none, all
+    documents were drawn and their probabilities remain.
+    """
+    scores = found.scores[:, :-1]
+    above = inv_temp * scores - found.perturbed[:, -1:]
+    # log(1 - exp(-exp(x))) is x where exp(x) is small.
+    log_drawn = torch.where(above < -15, above, torch.log(-torch.expm1(-torch.exp(above))))
+    weights = torch.exp(scores - found.logsumexp.unsqueeze(1) - log_drawn)
+    return torch.where(found.indices[:, :-1] >= 0, weights, 0)

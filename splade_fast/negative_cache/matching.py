@@ -1,0 +1,55 @@
+"""Which slots of a cache hold a given item: exact comparison of features, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splade_fast.negative_cache.features import Tables
+
+_ROWS_AT_ONCE = 8192
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def matches(items: Tables, stored: Tables) -> Tensor:
+    """(N, C) bool: item n and row c agree in all tables.
+
+    One number for each item, an id, is compared as it is. Longer features are compared by a
+    64-bit fingerprint first and entry by entry where that agrees, which waits for a GPU.
+
+    Args:
+        items: (N, ...) by name, as the cache stores them.
+        stored: (C, ...) by the same names.
+    """
+    if sum(table[0].numel() if len(table) else 1 for table in items.values()) == 1:
+        (name,) = items
+        mine, theirs = _integers(items[name]), _integers(stored[name]).to(items[name].device)
+        return mine == theirs.t()
+    device = next(iter(items.values())).device
+    hit = _fingerprints(items, device)[:, None] == _fingerprints(stored, device)
+    n, c = hit.nonzero(as_tuple=True)
+    same = torch.ones_like(n, dtype=torch.bool)
+    for name, table in items.items():
+        theirs = _integers(stored[name])[c.to(stored[name].device)].to(device)
+        same &= (_integers(table)[n] == theirs).all(1)
+    return hit.index_put((n, c), same)
+
+
+def _integers(table: Tensor) -> Tensor:
+    """(N, entries) of the same bits."""
+    return table.reshape(len(table), table[:1].numel() if len(table) else -1).view(
+        _INTEGERS[table.element_size()]
+    )
+
+
+def _fingerprints(tables: Tables, device: torch.device) -> Tensor:
+    """(N,) int64: a random linear combination of all entries, modulo 2^64."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for table in tables.values():
+        entries = _integers(table)
+        factors = torch.randint(-(2**63), 2**63 - 1, (entries.shape[1],), generator=generator)
+        factors = factors.to(device)
+        parts = [(part.to(device).long() * factors).sum(1) for part in entries.split(_ROWS_AT_ONCE)]
+        total = total + torch.cat(parts)
+    return total

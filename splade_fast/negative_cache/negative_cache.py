@@ -1,0 +1,355 @@
+"""A cache of items and their embeddings, and how it is updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splade_fast.negative_cache.features import (
+    Feature,
+    FixedLenFeature,
+    SparseFeature,
+    Tables,
+    Value,
+    sparse_tables,
+    stored,
+    table_names,
+    value_of,
+)
+from splade_fast.ops.gather import gather_rows, oldest_slots, write_rows
+from splade_fast.sparse_rows import SparseRows
+
+__all__ = ["CacheData", "CacheManager", "FixedLenFeature", "NegativeCache", "SparseFeature"]
+
+STORAGES = ("device", "pinned")
+
+
+class CacheData(nn.Module, MutableMapping[str, Value]):
+    """The features of C items by name: a mapping to (C, ...) tensors or SparseRows, all buffers."""
+
+    def __init__(
+        self,
+        data: Mapping[str, Value],
+        storage: str = "device",
+        defaults: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        self.storage = storage
+        self._defaults = dict(defaults or {})
+        self._num_cols: dict[str, int | None] = {}
+        for key, value in data.items():
+            self[key] = value
+
+    def __getitem__(self, key: str) -> Value:
+        return value_of(key, self.tables(), self._num_cols[key])
+
+    def __setitem__(self, key: str, value: Value) -> None:
+        """The value itself becomes the buffer."""
+        if not isinstance(key, str) or not key or "." in key:
+            raise ValueError(f"keys must be strings without dots, got {key!r}")
+        if key in self._num_cols:
+            del self[key]
+        # Not register_buffer: it refuses the names of a module's methods, as "type".
+        if isinstance(value, SparseRows):
+            self._num_cols[key] = value.num_cols
+            self._buffers.update(sparse_tables(key, value))
+        else:
+            self._num_cols[key] = None
+            self._buffers[key] = value.detach()
+
+    def __delitem__(self, key: str) -> None:
+        for name in table_names(key, self._num_cols.pop(key)):
+            del self._buffers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._num_cols)
+
+    def __len__(self) -> int:
+        return len(self._num_cols)
+
+    # A mapping without elements is false; a module never is.
+    def __bool__(self) -> bool:
+        return True
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def tables(self, keys: Iterable[str] | None = None) -> Tables:
+        """The tensors behind some features; None: behind all."""
+        if keys is None:
+            return {name: table for name, table in self._buffers.items() if table is not None}
+        names = [name for key in keys for name in table_names(key, self._num_cols[key])]
+        tables = {name: self._buffers[name] for name in names}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def values_of(self, tables: Mapping[str, Tensor], *keys: str) -> dict[str, Value]:
+        """Features from rows of their tables."""
+        return {key: value_of(key, tables, self._num_cols[key]) for key in keys}
+
+    def tables_of(self, values: Mapping[str, Value]) -> Tables:
+        """The inverse of `values_of`."""
+        tables: Tables = {}
+        for key, value in values.items():
+            tables |= sparse_tables(key, value) if isinstance(value, SparseRows) else {key: value}
+        return tables
+
+    def rows(self, name: str, items: Mapping[str, Value], device: torch.device) -> Tables:
+        """Items as rows of the tables of their features, padded, pruned and cast.
+
+        Raises:
+            TypeError, ValueError: they do not fit; `name` is the argument that held them.
+        """
+        values = {
+            key: stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
+            for key, value in items.items()
+        }
+        counts = {key: len(value) for key, value in values.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{name} must have as many items for every key, got {counts}")
+        return self.tables_of(values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheData:
+        if self.storage == "device":
+            super()._apply(fn, recurse)
+            return self
+        for name, table in self.tables().items():
+            moved = fn(table.new_empty(0))
+            table = table.to(moved.dtype)
+            if moved.is_cuda and not table.is_pinned():
+                table = table.pin_memory()
+            self._buffers[name] = table
+        return self
+
+
+class NegativeCache(nn.Module):
+    """C items with their embeddings, the steps since each was last new or fresh, and which are set.
+
+    Args:
+        data: the features by name, (C, ...) tensors or SparseRows of C rows.
+        age: (C,) int32.
+        valid: (C,) bool, false for slots that hold no item yet; None: all do.
+        storage: "device", or "pinned": the features stay in host memory, which a GPU reads and
+            writes in place; page-locked from when the module moves to a GPU.
+        defaults: by name, what pads items that are smaller than the cache's rows; else 0.
+    """
+
+    data: CacheData
+    age: Tensor
+    valid: Tensor
+
+    def __init__(
+        self,
+        data: Mapping[str, Value],
+        age: Tensor | Any,
+        valid: Tensor | None = None,
+        *,
+        storage: str = "device",
+        defaults: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.data = CacheData(data, storage, defaults)
+        age = torch.as_tensor(age, dtype=torch.int32)
+        if valid is None:
+            tables = self.data.tables().values()
+            count = len(next(iter(tables))) if tables else len(age)
+            valid = torch.ones(count, dtype=torch.bool, device=age.device)
+        self.register_buffer("age", age)
+        self.register_buffer("valid", valid)
+
+    @property
+    def size(self) -> int:
+        """C."""
+        return len(self.valid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where draws and updates happen; pinned features stay in host memory."""
+        if self.data.storage == "pinned":
+            return self.age.device
+        return next((table.device for table in self.data.tables().values()), self.age.device)
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether everything that does not stay in host memory is there."""
+        tensors = [self.age, self.valid]
+        if self.data.storage == "device":
+            tensors += self.data.tables().values()
+        return all(tensor.device == device for tensor in tensors)
+
+    def gather(self, slots: Tensor, *keys: str) -> Tables:
+        """Rows of the tables of some features, (N, ...) for slots (N,); on the cache's device."""
+        return gather_rows(self.data.tables(keys), slots)
+
+
+class CacheManager:
+    """Makes and updates caches that replace their oldest items (FIFO) or longest unused (LRU).
+
+    Args:
+        specs: the features by name.
+        cache_size: slots, C.
+        use_lru: a refreshed item counts as new.
+        storage: where the features are, see `NegativeCache`.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, Feature],
+        cache_size: int,
+        use_lru: bool = True,
+        *,
+        storage: str = "device",
+    ) -> None:
+        if not isinstance(cache_size, int) or cache_size < 1:
+            raise ValueError(f"cache_size must be an integer of at least 1, got {cache_size!r}")
+        self.specs = specs
+        self.cache_size = cache_size
+        self.use_lru = use_lru
+        self.storage = storage
+
+    def init_cache(self) -> NegativeCache:
+        """A cache of zeros in which no slot is valid."""
+        count = self.cache_size
+        data: dict[str, Value] = {}
+        for key, spec in self.specs.items():
+            tables = {key + suffix: table for suffix, table in spec.zeros(count).items()}
+            num_cols = spec.num_cols if isinstance(spec, SparseFeature) else None
+            data[key] = value_of(key, tables, num_cols)
+        defaults = {
+            key: spec.default_value
+            for key, spec in self.specs.items()
+            if isinstance(spec, FixedLenFeature) and spec.default_value is not None
+        }
+        return NegativeCache(
+            data,
+            torch.zeros(count, dtype=torch.int32),
+            torch.zeros(count, dtype=torch.bool),
+            storage=self.storage,
+            defaults=defaults,
+        )
+
+    @torch.no_grad()
+    def update_cache(
+        self,
+        cache: NegativeCache,
+        *,
+        new_items: Mapping[str, Value] | None = None,
+        new_items_mask: Tensor | None = None,
+        updated_item_data: Mapping[str, Value] | None = None,
+        updated_item_indices: Tensor | None = None,
+        updated_item_mask: Tensor | None = None,
+    ) -> NegativeCache:
+        """Refresh some items, put new ones in place of the oldest; every other age grows by one.
+
+        The m-th unmasked new item takes the m-th oldest slot; of equal ages the lowest slot counts
+        as the oldest. Refreshed items get age 0 with `use_lru`; new ones always.
+
+        Args:
+            cache: is changed in place: completely, or not at all where this raises.
+            new_items: (N, ...) for every feature of the cache. Items that are smaller than the
+                spec's shape are padded, sparse features pruned.
+            new_items_mask: (N,) bool, false: this one is not added. None: all are.
+            updated_item_data: (M, ...) for some features.
+            updated_item_indices: (M,) slots; of several for one slot the last counts.
+            updated_item_mask: (M,) bool, false: this one is not written, whatever its index.
+
+        Returns:
+            The cache.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the cache; there are more new items
+                than slots.
+            RuntimeError: a slot is out of range, see `scatter_rows_`.
+        """
+        if len(cache.age) != cache.size:
+            raise ValueError(f"cache.age must be ({cache.size},), got {tuple(cache.age.shape)}")
+        device = cache.device
+        new: Tables | None = None
+        mask: Tensor | None = None
+        if new_items is not None:
+            if set(new_items) != set(cache.data):
+                raise ValueError(
+                    f"new_items must have the keys of the cache, {sorted(cache.data)}, "
+                    f"got {sorted(new_items)}"
+                )
+            new = cache.data.rows("new_items", new_items, device)
+            count = _count(new)
+            mask = _mask_on("new_items_mask", new_items_mask, count, device)
+            if count > cache.size and (mask is None or int(mask.sum()) > cache.size):
+                raise ValueError(
+                    f"new_items must be at most the {cache.size} slots of the cache, got {count}"
+                )
+        if updated_item_indices is not None:
+            self._refresh(
+                cache, device, updated_item_data or {}, updated_item_indices, updated_item_mask
+            )
+        elif updated_item_data:
+            raise ValueError("updated_item_indices must be given with updated_item_data, got None")
+        if new is not None:
+            _insert(cache, new, mask)
+        cache.age.add_(1)
+        return cache
+
+    def _refresh(
+        self,
+        cache: NegativeCache,
+        device: torch.device,
+        data: Mapping[str, Value],
+        indices: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        if not set(data) <= set(cache.data):
+            raise ValueError(
+                f"updated_item_data must have keys of the cache, {sorted(cache.data)}, "
+                f"got {sorted(data)}"
+            )
+        rows = cache.data.rows("updated_item_data", data, device)
+        if indices.ndim != 1 or (rows and len(indices) != _count(rows)):
+            raise ValueError(
+                f"updated_item_indices must be ({_count(rows)},) as updated_item_data, "
+                f"got {tuple(indices.shape)}"
+            )
+        mask = _mask_on("updated_item_mask", mask, len(indices), device)
+        tables = list(cache.data.tables(data).values())
+        fresh = list(rows.values())
+        if self.use_lru:
+            tables.append(cache.age)
+            fresh.append(cache.age.new_full((len(indices),), -1))
+        write_rows(tables, indices.to(device), fresh, mask)
+
+
+def _insert(cache: NegativeCache, rows: Tables, mask: Tensor | None) -> None:
+    """In place of the oldest items."""
+    count = _count(rows)
+    slots = oldest_slots(cache.age, min(count, cache.size))
+    if mask is not None:
+        # The m-th item that is not masked takes the m-th slot.
+        slots = slots[(mask.cumsum(0) - 1).clamp(0, max(len(slots) - 1, 0))]
+    tables = cache.data.tables()
+    write_rows(
+        [*tables.values(), cache.age, cache.valid],
+        slots,
+        [
+            *(rows[name] for name in tables),
+            cache.age.new_full((count,), -1),
+            cache.valid.new_full((count,), True),
+        ],
+        mask,
+    )
+
+
+def _count(rows: Tables) -> int:
+    return len(next(iter(rows.values()))) if rows else 0
+
+
+def _mask_on(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != (count,):
+        raise ValueError(f"{name} must be ({count},), got {tuple(mask.shape)}")
+    return mask.to(device, torch.bool)

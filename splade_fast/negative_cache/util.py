@@ -1,0 +1,38 @@
+"""Utilities of the negative cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splade_fast.negative_cache.distributed import Ranks
+
+
+def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The highest score of each of k contiguous groups of columns, and where it is.
+
+    Args:
+        negative_scores: (B, N).
+        k: number of groups, at least 1; where k does not divide N, the first N % k groups have one
+            column more. At most N groups are made.
+
+    Returns:
+        Scores (B, k) and columns (B, k) int64; of equal scores the first column.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    groups = negative_scores.tensor_split(min(k, negative_scores.shape[1]), 1)
+    starts = [0]
+    for group in groups:
+        starts.append(starts[-1] + group.shape[1])
+    best = [group.max(1) for group in groups]
+    indices = [places + start for (_, places), start in zip(best, starts, strict=False)]
+    return torch.stack([scores for scores, _ in best], 1), torch.stack(indices, 1)
+
+
+def cross_replica_concat(
+    tensor: Tensor, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """(ranks * N, ...) from (N, ...) on every rank, in the order of the ranks; no gradient."""
+    (gathered,) = Ranks(group).all_gather(tensor)
+    return gathered.flatten(0, 1)

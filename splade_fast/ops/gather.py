@@ -1,0 +1,172 @@
+"""gather: rows of several tables, read and written in one launch."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from splade_fast import _library, reference
+from splade_fast.ops._checks import check_device, check_tensor
+from splade_fast.ops.prune import prune_rows
+
+
+def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+    """rows[name][i] = tables[name][indices[i]], of all tables in one launch.
+
+    Nothing is differentiable here: tables are a store of values.
+
+    Args:
+        tables: (C, ...) each, of any dtype and row shape, with the same C; on the device of the
+            indices, or, with indices on a GPU, in pinned host memory, which the GPU then reads in
+            place. Pinned tables have to outlive the work that reads them.
+        indices: (N,) int64 or int32, between 0 and C - 1.
+
+    Returns:
+        For each table (N, ...), a new tensor on the device of the indices.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device, or a table requires
+            a gradient while gradients are recorded.
+        RuntimeError: an index is out of range. On a GPU, where looking would mean waiting, the
+            kernel stops by a device-side assertion, as PyTorch's indexing does: the next call that
+            waits for the GPU raises.
+    """
+    names, values = _check_tables(tables, indices)
+    if not _library.has_kernels(indices.device):
+        return reference.gather_rows(dict(zip(names, values, strict=True)), indices)
+    gathered = torch.ops.splade_fast.gather_rows(values, indices.long())
+    return dict(zip(names, gathered, strict=True))
+
+
+def scatter_rows_(
+    tables: Mapping[str, Tensor],
+    indices: Tensor,
+    rows: Mapping[str, Tensor],
+    *,
+    mask: Tensor | None = None,
+) -> None:
+    """tables[name][indices[i]] = rows[name][i] for i = 0 … N - 1, in all tables or in none.
+
+    Of several rows for the same place the last one stays. Rows are stored as values: what is
+    written has no gradient.
+
+    Args:
+        tables: (C, ...) each, as in `gather_rows`; each row in one piece, and no memory in two
+            tables. On a GPU a pinned table changes when the kernel runs: wait for it before
+            looking.
+        indices: (N,) int64 or int32, between 0 and C - 1 where the mask is true.
+        rows: (N, ...) for each table, on the device of the indices, with its dtype and row shape.
+        mask: (N,) bool; rows where it is false are not written, and their index may be anything.
+            None: all are written.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device, or a table requires
+            a gradient while gradients are recorded.
+        RuntimeError: an index is out of range; nothing was written. On a GPU the next call that
+            waits for it raises, see `gather_rows`.
+    """
+    names, values = _check_tables(tables, indices)
+    if set(rows) != set(names):
+        raise ValueError(f"rows must have the names of tables, {sorted(names)}, got {sorted(rows)}")
+    sources = [rows[name].detach() for name in names]
+    for name, table, source in zip(names, values, sources, strict=True):
+        label = f"rows[{name!r}]"
+        if source.dtype != table.dtype:
+            raise TypeError(
+                f"{label} must have the dtype of its table, {table.dtype}, got {source.dtype}"
+            )
+        expected = (indices.shape[0], *table.shape[1:])
+        if source.shape != expected:
+            raise ValueError(f"{label} must be {tuple(expected)}, got {tuple(source.shape)}")
+        check_device(label, source, "indices", indices)
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        if mask.shape != indices.shape:
+            raise ValueError(f"mask must be {tuple(indices.shape)}, got {tuple(mask.shape)}")
+        check_device("mask", mask, "indices", indices)
+    write_rows(values, indices, sources, mask)
+
+
+@torch.no_grad()
+def write_rows(
+    tables: list[Tensor], indices: Tensor, rows: list[Tensor], mask: Tensor | None
+) -> None:
+    """`scatter_rows_` for arguments that are known to fit."""
+    if not _library.has_kernels(indices.device):
+        named = [{str(i): t for i, t in enumerate(tensors)} for tensors in (tables, rows)]
+        reference.scatter_rows_(named[0], indices, named[1], mask)
+        return
+    torch.ops.splade_fast.scatter_rows_(tables, indices.long(), rows, mask)
+    if not torch.compiler.is_compiling():
+        # What a backward has saved of a table must not be used as if it had not changed.
+        torch.autograd.graph.increment_version(tables)
+
+
+def oldest_slots(age: Tensor, count: int) -> Tensor:
+    """The slots of the `count` largest ages; of equal ages the lowest slot first.
+
+    Args:
+        age: (C,) int32.
+        count: between 0 and C.
+
+    Returns:
+        (count,) int64, from the oldest on.
+    """
+    if age.device.type == "cpu" and _library.has_kernels(age.device):
+        oldest: Tensor = torch.ops.splade_fast.oldest_slots(age, count)
+        return oldest
+    # Every int32 is a float64.
+    slots, ages, _ = prune_rows(age.double()[None], count, -torch.inf, None, None)
+    order = ages[0].sort(descending=True, stable=True)[1]
+    return slots[0].long()[order]
+
+
+def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[str], list[Tensor]]:
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+    if indices.ndim != 1:
+        raise ValueError(f"indices must be (count,), got {tuple(indices.shape)}")
+    count: int | torch.SymInt | None = None
+    for name, table in tables.items():
+        label = f"tables[{name!r}]"
+        check_tensor(label, table)
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{label} must not require a gradient: gathering has none; detach the table"
+            )
+        if table.ndim < 1:
+            raise ValueError(f"{label} must be (rows, ...), got a scalar")
+        if count is None:
+            count = table.shape[0]
+        if table.shape[0] != count:
+            raise ValueError(f"{label} must have {count} rows, got {table.shape[0]}")
+        pinned = indices.is_cuda and table.device.type == "cpu" and table.is_pinned()
+        if not pinned:
+            check_device(label, table, "indices", indices)
+    return list(tables), list(tables.values())
+
+
+def _gather_fake(tables: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+    return [
+        table.new_empty((indices.shape[0], *table.shape[1:]), device=indices.device)
+        for table in tables
+    ]
+
+
+def _scatter_fake(
+    tables: Sequence[Tensor], indices: Tensor, rows: Sequence[Tensor], mask: Tensor | None
+) -> None:
+    return None
+
+
+def _oldest_fake(age: Tensor, count: int) -> Tensor:
+    return age.new_empty((count,), dtype=torch.int64)
+
+
+if _library.cpu_library_loaded():
+    torch.library.register_fake("splade_fast::gather_rows", _gather_fake)
+    torch.library.register_fake("splade_fast::scatter_rows_", _scatter_fake)
+    torch.library.register_fake("splade_fast::oldest_slots", _oldest_fake)

@@ -1,0 +1,49 @@
+"""gather in plain PyTorch: rows of several tables, read and written."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+    """rows[name][i] = tables[name][indices[i]], on the device of the indices."""
+    _check_range(tables, indices)
+    return {
+        name: _bits(table)[indices.to(table.device)].to(indices.device).view(table.dtype)
+        for name, table in tables.items()
+    }
+
+
+def scatter_rows_(
+    tables: Mapping[str, Tensor],
+    indices: Tensor,
+    rows: Mapping[str, Tensor],
+    mask: Tensor | None = None,
+) -> None:
+    """tables[name][indices[i]] = rows[name][i] for i = 0, 1, … where the mask allows it."""
+    written = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
+    _check_range(tables, indices[written])
+    for name, table in tables.items():
+        order = torch.arange(len(indices), device=indices.device)
+        places, order = indices[written], order[written]
+        last = order.new_full((len(table),), -1).scatter_reduce(0, places, order, "amax")
+        kept = order[last[places] == order]
+        _bits(table)[indices[kept].to(table.device)] = _bits(rows[name])[kept].to(table.device)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype that PyTorch can index: it cannot with all unsigned ones."""
+    return tensor.view(_SIGNED.get(tensor.dtype, tensor.dtype))
+
+
+def _check_range(tables: Mapping[str, Tensor], indices: Tensor) -> None:
+    for table in tables.values():
+        outside = indices[(indices < 0) | (indices >= len(table))]
+        if len(outside):
+            raise RuntimeError(
+                f"indices must be between 0 and {len(table) - 1}, the last row of the tables, "
+                f"got {int(outside[0])}"
+            )
