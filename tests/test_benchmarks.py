@@ -59,7 +59,9 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         rows = read_csv(Row, path)
         others = {"score": {"torch sparse"}, "head_trained": {"dense"}}.get(op, set())
         assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
-        backward = {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
+        backward = (
+            {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
+        )
         assert {row.direction for row in rows} == {"forward"} | backward
         assert all(row.correct and row.median_ms and row.torch and row.rounds == 3 for row in rows)
         measured = [row for row in rows if row.contender in ("ours", "eager")]

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import splade_fast as sf
 from splade_fast import regularizers
 from tests.ops.inputs import DTYPES
+from tests.ranks import run_ranks
 from tests.tolerances import assert_accurate
 
 
@@ -81,6 +83,30 @@ def test_no_rows_and_zero_rows(name):
     assert value.item() == (pytest.approx(1e4) if name == "anti_zero" else 0)
     value.backward()
     assert zero.grad.isfinite().all()
+
+
+def gradient_over_ranks(rank: int, count: int) -> None:
+    """Under DistributedDataParallel each rank gets the gradient of the joined batch."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(4, 50).double()
+    inputs = torch.randn(7, 4, dtype=torch.float64)
+    parts = inputs.tensor_split([2]) if count == 2 else inputs.tensor_split([2, 2])
+    for name in ("flops", "df_flops"):
+        loss, formula = LOSSES[name]
+        joined = formula(encoder(inputs).relu())
+        (expected,) = torch.autograd.grad(joined, encoder.weight)
+        encoder.zero_grad()
+        parallel = DistributedDataParallel(encoder)  # has to live until the gradients are there
+        value = loss(parallel(parts[rank]).relu())
+        value.backward()
+        torch.testing.assert_close(value.detach(), joined.detach())
+        torch.testing.assert_close(encoder.weight.grad, expected)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_over_ranks(count, tmp_path):
+    """Batches of different sizes, one of them empty."""
+    run_ranks(count, gradient_over_ranks, tmp_path)
 
 
 def test_threshold_spares_sparse_rows():

@@ -19,7 +19,7 @@ from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
 from splade_fast.negative_cache.util import cross_replica_concat
 from tests.negative_cache.models import Tower, cache_of, column, identity, tower_manager
-from tests.negative_cache.ranks import run_ranks
+from tests.ranks import run_ranks
 
 KEYS = {"embedding_key": "embedding", "data_keys": ("ids",)}
 
