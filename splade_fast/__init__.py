@@ -1,5 +1,6 @@
 """splade_fast: exact, fused kernels for learned sparse retrieval (SPLADE) in PyTorch."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splade_fast import reference
@@ -16,11 +17,22 @@ from splade_fast.ops import (
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
+    from splade_fast.bag_of_words import BagOfWordsQueryEncoder
     from splade_fast.model import SpladeEncoder
+    from splade_fast.term_weights import TermWeightEncoder
+
+# They bring transformers along, which users of the ops alone should not wait for.
+_ENCODERS = {
+    "BagOfWordsQueryEncoder": "bag_of_words",
+    "SpladeEncoder": "model",
+    "TermWeightEncoder": "term_weights",
+}
 
 __all__ = [
+    "BagOfWordsQueryEncoder",
     "SparseRows",
     "SpladeEncoder",
+    "TermWeightEncoder",
     "__version__",
     "build_info",
     "prune_topk",
@@ -34,9 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """SpladeEncoder brings transformers along, which users of the ops alone should not wait for."""
-    if name == "SpladeEncoder":
-        from splade_fast.model import SpladeEncoder
-
-        return SpladeEncoder
+    if name in _ENCODERS:
+        return getattr(import_module(f"splade_fast.{_ENCODERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

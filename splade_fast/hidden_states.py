@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ class _DecoderReached(Exception):  # noqa: N818 (no error: a way out)
         self.hidden = hidden
 
 
+class _Exit:
+    """A forward pre-hook that stays on the decoder and does nothing unless it is open.
+
+    Hooking the decoder anew for every forward would do as well, but torch.compile cannot trace it.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __call__(self, decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.open:
+            raise _DecoderReached(args[0])
+
+
 def decoder_of(model: PreTrainedModel) -> nn.Linear:
     """The linear layer that turns hidden states into logits over the vocabulary.
 
@@ -25,29 +40,39 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
     """
     decoder = model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
+        kind = type(decoder)
+        advice = "; keep adapters off the decoder" if kind.__module__.startswith("peft.") else ""
         raise ValueError(
             f"{type(model).__name__}.get_output_embeddings() must be a torch.nn.Linear, "
-            f"got {type(decoder).__name__}"
+            f"got {kind.__module__}.{kind.__qualname__}{advice}"
         )
     return decoder
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values for generating text unless told not to."""
+    # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "use_cache" in inspect.signature(inner.forward).parameters
 
 
 def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What the decoder would be given: (B, L, D), with the gradient graph behind it.
 
     Any family works, because the model's own forward runs up to the decoder and is left there
-    by an exception. Nothing of the model changes, and the logits never exist.
+    by an exception. The model computes what it did, and the logits never exist.
 
     Raises:
         ValueError: the model's forward does not call its decoder.
     """
-    handle = decoder_of(model).register_forward_pre_hook(_leave_with_input)
+    way_out = _exit_of(decoder_of(model))
+    way_out.open = True
     try:
         model(**inputs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
-        handle.remove()
+        way_out.open = False
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
 
 
@@ -88,5 +113,10 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
         )
 
 
-def _leave_with_input(decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
-    raise _DecoderReached(args[0])
+def _exit_of(decoder: nn.Module) -> _Exit:
+    for hook in decoder._forward_pre_hooks.values():
+        if isinstance(hook, _Exit):
+            return hook
+    way_out = _Exit()
+    decoder.register_forward_pre_hook(way_out)
+    return way_out

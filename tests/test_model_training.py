@@ -1,0 +1,224 @@
+"""SpladeEncoder in training: every family, and what people wrap around a model."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from splade_fast import reference
+from splade_fast.model import SpladeEncoder
+from tests.tiny_models import (
+    VOCAB_SIZE,
+    causal_lm_configs,
+    make_model,
+    make_tokenizer,
+    masked_lm_configs,
+    save_checkpoint,
+    tied_weights,
+)
+from tests.tolerances import assert_accurate
+
+MASKED, CAUSAL = masked_lm_configs(), causal_lm_configs()
+FAMILIES = {**MASKED, **CAUSAL}
+TEXTS = ["quick fox", "the lazy dog sleeps under an old tree", "unknownword", "a quick dog"]
+UPSTREAM = torch.linspace(0.1, 1, len(TEXTS) * VOCAB_SIZE, dtype=torch.float64).view(len(TEXTS), -1)
+
+
+def encoder_of(config, dtype=torch.float32):
+    return SpladeEncoder(make_model(config).to(dtype), make_tokenizer())
+
+
+def by_reference(model, inputs, pooling_mask=None):
+    """The model's own logits, pooled in plain PyTorch."""
+    mask = inputs["attention_mask"]
+    logits = model(**inputs).logits
+    return reference.splade_pool(logits, mask if pooling_mask is None else mask * pooling_mask)
+
+
+def gradients(vectors, model):
+    """Of all parameters by name; none is None."""
+    model.zero_grad()
+    vectors.backward(UPSTREAM.to(vectors.dtype))
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert named
+    return named
+
+
+def assert_same_training(ours, baseline, truth):
+    """(vectors, gradients) of ours and of PyTorch in the same dtype, against float64."""
+    vectors, parameters = truth
+    assert (vectors > 0).any()
+    assert (vectors == 0).any()
+    assert_accurate(ours[0].detach(), vectors.detach(), baseline[0].detach())
+    assert ours[1].keys() == baseline[1].keys() == parameters.keys()
+    for name, gradient in ours[1].items():
+        assert_accurate(gradient, parameters[name], baseline[1][name])
+
+
+def trained(model, forward):
+    vectors = forward()
+    return vectors, gradients(vectors, model)
+
+
+@pytest.mark.parametrize("masked_positions", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_and_gradients_are_those_of_the_models_own_logits(family, masked_positions):
+    encoder = encoder_of(FAMILIES[family])
+    inputs = encoder.tokenize(TEXTS)
+    pooling_mask = None
+    if masked_positions:
+        pooling_mask = torch.ones_like(inputs["input_ids"])
+        pooling_mask[:, :2] = 0  # a prompt
+    plain, exact = copy.deepcopy(encoder.model), copy.deepcopy(encoder.model).double()
+    assert_same_training(
+        trained(encoder.model, lambda: encoder(**inputs, pooling_mask=pooling_mask)),
+        trained(plain, lambda: by_reference(plain, inputs, pooling_mask)),
+        trained(exact, lambda: by_reference(exact, inputs, pooling_mask)),
+    )
+
+
+def test_masks_of_any_kind_leave_positions_out():
+    encoder = encoder_of(CAUSAL["llama"])
+    inputs = encoder.tokenize(TEXTS)
+    kept = torch.zeros_like(inputs["input_ids"])
+    kept[:, 1] = 1
+    expected = by_reference(encoder.model, inputs, kept)
+    for mask in (kept, kept.bool(), kept.float() * -0.5):
+        torch.testing.assert_close(encoder(**inputs, pooling_mask=mask), expected)
+    assert not encoder(**inputs, pooling_mask=torch.zeros_like(kept)).any()
+    with pytest.raises(ValueError, match=r"pooling_mask must be \(batch, length\) = \(4, "):
+        encoder(**inputs, pooling_mask=kept[:, 1:])
+    with pytest.raises(TypeError, match="pooling_mask must be a tensor, got list"):
+        encoder(**inputs, pooling_mask=kept.tolist())
+
+
+@pytest.mark.parametrize("family", [*MASKED, "qwen2"])
+def test_tied_decoders_stay_tied(family, tmp_path):
+    auto = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
+    folder = save_checkpoint(FAMILIES[family], tmp_path / "start")
+    encoder = SpladeEncoder.from_pretrained(folder)
+    assert tied_weights(encoder.model)
+    inputs = encoder.tokenize(TEXTS)
+
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01)
+    before = encoder.model.get_input_embeddings().weight.detach().clone()
+    encoder(**inputs).sum().backward()
+    gradient = encoder.model.get_input_embeddings().weight.grad
+    absent = sorted(set(range(VOCAB_SIZE)) - set(inputs["input_ids"].flatten().tolist()))
+    assert gradient[absent].any()  # by way of the decoder alone
+    untied = copy.deepcopy(encoder.model)
+    decoder = untied.get_output_embeddings()
+    decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
+    untied.zero_grad()
+    by_reference(untied, inputs).sum().backward()
+    both = untied.get_input_embeddings().weight.grad + decoder.weight.grad
+    assert untied.get_input_embeddings().weight.grad.any()
+    torch.testing.assert_close(gradient, both, rtol=1e-4, atol=1e-4)
+    optimizer.step()
+    assert not torch.equal(before, encoder.model.get_input_embeddings().weight)
+
+    encoder.save_pretrained(tmp_path / "saved")
+    again = SpladeEncoder.from_pretrained(tmp_path / "saved")
+    plain = auto.from_pretrained(tmp_path / "saved").eval()
+    assert tied_weights(again.model)
+    assert tied_weights(plain)
+    assert torch.equal(again(**inputs), encoder(**inputs))
+    torch.testing.assert_close(by_reference(plain, inputs), encoder(**inputs))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
+    encoder = encoder_of(FAMILIES[family])
+    inputs = encoder.tokenize(TEXTS)
+    for module in encoder.modules():  # the tiny models drop nothing out, but stay in train mode
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = encoder.model.config
+    for name in ("attention_probs_dropout_prob", "attention_dropout"):
+        if getattr(config, name, 0):
+            setattr(config, name, 0.0)
+    encoder.train()
+    expected = trained(encoder.model, lambda: encoder(**inputs))
+    encoder.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert encoder.model.is_gradient_checkpointing
+    if use_reentrant:  # it needs an input that requires a gradient
+        encoder.model.enable_input_require_grads()
+    actual = trained(encoder.model, lambda: encoder(**inputs))
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in actual[1].items():
+        assert torch.equal(gradient, expected[1][name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family):
+    encoder = encoder_of(FAMILIES[family])
+    inputs = encoder.tokenize(TEXTS)
+    exact, plain = copy.deepcopy(encoder.model).double(), copy.deepcopy(encoder.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = encoder(**inputs)
+        baseline = by_reference(plain, inputs).float()
+    assert vectors.dtype == torch.float32
+    assert_same_training(
+        (vectors, gradients(vectors, encoder.model)),
+        (baseline, gradients(baseline, plain)),
+        trained(exact, lambda: by_reference(exact, inputs)),
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3", "llama", "qwen3"])
+def test_compiles_whole(family):
+    torch.compiler.reset()
+    encoder = encoder_of(FAMILIES[family])
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    for texts in (TEXTS, [*TEXTS[2:], "quick", "under the old tree"]):
+        inputs = encoder.tokenize(texts)
+        expected = trained(encoder.model, lambda inputs=inputs: encoder(**inputs))
+        actual = trained(encoder.model, lambda inputs=inputs: compiled(**inputs))
+        torch.testing.assert_close(actual[0], expected[0])
+        for name, gradient in actual[1].items():
+            torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-4)
+    logits = encoder.model(**inputs).logits  # the model itself still has its decoder
+    assert logits.shape[-1] == VOCAB_SIZE
+
+
+LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0, "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adapters_train_save_and_load(family, wrapped, tmp_path):
+    folder = save_checkpoint(FAMILIES[family], tmp_path / "base")
+    encoder = SpladeEncoder.from_pretrained(folder)
+    if wrapped:
+        model = get_peft_model(encoder.model, LoraConfig(**LORA))
+        encoder = SpladeEncoder(model, encoder.tokenizer)
+    else:
+        encoder.model.add_adapter(LoraConfig(**LORA))
+    encoder.eval()
+    inputs = encoder.tokenize(TEXTS)
+    plain, exact = copy.deepcopy(encoder.model), copy.deepcopy(encoder.model).double()
+    ours = trained(encoder.model, lambda: encoder(**inputs))
+    assert all("lora_" in name for name in ours[1])
+    assert_same_training(
+        ours,
+        trained(plain, lambda: by_reference(plain, inputs)),
+        trained(exact, lambda: by_reference(exact, inputs)),
+    )
+    encoder.save_pretrained(tmp_path / "adapters")
+    assert not (tmp_path / "adapters" / "model.safetensors").exists()
+    again = SpladeEncoder.from_pretrained(tmp_path / "adapters")
+    torch.testing.assert_close(again(**inputs), ours[0])
+    assert not torch.allclose(SpladeEncoder.from_pretrained(folder)(**inputs), ours[0])
+
+
+def test_adapters_on_the_decoder_are_refused():
+    targets = {**LORA, "target_modules": ["decoder"]}
+    encoder = encoder_of(MASKED["bert"])
+    inputs = encoder.tokenize(TEXTS)
+    encoder.model.add_adapter(LoraConfig(**targets))
+    with pytest.raises(ValueError, match=r"Linear, got peft\..*; keep adapters off the decoder"):
+        encoder(**inputs)
