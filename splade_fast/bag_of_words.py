@@ -183,11 +183,12 @@ class BagOfWordsQueryEncoder(TextEncoder):
 
     def _contained(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, V), whether a token is at a position that counts."""
+        batch, length = input_ids.shape
         counts = torch.ones_like(input_ids)
         if attention_mask is not None:
-            mask = check_mask(attention_mask, *input_ids.shape, "input_ids", input_ids)
+            mask = check_mask(attention_mask, batch, length, "input_ids", input_ids)
             counts = mask.to(input_ids.dtype)
-        times = counts.new_zeros(input_ids.shape[0], self.vocab_size)
+        times = counts.new_zeros(batch, self.vocab_size)
         return times.scatter_add(1, input_ids, counts) > 0
 
 

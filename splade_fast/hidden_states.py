@@ -52,7 +52,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
 def has_cache(model: PreTrainedModel) -> bool:
     """Whether the model keeps keys and values for generating text unless told not to."""
     # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_model: Any = getattr(model, "get_base_model", None)
+    inner = model if base_model is None else base_model()
     return "use_cache" in inspect.signature(inner.forward).parameters
 
 

@@ -46,7 +46,7 @@ class TermWeightEncoder(TextEncoder):
         model: a transformers encoder without a head.
         tokenizer: its tokenizer.
         settings: activation ("log1p_relu" or "relu"), maximum length and prompts.
-        projection: a Linear (D -> 1); a new one by default.
+        projection: a Linear (D -> 1); by default a new one that weighs all alike.
 
     Raises:
         ValueError: an argument does not fit the model, or a setting has no meaning here.
@@ -71,7 +71,7 @@ class TermWeightEncoder(TextEncoder):
         if self.settings.pooling != "max":
             raise ValueError(f"settings.pooling must be 'max', got {self.settings.pooling!r}")
         if projection is None:
-            projection = nn.Linear(config.hidden_size, 1, device=model.device, dtype=model.dtype)
+            projection = _new_projection(model)
         if tuple(projection.weight.shape) != (1, config.hidden_size):
             raise ValueError(
                 f"projection must be a Linear of {config.hidden_size} inputs, the model's "
@@ -106,9 +106,10 @@ class TermWeightEncoder(TextEncoder):
         config = AutoConfig.from_pretrained(name, **hub)
         # A pooler would be a parameter that never gets a gradient.
         model_class = MODEL_MAPPING.get(type(config), None)
-        if isinstance(model_class, type):  # some configurations have several
-            if "add_pooling_layer" in inspect.signature(model_class).parameters:
-                kwargs["add_pooling_layer"] = False
+        if isinstance(model_class, type) and (  # a few configurations have several
+            "add_pooling_layer" in inspect.signature(model_class).parameters
+        ):
+            kwargs["add_pooling_layer"] = False
         model = AutoModel.from_pretrained(name, config=config, **kwargs)
         tokenizer = load_tokenizer(name, hub)
         encoder = cls(model, tokenizer, EncoderSettings(**settings) if settings else None)
@@ -120,7 +121,8 @@ class TermWeightEncoder(TextEncoder):
     @property
     def vocab_size(self) -> int:
         """V, the number of columns of every vector."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.num_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +147,8 @@ class TermWeightEncoder(TextEncoder):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        counts = check_mask(attention_mask, *input_ids.shape, "input_ids", input_ids)
+        batch, length = input_ids.shape
+        counts = check_mask(attention_mask, batch, length, "input_ids", input_ids)
         if self._has_cache:  # of keys and values, for generating text
             kwargs.setdefault("use_cache", False)
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -156,7 +159,7 @@ class TermWeightEncoder(TextEncoder):
         if self.settings.activation == "log1p_relu":
             weights = torch.log1p(weights)
         weights = torch.where(counts & self.weighs[input_ids], weights, 0)
-        vectors = weights.new_zeros(input_ids.shape[0], self.vocab_size)
+        vectors = weights.new_zeros(batch, self.vocab_size)
         return vectors.scatter_reduce(1, input_ids, weights, "amax")
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
@@ -170,3 +173,11 @@ class TermWeightEncoder(TextEncoder):
         self.tokenizer.save_pretrained(folder)
         save_file(self.projection.state_dict(), folder / _WEIGHTS_FILE, {"format": "pt"})
         write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
+
+
+def _new_projection(model: PreTrainedModel) -> nn.Linear:
+    """Every term weighs about log(2): where all weights start negative, none gets a gradient."""
+    projection = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
+    nn.init.normal_(projection.weight, std=0.02)
+    nn.init.ones_(projection.bias)
+    return projection

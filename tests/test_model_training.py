@@ -18,7 +18,7 @@ from tests.tiny_models import (
     save_checkpoint,
     tied_weights,
 )
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, assert_accurate_gradients
 
 MASKED, CAUSAL = masked_lm_configs(), causal_lm_configs()
 FAMILIES = {**MASKED, **CAUSAL}
@@ -52,9 +52,7 @@ def assert_same_training(ours, baseline, truth):
     assert (vectors > 0).any()
     assert (vectors == 0).any()
     assert_accurate(ours[0].detach(), vectors.detach(), baseline[0].detach())
-    assert ours[1].keys() == baseline[1].keys() == parameters.keys()
-    for name, gradient in ours[1].items():
-        assert_accurate(gradient, parameters[name], baseline[1][name])
+    assert_accurate_gradients(ours[1], parameters, baseline[1])
 
 
 def trained(model, forward):
@@ -72,11 +70,19 @@ def test_vectors_and_gradients_are_those_of_the_models_own_logits(family, masked
         pooling_mask = torch.ones_like(inputs["input_ids"])
         pooling_mask[:, :2] = 0  # a prompt
     plain, exact = copy.deepcopy(encoder.model), copy.deepcopy(encoder.model).double()
+    truth = trained(exact, lambda: by_reference(exact, inputs, pooling_mask))
     assert_same_training(
         trained(encoder.model, lambda: encoder(**inputs, pooling_mask=pooling_mask)),
         trained(plain, lambda: by_reference(plain, inputs, pooling_mask)),
-        trained(exact, lambda: by_reference(exact, inputs, pooling_mask)),
+        truth,
     )
+    encoder.double()  # where rounding cannot matter, parameter by parameter
+    vectors, parameters = trained(
+        encoder.model, lambda: encoder(**inputs, pooling_mask=pooling_mask)
+    )
+    torch.testing.assert_close(vectors, truth[0])
+    for name, gradient in parameters.items():
+        torch.testing.assert_close(gradient, truth[1][name], msg=name)
 
 
 def test_masks_of_any_kind_leave_positions_out():
@@ -153,7 +159,8 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
         assert torch.equal(gradient, expected[1][name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# transformers' own DeBERTa (not v2, v3) overflows: it fills bfloat16 scores with float32's lowest.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deberta"])
 def test_autocast(family):
     encoder = encoder_of(FAMILIES[family])
     inputs = encoder.tokenize(TEXTS)

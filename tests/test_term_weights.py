@@ -13,7 +13,7 @@ from tests.tiny_models import (
     masked_lm_configs,
     save_checkpoint,
 )
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, assert_accurate_gradients
 
 FAMILIES = {**masked_lm_configs(), **causal_lm_configs()}
 TEXTS = ["quick quick fox", "", "the lazy dog sleeps under the old tree", "unknownword fox"]
@@ -49,6 +49,7 @@ def test_vectors_and_gradients_are_those_of_the_formula(family, activation, tmp_
     folder = save_checkpoint(FAMILIES[family], tmp_path / family)
     encoder = TermWeightEncoder.from_pretrained(folder)
     encoder.settings.activation = activation
+    torch.nn.init.normal_(encoder.projection.weight, std=0.5)  # some positive, some not
     inputs = encoder.tokenize(TEXTS)
     actual = encoder(**inputs)
     ours = gradients(encoder, actual)
@@ -58,16 +59,20 @@ def test_vectors_and_gradients_are_those_of_the_formula(family, activation, tmp_
     exact = gradients(encoder, truth)
     assert (truth > 0).any()
     assert not actual[:, : len(SPECIAL)].any()
-    assert not actual[1].any()
+    assert not actual[1].any()  # an empty text
     assert_accurate(actual.detach(), truth.detach(), baseline.detach())
-    assert ours.keys() == theirs.keys() == {n for n, _ in encoder.named_parameters()} & ours.keys()
     assert {"projection.weight", "projection.bias"} <= ours.keys()
-    for name, gradient in ours.items():
-        assert_accurate(gradient, exact[name], theirs[name])
+    assert_accurate_gradients(ours, exact, theirs)
+    precise = encoder(**inputs)  # in float64, where rounding cannot matter, one by one
+    torch.testing.assert_close(precise, truth)
+    for name, gradient in gradients(encoder, precise).items():
+        torch.testing.assert_close(gradient, exact[name], msg=name)
 
 
-def test_every_parameter_gets_a_gradient(bert):
+def test_a_new_projection_weighs_every_term_and_every_parameter_gets_a_gradient(bert):
     encoder = TermWeightEncoder.from_pretrained(bert)
+    words = set(" ".join(TEXTS).split()) - {"unknownword"}
+    assert (encoder(**encoder.tokenize(TEXTS)).amax(0) > 0).sum() == len(words)
     got = gradients(encoder, encoder(**encoder.tokenize(TEXTS)))
     assert got.keys() == dict(encoder.named_parameters()).keys()
 
@@ -122,8 +127,7 @@ def test_autocast_gives_float32(bert):
     truth = by_formula(encoder.double(), inputs)
     exact = gradients(encoder, truth)
     assert_accurate(actual.detach(), truth.detach(), baseline.detach())
-    for name, gradient in ours.items():
-        assert_accurate(gradient, exact[name], theirs[name])
+    assert_accurate_gradients(ours, exact, theirs)
 
 
 def test_compiles_whole(bert):
