@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,14 +23,29 @@ class _Exit:
     """A forward pre-hook that stays on the decoder and does nothing unless it is open.
 
     Hooking the decoder anew for every forward would do as well, but torch.compile cannot trace it.
+    It is open for a thread, so that several can encode at a time; in traced code, which has no
+    threads, for all.
     """
 
     def __init__(self) -> None:
-        self.open = False
+        self._traced = False
+        self._threads: set[int] = set()
 
     def __call__(self, decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self.open:
+        if self._traced or (not torch.compiler.is_compiling() and get_ident() in self._threads):
             raise _DecoderReached(args[0])
+
+    def open(self) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = True
+        else:
+            self._threads.add(get_ident())
+
+    def close(self) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = False
+        else:
+            self._threads.discard(get_ident())
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Linear:
@@ -67,13 +83,13 @@ def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
         ValueError: the model's forward does not call its decoder.
     """
     way_out = _exit_of(decoder_of(model))
-    way_out.open = True
+    way_out.open()
     try:
         model(**inputs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
-        way_out.open = False
+        way_out.close()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
 
 

@@ -2,7 +2,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DebertaConfig,
+    DebertaV2Config,
+)
 
 from splade_fast import reference
 from splade_fast.checkpoints import EncoderSettings
@@ -76,6 +81,22 @@ def test_causal_language_models_work_too(tmp_path):
 def test_models_that_change_their_logits_are_refused():
     with pytest.raises(ValueError, match="Gemma2ForCausalLM must have the logits"):
         SpladeEncoder(make_model(softcapped_config()), make_tokenizer())
+
+
+@pytest.mark.parametrize("config", [DebertaConfig, DebertaV2Config])
+def test_models_with_logits_from_elsewhere_are_refused(config):
+    model = AutoModelForMaskedLM.from_config(
+        config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=VOCAB_SIZE,
+            num_hidden_layers=1,
+            legacy=False,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    )
+    with pytest.raises(ValueError, match="must have the logits"):
+        SpladeEncoder(model, make_tokenizer())
 
 
 def test_models_without_a_linear_decoder_are_refused(bert):
@@ -163,6 +184,21 @@ def test_saved_models_load_in_transformers_and_again(checkpoint, tmp_path):
     )
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved", **DOUBLE).eval()
     torch.testing.assert_close(expected.to_dense(), dense_by_formula(plain, TEXTS))
+
+
+def test_every_family_goes_to_sentence_transformers_and_back(checkpoint, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    encoder = SpladeEncoder.from_pretrained(checkpoint, **DOUBLE)
+    encoder.save_pretrained(tmp_path / "ours")
+    theirs = sentence_transformers.SparseEncoder(
+        str(tmp_path / "ours"), device="cpu", model_kwargs=DOUBLE
+    )
+    expected = encoder.encode(TEXTS, show_progress=False).to_dense()
+    vectors = theirs.encode(TEXTS, show_progress_bar=False).to_dense()
+    torch.testing.assert_close(vectors, expected)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    back = SpladeEncoder.from_pretrained(tmp_path / "theirs", **DOUBLE)
+    torch.testing.assert_close(back.encode(TEXTS, show_progress=False).to_dense(), expected)
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])

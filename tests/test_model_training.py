@@ -1,6 +1,8 @@
 """SpladeEncoder in training: every family, and what people wrap around a model."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,12 +149,18 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
         if getattr(config, name, 0):
             setattr(config, name, 0.0)
     encoder.train()
+    runs = []
+    layer = next(
+        m
+        for name, m in encoder.model.named_modules()
+        if name.endswith("layers.0.mlp" if family != "bert" else "layer.0.intermediate")
+    )
+    layer.register_forward_hook(lambda *_: runs.append(1))
     expected = trained(encoder.model, lambda: encoder(**inputs))
+    assert len(runs) == 1
     encoder.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert encoder.model.is_gradient_checkpointing
-    if use_reentrant:  # it needs an input that requires a gradient
-        encoder.model.enable_input_require_grads()
     actual = trained(encoder.model, lambda: encoder(**inputs))
+    assert len(runs) == 3  # once more for the backward
     assert torch.equal(actual[0], expected[0])
     assert actual[1].keys() == expected[1].keys()
     for name, gradient in actual[1].items():
@@ -189,6 +197,40 @@ def test_compiles_whole(family):
         for name, gradient in actual[1].items():
             torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-4)
     logits = encoder.model(**inputs).logits  # the model itself still has its decoder
+    assert logits.shape[-1] == VOCAB_SIZE
+
+
+def test_compiles_where_the_model_breaks_the_graph():
+    torch.compiler.reset()
+    encoder = encoder_of(MASKED["deberta"])
+    inputs = encoder.tokenize(TEXTS)
+    expected = trained(encoder.model, lambda: encoder(**inputs))
+    compiled = torch.compile(encoder, backend="aot_eager")
+    actual = trained(encoder.model, lambda: compiled(**inputs))
+    torch.testing.assert_close(actual[0], expected[0])
+    for name, gradient in actual[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-4)
+    assert torch.equal(encoder(**inputs), expected[0])
+
+
+def test_threads_share_an_encoder():
+    encoder = encoder_of(MASKED["bert"])
+    inside, elsewhere = threading.Event(), threading.Event()
+
+    def wait_inside(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert elsewhere.wait(60)
+
+    encoder.model.get_input_embeddings().register_forward_hook(wait_inside)
+    inputs = encoder.tokenize(TEXTS)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(encoder, **inputs)
+        assert inside.wait(60)
+        logits = encoder.model(**inputs).logits  # not ended by the other thread's way out
+        vectors = encoder(**inputs)
+        elsewhere.set()
+        assert torch.equal(other.result(), vectors)
     assert logits.shape[-1] == VOCAB_SIZE
 
 
