@@ -34,6 +34,7 @@ from splade_fast.text_encoder import TextEncoder
 
 _WEIGHTS_FILE = "term_weights.safetensors"
 _SETTINGS_FILE = "term_weights.json"
+_BGE_M3_FILE = "sparse_linear.pt"  # beside the encoder: the projection's state
 
 
 class TermWeightEncoder(TextEncoder):
@@ -90,7 +91,7 @@ class TermWeightEncoder(TextEncoder):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> TermWeightEncoder:
-        """Load a saved TermWeightEncoder, or any transformers encoder with a new projection.
+        """Load a saved TermWeightEncoder, BGE-M3, or any encoder with a new projection.
 
         Args:
             name_or_path: a hub name or a folder.
@@ -102,7 +103,14 @@ class TermWeightEncoder(TextEncoder):
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
-        settings = read_json(name, _SETTINGS_FILE, hub)
+        files = {file: find_file(name, file, hub) for file in (_WEIGHTS_FILE, _BGE_M3_FILE)}
+        settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+        state = None
+        if files[_WEIGHTS_FILE] is not None:
+            state = load_file(files[_WEIGHTS_FILE])
+        elif files[_BGE_M3_FILE] is not None:
+            state = torch.load(files[_BGE_M3_FILE], map_location="cpu", weights_only=True)
+            settings.activation = "relu"
         config = AutoConfig.from_pretrained(name, **hub)
         # A pooler would be a parameter that never gets a gradient.
         model_class = MODEL_MAPPING.get(type(config), None)
@@ -112,10 +120,9 @@ class TermWeightEncoder(TextEncoder):
             kwargs["add_pooling_layer"] = False
         model = AutoModel.from_pretrained(name, config=config, **kwargs)
         tokenizer = load_tokenizer(name, hub)
-        encoder = cls(model, tokenizer, EncoderSettings(**settings) if settings else None)
-        weights = find_file(name, _WEIGHTS_FILE, hub)
-        if weights is not None:
-            encoder.projection.load_state_dict(load_file(weights))
+        encoder = cls(model, tokenizer, settings)
+        if state is not None:
+            encoder.projection.load_state_dict(state)
         return encoder.eval()
 
     @property

@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
         for name, m in encoder.model.named_modules()
         if name.endswith("layers.0.mlp" if family != "bert" else "layer.0.intermediate")
     )
-    layer.register_forward_hook(lambda *_: runs.append(1))
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
     expected = trained(encoder.model, lambda: encoder(**inputs))
     assert len(runs) == 1
     encoder.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

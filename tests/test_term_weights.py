@@ -117,6 +117,18 @@ def test_saved_folders_load_again_and_in_transformers(bert, tmp_path):
     torch.testing.assert_close(theirs, mine)
 
 
+def test_folders_of_bge_m3_load(bert):
+    state = {"weight": torch.randn(1, 16).half(), "bias": torch.ones(1).half()}
+    torch.save(state, bert / "sparse_linear.pt")
+    encoder = TermWeightEncoder.from_pretrained(bert)
+    assert encoder.settings.activation == "relu"
+    assert torch.equal(encoder.projection.weight, state["weight"].float())
+    torch.testing.assert_close(
+        encoder.encode(TEXTS, show_progress=False).to_dense(),
+        by_formula(encoder, encoder.tokenize(TEXTS)).detach(),
+    )
+
+
 def test_autocast_gives_float32(bert):
     encoder = TermWeightEncoder.from_pretrained(bert)
     inputs = encoder.tokenize(TEXTS)
