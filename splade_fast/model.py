@@ -139,6 +139,9 @@ class SpladeEncoder(TextEncoder):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder for transformers, for sentence-transformers' SparseEncoder and for us.
 
+        Of causal LMs for transformers and us: SparseEncoder has none. Of a model with PEFT adapters
+        the adapters alone, beside the name of their base model.
+
         Raises:
             ValueError: sentence-transformers has no such activation; nothing is written.
         """

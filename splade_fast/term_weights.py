@@ -103,13 +103,12 @@ class TermWeightEncoder(TextEncoder):
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
-        files = {file: find_file(name, file, hub) for file in (_WEIGHTS_FILE, _BGE_M3_FILE)}
         settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
         state = None
-        if files[_WEIGHTS_FILE] is not None:
-            state = load_file(files[_WEIGHTS_FILE])
-        elif files[_BGE_M3_FILE] is not None:
-            state = torch.load(files[_BGE_M3_FILE], map_location="cpu", weights_only=True)
+        if (weights := find_file(name, _WEIGHTS_FILE, hub)) is not None:
+            state = load_file(weights)
+        elif (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
             settings.activation = "relu"
         config = AutoConfig.from_pretrained(name, **hub)
         # A pooler would be a parameter that never gets a gradient.
