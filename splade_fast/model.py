@@ -65,6 +65,7 @@ class SpladeEncoder(TextEncoder):
         check_decoder_is_last(model)
         self.model = model
         self._has_cache = has_cache(model)
+        self.train(model.training)  # encode restores the mode of both
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> SpladeEncoder:

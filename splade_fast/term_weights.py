@@ -81,6 +81,7 @@ class TermWeightEncoder(TextEncoder):
         self.model = model
         self.projection = projection
         self._has_cache = has_cache(model)
+        self.train(model.training)  # encode restores the mode of both
         special = [i for i in tokenizer.all_special_ids if i < self.vocab_size]
         weighs = torch.ones(self.vocab_size, dtype=torch.bool)
         weighs[special] = False

@@ -141,6 +141,13 @@ def test_encode_restores_the_mode_even_after_an_error(bert, training, monkeypatc
     assert encoder.training == encoder.model.training == training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_takes_the_mode_of_its_model(training):
+    encoder = SpladeEncoder(make_model(FAMILIES["bert"]).train(training), make_tokenizer())
+    encoder.encode(TEXTS, show_progress=False)
+    assert encoder.training == encoder.model.training == training
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
