@@ -262,6 +262,11 @@ def test_adapters_train_save_and_load(family, wrapped, tmp_path):
     again = SpladeEncoder.from_pretrained(tmp_path / "adapters")
     torch.testing.assert_close(again(**inputs), ours[0])
     assert not torch.allclose(SpladeEncoder.from_pretrained(folder)(**inputs), ours[0])
+    if family in MASKED:
+        sentence_transformers = pytest.importorskip("sentence_transformers")
+        theirs = sentence_transformers.SparseEncoder(str(tmp_path / "adapters"), device="cpu")
+        vectors = theirs.encode(TEXTS, show_progress_bar=False).to_dense()
+        torch.testing.assert_close(vectors, ours[0].detach())
 
 
 def test_adapters_on_the_decoder_are_refused():
