@@ -1,6 +1,6 @@
 """splade_fast: exact, fused kernels for learned sparse retrieval (SPLADE) in PyTorch."""
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splade_fast import losses, reference
@@ -34,15 +34,26 @@ from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from splade_fast import negative_cache
+    from splade_fast.bag_of_words import BagOfWordsQueryEncoder
     from splade_fast.model import SpladeEncoder
+    from splade_fast.term_weights import TermWeightEncoder
+
+# They bring transformers along, which users of the ops alone should not wait for.
+_ENCODERS = {
+    "BagOfWordsQueryEncoder": "bag_of_words",
+    "SpladeEncoder": "model",
+    "TermWeightEncoder": "term_weights",
+}
 
 __all__ = [
+    "BagOfWordsQueryEncoder",
     "LinearSchedule",
     "NegativeSamples",
     "Philox",
     "QuadraticSchedule",
     "SparseRows",
     "SpladeEncoder",
+    "TermWeightEncoder",
     "__version__",
     "active_dims",
     "anti_zero_loss",
@@ -68,11 +79,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What users of the ops alone should not wait for: SpladeEncoder brings transformers along."""
-    if name == "SpladeEncoder":
-        from splade_fast.model import SpladeEncoder
-
-        return SpladeEncoder
+    if name in _ENCODERS:
+        return getattr(import_module(f"splade_fast.{_ENCODERS[name]}"), name)
     if name == "negative_cache":
-        return importlib.import_module("splade_fast.negative_cache")
+        return import_module("splade_fast.negative_cache")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

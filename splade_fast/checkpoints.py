@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 # SpladePooling names the activation before its own log1p; splade_fast names the whole function.
 _ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
 _SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in _ACTIVATION_OF_SPLADE_POOLING.items()}
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
 _POOLING_FOLDER = "1_SpladePooling"
 
@@ -46,7 +47,7 @@ def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
     Raises:
         ValueError: the folder describes something other than a transformer and SpladePooling.
     """
-    modules = _read_json(name_or_path, "modules.json", hub)
+    modules = read_json(name_or_path, "modules.json", hub)
     if modules is None:
         return EncoderSettings()
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
@@ -56,9 +57,9 @@ def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
             f"got {', '.join(kinds)}"
         )
     folder = modules[0]["path"]
-    transformer = _read_json(name_or_path, _joined(folder, "sentence_bert_config.json"), hub) or {}
-    pooling = _read_json(name_or_path, _joined(modules[1]["path"], "config.json"), hub) or {}
-    model = _read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
+    transformer = read_json(name_or_path, _joined(folder, "sentence_bert_config.json"), hub) or {}
+    pooling = read_json(name_or_path, _joined(modules[1]["path"], "config.json"), hub) or {}
+    model = read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
     activation = pooling.get("activation_function", "relu")
     if activation not in _ACTIVATION_OF_SPLADE_POOLING:
         raise ValueError(
@@ -95,16 +96,58 @@ def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
             {"idx": 1, "name": "1", "path": _POOLING_FOLDER, "type": f"{package}.SpladePooling"},
         ],
         "sentence_bert_config.json": {"max_seq_length": settings.max_length},
-        "config_sentence_transformers.json": {
-            "model_type": "SparseEncoder",
-            "prompts": settings.prompts,
-            "default_prompt_name": settings.default_prompt_name,
-            "similarity_fn_name": "dot",
-        },
+        "config_sentence_transformers.json": _model_file(settings),
         f"{_POOLING_FOLDER}/config.json": {
             "pooling_strategy": settings.pooling,
             "activation_function": _SPLADE_POOLING_OF_ACTIVATION[settings.activation],
         },
+    }
+
+
+def static_embedding_settings(
+    name_or_path: str, hub: dict[str, Any], subfolder: str = ""
+) -> EncoderSettings:
+    """The settings of a SparseEncoder folder whose one module is a SparseStaticEmbedding.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: as in read_settings.
+        subfolder: of the module, where it is one of several.
+
+    Raises:
+        ValueError: the folder describes something other than a SparseStaticEmbedding.
+    """
+    modules = read_json(name_or_path, "modules.json", hub) or []
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    if not subfolder and kinds != ["SparseStaticEmbedding"]:
+        raise ValueError(
+            f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
+            f"got {', '.join(kinds) or 'nothing'}; name its subfolder if it is one of several"
+        )
+    model = read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
+    return EncoderSettings(
+        prompts={name: text or "" for name, text in model.get("prompts", {}).items()},
+        default_prompt_name=model.get("default_prompt_name"),
+        subfolder=subfolder or modules[0]["path"],
+    )
+
+
+def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str, Any]:
+    """The JSON files of a SparseEncoder folder whose one module is a SparseStaticEmbedding."""
+    kind = "sentence_transformers.sparse_encoder.models.SparseStaticEmbedding"
+    return {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": kind}],
+        "config_sentence_transformers.json": _model_file(settings),
+        "config.json": {"frozen": frozen},
+    }
+
+
+def _model_file(settings: EncoderSettings) -> dict[str, Any]:
+    return {
+        "model_type": "SparseEncoder",
+        "prompts": settings.prompts,
+        "default_prompt_name": settings.default_prompt_name,
+        "similarity_fn_name": "dot",
     }
 
 
@@ -115,8 +158,38 @@ def lower_case_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
     backend.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer is not None else [])])
 
 
-def _read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
-    path = cached_file(
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a from_pretrained that say where files come from.
+
+    Raises:
+        ValueError: code or pickles of the checkpoint would be executed.
+    """
+    if kwargs.get("trust_remote_code"):
+        raise ValueError("trust_remote_code must be False, got True: remote code never runs")
+    if not kwargs.get("weights_only", True):
+        raise ValueError("weights_only must be True, got False: pickles are never executed")
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+
+
+def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, able to pad."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **hub)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def adapted_checkpoint(name_or_path: str, hub: dict[str, Any]) -> str | None:
+    """The checkpoint whose adapters (PEFT) a folder holds; None where it holds a whole model."""
+    if find_file(name_or_path, "config.json", hub) is not None:
+        return None
+    adapters = read_json(name_or_path, "adapter_config.json", hub)
+    return None if adapters is None else adapters["base_model_name_or_path"]
+
+
+def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
+    """The path of one file of a checkpoint, fetched if need be; None where it has no such file."""
+    path: str | None = cached_file(
         name_or_path,
         file,
         _raise_exceptions_for_missing_entries=False,
@@ -124,7 +197,21 @@ def _read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
         _raise_exceptions_for_connection_errors=False,
         **hub,
     )
+    return path
+
+
+def read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
+    """The content of one JSON file of a checkpoint; None where it has no such file."""
+    path = find_file(name_or_path, file, hub)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json_files(folder: Path, files: dict[str, Any]) -> None:
+    """Write {path inside the folder: content}."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _joined(folder: str, file: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,6 +19,35 @@ class _DecoderReached(Exception):  # noqa: N818 (no error: a way out)
         self.hidden = hidden
 
 
+class _Exit:
+    """A forward pre-hook that stays on the decoder and does nothing unless it is open.
+
+    Hooking the decoder anew for every forward would do as well, but torch.compile cannot trace it.
+    It is open for a thread, so that several can encode at a time; in traced code, which has no
+    threads, for all.
+    """
+
+    def __init__(self) -> None:
+        self._traced = False
+        self._threads: set[int] = set()
+
+    def __call__(self, decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._traced or (not torch.compiler.is_compiling() and get_ident() in self._threads):
+            raise _DecoderReached(args[0])
+
+    def open(self) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = True
+        else:
+            self._threads.add(get_ident())
+
+    def close(self) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = False
+        else:
+            self._threads.discard(get_ident())
+
+
 def decoder_of(model: PreTrainedModel) -> nn.Linear:
     """The linear layer that turns hidden states into logits over the vocabulary.
 
@@ -25,29 +56,40 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
     """
     decoder = model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
+        kind = type(decoder)
+        advice = "; keep adapters off the decoder" if kind.__module__.startswith("peft.") else ""
         raise ValueError(
             f"{type(model).__name__}.get_output_embeddings() must be a torch.nn.Linear, "
-            f"got {type(decoder).__name__}"
+            f"got {kind.__module__}.{kind.__qualname__}{advice}"
         )
     return decoder
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values for generating text unless told not to."""
+    # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
+    base_model: Any = getattr(model, "get_base_model", None)
+    inner = model if base_model is None else base_model()
+    return "use_cache" in inspect.signature(inner.forward).parameters
 
 
 def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What the decoder would be given: (B, L, D), with the gradient graph behind it.
 
     Any family works, because the model's own forward runs up to the decoder and is left there
-    by an exception. Nothing of the model changes, and the logits never exist.
+    by an exception. The model computes what it did, and the logits never exist.
 
     Raises:
         ValueError: the model's forward does not call its decoder.
     """
-    handle = decoder_of(model).register_forward_pre_hook(_leave_with_input)
+    way_out = _exit_of(decoder_of(model))
+    way_out.open()
     try:
         model(**inputs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
-        handle.remove()
+        way_out.close()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
 
 
@@ -88,5 +130,10 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
         )
 
 
-def _leave_with_input(decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
-    raise _DecoderReached(args[0])
+def _exit_of(decoder: nn.Module) -> _Exit:
+    for hook in decoder._forward_pre_hooks.values():
+        if isinstance(hook, _Exit):
+            return hook
+    way_out = _Exit()
+    decoder.register_forward_pre_hook(way_out)
+    return way_out

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,19 +20,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from splade_fast.checkpoints import (
     EncoderSettings,
+    adapted_checkpoint,
+    hub_arguments,
+    load_tokenizer,
     lower_case_inputs,
     read_settings,
     sparse_encoder_files,
+    write_json_files,
 )
-from splade_fast.hidden_states import check_decoder_is_last, decoder_of, hidden_before_decoder
+from splade_fast.hidden_states import (
+    check_decoder_is_last,
+    decoder_of,
+    has_cache,
+    hidden_before_decoder,
+)
+from splade_fast.ops._checks import check_mask
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.text_encoder import TextEncoder
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
-
-class SpladeEncoder(nn.Module):
+class SpladeEncoder(TextEncoder):
     """y[v] = max over tokens t of log(1 + relu(logits[t, v])), without ever holding the logits.
 
     SPLADE (Formal et al., SIGIR 2021) and SPLADE v2 (arXiv:2109.10086). Use `from_pretrained`.
@@ -56,15 +61,17 @@ class SpladeEncoder(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         settings: EncoderSettings | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, settings)
         check_decoder_is_last(model)
         self.model = model
-        self.tokenizer = tokenizer
-        self.settings = settings or EncoderSettings()
+        self._has_cache = has_cache(model)
+        self.train(model.training)  # encode restores the mode of both
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> SpladeEncoder:
         """Load any transformers masked-LM or causal-LM checkpoint, or a SparseEncoder folder.
+
+        A folder of PEFT adapters brings its base model along.
 
         Args:
             name_or_path: a hub name or a folder.
@@ -74,140 +81,67 @@ class SpladeEncoder(nn.Module):
             OSError: nothing of that name was found.
             ValueError: the checkpoint needs code of its own, or is no plain SPLADE model.
         """
-        if kwargs.get("trust_remote_code"):
-            raise ValueError("trust_remote_code must be False, got True: remote code never runs")
-        if not kwargs.get("weights_only", True):
-            raise ValueError("weights_only must be True, got False: pickles are never executed")
         name = os.fspath(name_or_path)
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        hub = hub_arguments(kwargs)
         settings = read_settings(name, hub)
         hub["subfolder"] = kwargs["subfolder"] = settings.subfolder
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(adapted_checkpoint(name, hub) or name, **hub)
         model = _auto_class(config).from_pretrained(name, config=config, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = load_tokenizer(name, hub)
         if settings.lower_case:
             lower_case_inputs(tokenizer)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         return cls(model.eval(), tokenizer, settings).eval()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is and its inputs have to be."""
-        return self.model.device
 
     @property
     def vocab_size(self) -> int:
         """V, the number of columns of every vector."""
         return decoder_of(self.model).out_features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors' values."""
+        return decoder_of(self.model).weight.dtype
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pooling_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Pooled vectors (B, V), differentiable in all parameters.
 
         Args:
             input_ids: (B, L) token ids.
             attention_mask: (B, L), nonzero counts; all count without it.
+            pooling_mask: (B, L), zero leaves a position out of the pooling which the transformer
+                does attend to, such as a token of the prompt. Padding stays out without it.
             kwargs: further inputs of the transformer, such as `token_type_ids`.
+
+        Raises:
+            TypeError, ValueError: a mask is not (B, L), or no bool, int or float.
         """
         return splade_head(
-            *self._head_inputs(input_ids, attention_mask, **kwargs),
+            *self._head_inputs(input_ids, attention_mask, pooling_mask, **kwargs),
             pooling=self.settings.pooling,
             activation=self.settings.activation,
         )
 
-    def tokenize(self, texts: Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
-        """Inputs of `forward` on the model's device, padded to the longest text.
-
-        Args:
-            texts: at least one text.
-            max_length: tokens kept of each text, special ones included; never more than the
-                model's own limit.
-        """
-        encoding = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self._length_limit(max_length),
-            padding=True,
-            return_tensors="np",  # torch takes three times as long to read the lists
+    def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
+        """The vectors of `tokenize`'s output, at most the k largest entries of each."""
+        return splade_head_topk(
+            *self._head_inputs(**inputs),
+            k=k,
+            pooling=self.settings.pooling,
+            activation=self.settings.activation,
         )
-        return {
-            name: torch.from_numpy(array).to(self.device) for name, array in encoding.items()
-        }
-
-    @torch.inference_mode()
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        *,
-        k: int | None = None,
-        batch_size: int = 32,
-        max_length: int = 256,
-        show_progress: bool = True,
-        prompt_name: str | None = None,
-    ) -> SparseRows:
-        """One sparse vector per text, in the order of the texts, in CPU memory.
-
-        Args:
-            texts: any number of texts; a single string counts as one text.
-            k: keep at most the k largest entries of each vector.
-            batch_size: texts of similar length that go through the model together.
-            max_length: tokens kept of each text, special ones included; never more than the
-                model's own limit.
-            show_progress: draw a progress bar.
-            prompt_name: which of `settings.prompts` goes before each text; by default the
-                model's default prompt, which most models do not have.
-
-        Returns:
-            SparseRows of len(texts) rows; a single string gives one row.
-
-        Raises:
-            TypeError, ValueError: an argument is out of range.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{position}] must be a str, got {type(text).__name__}")
-        for name, number in (("batch_size", batch_size), ("max_length", max_length)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if k is not None and k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        prompt = self._prompt(prompt_name)
-        # Texts of one length together: a batch costs as much as its longest text.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        parts = [self._no_rows()]
-        was_training = self.training
-        self.eval()
-        try:
-            with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
-                for start in range(0, len(texts), batch_size):
-                    batch = [prompt + texts[i] for i in order[start : start + batch_size]]
-                    rows = splade_head_topk(
-                        *self._head_inputs(**self.tokenize(batch, max_length)),
-                        k=k,
-                        pooling=self.settings.pooling,
-                        activation=self.settings.activation,
-                    )
-                    parts.append(rows.to("cpu"))
-                    progress.update(len(batch))
-        finally:
-            self.train(was_training)
-        positions = torch.empty(len(texts), dtype=torch.int64)
-        positions[order] = torch.arange(len(texts))
-        return SparseRows.cat(parts)[positions]
-
-    def top_terms(self, rows: SparseRows, count: int | None = None) -> list[dict[str, float]]:
-        """{token: weight} of the `count` heaviest entries of each row, heaviest first."""
-        names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
-        return [
-            dict(sorted(weights.items(), key=lambda item: -item[1])[:count])
-            for weights in rows.to_dicts(names)
-        ]
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder for transformers, for sentence-transformers' SparseEncoder and for us.
+
+        Of causal LMs for transformers and us: SparseEncoder has none. Of a model with PEFT adapters
+        the adapters alone, beside the name of their base model.
 
         Raises:
             ValueError: sentence-transformers has no such activation; nothing is written.
@@ -216,43 +150,30 @@ class SpladeEncoder(nn.Module):
         folder = Path(path)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        for name, content in settings_files.items():
-            file = folder / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json_files(folder, settings_files)
 
     def _head_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Hidden states before the decoder, its weight and bias, and the mask."""
+        """Hidden states before the decoder, its weight and bias, and the mask of the pooling."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        counts = attention_mask
+        if pooling_mask is not None:
+            batch, length = input_ids.shape
+            counts = check_mask(pooling_mask, batch, length, "input_ids", input_ids, "pooling_mask")
+            counts = counts & (attention_mask != 0)
+        if self._has_cache:  # of keys and values, for generating text
+            kwargs.setdefault("use_cache", False)
         hidden = hidden_before_decoder(
             self.model, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
         decoder = decoder_of(self.model)
-        return hidden, decoder.weight, decoder.bias, attention_mask
-
-    def _length_limit(self, max_length: int) -> int:
-        # tokenizer.model_max_length is a huge number where the tokenizer knows no limit.
-        limits = [max_length, self.tokenizer.model_max_length]
-        if self.settings.max_length is not None:
-            limits.append(self.settings.max_length)
-        return min(limits)
-
-    def _prompt(self, name: str | None) -> str:
-        name = name if name is not None else self.settings.default_prompt_name
-        if name is None:
-            return ""
-        if name not in self.settings.prompts:
-            raise ValueError(
-                f"prompt_name must be one of {sorted(self.settings.prompts)}, got {name!r}"
-            )
-        return self.settings.prompts[name]
-
-    def _no_rows(self) -> SparseRows:
-        dtype = decoder_of(self.model).weight.dtype
-        return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=dtype))
+        return hidden, decoder.weight, decoder.bias, counts
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

@@ -8,15 +8,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     Gemma2Config,
     LlamaConfig,
+    MistralConfig,
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 _SENTENCE = "a quick brown fox jumps over the lazy dog and sleeps under an old tree"
@@ -41,6 +47,7 @@ def masked_lm_configs() -> dict[str, PreTrainedConfig]:
     return {
         "bert": BertConfig(**_SIZES),
         "roberta": RobertaConfig(**_SIZES, **_SPECIAL_IDS),
+        "xlm-roberta": XLMRobertaConfig(**_SIZES, **_SPECIAL_IDS),
         "electra": ElectraConfig(**_SIZES, embedding_size=8),
         "modernbert": ModernBertConfig(
             **_SIZES, **_SPECIAL_IDS, cls_token_id=2, sep_token_id=3, local_attention=8
@@ -54,11 +61,30 @@ def masked_lm_configs() -> dict[str, PreTrainedConfig]:
             max_position_embeddings=64,
             initializer_range=0.5,
         ),
+        "deberta": DebertaConfig(
+            **_SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
+        ),
+        "deberta-v3": DebertaV2Config(  # as the published v3 checkpoints are configured
+            **_SIZES,
+            relative_attention=True,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
     }
 
 
-def causal_lm_config() -> PreTrainedConfig:
-    return LlamaConfig(**_SIZES, **_SPECIAL_IDS, num_key_value_heads=2)
+def causal_lm_configs() -> dict[str, PreTrainedConfig]:
+    sizes = {**_SIZES, **_SPECIAL_IDS, "num_key_value_heads": 1}
+    return {
+        "llama": LlamaConfig(**sizes),
+        "qwen2": Qwen2Config(**sizes, tie_word_embeddings=True),
+        "qwen3": Qwen3Config(**sizes, head_dim=8),
+        "mistral": MistralConfig(**sizes, sliding_window=4),
+    }
 
 
 def softcapped_config() -> PreTrainedConfig:
@@ -95,6 +121,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def tied_weights(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def save_checkpoint(config: PreTrainedConfig, folder: Path) -> Path:

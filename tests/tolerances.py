@@ -30,3 +30,17 @@ def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
     floor = FLOOR_ULPS * torch.finfo(actual.dtype).eps * scale
     tolerance = FACTOR * error(baseline, truth) + floor
     assert error(actual, truth) <= tolerance, (error(actual, truth), tolerance)
+
+
+def assert_accurate_gradients(
+    actual: dict[str, Tensor], truth: dict[str, Tensor], baseline: dict[str, Tensor]
+) -> None:
+    """The policy for the gradients of a whole model, {parameter: gradient}, taken as one vector.
+
+    Some parameters, such as the bias of a key, have the gradient 0 but for rounding: alone they
+    would compare noise with noise.
+    """
+    assert actual.keys() == baseline.keys() == truth.keys()
+    assert_accurate(
+        *(torch.cat([g.flatten() for g in x.values()]) for x in (actual, truth, baseline))
+    )

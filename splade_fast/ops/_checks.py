@@ -49,18 +49,23 @@ def check_choice(name: str, value: object, choices: dict[str, int]) -> int:
 
 
 def check_mask(
-    attention_mask: Tensor, batch: int, length: int, other_name: str, other: Tensor
+    attention_mask: Tensor,
+    batch: int,
+    length: int,
+    other_name: str,
+    other: Tensor,
+    name: str = "attention_mask",
 ) -> Tensor:
     """The mask as bool: nonzero counts."""
-    check_tensor("attention_mask", attention_mask)
+    check_tensor(name, attention_mask)
     if attention_mask.dtype.is_complex:
-        raise TypeError(f"attention_mask must be bool, int or float, got {attention_mask.dtype}")
+        raise TypeError(f"{name} must be bool, int or float, got {attention_mask.dtype}")
     if attention_mask.ndim != 2 or tuple(attention_mask.shape) != (batch, length):
         raise ValueError(
-            f"attention_mask must be (batch, length) = ({batch}, {length}), "
+            f"{name} must be (batch, length) = ({batch}, {length}), "
             f"got {tuple(attention_mask.shape)}"
         )
-    check_device("attention_mask", attention_mask, other_name, other)
+    check_device(name, attention_mask, other_name, other)
     return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
 
 

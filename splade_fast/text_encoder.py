@@ -1,0 +1,152 @@
+"""What all encoders share: texts in, sparse vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from splade_fast.checkpoints import EncoderSettings
+from splade_fast.sparse_rows import SparseRows
+
+
+class TextEncoder(nn.Module):
+    """Base of the encoders: tokenizing, batching and naming the terms; see the subclasses.
+
+    A subclass has a forward (input_ids, attention_mask) -> (B, V) and says what `vocab_size`,
+    `dtype` and `sparse_rows` are.
+    """
+
+    adds_special_tokens = True
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings | None = None
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.settings = settings or EncoderSettings()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of columns of every vector."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors' values."""
+        raise NotImplementedError
+
+    def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
+        """The vectors of `tokenize`'s output, at most the k largest entries of each."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are and the inputs have to be."""
+        return next(self.parameters()).device
+
+    def tokenize(self, texts: Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
+        """Inputs of `forward` on the model's device, padded to the longest text.
+
+        Args:
+            texts: at least one text.
+            max_length: tokens kept of each text, special ones included; never more than the
+                model's own limit.
+        """
+        encoding = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self._length_limit(max_length),
+            padding=True,
+            add_special_tokens=self.adds_special_tokens,
+            return_tensors="np",  # torch takes three times as long to read the lists
+        )
+        return {name: torch.from_numpy(array).to(self.device) for name, array in encoding.items()}
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        k: int | None = None,
+        batch_size: int = 32,
+        max_length: int = 256,
+        show_progress: bool = True,
+        prompt_name: str | None = None,
+    ) -> SparseRows:
+        """One sparse vector per text, in the order of the texts, in CPU memory.
+
+        Args:
+            texts: any number of texts; a single string counts as one text.
+            k: keep at most the k largest entries of each vector.
+            batch_size: texts of similar length that go through the model together.
+            max_length: tokens kept of each text, special ones included; never more than the
+                model's own limit.
+            show_progress: draw a progress bar.
+            prompt_name: which of `settings.prompts` goes before each text; by default the
+                model's default prompt, which most models do not have.
+
+        Returns:
+            SparseRows of len(texts) rows; a single string gives one row.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{position}] must be a str, got {type(text).__name__}")
+        for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        prompt = self._prompt(prompt_name)
+        # Texts of one length together: a batch costs as much as its longest text.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        parts = [self._no_rows()]
+        was_training = self.training
+        self.eval()
+        try:
+            with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
+                for start in range(0, len(texts), batch_size):
+                    batch = [prompt + texts[i] for i in order[start : start + batch_size]]
+                    rows = self.sparse_rows(self.tokenize(batch, max_length), k)
+                    parts.append(rows.to("cpu"))
+                    progress.update(len(batch))
+        finally:
+            self.train(was_training)
+        positions = torch.empty(len(texts), dtype=torch.int64)
+        positions[order] = torch.arange(len(texts))
+        return SparseRows.cat(parts)[positions]
+
+    def top_terms(self, rows: SparseRows, count: int | None = None) -> list[dict[str, float]]:
+        """{token: weight} of the `count` heaviest entries of each row, heaviest first."""
+        names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
+        return [
+            dict(sorted(weights.items(), key=lambda item: -item[1])[:count])
+            for weights in rows.to_dicts(names)
+        ]
+
+    def _length_limit(self, max_length: int) -> int:
+        # tokenizer.model_max_length is a huge number where the tokenizer knows no limit.
+        limits = [max_length, self.tokenizer.model_max_length]
+        if self.settings.max_length is not None:
+            limits.append(self.settings.max_length)
+        return min(limits)
+
+    def _prompt(self, name: str | None) -> str:
+        name = name if name is not None else self.settings.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.settings.prompts:
+            raise ValueError(
+                f"prompt_name must be one of {sorted(self.settings.prompts)}, got {name!r}"
+            )
+        return self.settings.prompts[name]
+
+    def _no_rows(self) -> SparseRows:
+        return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=self.dtype))
