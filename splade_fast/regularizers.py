@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -152,7 +153,17 @@ def active_dims(pooled: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class QuadraticSchedule:
+class _Schedule:
+    weight: float
+    steps: int
+    _power: ClassVar[int]
+
+    def __call__(self, step: int) -> float:
+        progress = min(1.0, step / self.steps) if self.steps > 0 else 1.0
+        return self.weight * float(progress**self._power)
+
+
+class QuadraticSchedule(_Schedule):
     """weight(step) = weight · min(1, step / steps)², as SPLADE raises its regularisation.
 
     Args:
@@ -160,15 +171,10 @@ class QuadraticSchedule:
         steps: how many steps it takes; 0: at once.
     """
 
-    weight: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        return self.weight * _progress(step, self.steps) ** 2
+    _power = 2
 
 
-@dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(_Schedule):
     """weight(step) = weight · min(1, step / steps).
 
     Args:
@@ -176,15 +182,7 @@ class LinearSchedule:
         steps: how many steps it takes; 0: at once.
     """
 
-    weight: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        return self.weight * _progress(step, self.steps)
-
-
-def _progress(step: int, steps: int) -> float:
-    return min(1.0, step / steps) if steps > 0 else 1.0
+    _power = 1
 
 
 def _mean_of_columns(pooled: Tensor, across_ranks: bool) -> Tensor:

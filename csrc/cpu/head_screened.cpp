@@ -50,7 +50,7 @@ class Screened {
 
   // Whether the whole costs less than the dense product would: from a share of the panels of the first block.
   bool pays() {
-    constexpr int64_t kShare = 32, kLeast = 4;
+    constexpr int64_t kShare = 64, kLeast = 4;
     if (blocks_.empty() || panels_ == 0) return true;
     const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kLeast));
     first_tokens_ = round(blocks_[0]);
