@@ -6,6 +6,10 @@
 #include <exception>
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -13,6 +17,18 @@
 
 namespace splade_fast::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Tiles and their int8 products (leaf 7 of cpuid), and the system's leave for this process to use their registers.
+bool amx_int8_runs() {
+  unsigned a = 0, b = 0, c = 0, features = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((features & kTile) == 0 || (features & kInt8) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 struct InstructionSet {
   const char* name;
@@ -29,6 +45,7 @@ InstructionSet choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const InstructionSet candidates[] = {
+      {"amx", avx512vnni && __builtin_cpu_supports("avx512bf16") && amx_int8_runs(), kernels_avx512bf16, screen_amx},
       {"avx512bf16", avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
       {"avx512vnni", avx512vnni, kernels_avx512, screen_avx512vnni},
       {"avx512", avx512, kernels_avx512, screen_avx512},

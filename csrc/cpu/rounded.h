@@ -78,8 +78,8 @@ class RoundedTokens {
             {const_data<T>(input.hidden), input.depth(), input.sequences.row.data() + begin_ + token, count_ - token,
              input.depth(), 4 * steps_, const_data<float>(weight.mean), sign.data(), true, scratch.get()},
             kernel.token_levels, 0,
-            {units, kScreenGroup, scale_.get() + lane, residual_.get() + lane, norm_.get() + lane, start_.get() + lane,
-             nullptr});
+            {units, kernel.token_rows ? 0 : kScreenGroup, scale_.get() + lane, residual_.get() + lane,
+             norm_.get() + lane, start_.get() + lane, nullptr});
         for (int64_t t = lane; t < lane + kernel.lanes; ++t) {
           start_.get()[t] *= -static_cast<int32_t>(kernel.weight_offset);
           residual_.get()[t] += rounding * (norm_.get()[t] + mean_norm) + kScreenTiny;

@@ -8,7 +8,8 @@
 
 namespace splade_fast::cpu {
 
-// Tokens are rounded and packed in groups of so many: (groups, padded depth / 4, kScreenGroup) units of four int8.
+// Tokens are rounded and packed in groups of so many: (groups, steps, kScreenGroup) units of four int8, a step being
+// four depths; or, where Screen::token_rows is set, (groups, steps / 16, kScreenGroup, 16).
 constexpr int64_t kScreenGroup = 16;
 
 // Up to `lanes` rows to round.
@@ -28,8 +29,8 @@ struct RowsToRound {
 // Rounded rows: row ≈ scale * integers. residual and norm are upper bounds of ‖row - scale * integers‖ and of the
 // norms of both; they are infinite where the row is not finite.
 struct RoundedRows {
-  uint32_t* units;  // four integers of a lane in a unit, consecutive depths `unit_stride` units apart
-  int64_t unit_stride;
+  uint32_t* units;      // four integers of a lane in a unit, consecutive depths `unit_stride` units apart
+  int64_t unit_stride;  // 0: sixteen consecutive units of a lane side by side, lanes below each other
   float *scale, *residual, *norm;
   int32_t* sum;     // of the integers
   float* mean_dot;  // products with the mean, unless subtracted
@@ -78,6 +79,7 @@ struct Screen {
   int64_t weight_offset;                // the weight's bytes are that much larger
   // How much faster than the full-precision product of float32 the int8 one is: what the choice between them goes by.
   double speed;
+  bool token_rows;  // the layout of the tokens, see kScreenGroup
 
   void (*round_f32)(const RowsToRound<float>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
   void (*round_f64)(const RowsToRound<double>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
@@ -108,6 +110,7 @@ const Screen& screen_avx2();
 const Screen& screen_avxvnni();
 const Screen& screen_avx512();
 const Screen& screen_avx512vnni();
+const Screen& screen_amx();
 #elif defined(__aarch64__)
 const Screen& screen_dotprod();
 #endif

@@ -28,7 +28,10 @@ static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes =
 
 // The product of four int8 a lane ---------------------------------------------------------------------------------
 
-#if (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
+// With AMX it is that of whole tiles below, of two signed operands.
+#if defined(SPLADE_FAST_AMX)
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+#elif (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
 constexpr int kWeightLevels = 127, kWeightOffset = 128;
 inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
@@ -64,6 +67,12 @@ inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
   for (int shift = 24; shift >= 0; shift -= 8) sum += ((weight << shift) >> 24) * ((token << shift) >> 24);
   return sum;
 }
+#endif
+
+#if defined(SPLADE_FAST_AMX)
+constexpr bool kTokenRows = true;
+#else
+constexpr bool kTokenRows = false;
 #endif
 
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
@@ -159,7 +168,7 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
   // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
   const Floats magic = broadcast<Floats>(0x1.8p23f);
   Floats lost_squares = {};
-  Ints sum = {};
+  Ints sum = {}, side_by_side[kScreenLanes];
   for (int64_t d = 0; d < depth; d += 4) {
     Ints unit = {};
     for (int i = 0; i < 4; ++i) {
@@ -171,8 +180,16 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
       sum += integer;
       unit |= ((integer + static_cast<int32_t>(offset)) & 0xff) << (8 * i);
     }
-    uint32_t* target = rounded.units + d / 4 * rounded.unit_stride;
-    store_bits(target, unit);
+    const int64_t step = d / 4;
+    if (rounded.unit_stride > 0) {
+      store_bits(rounded.units + step * rounded.unit_stride, unit);
+      continue;
+    }
+    side_by_side[step % kScreenLanes] = unit;
+    if (step % kScreenLanes < kScreenLanes - 1) continue;
+    transpose(side_by_side);
+    uint32_t* target = rounded.units + (step + 1 - kScreenLanes) * kScreenLanes;
+    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(target + lane * kScreenLanes, side_by_side[lane]);
   }
   // A row that is too small to be rounded is all residual, and so is one that is too large or not finite, of which
   // nothing is known.
@@ -192,9 +209,65 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
 
 inline Ints load_units(const uint32_t* units) { return load_bits<Ints>(units); }
 
+// Scales the integer products of tokens [first, last), and takes the largest of each sequence.
+inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t last, const Ints (*sum)[kScreenVectors],
+                           float* products, float* state) {
+  for (int64_t run = first, run_end = first; run < last; run = run_end) {
+    const int32_t sequence = tokens.sequence[run];
+    while (run_end < last && tokens.sequence[run_end] == sequence) ++run_end;
+    for (int j = 0; j < kScreenVectors; ++j) {
+      float* largest = state + sequence * kScreenColumns + j * kScreenLanes;
+      float* target = products + (run - first) * kScreenColumns + j * kScreenLanes;
+      Floats value = load_bits<Floats>(largest);
+      for (int64_t t = run; t < run_end; ++t, target += kScreenColumns) {
+        const Floats product = to_floats(sum[t - first][j]) * tokens.scale[t];
+        store_bits(target, product);
+        value = largest_of(product, value);
+      }
+      store_bits(largest, value);
+    }
+  }
+}
+
+#if defined(SPLADE_FAST_AMX)
+// A group of tokens by a panel: three tiles of 16 x 16 sums, 64 depths at a time.
 void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
               float* state) {
-  for (int64_t first = begin; first < end; first += kScreenTokens) {
+  static_assert(kScreenGroup == 16 && kScreenLanes == 16 && kScreenVectors == 3);
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  constexpr int64_t kTile = 256;  // units
+  for (int64_t first = begin; first < end; first += kScreenGroup, products += kScreenGroup * kScreenColumns) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    const uint32_t* token = tokens.units + first * tokens.steps;
+    const uint32_t* weight = panel.units;
+    for (int64_t step = 0; step < tokens.steps; step += 16, token += kTile, weight += 16 * kScreenColumns) {
+      _tile_loadd(3, token, 64);
+      _tile_loadd(4, weight, kScreenColumns * 4);
+      _tile_loadd(5, weight + 16, kScreenColumns * 4);
+      _tile_loadd(6, weight + 32, kScreenColumns * 4);
+      _tile_dpbssd(0, 3, 4);
+      _tile_dpbssd(1, 3, 5);
+      _tile_dpbssd(2, 3, 6);
+    }
+    Ints sum[kScreenGroup][kScreenVectors];
+    _tile_stored(0, &sum[0][0], sizeof(sum[0]));
+    _tile_stored(1, &sum[0][1], sizeof(sum[0]));
+    _tile_stored(2, &sum[0][2], sizeof(sum[0]));
+    store_products(tokens, first, first + kScreenGroup < end ? first + kScreenGroup : end, sum, products, state);
+  }
+  _tile_release();
+}
+#else
+void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+              float* state) {
+  for (int64_t first = begin; first < end; first += kScreenTokens, products += kScreenTokens * kScreenColumns) {
     const uint32_t* token = tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup;
     const uint32_t* weight = panel.units;
     Ints sum[kScreenTokens][kScreenVectors];
@@ -209,24 +282,10 @@ void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begi
         for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
       }
     }
-    const int64_t last = first + kScreenTokens < end ? first + kScreenTokens : end;
-    for (int64_t run = first, run_end = first; run < last; run = run_end) {
-      const int32_t sequence = tokens.sequence[run];
-      while (run_end < last && tokens.sequence[run_end] == sequence) ++run_end;
-      for (int j = 0; j < kScreenVectors; ++j) {
-        float* largest = state + sequence * kScreenColumns + j * kScreenLanes;
-        float* target = products + (run - begin) * kScreenColumns + j * kScreenLanes;
-        Floats value = load_bits<Floats>(largest);
-        for (int64_t t = run; t < run_end; ++t, target += kScreenColumns) {
-          const Floats product = to_floats(sum[t - first][j]) * tokens.scale[t];
-          store_bits(target, product);
-          value = largest_of(product, value);
-        }
-        store_bits(largest, value);
-      }
-    }
+    store_products(tokens, first, first + kScreenTokens < end ? first + kScreenTokens : end, sum, products, state);
   }
 }
+#endif
 
 inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
   return residual * other_norm + (norm * other_residual + kScreenTiny);
@@ -296,6 +355,7 @@ constexpr Screen make_screen(const char* name, double speed) {
           kWeightLevels,
           kWeightOffset,
           speed,
+          kTokenRows,
           round_rows_impl<float>,
           round_rows_impl<double>,
           round_rows_impl<bfloat16>,

@@ -2,6 +2,7 @@
 // and no pair that can be positive (and the maximum) is left out.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -10,6 +11,10 @@
 #include "cpu/kernels.h"
 #include "cpu/screen.h"
 #include "expect.h"
+
+namespace splade_fast::cpu {
+const Screen& screen_amx_emulated();  // screen_amx_emulated.cpp
+}
 
 using namespace splade_fast;
 using namespace splade_fast::cpu;
@@ -54,9 +59,9 @@ static Rounded round(const Screen& screen, const std::vector<float>& matrix, int
     screen.round_f32({matrix.data() + first * depth, depth, nullptr, rows - first, depth, padded_depth, mean.data(),
                       sign.data(), tokens, aligned},
                      tokens ? screen.token_levels : screen.weight_levels, tokens ? 0 : screen.weight_offset,
-                     {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride, stride,
-                      result.scale.data() + row, result.residual.data() + row, result.norm.data() + row,
-                      result.sum.data() + row, result.mean_dot.data() + row});
+                     {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride,
+                      tokens && screen.token_rows ? 0 : stride, result.scale.data() + row, result.residual.data() + row,
+                      result.norm.data() + row, result.sum.data() + row, result.mean_dot.data() + row});
   }
   return result;
 }
@@ -175,8 +180,9 @@ static void test_rounding(const Screen& screen, float scale) {
     EXPECT(found.norm[row] >= norm, "norm %g of a row of %g", found.norm[row], norm);
     double rounded_squares = 0;
     for (int64_t step = 0; step < found.padded_depth / 4; ++step) {
-      const uint32_t unit = found.units[row / kScreenGroup * kScreenGroup * found.padded_depth / 4 +
-                                        step * kScreenGroup + row % kScreenGroup];
+      const int64_t group = row / kScreenGroup * kScreenGroup * found.padded_depth / 4, lane = row % kScreenGroup;
+      const int64_t place = screen.token_rows ? step / 16 * 256 + lane * 16 + step % 16 : step * kScreenGroup + lane;
+      const uint32_t unit = found.units[group + place];
       for (int i = 0; i < 4; ++i) {
         rounded_squares += std::pow(static_cast<int8_t>(unit >> (8 * i)) * double(found.scale[row]), 2);
       }
@@ -225,7 +231,12 @@ int main() {
   if (avx2) test_all(screen_avx2());
   if (avx2 && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
   if (avx512) test_all(screen_avx512());
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) test_all(screen_avx512vnni());
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) {
+    test_all(screen_avx512vnni());
+    test_all(screen_amx_emulated());
+  }
+  // Choosing it has asked the system for its registers.
+  if (std::strcmp(screen().name, "amx") == 0) test_all(screen_amx());
 #endif
   return 0;
 }
