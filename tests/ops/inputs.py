@@ -1,7 +1,9 @@
-"""Inputs for the tests of pool and head."""
+"""Inputs for the tests of the ops."""
 
 import torch
 from torch import Tensor
+
+import splade_fast as sf
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 POOLINGS = ["max", "sum"]
@@ -30,3 +32,10 @@ def attention_mask(kind: str, batch: int, length: int) -> Tensor | None:
     if kind == "empty_rows":
         mask[::2] = False
     return mask
+
+
+def instruction_sets_here() -> list[str]:
+    """Those of the build that this machine runs, the least first."""
+    info = sf.build_info()
+    built = info["built"]["cpu_instruction_sets"].split()
+    return built[: built.index(info["cpu_instruction_set"]) + 1]
