@@ -79,11 +79,6 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // Rounding rows ---------------------------------------------------------------------------------------------------
 
-inline float to_float(double x) { return static_cast<float>(x); }
-inline float to_float(float x) { return x; }
-inline float to_float(float16 x) { return to_acc(x); }
-inline float to_float(bfloat16 x) { return to_acc(x); }
-
 // x[d]: depth d of every row, a row a lane; missing rows repeat the last.
 template <typename T>
 inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
@@ -102,7 +97,7 @@ inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
     }
   }
   for (; depth < rows.depth; ++depth) {
-    for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = to_float(row[lane][depth]);
+    for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = static_cast<float>(to_acc(row[lane][depth]));
   }
   for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
 }
@@ -207,8 +202,6 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
 
 // Products ----------------------------------------------------------------------------------------------------------
 
-inline Ints load_units(const uint32_t* units) { return load_bits<Ints>(units); }
-
 // Scales the integer products of tokens [first, last), and takes the largest of each sequence.
 inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t last, const Ints (*sum)[kScreenVectors],
                            float* products, float* state) {
@@ -276,7 +269,7 @@ void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begi
     }
     for (int64_t step = 0; step < tokens.steps; ++step, token += kScreenGroup, weight += kScreenColumns) {
       Ints entries[kScreenVectors];
-      for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_units(weight + j * kScreenLanes);
+      for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_bits<Ints>(weight + j * kScreenLanes);
       for (int t = 0; t < kScreenTokens; ++t) {
         const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
         for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
@@ -290,8 +283,6 @@ void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begi
 inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
   return residual * other_norm + (norm * other_residual + kScreenTiny);
 }
-
-inline Floats vector_of(const float* x) { return load_bits<Floats>(x); }
 
 // Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
 inline unsigned lanes_not_below(Floats x, Floats limit) {
@@ -310,14 +301,14 @@ inline unsigned lanes_not_below(Floats x, Floats limit) {
 void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
   found.entries = found.pairs = 0;
   for (int64_t column = 0; column < kScreenColumns; column += kScreenLanes) {
-    const Floats scale = vector_of(panel.scale + column), threshold = vector_of(panel.threshold + column);
-    const Floats residual = vector_of(panel.residual + column), norm = vector_of(panel.norm + column);
+    const Floats scale = load_vec(panel.scale + column), threshold = load_vec(panel.threshold + column);
+    const Floats residual = load_vec(panel.residual + column), norm = load_vec(panel.norm + column);
     const auto error = [&](float token_residual, float token_norm) {
       return error_bound(broadcast<Floats>(token_residual), broadcast<Floats>(token_norm), residual, norm);
     };
     // First all tokens at once, with the largest of their bounds: this settles nearly all entries.
     const Floats most =
-        vector_of(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
+        load_vec(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
     const unsigned open = lanes_not_below(most, threshold);
     if (open == 0) continue;
     found.compared += sequence.tokens * kScreenLanes;
@@ -325,13 +316,13 @@ void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool
     Floats limit = threshold;
     for (int64_t t = 0; t < sequence.tokens && largest; ++t) {
       const Floats lower =
-          vector_of(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
+          load_vec(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
       limit = largest_of(lower, limit);
     }
     int32_t counts[kScreenLanes] = {};
     for (int64_t t = 0; t < sequence.tokens; ++t) {
       const Floats upper =
-          vector_of(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
+          load_vec(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
       for (unsigned lanes = lanes_not_below(upper, limit) & open; lanes != 0; lanes &= lanes - 1) {
         const int lane = __builtin_ctz(lanes);
         found.scratch[lane * sequence.tokens + counts[lane]++] = static_cast<int32_t>(t);
