@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from splade_fast.checkpoints import (
 from splade_fast.ops._checks import check_floating, check_mask
 from splade_fast.sparse_rows import SparseRows
 from splade_fast.text_encoder import TextEncoder
+from splade_fast.whole_folders import whole_folder
 
 _WEIGHTS_FILE = "model.safetensors"
 _TEXTS_AT_A_TIME = 1024
@@ -171,15 +171,18 @@ class BagOfWordsQueryEncoder(TextEncoder):
         return SparseRows(rows.indices, values, rows.lengths, self.vocab_size)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder for `from_pretrained` and for sentence-transformers' SparseEncoder."""
-        folder = Path(path)
+        """Write a folder for `from_pretrained` and for sentence-transformers' SparseEncoder.
+
+        It is written whole or not at all; see `splade_fast.whole_folders`.
+        """
         tokenizer = copy.deepcopy(self.tokenizer)
         if self.settings.max_length is not None:  # the folder has no other place for it
             tokenizer.model_max_length = self._length_limit(self.settings.max_length)
-        tokenizer.save_pretrained(folder)
-        save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
         frozen = not self.weight.requires_grad
-        write_json_files(folder, static_embedding_files(self.settings, frozen))
+        with whole_folder(path) as folder:
+            tokenizer.save_pretrained(folder)
+            save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
+            write_json_files(folder, static_embedding_files(self.settings, frozen))
 
     def _contained(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, V), whether a token is at a position that counts."""

@@ -1,4 +1,4 @@
-"""The command line: encode a corpus, search it, evaluate a model."""
+"""The command line: encode a corpus, search it, evaluate a model, train one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from splade_fast.sparse_rows import SparseRows
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Learned sparse retrieval: encode, search and evaluate with SPLADE models.",
+    help="Learned sparse retrieval: encode, search, evaluate and train with SPLADE models.",
 )
 
 Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE checkpoint.")]
@@ -117,6 +117,19 @@ def evaluate(
         typer.echo(f"{name}\t{value:.4f}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train an encoder as a YAML file and flags say; see `train --help`."""
+    with _bad_input_exits_with_2():
+        from splade_fast.training.run import train as run
+
+        message = run(context.args)
+    typer.echo(message)
+
+
 @app.command()
 def info() -> None:
     """Print what was compiled, what is loaded, and why not."""
@@ -128,7 +141,7 @@ def info() -> None:
 def _bad_input_exits_with_2() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -173,3 +186,7 @@ def _encode_queries(
         show_progress=False,
         prompt_name=encoder.settings.prompt_for("query"),
     )
+
+
+if __name__ == "__main__":
+    app()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.sparse_rows import SparseRows
 from splade_fast.text_encoder import TextEncoder
+from splade_fast.whole_folders import whole_folder
 
 
 class SpladeEncoder(TextEncoder):
@@ -141,16 +141,17 @@ class SpladeEncoder(TextEncoder):
         """Write a folder for transformers, for sentence-transformers' SparseEncoder and for us.
 
         Of causal LMs for transformers and us: SparseEncoder has none. Of a model with PEFT adapters
-        the adapters alone, beside the name of their base model.
+        the adapters alone, beside the name of their base model. The folder is written whole or not
+        at all; see `splade_fast.whole_folders`.
 
         Raises:
             ValueError: sentence-transformers has no such activation; nothing is written.
         """
         settings_files = sparse_encoder_files(self.settings)
-        folder = Path(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        write_json_files(folder, settings_files)
+        with whole_folder(path) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_json_files(folder, settings_files)
 
     def _head_inputs(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from splade_fast.hidden_states import has_cache
 from splade_fast.ops._checks import check_mask
 from splade_fast.sparse_rows import SparseRows
 from splade_fast.text_encoder import TextEncoder
+from splade_fast.whole_folders import whole_folder
 
 _WEIGHTS_FILE = "term_weights.safetensors"
 _SETTINGS_FILE = "term_weights.json"
@@ -174,12 +174,15 @@ class TermWeightEncoder(TextEncoder):
         return SparseRows.from_dense(self(**inputs), k)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder for `from_pretrained`, whose encoder plain transformers loads as well."""
-        folder = Path(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        save_file(self.projection.state_dict(), folder / _WEIGHTS_FILE, {"format": "pt"})
-        write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
+        """Write a folder for `from_pretrained`, whose encoder plain transformers loads as well.
+
+        It is written whole or not at all; see `splade_fast.whole_folders`.
+        """
+        with whole_folder(path) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            save_file(self.projection.state_dict(), folder / _WEIGHTS_FILE, {"format": "pt"})
+            write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
 
 
 def _new_projection(model: PreTrainedModel) -> nn.Linear:

@@ -1,0 +1,86 @@
+"""Folders that appear whole or not at all, whatever ends the program that writes them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What says which weights a model folder holds: one that a newer save lacks would contradict it.
+_DESCRIBE_WEIGHTS = (
+    "config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `path` when the block is through.
+
+    A folder that is already there gets the new files one by one, each in one step, and keeps what
+    it has beside them; of a model's weights it keeps none. An error in the block, a full disk among
+    them, leaves `path` as it was.
+
+    Args:
+        path: the folder; those above it are made.
+
+    Raises:
+        NotADirectoryError: path is a file.
+    """
+    folder = Path(path).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{path} must be a folder, got a file")
+    # Inside a folder that is there: what is beside it may be another file system.
+    parent = folder if folder.exists() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        if folder.exists():
+            _move_files(temporary, folder)
+        else:
+            temporary.rename(folder)
+        flush_folder(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Wait until everything in the folder would survive a loss of power."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            flush_folder(path)
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in the folder would survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+    for folder in {file.parent for file in files}:
+        for pattern in _DESCRIBE_WEIGHTS:
+            for stale in (target / folder).glob(pattern):
+                if stale.relative_to(target) not in files:
+                    stale.unlink()
