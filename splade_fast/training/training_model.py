@@ -1,0 +1,84 @@
+"""TrainingModel: encoders and objective as one module, whose forward is a training step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from splade_fast.ops.prune import prune_topk
+from splade_fast.text_encoder import TextEncoder
+from splade_fast.training.objective import Objective, ObjectiveArguments
+
+
+class TrainingModel(nn.Module):
+    """Encoder(s) and objective.
+
+    Args:
+        encoder: of documents, and of queries where there is no other.
+        arguments: what is trained for.
+        query_encoder: of the queries; None: `encoder`.
+        seed: of the draws from the cache.
+
+    Raises:
+        ValueError: the encoders' vocabularies differ, or the arguments do not fit each other.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        arguments: ObjectiveArguments,
+        *,
+        query_encoder: TextEncoder | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.step = 0  # what the schedules go by; whoever trains sets it
+        self.encoder = encoder
+        # A module that is registered twice would have all its weights twice in the state.
+        self._own_query_encoder = None if query_encoder is encoder else query_encoder
+        if self.query_encoder.vocab_size != encoder.vocab_size:
+            raise ValueError(
+                f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
+                f"got {self.query_encoder.vocab_size}"
+            )
+        self.objective = Objective(arguments, encoder.vocab_size)
+
+    @property
+    def query_encoder(self) -> TextEncoder:
+        """The encoder of the queries, which may be that of the documents."""
+        return self.encoder if self._own_query_encoder is None else self._own_query_encoder
+
+    def forward(
+        self,
+        queries: Mapping[str, Tensor],
+        documents: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The loss of a batch and its parts.
+
+        Args:
+            queries: the tokenizer's output for B texts.
+            documents: that for m * B texts, row j * B + i is document j of query i.
+            labels: (B,) or (B, m), see `Objective.forward`.
+
+        Returns:
+            {"loss": scalar, "metrics": {name: detached scalar}}.
+
+        Raises:
+            ValueError: the batch does not fit the loss.
+        """
+        arguments = self.objective.arguments
+        counts = [len(inputs["input_ids"]) for inputs in (queries, documents)]
+        self.objective.check_batch(counts[0], counts[1], labels)
+        query_vectors = _pruned(self.query_encoder(**queries), arguments.query_top_k)
+        document_vectors = _pruned(self.encoder(**documents), arguments.document_top_k)
+        result: dict[str, Any] = self.objective(
+            query_vectors, document_vectors, labels, step=self.step
+        )
+        return result
+
+
+def _pruned(vectors: Tensor, k: int | None) -> Tensor:
+    return vectors if k is None else prune_topk(vectors, k)
