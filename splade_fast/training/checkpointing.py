@@ -121,7 +121,7 @@ def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
 
 
 def keep_checkpoints(output_dir: str | os.PathLike[str], limit: int | None, best: Any) -> None:
-    """Delete the earliest checkpoints so that at most `limit` remain, the last and `best` among them.
+    """Delete the earliest checkpoints so that at most `limit` remain; never the last, nor `best`.
 
     Args:
         output_dir: of the run.
@@ -194,7 +194,7 @@ def opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def save_model_state(model: nn.Module, folder: Path, own: set[str]) -> None:
+def save_model_state(model: Any, folder: Path, own: set[str]) -> None:
     """Write the tensors of `model` that the encoders' files in `folder` do not hold already.
 
     Args:
@@ -204,13 +204,17 @@ def save_model_state(model: nn.Module, folder: Path, own: set[str]) -> None:
     """
     tensors = {}
     for name, tensor in _distinct(model).items():
-        if name not in own and not _is_held(name, tensor, folder):
-            tensors[name] = tensor.detach().cpu().contiguous()
+        if name in own:
+            continue
+        value = tensor.detach().cpu().contiguous()
+        held = _held_tensor(model, name, folder)
+        if held is None or held.dtype != value.dtype or not torch.equal(held, value):
+            tensors[name] = value
     save_file(tensors, folder / MODEL_FILE, {"format": "pt"})
 
 
 @torch.no_grad()
-def load_model_state(model: nn.Module, folder: Path, own: set[str]) -> None:
+def load_model_state(model: Any, folder: Path, own: set[str]) -> None:
     """Read what `save_model_state` wrote and what it left to the encoders' files, in place.
 
     Raises:
@@ -222,7 +226,7 @@ def load_model_state(model: nn.Module, folder: Path, own: set[str]) -> None:
             if name in stored:
                 copy_into(tensor, file.get_tensor(name), name, folder)
             elif name not in own:
-                copy_into(tensor, _held_tensor(name, folder), name, folder)
+                copy_into(tensor, _held_tensor(model, name, folder), name, folder)
 
 
 @torch.no_grad()
@@ -386,19 +390,14 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return distinct
 
 
-def _is_held(name: str, tensor: Tensor, folder: Path) -> bool:
-    held = _held_tensor(name, folder)
-    return held is not None and held.dtype == tensor.dtype and torch.equal(held, tensor.cpu())
-
-
-def _held_tensor(name: str, folder: Path) -> Tensor | None:
+def _held_tensor(model: Any, name: str, folder: Path) -> Tensor | None:
     """The tensor of an encoder as transformers wrote it, where it kept the name; else None."""
-    part, _, name = name.partition(".")
-    place = {"encoder": folder, "query_encoder": folder / QUERY_FOLDER}.get(part)
-    if place is None or not (place / "model.safetensors").is_file():
-        return None
-    with opened(place / "model.safetensors") as file:
-        for key in (name.removeprefix("model."), name):
-            if key in set(file.keys()):
-                return file.get_tensor(key)
+    for path, module in model.named_children():
+        if not name.startswith(f"{path}.") or module not in (model.encoder, model.query_encoder):
+            continue
+        file = (folder if module is model.encoder else folder / QUERY_FOLDER) / "model.safetensors"
+        key = name.removeprefix(f"{path}.").removeprefix("model.")
+        if file.is_file():
+            with opened(file) as tensors:
+                return tensors.get_tensor(key) if key in set(tensors.keys()) else None
     return None
