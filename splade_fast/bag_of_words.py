@@ -175,7 +175,7 @@ class BagOfWordsQueryEncoder(TextEncoder):
         folder = Path(path)
         tokenizer = copy.deepcopy(self.tokenizer)
         if self.settings.max_length is not None:  # the folder has no other place for it
-            tokenizer.model_max_length = self._length_limit(self.settings.max_length)
+            tokenizer.model_max_length = self.length_limit(self.settings.max_length)
         tokenizer.save_pretrained(folder)
         save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
         frozen = not self.weight.requires_grad
