@@ -177,7 +177,7 @@ class BagOfWordsQueryEncoder(TextEncoder):
         """
         tokenizer = copy.deepcopy(self.tokenizer)
         if self.settings.max_length is not None:  # the folder has no other place for it
-            tokenizer.model_max_length = self._length_limit(self.settings.max_length)
+            tokenizer.model_max_length = self.length_limit(self.settings.max_length)
         frozen = not self.weight.requires_grad
         with whole_folder(path) as folder:
             tokenizer.save_pretrained(folder)

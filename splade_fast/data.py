@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Qrels = dict[str, dict[str, int]]
@@ -32,14 +34,15 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
     """Read a corpus or queries.
 
     A name ending in .jsonl holds one object per line with `text`, an id under `id` or `_id`, and
-    optionally `title`, which goes before the text; any other file holds `id<TAB>text` lines.
+    optionally `title`, which goes before the text; any other file holds `id<TAB>text` lines. Either
+    may be compressed, with .gz after its name.
 
     Raises:
         DataError: no such file, no texts in it, a malformed line or a repeated id.
     """
-    parse = _parse_json_line if Path(path).suffix in (".jsonl", ".ndjson") else _parse_tsv_line
+    parse = _parse_json_line if is_json_lines(path) else _parse_tsv_line
     found: dict[str, str] = {}
-    for where, (text_id, text) in _parsed_lines(Path(path), parse):
+    for where, (text_id, text) in parsed_lines(Path(path), parse):
         if text_id in found:
             raise DataError(f"{where}: id {text_id!r} appears a second time")
         found[text_id] = text
@@ -58,7 +61,7 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
         DataError: no such file, no judgements in it, a malformed line or a repeated pair.
     """
     qrels: Qrels = {}
-    for where, judgement in _parsed_lines(Path(path), _parse_qrels_line):
+    for where, judgement in parsed_lines(Path(path), _parse_qrels_line):
         if judgement is None:
             continue
         query, document, relevance = judgement
@@ -70,39 +73,62 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     return qrels
 
 
-def _parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+def parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
     """(file and line number, parsed line) for all lines that are not blank."""
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+            if text.strip():
+                yield where, parse(text)
+        except (DataError, UnicodeDecodeError) as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def is_json_lines(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name says that every line is a JSON object."""
+    return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     if not path.is_file():
         raise DataError(f"no such file: {path}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield where, parse(text)
-            except (DataError, UnicodeDecodeError) as error:
-                raise DataError(f"{where}: {error}") from error
+    compressed = path.suffix.lower() == ".gz"
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} must be a whole gzip file: {error}") from error
 
 
 def _parse_tsv_line(line: str) -> tuple[str, str]:
     text_id, tab, text = line.partition("\t")
     if not tab or not text_id:
-        raise DataError(f"expected id<TAB>text, got {_shortened(line)}")
+        raise DataError(f"expected id<TAB>text, got {shortened(line)}")
     return text_id, text
 
 
-def _parse_json_line(line: str) -> tuple[str, str]:
+def json_object(line: str) -> dict[str, Any]:
+    """The object that a line holds.
+
+    Raises:
+        DataError: it holds something else.
+    """
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"expected a JSON object, got {_shortened(line)} ({error})") from error
+        raise DataError(f"expected a JSON object, got {shortened(line)} ({error})") from error
     if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, got {_shortened(line)}")
+        raise DataError(f"expected a JSON object, got {shortened(line)}")
+    return record
+
+
+def _parse_json_line(line: str) -> tuple[str, str]:
+    record = json_object(line)
     text_id = record.get("id", record.get("_id"))
     text = record.get("text")
     if not isinstance(text_id, str | int) or not isinstance(text, str):
-        raise DataError(f"expected the keys id (or _id) and text, got {_shortened(line)}")
+        raise DataError(f"expected the keys id (or _id) and text, got {shortened(line)}")
     title = record.get("title")
     return str(text_id), f"{title} {text}" if title else text
 
@@ -114,7 +140,7 @@ def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
     if len(fields) not in (3, 4):
         raise DataError(
             f"expected query document relevance or query 0 document relevance, "
-            f"got {_shortened(line)}"
+            f"got {shortened(line)}"
         )
     try:
         return fields[0], fields[-2], int(fields[-1])
@@ -122,5 +148,6 @@ def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
         raise DataError(f"expected a whole number as relevance, got {fields[-1]!r}") from None
 
 
-def _shortened(line: str, limit: int = 60) -> str:
+def shortened(line: str, limit: int = 60) -> str:
+    """The line, quoted, as a message shows it."""
     return repr(line if len(line) <= limit else line[:limit] + "…")

@@ -13,6 +13,24 @@ from splade_fast.checkpoints import EncoderSettings
 from splade_fast.sparse_rows import SparseRows
 
 
+def token_tensors(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    add_special_tokens: bool = True,
+) -> dict[str, Tensor]:
+    """Inputs of a transformer on the CPU, padded to the longest of at least one text."""
+    encoding = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        add_special_tokens=add_special_tokens,
+        return_tensors="np",  # torch takes three times as long to read the lists
+    )
+    return {name: torch.from_numpy(array) for name, array in encoding.items()}
+
+
 class TextEncoder(nn.Module):
     """Base of the encoders: tokenizing, batching and naming the terms; see the subclasses.
 
@@ -56,15 +74,10 @@ class TextEncoder(nn.Module):
             max_length: tokens kept of each text, special ones included; never more than the
                 model's own limit.
         """
-        encoding = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self._length_limit(max_length),
-            padding=True,
-            add_special_tokens=self.adds_special_tokens,
-            return_tensors="np",  # torch takes three times as long to read the lists
+        tokens = token_tensors(
+            self.tokenizer, texts, self.length_limit(max_length), self.adds_special_tokens
         )
-        return {name: torch.from_numpy(array).to(self.device) for name, array in encoding.items()}
+        return {name: tensor.to(self.device) for name, tensor in tokens.items()}
 
     @torch.inference_mode()
     def encode(
@@ -104,7 +117,7 @@ class TextEncoder(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        prompt = self._prompt(prompt_name)
+        prompt = self.prompt_text(prompt_name)
         # Texts of one length together: a batch costs as much as its longest text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         parts = [self._no_rows()]
@@ -131,14 +144,20 @@ class TextEncoder(nn.Module):
             for weights in rows.to_dicts(names)
         ]
 
-    def _length_limit(self, max_length: int) -> int:
+    def length_limit(self, max_length: int) -> int:
+        """max_length, or what the model takes where that is less."""
         # tokenizer.model_max_length is a huge number where the tokenizer knows no limit.
         limits = [max_length, self.tokenizer.model_max_length]
         if self.settings.max_length is not None:
             limits.append(self.settings.max_length)
         return min(limits)
 
-    def _prompt(self, name: str | None) -> str:
+    def prompt_text(self, name: str | None) -> str:
+        """What goes before a text: the prompt of that name, or the model's default one.
+
+        Raises:
+            ValueError: the model has no such prompt.
+        """
         name = name if name is not None else self.settings.default_prompt_name
         if name is None:
             return ""

@@ -1,0 +1,129 @@
+"""Retrieval quality, sparsity and index size of encoders on judged queries."""
+
+from __future__ import annotations
+
+import os
+
+from splade_fast.data import DataError, Qrels, Texts, read_qrels, read_texts
+from splade_fast.evaluation import evaluate_run, run_of
+from splade_fast.ops.score import sparse_search
+from splade_fast.sparse_rows import SparseRows
+from splade_fast.text_encoder import TextEncoder
+
+_HITS = 100  # Recall@100 looks at so many
+
+
+class RetrievalEvaluator:
+    """Encodes a corpus and queries, searches exactly, and measures what was found.
+
+    Args:
+        queries: the queries, of which those without judgements are left out.
+        corpus: the documents, all of which are searched.
+        qrels: {query id: {document id: relevance}}.
+        max_query_length: tokens kept of each query.
+        max_document_length: tokens kept of each document.
+        batch_size: texts that go through a model together.
+        document_top_k: keep at most so many entries of each document.
+        query_top_k: keep at most so many entries of each query.
+
+    Raises:
+        DataError: no query is judged, or the judgements name queries or documents that are not
+            there.
+    """
+
+    def __init__(
+        self,
+        queries: Texts,
+        corpus: Texts,
+        qrels: Qrels,
+        *,
+        max_query_length: int = 64,
+        max_document_length: int = 256,
+        batch_size: int = 32,
+        document_top_k: int | None = None,
+        query_top_k: int | None = None,
+    ) -> None:
+        if not qrels:
+            raise DataError("qrels must judge at least one query, got none")
+        for name, known, judged in (
+            ("queries", set(queries.ids), set(qrels)),
+            ("corpus", set(corpus.ids), {d for documents in qrels.values() for d in documents}),
+        ):
+            unknown = judged - known
+            if unknown:
+                raise DataError(f"qrels name what {name} lacks: {min(unknown)!r}, …")
+        judged_texts = [
+            (i, text) for i, text in zip(queries.ids, queries.texts, strict=True) if i in qrels
+        ]
+        self.queries = Texts([i for i, _ in judged_texts], [text for _, text in judged_texts])
+        self.corpus = corpus
+        self.qrels = qrels
+        self.max_query_length = max_query_length
+        self.max_document_length = max_document_length
+        self.batch_size = batch_size
+        self.document_top_k = document_top_k
+        self.query_top_k = query_top_k
+
+    @classmethod
+    def from_files(
+        cls,
+        queries: str | os.PathLike[str],
+        corpus: str | os.PathLike[str],
+        qrels: str | os.PathLike[str],
+        **options: int | None,
+    ) -> RetrievalEvaluator:
+        """Read with `splade_fast.data.read_texts` and `read_qrels`; options as in the constructor.
+
+        Raises:
+            DataError: a file cannot be used.
+        """
+        found = read_texts(queries), read_texts(corpus), read_qrels(qrels)
+        return cls(*found, **options)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        encoder: TextEncoder,
+        query_encoder: TextEncoder | None = None,
+        *,
+        prefix: str = "",
+        show_progress: bool = False,
+    ) -> dict[str, float]:
+        """MRR@10, nDCG@10, Recall@100, query_active_dims, document_active_dims and index_mib.
+
+        Args:
+            encoder: of the documents, and without query_encoder of the queries as well.
+            query_encoder: of the queries.
+            prefix: goes before each name, as in "eval_MRR@10".
+            show_progress: draw a progress bar for the documents.
+
+        Returns:
+            {prefix + name: value}; active dims are the mean number of entries that are not 0,
+            index_mib is the size of the documents' vectors.
+        """
+        documents = self._encode(
+            encoder, "document", self.corpus, self.max_document_length, show_progress
+        )
+        queries = self._encode(
+            query_encoder or encoder, "query", self.queries, self.max_query_length, False
+        )
+        scores, hits = sparse_search(queries, documents, min(_HITS, len(documents)))
+        metrics = evaluate_run(
+            self.qrels, run_of(self.queries.ids, self.corpus.ids, scores, hits)
+        ) | {
+            "query_active_dims": float(queries.lengths.float().mean()),
+            "document_active_dims": float(documents.lengths.float().mean()),
+            "index_mib": documents.nbytes / 2**20,
+        }
+        return {prefix + name: value for name, value in metrics.items()}
+
+    def _encode(
+        self, encoder: TextEncoder, role: str, texts: Texts, max_length: int, show_progress: bool
+    ) -> SparseRows:
+        return encoder.encode(
+            texts.texts,
+            k=self.document_top_k if role == "document" else self.query_top_k,
+            batch_size=self.batch_size,
+            max_length=max_length,
+            show_progress=show_progress,
+            prompt_name=encoder.settings.prompt_for(role),
+        )
