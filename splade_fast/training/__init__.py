@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splade_fast.training.gradient_cache import cached_encode
     from splade_fast.training.objective import Objective, ObjectiveArguments
     from splade_fast.training.training_model import TrainingModel
 
@@ -16,7 +17,7 @@ _MODULES = {
     "SpladeTrainingArguments": "arguments",
     "TrainingCollator": "collator",
     "TrainingModel": "training_model",
-    "cached_encode": "cached_encode",
+    "cached_encode": "gradient_cache",
     "load_training_data": "data",
 }
 
