@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from splade_fast.ops.prune import prune_topk
 from splade_fast.text_encoder import TextEncoder
+from splade_fast.training.gradient_cache import cached_encode
 from splade_fast.training.objective import Objective, ObjectiveArguments
 
 
@@ -72,13 +73,17 @@ class TrainingModel(nn.Module):
         arguments = self.objective.arguments
         counts = [len(inputs["input_ids"]) for inputs in (queries, documents)]
         self.objective.check_batch(counts[0], counts[1], labels)
-        query_vectors = _pruned(self.query_encoder(**queries), arguments.query_top_k)
-        document_vectors = _pruned(self.encoder(**documents), arguments.document_top_k)
+        query_vectors = self._encoded(self.query_encoder, queries, arguments.query_top_k)
+        document_vectors = self._encoded(self.encoder, documents, arguments.document_top_k)
         result: dict[str, Any] = self.objective(
             query_vectors, document_vectors, labels, step=self.step
         )
         return result
 
-
-def _pruned(vectors: Tensor, k: int | None) -> Tensor:
-    return vectors if k is None else prune_topk(vectors, k)
+    def _encoded(
+        self, encoder: TextEncoder, inputs: Mapping[str, Tensor], top_k: int | None
+    ) -> Tensor:
+        """(N, V)."""
+        size = self.objective.arguments.mini_batch_size
+        vectors = cached_encode(encoder, inputs, size) if size else encoder(**inputs)
+        return vectors if top_k is None else prune_topk(vectors, top_k)
