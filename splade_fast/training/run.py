@@ -38,7 +38,7 @@ from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.trainer import SpladeTrainer
 
 _ENCODERS = {"splade": SpladeEncoder, "term_weights": TermWeightEncoder}
-_PARTS = (ModelArguments, DataArguments, SpladeTrainingArguments, RunArguments)
+_PARTS: Any = (ModelArguments, DataArguments, SpladeTrainingArguments, RunArguments)
 _IDF_EXAMPLES = 100_000  # document frequencies of more would hardly differ
 
 _USAGE = """\
@@ -70,6 +70,11 @@ class Configuration:
     training: SpladeTrainingArguments
     run: RunArguments
 
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and the model go."""
+        return Path(str(self.training.output_dir))
+
 
 def train(arguments: Sequence[str]) -> str:
     """Train as flags and the file of --config say.
@@ -97,10 +102,10 @@ def train(arguments: Sequence[str]) -> str:
             trainer.evaluate()
         trainer.save_model()
         if training.should_save:
-            trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
+            trainer.state.save_to_json(str(configuration.output_dir / "trainer_state.json"))
         if dist.is_initialized():
             dist.destroy_process_group()
-    return f"{training.output_dir}: trained for {trainer.state.global_step} steps"
+    return f"{configuration.output_dir}: trained for {trainer.state.global_step} steps"
 
 
 def parse(arguments: Sequence[str]) -> Configuration:
@@ -160,7 +165,7 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
     if training.eval_strategy != "no" and eval_data is None and evaluator is None:
         raise ValueError(
             f"eval_strategy must be 'no' without eval_data and eval_queries, "
-            f"got {str(training.eval_strategy.value)!r}"
+            f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
         )
     return SpladeTrainer(
         encoder,
@@ -205,7 +210,7 @@ def _help_of(field: Any) -> str:
     return "\n".join([flag, *wrapped])
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
+class _Parser(HfArgumentParser):
     """Says what is wrong, without two hundred flags before it."""
 
     def error(self, message: str) -> NoReturn:
@@ -272,7 +277,7 @@ def _near(name: str) -> list[str]:
 def _check_output_dir(configuration: Configuration) -> None:
     """By the first process alone: the others would see what it writes."""
     training, run = configuration.training, configuration.run
-    folder = Path(training.output_dir)
+    folder = configuration.output_dir
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if folder.exists() and not folder.is_dir():
@@ -295,7 +300,7 @@ def _checkpoint_to_resume(configuration: Configuration) -> str | None:
         return str(configuration.training.resume_from_checkpoint)
     if not configuration.run.resume:
         return None
-    last = last_checkpoint(configuration.training.output_dir)
+    last = last_checkpoint(configuration.output_dir)
     return None if last is None else str(last)
 
 

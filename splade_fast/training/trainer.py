@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
 
 
-class SpladeTrainer(Trainer):  # type: ignore[misc]
+class SpladeTrainer(Trainer):
     """Trains encoders: batches, loss, logs, evaluation, checkpoints that resume bit for bit.
 
     Logs the loss and the metrics of `TrainingModel` under their names, averaged over steps and
@@ -69,6 +69,11 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
     Raises:
         ValueError: arguments do not go together.
     """
+
+    model: Any  # a TrainingModel
+    args: Any  # SpladeTrainingArguments
+    optimizer: Any
+    lr_scheduler: Any
 
     # Every loss is the mean of its batch.
     loss_is_scaled_for_ga = False
@@ -144,8 +149,10 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
         """The mean loss of a batch; its metrics are kept for the log."""
         self.model.step = self.state.global_step
         outputs = model(**inputs)
-        metrics = self._train_metrics if self.model.training else self._eval_metrics
-        metrics.add(outputs["metrics"])
+        if self.model.training:
+            self._train_metrics.add(outputs["metrics"])
+        else:  # as eval_loss, by examples: the last batch may be smaller
+            self._eval_metrics.add(outputs["metrics"], len(inputs["queries"]["input_ids"]))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def prediction_step(
@@ -201,7 +208,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """As transformers' Trainer; adds the averages of the metrics and the evaluator's."""
         self._eval_metrics.means(self.args.device)  # of another loop that an error ended
-        output = super().evaluation_loop(
+        output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         means = self._eval_metrics.means(self.args.device)
@@ -262,7 +269,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             ValueError: no encoder has a transformer.
         """
         encoders = {id(e): e for e in (self.model.encoder, self.model.query_encoder)}
-        transformers = [
+        transformers: list[Any] = [
             part
             for encoder in encoders.values()
             if isinstance(part := getattr(encoder, "model", None), nn.Module)
@@ -274,9 +281,9 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
 
         def enable(**kwargs: Any) -> None:
             for transformer in transformers:
-                transformer.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+                transformer.activation_checkpointing_enable(**kwargs)
                 if _is_frozen_at_the_bottom(transformer):
-                    transformer.enable_input_require_grads()  # type: ignore[operator]
+                    transformer.enable_input_require_grads()
 
         self.model.activation_checkpointing_enable = enable
 
@@ -334,7 +341,8 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 exported[type(callback).__name__].append(callback.state())
-        self.state.stateful_callbacks = {
+        state: Any = self.state
+        state.stateful_callbacks = {
             name: states[0] if len(states) == 1 else states for name, states in exported.items()
         }
 
@@ -377,7 +385,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             set_random_state(self._rank_state(checkpoint)["random"], self.args.device)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best model, %s", best)
         self._load_model(best)
 
@@ -389,11 +397,11 @@ class _Averages:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            value = value.detach().double()
+    def add(self, metrics: dict[str, Tensor], count: int = 1) -> None:
+        for name, mean in metrics.items():
+            value = mean.detach().double() * count
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            self._counts[name] += count
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Over all processes, which have the same names; then start anew."""
