@@ -38,6 +38,7 @@ from splade_fast.training.checkpointing import (
     set_random_state,
 )
 from splade_fast.training.collator import TrainingCollator
+from splade_fast.training.endless import EndlessStream
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.training_model import TrainingModel
 
@@ -58,7 +59,7 @@ class SpladeTrainer(Trainer):
     Args:
         model: an encoder, for which a `TrainingModel` is made from args, or a `TrainingModel`.
         args: how to train.
-        train_dataset: examples as `load_training_data` gives them.
+        train_dataset: examples as `load_training_data` gives them; a stream starts over at its end.
         eval_dataset: examples for the evaluation loss.
         query_encoder: of the queries, where model is an encoder of documents alone.
         evaluator: measures retrieval at each evaluation.
@@ -103,7 +104,7 @@ class SpladeTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data_collator or _collator_of(model, args),
-            train_dataset=train_dataset,
+            train_dataset=_endless_if_streamed(train_dataset),
             # An evaluator needs no examples, which transformers asks for.
             eval_dataset=[] if eval_dataset is None and evaluator is not None else eval_dataset,
             callbacks=callbacks,
@@ -436,6 +437,10 @@ def _is_frozen_at_the_bottom(transformer: nn.Module) -> bool:
     return isinstance(transformer, PreTrainedModel) and not any(
         parameter.requires_grad for parameter in transformer.get_input_embeddings().parameters()
     )
+
+
+def _endless_if_streamed(dataset: Any) -> Any:
+    return dataset if dataset is None or hasattr(dataset, "__len__") else EndlessStream(dataset)
 
 
 @contextmanager

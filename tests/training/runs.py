@@ -28,8 +28,8 @@ SMALL: dict[str, Any] = {
     "lambda_document": 1e-3,
 }
 CACHE: dict[str, Any] = {
-    "loss": "in_batch",
-    "cache_size": 0,
+    "loss": "negative_cache",
+    "cache_size": 16,
     "cache_k": 8,
     "cache_document_length": 16,
     "document_regularizer": "df_flops",
