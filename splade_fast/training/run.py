@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.checkpoints import read_json
@@ -140,6 +140,7 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
     """
     data, training = configuration.data, configuration.training
     _check_output_dir(configuration)
+    set_seed(training.seed)  # for weights that are new, such as those of adapters
     encoder = _load_encoder(configuration.model)
     with training.main_process_first(desc="reading the data"):
         train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
