@@ -182,7 +182,7 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         default=None, metadata={"help": "Take the first so many negatives; default: all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036, the order HfArgumentParser can read
         default="tensorboard", metadata={"help": "Where logs go beside the terminal; or none."}
     )
 

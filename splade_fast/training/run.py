@@ -76,14 +76,15 @@ class Configuration:
         return Path(str(self.training.output_dir))
 
 
-def train(arguments: Sequence[str]) -> str:
+def train(arguments: Sequence[str]) -> str | None:
     """Train as flags and the file of --config say.
 
     Args:
         arguments: the flags.
 
     Returns:
-        What to tell the user: where the model is, or the help that was asked for.
+        What to tell the user: where the model is, or the help that was asked for; nothing in
+        other processes than the first.
 
     Raises:
         ConfigError: a flag or key is unknown, or has a value that it cannot have.
@@ -105,6 +106,8 @@ def train(arguments: Sequence[str]) -> str:
             trainer.state.save_to_json(str(configuration.output_dir / "trainer_state.json"))
         if dist.is_initialized():
             dist.destroy_process_group()
+    if training.process_index != 0:
+        return None
     return f"{configuration.output_dir}: trained for {trainer.state.global_step} steps"
 
 
@@ -116,6 +119,8 @@ def parse(arguments: Sequence[str]) -> Configuration:
         ValueError: values do not go together.
     """
     config, flags = _split_config(arguments)
+    if flags and not flags[0].startswith("-"):  # a list in the file would take it
+        raise ConfigError(f"expected a flag, got {flags[0]!r}")
     from_file = [] if config is None else _flags_of_file(Path(config))
     parser = _Parser(_PARTS, allow_abbrev=False, add_help=False)
     # Of flags given twice the last counts.
@@ -123,11 +128,10 @@ def parse(arguments: Sequence[str]) -> Configuration:
         [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("-"):
-            raise ConfigError(f"expected a flag, got {name!r}")
-        near = "".join(f", --{key}" for key in _near(name.lstrip("-").replace("-", "_")))
-        raise ConfigError(f"unknown flag {name}{f'; near it: {near[2:]}' if near else ''}")
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"expected a flag, got {flag!r}")
+        raise ConfigError(f"unknown flag {flag}{_near(flag.lstrip('-'), '--')}")
     return Configuration(*parts)
 
 
@@ -250,8 +254,7 @@ def _flags_of_file(path: Path) -> list[str]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in _names():
-            near = ", ".join(_near(name))
-            raise ConfigError(f"{path}: unknown key {key!r}{f'; near it: {near}' if near else ''}")
+            raise ConfigError(f"{path}: unknown key {key!r}{_near(name)}")
         flags += _flag(path, name, value)
     return flags
 
@@ -271,8 +274,10 @@ def _names() -> set[str]:
     return {f.name for part in _PARTS for f in dataclasses.fields(part) if f.init}
 
 
-def _near(name: str) -> list[str]:
-    return difflib.get_close_matches(name, sorted(_names()), n=3)
+def _near(name: str, dashes: str = "") -> str:
+    """The end of a message about an unknown name: those that it may have been meant to be."""
+    near = difflib.get_close_matches(name.replace("-", "_"), sorted(_names()), n=3)
+    return "; near it: " + ", ".join(dashes + key for key in near) if near else ""
 
 
 def _check_output_dir(configuration: Configuration) -> None:

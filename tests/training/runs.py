@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import TrainerCallback
 
@@ -50,6 +51,18 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
         lines.append(f"{' '.join(draw.sample(document, 2))}\t{' '.join(document)}\n")
     path.write_text("".join(lines))
     return path
+
+
+def keep_datasets_in(folder: Path) -> None:
+    """Where `datasets` writes what it converts, in a process that conftest.py does not reach."""
+    datasets.config.HF_DATASETS_CACHE = folder
+
+
+def be_rank(rank: int, count: int, folder: Path) -> None:
+    """Let the trainer find the process group that `run_ranks` has made."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # not asked, but looked for
+    keep_datasets_in(folder / f"datasets-{rank}")
 
 
 def make_trainer(checkpoint: Path, data: Any, output: Path, **options: Any) -> SpladeTrainer:
@@ -136,6 +149,7 @@ def train_until(
     """A run that resumes where one before it was, dies at a moment, or counts the moments."""
     from splade_fast.training.checkpointing import last_checkpoint
 
+    keep_datasets_in(output.parent / "datasets")
     data = load_training_data(pairs, streaming=streaming)
     if streaming:
         data = data.shuffle(seed=3, buffer_size=8)

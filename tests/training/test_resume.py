@@ -1,6 +1,5 @@
 """Killed runs go on to the very state of runs that were not, and checkpoints are whole."""
 
-import os
 import random
 import resource
 import shutil
@@ -29,6 +28,7 @@ from tests.ranks import run_ranks
 from tests.training.runs import (
     CACHE,
     assert_same_state,
+    be_rank,
     checkpoint_in,
     in_process,
     make_trainer,
@@ -125,8 +125,7 @@ def test_stopped_runs_go_on(checkpoint, pairs, tmp_path, options):
 
 
 def _train_rank(rank, count, checkpoint, pairs, output, sharing, stop):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    be_rank(rank, count, output.parent)
     options = CACHE | {"cache_sharing": sharing}
     callbacks = [] if stop is None else [Stop(stop)]
     trainer = make_trainer(
