@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.checkpoints import read_json
+from splade_fast.distributed import world_size
 from splade_fast.model import SpladeEncoder
 from splade_fast.term_weights import TermWeightEncoder
 from splade_fast.text_encoder import TextEncoder
@@ -36,6 +37,8 @@ from splade_fast.training.data import import_datasets, load_training_data
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.trainer import SpladeTrainer
+
+T = TypeVar("T")
 
 _ENCODERS = {"splade": SpladeEncoder, "term_weights": TermWeightEncoder}
 _PARTS: Any = (ModelArguments, DataArguments, SpladeTrainingArguments, RunArguments)
@@ -141,45 +144,56 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
     Raises:
         FileExistsError: the output directory has something in it.
         OSError, ValueError, ImportError: a model or data cannot be used, or a package is missing.
+        SystemExit: in one of several processes, where another one raises such an error.
     """
-    data, training = configuration.data, configuration.training
-    _check_output_dir(configuration)
+    model, data, training = configuration.model, configuration.data, configuration.training
+    together(lambda: _check_output_dir(configuration), training)
     set_seed(training.seed)  # for weights that are new, such as those of adapters
-    encoder = _load_encoder(configuration.model)
-    with training.main_process_first(desc="reading the data"):
-        train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
-        eval_data = None
-        if data.eval_data is not None:
-            eval_data = _load_data(data.eval_data, data, data.eval_split, False, training)
-    if data.streaming and training.max_steps <= 0:
-        raise ValueError("max_steps must be given with streaming, which does not know its length")
-    if data.streaming and data.shuffle_buffer:
-        train_data = train_data.shuffle(training.seed, buffer_size=data.shuffle_buffer)
-    evaluator = None
-    if data.eval_queries is not None:
-        evaluator = RetrievalEvaluator.from_files(
-            data.eval_queries,
-            str(data.eval_corpus),
-            str(data.eval_qrels),
-            max_query_length=training.max_query_length,
-            max_document_length=training.max_document_length,
-            batch_size=training.per_device_eval_batch_size,
-            document_top_k=training.document_top_k,
-            query_top_k=training.query_top_k,
-        )
-    if training.eval_strategy != "no" and eval_data is None and evaluator is None:
-        raise ValueError(
-            f"eval_strategy must be 'no' without eval_data and eval_queries, "
-            f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
-        )
-    return SpladeTrainer(
-        encoder,
+    encoder = together(lambda: _load_encoder(model), training)
+    train_data = eval_data = None
+    for first in (True, False):  # one process of each machine converts it, the others read that
+        if (training.local_process_index == 0) == first:
+            train_data, eval_data = together(lambda: _load_all_data(data, training), training)
+        else:
+            together(lambda: None, training)
+    return together(
+        lambda: SpladeTrainer(
+            encoder,
+            training,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            query_encoder=_load_query_encoder(model, encoder, train_data),
+            evaluator=_load_evaluator(data, training),
+        ),
         training,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        query_encoder=_load_query_encoder(configuration.model, encoder, train_data),
-        evaluator=evaluator,
     )
+
+
+def together(action: Callable[[], T], training: SpladeTrainingArguments) -> T:
+    """What the action returns; where it fails in one of several processes, all of them end.
+
+    Raises:
+        ImportError, OSError, ValueError: as the action, in the first process where it fails.
+        SystemExit: in the others, which have nothing to add.
+    """
+    problem: Exception | None = None
+    result: Any = None
+    try:
+        with _damaged_files_are_bad_input():
+            result = action()
+    except (ImportError, OSError, ValueError) as error:
+        problem = error
+    first = training.process_index if problem is not None else training.world_size
+    if world_size() > 1:
+        failed = torch.tensor(first, device=training.device)
+        dist.all_reduce(failed, dist.ReduceOp.MIN)
+        first = int(failed)
+    if first == training.world_size:
+        found: T = result
+        return found
+    if problem is not None and first == training.process_index:
+        raise problem
+    raise SystemExit(2)
 
 
 def help_text(everything: bool = False) -> str:
@@ -368,9 +382,43 @@ def _load_query_encoder(
     return query_encoder
 
 
+def _load_evaluator(
+    data: DataArguments, training: SpladeTrainingArguments
+) -> RetrievalEvaluator | None:
+    if data.eval_queries is None or data.eval_corpus is None or data.eval_qrels is None:
+        return None
+    return RetrievalEvaluator.from_files(
+        data.eval_queries,
+        data.eval_corpus,
+        data.eval_qrels,
+        max_query_length=training.max_query_length,
+        max_document_length=training.max_document_length,
+        batch_size=training.per_device_eval_batch_size,
+        document_top_k=training.document_top_k,
+        query_top_k=training.query_top_k,
+    )
+
+
 def _documents_of(example: dict[str, Any]) -> list[str]:
     documents: list[str] = example.get("documents") or [example["document"]]
     return documents
+
+
+def _load_all_data(data: DataArguments, training: SpladeTrainingArguments) -> tuple[Any, Any]:
+    """The examples to train on, and those for the evaluation loss or None."""
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("max_steps must be given with streaming, which does not know its length")
+    if training.eval_strategy != "no" and data.eval_data is None and data.eval_queries is None:
+        raise ValueError(
+            f"eval_strategy must be 'no' without eval_data and eval_queries, "
+            f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
+        )
+    train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
+    if data.streaming and data.shuffle_buffer:
+        train_data = train_data.shuffle(training.seed, buffer_size=data.shuffle_buffer)
+    if data.eval_data is None:
+        return train_data, None
+    return train_data, _load_data(data.eval_data, data, data.eval_split, False, training)
 
 
 def _load_data(
@@ -410,4 +458,4 @@ def _damaged_files_are_bad_input() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"a file of weights cannot be read: {error}") from error
+        raise OSError(f"weights cannot be read or written: {error}") from error

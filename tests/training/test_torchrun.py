@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splade_fast.training import load_training_data
+from splade_fast.training import SpladeTrainingArguments, load_training_data
+from splade_fast.training.run import together
 from tests.ranks import run_ranks
 from tests.tiny_models import masked_lm_configs, save_checkpoint
 from tests.training.runs import be_rank, make_trainer, write_pairs
@@ -112,3 +113,21 @@ def test_two_ranks(checkpoint, pairs, tmp_path, streaming, options):
     run_ranks(2, _train_rank, tmp_path, checkpoint, pairs, tmp_path / "two", streaming, options)
     train_alone(checkpoint, pairs, tmp_path / "one", streaming)
     assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
+def _fail_on_one(rank, count, folder):
+    be_rank(rank, count, folder)
+    arguments = SpladeTrainingArguments(output_dir=str(folder / "run"), report_to="none")
+
+    def action():
+        if rank == 1:
+            raise ValueError("bad")
+        return "good"
+
+    with pytest.raises(ValueError if rank == 1 else SystemExit, match="bad" if rank else "2"):
+        together(action, arguments)
+    assert together(lambda: rank, arguments) == rank
+
+
+def test_what_fails_in_one_process_ends_all_with_one_message(tmp_path):
+    run_ranks(2, _fail_on_one, tmp_path, tmp_path)
