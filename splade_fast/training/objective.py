@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from splade_fast.losses import (
     in_batch_loss,
@@ -16,6 +18,7 @@ from splade_fast.losses import (
 )
 from splade_fast.ops._autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
+from splade_fast.training.cache_loss import CacheStep, DocumentCacheHandler, Network
 from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 
@@ -36,20 +39,47 @@ class Objective(nn.Module):
     Under torch.distributed the loss is that of the joined batch of all ranks, see
     `splade_fast.losses`.
 
+    With the loss negative_cache, `handler` holds the cache, which is updated in training mode; in
+    evaluation mode it is left alone, and the loss is in_batch.
+
     Args:
         arguments: what is trained for.
         vocab_size: V.
+        tokenizer: of the documents; a cache stores its inputs.
+        seed: of the draws from the cache.
+
+    Raises:
+        ValueError: the arguments do not go together.
     """
 
-    def __init__(self, arguments: ObjectiveArguments, vocab_size: int) -> None:
+    def __init__(
+        self,
+        arguments: ObjectiveArguments,
+        vocab_size: int,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         arguments.check_objective()
         self.arguments = arguments
+        self.handler: DocumentCacheHandler | None = None
+        if arguments.loss == "negative_cache":
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given for the loss negative_cache, got None")
+            self.handler = DocumentCacheHandler(arguments, tokenizer, vocab_size, seed)
         self.query_sparsity = Sparsity(arguments, "query", vocab_size)
         self.document_sparsity = Sparsity(arguments, "document", vocab_size)
 
     def forward(
-        self, queries: Tensor, documents: Tensor, labels: Tensor | None = None, *, step: int = 0
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        labels: Tensor | None = None,
+        *,
+        step: int = 0,
+        network: Network | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """The loss and its parts.
 
@@ -58,6 +88,8 @@ class Objective(nn.Module):
             documents: (m * B, V), row j * B + i is document j of query i; document 0 is relevant.
             labels: (B,) relevance for pointwise, (B, m) scores for margin_mse and kl.
             step: of the schedules.
+            network: for a cache: tokenized documents -> vectors.
+            inputs: for a cache: what the documents were encoded from, by name.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}.
@@ -66,11 +98,19 @@ class Objective(nn.Module):
             ValueError: the batch does not fit the loss.
         """
         count = self.check_batch(len(queries), len(documents), labels)
+        exact = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
+        queries, documents = queries.to(exact), documents.to(exact)
+        of_cache: CacheStep | None = None
+        if self.handler is not None and self.training:
+            if network is None or inputs is None:
+                raise ValueError("network and inputs must be given for the loss negative_cache")
+            of_cache = self.handler.step(network, queries, documents, inputs)
         # Scores of many terms need more precision than autocast would give them.
         with torch.autocast(queries.device.type, enabled=False):
-            exact = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
-            queries, documents = queries.to(exact), documents.to(exact)
-            relevance = self._relevance(queries, documents, labels, count)
+            if of_cache is not None:
+                relevance = of_cache.loss
+            else:
+                relevance = self._relevance(queries, documents, labels, count)
             query_penalty = self.query_sparsity(queries, step)
             document_penalty = self.document_sparsity(documents, step)
         metrics = {
@@ -80,6 +120,9 @@ class Objective(nn.Module):
             "query_active_dims": active_dims(queries).float().mean(),
             "document_active_dims": active_dims(documents).float().mean(),
         }
+        if of_cache is not None:
+            metrics["cache/interpretable_prediction_loss"] = of_cache.interpretable_loss
+            metrics["cache/staleness"] = of_cache.staleness
         return {
             "loss": relevance + query_penalty + document_penalty,
             "metrics": {name: value.detach() for name, value in metrics.items()},
@@ -101,6 +144,11 @@ class Objective(nn.Module):
             raise ValueError(f"documents must be one for each query for {loss}, got {count}")
         if loss in _SEVERAL_DOCUMENTS and count < 2:
             raise ValueError(f"documents must be at least 2 for each query for {loss}, got {count}")
+        if loss == "negative_cache" and count != 1 and self.training:
+            raise ValueError(
+                f"documents must be one for each query for {loss}, which draws the negatives "
+                f"itself, got {count}"
+            )
         expected = _LABELS.get(loss)
         if expected is None and labels is not None:
             raise ValueError(
@@ -119,7 +167,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         temperature = self.arguments.temperature
         batch = len(queries)
-        if self.arguments.loss == "in_batch":
+        if self.arguments.loss in ("in_batch", "negative_cache"):
             positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
             return in_batch_loss(queries, positives, negatives, temperature=temperature)
         scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from splade_fast.negative_cache.checkpoint import load_sharded, save_sharded
 from splade_fast.ops.prune import prune_topk
 from splade_fast.text_encoder import TextEncoder
 from splade_fast.training.gradient_cache import cached_encode
@@ -44,7 +46,13 @@ class TrainingModel(nn.Module):
                 f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
                 f"got {self.query_encoder.vocab_size}"
             )
-        self.objective = Objective(arguments, encoder.vocab_size)
+        self.objective = Objective(
+            arguments, encoder.vocab_size, tokenizer=encoder.tokenizer, seed=seed
+        )
+        # DistributedDataParallel would overwrite the cache of each rank by that of the first.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"objective.{name}" for name, _ in self.objective.named_buffers()
+        ]
 
     @property
     def query_encoder(self) -> TextEncoder:
@@ -74,11 +82,60 @@ class TrainingModel(nn.Module):
         counts = [len(inputs["input_ids"]) for inputs in (queries, documents)]
         self.objective.check_batch(counts[0], counts[1], labels)
         query_vectors = self._encoded(self.query_encoder, queries, arguments.query_top_k)
-        document_vectors = self._encoded(self.encoder, documents, arguments.document_top_k)
+
+        def encode_documents(inputs: Mapping[str, Tensor]) -> Tensor:
+            return self._encoded(self.encoder, inputs, arguments.document_top_k)
+
         result: dict[str, Any] = self.objective(
-            query_vectors, document_vectors, labels, step=self.step
+            query_vectors,
+            encode_documents(documents),
+            labels,
+            step=self.step,
+            network=encode_documents,
+            inputs=documents,
         )
         return result
+
+    def cache_state(self) -> dict[str, Tensor]:
+        """What the objective of this rank remembers from step to step: its cache, the generator of
+        the draws, document frequencies. The tensors themselves; none for most objectives.
+        """
+        state: dict[str, Tensor] = self.objective.state_dict()
+        return state
+
+    def load_cache_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what `cache_state` returned.
+
+        Raises:
+            RuntimeError: the state is that of another objective.
+        """
+        self.objective.load_state_dict(state)
+
+    def save_cache(self, folder: str | os.PathLike[str]) -> None:
+        """Write `cache_state` into a folder, as safetensors; all ranks call it with one folder.
+
+        Nothing is written where there is nothing to remember.
+
+        Raises:
+            ValueError: the folder holds the files of another number of ranks.
+        """
+        if self.cache_state():
+            save_sharded(self.objective, folder, replicated=self._replicated())
+
+    def load_cache(self, folder: str | os.PathLike[str]) -> None:
+        """Read what `save_cache` wrote, with any number of ranks; all ranks call it.
+
+        Raises:
+            FileNotFoundError: there are no files, or not all of them.
+            ValueError: they are those of another objective.
+        """
+        if self.cache_state():
+            load_sharded(self.objective, folder, replicated=self._replicated())
+
+    def _replicated(self) -> bool:
+        """Whether all ranks remember the same."""
+        arguments = self.objective.arguments
+        return self.objective.handler is None or arguments.cache_sharing == "replicas"
 
     def _encoded(
         self, encoder: TextEncoder, inputs: Mapping[str, Tensor], top_k: int | None

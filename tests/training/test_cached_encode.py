@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModel
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
