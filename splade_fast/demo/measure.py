@@ -67,19 +67,19 @@ def measure(
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     encode = load_contender(contender, model, max_length)
     encode(["warm up"], batch_size)
-    _reset_peak()
-    before = _resident_mib("VmRSS")
+    reset_peak()
+    before = resident_mib("VmRSS")
     start = time.perf_counter()
     encoded = encode(texts, batch_size)
     seconds = time.perf_counter() - start
-    peak = _resident_mib("VmHWM")
+    peak = resident_mib("VmHWM")
     above = None if before is None or peak is None else peak - before
     as_sparse_rows(encoded).save(folder / "vectors.safetensors")
     result = asdict(Measurement(len(texts) / seconds, above))
     (folder / "measurement.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Forget the peak of loading; Linux only."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -87,7 +87,8 @@ def _reset_peak() -> None:
         return
 
 
-def _resident_mib(field: str) -> float | None:
+def resident_mib(field: str) -> float | None:
+    """VmRSS, what the process holds now, or VmHWM, its peak; None where Linux does not tell it."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
