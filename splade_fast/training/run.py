@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +52,17 @@ key. With several processes: torchrun --nproc-per-node N -m splade_fast train â€
 _MOST_USED = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "warmup_steps"),
-    *("lr_scheduler_type", "bf16", "gradient_checkpointing", "seed", "logging_steps", "report_to"),
+    *(
+        "lr_scheduler_type",
+        "bf16",
+        "activation_checkpointing",
+        "seed",
+        "logging_steps",
+        "report_to",
+    ),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps"),
     *("save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("resume_from_checkpoint", "dataloader_num_workers", "ddp_backend", "use_cpu"),
+    *("resume_from_checkpoint", "dataloader_num_workers", "report_to", "ddp_backend"),
 )
 
 
@@ -296,9 +302,8 @@ def _near(name: str, dashes: str = "") -> str:
 
 def _check_output_dir(configuration: Configuration) -> None:
     """By the first process alone: the others would see what it writes."""
-    training, run = configuration.training, configuration.run
-    folder = configuration.output_dir
-    if int(os.environ.get("RANK", "0")) != 0:
+    run, folder = configuration.run, configuration.output_dir
+    if configuration.training.process_index != 0:
         return
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir must be a folder, got the file {folder}")
@@ -308,7 +313,7 @@ def _check_output_dir(configuration: Configuration) -> None:
         remove_leftovers(folder)
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
-    elif not run.resume and not training.resume_from_checkpoint:
+    elif not run.resume and not configuration.training.resume_from_checkpoint:
         raise FileExistsError(
             f"output_dir must be empty, got {folder}; --resume goes on with the run in it, "
             "--overwrite_output_dir deletes its checkpoints"

@@ -1,9 +1,10 @@
-"""What tests of training share: a folder for the converted data."""
+"""What tests of training share: a folder for the converted data, and one thread."""
 
 from collections.abc import Iterator
 
 import datasets
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,3 +14,12 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_DATASETS_CACHE", str(folder))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -184,11 +184,11 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, pairs, tmp_path):
     results = []
     for checkpointed in (False, True):
         trainer = make_trainer(
-            checkpoint, pairs, tmp_path, max_steps=2, gradient_checkpointing=checkpointed
+            checkpoint, pairs, tmp_path, max_steps=2, activation_checkpointing=checkpointed
         )
-        assert not trainer.model.encoder.model.is_gradient_checkpointing
+        assert not trainer.model.encoder.model.is_activation_checkpointing
         trainer.train()
-        assert trainer.model.encoder.model.is_gradient_checkpointing == checkpointed
+        assert trainer.model.encoder.model.is_activation_checkpointing == checkpointed
         results.append(weights(trainer))
     for name, weight in results[0].items():
         torch.testing.assert_close(weight, results[1][name])
@@ -206,7 +206,7 @@ def test_gradient_checkpointing_reaches_adapters(checkpoint, pairs, tmp_path):
             tmp_path,
             model=encoder,
             max_steps=2,
-            gradient_checkpointing=checkpointed,
+            activation_checkpointing=checkpointed,
         )
         before = weights(trainer)
         trainer.train()
