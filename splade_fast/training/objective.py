@@ -92,7 +92,11 @@ class Objective(nn.Module):
             inputs: for a cache: what the documents were encoded from, by name.
 
         Returns:
-            {"loss": scalar, "metrics": {name: detached scalar}}.
+            {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
+            query_regularizer and document_regularizer add up to the loss; query_active_dims and
+            document_active_dims are means over the batch of this rank. With a cache
+            relevance_loss has the gradient of the cross entropy, whose value is
+            cache/interpretable_prediction_loss, and cache/staleness is that of the drawn documents.
 
         Raises:
             ValueError: the batch does not fit the loss.

@@ -243,6 +243,14 @@ def test_training_goes_on_from_what_was_saved(by_file, tmp_path):
     )
 
 
+def test_copies_train_alike_and_apart():
+    model = cache_model()
+    trained(model, 2)
+    copied = copy.deepcopy(model)
+    expected = trained(model, 2, first=2)
+    assert torch.equal(trained(copied, 2, first=2), expected)
+
+
 def test_nothing_to_remember_is_no_file(tmp_path):
     model = training_model()
     assert model.cache_state() == {}

@@ -88,15 +88,12 @@ FORMULAS = {
 @pytest.mark.parametrize("schedule", ["quadratic", "linear", "constant"])
 def test_regularizers_and_schedules(terms, schedule):
     """Separate ones of queries and documents, at a quarter of the way."""
-    arguments = ObjectiveArguments(
-        query_regularizer="none", document_regularizer=terms, lambda_document=0.3,
-        lambda_anti_zero=7.0, regularizer_schedule=schedule, regularizer_steps=8, df_momentum=0.0,
-    )  # fmt: skip
-    for side in ("query", "document"):
-        if side == "query":
-            swapped = {"query_regularizer": terms, "document_regularizer": "none"}
-            weights = {"lambda_query": 0.3, "lambda_document": 0.1}
-            arguments = dataclasses.replace(arguments, **swapped, **weights)
+    for side, other in (("query", "document"), ("document", "query")):
+        arguments = ObjectiveArguments(
+            **{f"{side}_regularizer": terms, f"{other}_regularizer": "none"},
+            **{f"lambda_{side}": 0.3, f"lambda_{other}": 0.1, "lambda_anti_zero": 7.0},
+            regularizer_schedule=schedule, regularizer_steps=8, df_momentum=0.0,
+        )  # fmt: skip
         queries, documents = torch.rand(2, B, 30, dtype=torch.float64) * (torch.rand(30) < 0.5)
         ours = {"query": queries, "document": documents}[side].requires_grad_()
         result = Objective(arguments, 30).double()(queries, documents, step=2)
