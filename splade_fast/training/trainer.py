@@ -52,8 +52,8 @@ class SpladeTrainer(Trainer):
 
     Logs the loss and the metrics of `TrainingModel` under their names, averaged over steps and
     processes. Evaluations give `eval_loss`, these metrics with `eval_` before them, and those of
-    the evaluator likewise, all of which `metric_for_best_model` may name; they leave the random
-    numbers of the training alone. Checkpoints appear whole or not at all and hold no pickles;
+    the evaluator likewise (its active dims, of all documents, take the place of the examples'), all
+    of which `metric_for_best_model` may name; they leave the random numbers of the training alone. Checkpoints appear whole or not at all and hold no pickles;
     see `splade_fast.training.checkpointing`.
 
     Args:
