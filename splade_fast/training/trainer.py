@@ -53,8 +53,9 @@ class SpladeTrainer(Trainer):
     Logs the loss and the metrics of `TrainingModel` under their names, averaged over steps and
     processes. Evaluations give `eval_loss`, these metrics with `eval_` before them, and those of
     the evaluator likewise (its active dims, of all documents, take the place of the examples'), all
-    of which `metric_for_best_model` may name; they leave the random numbers of the training alone. Checkpoints appear whole or not at all and hold no pickles;
-    see `splade_fast.training.checkpointing`.
+    of which `metric_for_best_model` may name; they leave the random numbers of the training alone.
+    Checkpoints appear whole or not at all and hold no pickles; see
+    `splade_fast.training.checkpointing`.
 
     Args:
         model: an encoder, for which a `TrainingModel` is made from args, or a `TrainingModel`.
@@ -185,19 +186,17 @@ class SpladeTrainer(Trainer):
             {name: value}.
         """
         with _same_random_numbers_after(self.args.device):
-            if (
-                eval_dataset is None
-                and isinstance(self.eval_dataset, list)
-                and not self.eval_dataset
-            ):
-                metrics = self._retrieval_metrics(metric_key_prefix)
-                self.log(metrics)
-                self.control = self.callback_handler.on_evaluate(
-                    self.args, self.state, self.control, metrics
+            if eval_dataset is not None or self.eval_dataset or self.evaluator is None:
+                found: dict[str, float] = super().evaluate(
+                    eval_dataset, ignore_keys, metric_key_prefix
                 )
-                return metrics
-            found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            return found
+                return found
+            metrics = self._retrieval_metrics(metric_key_prefix)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
 
     def evaluation_loop(
         self,

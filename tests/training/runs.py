@@ -37,9 +37,12 @@ CACHE: dict[str, Any] = {
 }
 
 
-def checkpoint_in(folder: Path) -> Path:
-    """A tiny masked LM with dropout."""
-    return save_checkpoint(masked_lm_configs()["bert"], folder / "checkpoint")
+def checkpoint_in(folder: Path, dropout: bool = True) -> Path:
+    """A tiny masked LM."""
+    config = masked_lm_configs()["bert"]
+    if not dropout:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return save_checkpoint(config, folder / "checkpoint")
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> Path:

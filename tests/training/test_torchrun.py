@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from splade_fast.training import SpladeTrainingArguments, load_training_data
 from splade_fast.training.run import together
 from tests.ranks import run_ranks
-from tests.tiny_models import masked_lm_configs, save_checkpoint
-from tests.training.runs import be_rank, make_trainer, write_pairs
+from tests.training.runs import be_rank, checkpoint_in, make_trainer, write_pairs
 
 OPTIONS = {
     "max_steps": 3,
@@ -35,9 +34,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    config = masked_lm_configs()["bert"]
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return save_checkpoint(config, tmp_path_factory.mktemp("model") / "checkpoint")
+    return checkpoint_in(tmp_path_factory.mktemp("model"), dropout=False)
 
 
 @pytest.fixture(scope="module")

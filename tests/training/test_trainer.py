@@ -20,7 +20,7 @@ from splade_fast.training import (
     TrainingModel,
     load_training_data,
 )
-from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
+from tests.tiny_models import WORDS
 from tests.training.runs import CACHE, checkpoint_in, make_trainer, write_pairs
 
 METRICS = {
@@ -40,9 +40,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory):
     """A checkpoint without dropout."""
-    config = masked_lm_configs()["bert"]
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return save_checkpoint(config, tmp_path_factory.mktemp("steady") / "checkpoint")
+    return checkpoint_in(tmp_path_factory.mktemp("steady"), dropout=False)
 
 
 @pytest.fixture(scope="module")
