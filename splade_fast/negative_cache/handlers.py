@@ -55,10 +55,10 @@ class _Handler(nn.Module):
     ) -> Any:
         caches = self._caches_on(query_embeddings.device)
         options: dict[str, Any] = {"return_topk": return_topk} if return_topk else {}
-        if isinstance(self.cache_loss, AbstractCacheClassificationLoss):
-            options["pos_features"] = pos_features
         if hard_negatives is not None:
             options |= {"hard_negatives": hard_negatives, "hard_features": hard_features}
+        if isinstance(self.cache_loss, AbstractCacheClassificationLoss):
+            options["pos_features"] = pos_features
         result: CacheLossReturn = self.cache_loss(
             doc_network=item_network,
             query_embeddings=query_embeddings,

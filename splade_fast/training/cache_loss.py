@@ -74,7 +74,7 @@ class DocumentCacheHandler(CacheLossHandler):
             in_batch=arguments.cache_in_batch,
             exclude=_IDS if arguments.cache_exclude else None,
             retrieval_fn=GumbelMaxRetrievalFn(seed=seed),
-            reducer=mean_over_ranks,
+            reducer=None,
         )
         super().__init__(
             CacheManager(specs, _slots(arguments), storage=arguments.cache_storage),
@@ -140,7 +140,12 @@ class DocumentCacheHandler(CacheLossHandler):
         )
         assert self._last is not None
         seen, self._last = self._last, None
-        return CacheStep(loss, seen.interpretable_loss, seen.staleness)
+        # Not in the handler: on a rank where the network fails, these would never be met.
+        return CacheStep(
+            mean_over_ranks(loss),
+            mean_over_ranks(seen.interpretable_loss),
+            mean_over_ranks(seen.staleness),
+        )
 
     def _remember(self, _module: object, _inputs: object, result: CacheLossReturn) -> None:
         self._last = result
