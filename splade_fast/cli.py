@@ -127,7 +127,8 @@ def train(context: typer.Context) -> None:
         from splade_fast.training.run import train as run
 
         message = run(context.args)
-    typer.echo(message)
+    if message is not None:
+        typer.echo(message)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
@@ -24,6 +25,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _total(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _total(grads[0])
 
@@ -41,6 +43,7 @@ class _RowsOfRanks(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _total(grads[0])[ctx.mine], None, None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +39,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Inside a folder that is there: what is beside it may be another file system.
     parent = folder if folder.exists() else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary = parent / f".{folder.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a program that was killed
     temporary.mkdir()
     try:
         yield temporary

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# What the processes would otherwise import one by one; of all tests, as the first one counts.
+PRELOADED = ["torch", "splade_fast.negative_cache", "splade_fast.training.trainer"]
 _POLL_SECONDS = 0.05
 
 
@@ -26,7 +28,7 @@ def run_ranks(
             than `seconds`. All are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "splade_fast.negative_cache"])
+    context.set_forkserver_preload(PRELOADED)
     failures = context.Queue()
     processes = [
         context.Process(

@@ -70,7 +70,7 @@ class ModelArguments:
     lora_rank: int = field(
         default=0, metadata={"help": "Train LoRA adapters of this rank alone; 0: all weights."}
     )
-    lora_alpha: float | None = field(
+    lora_alpha: int | None = field(
         default=None, metadata={"help": "Scale of the adapters times rank; by default 2 · rank."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
@@ -182,7 +182,7 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         default=None, metadata={"help": "Take the first so many negatives; default: all."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036, the order HfArgumentParser can read
         default="tensorboard", metadata={"help": "Where logs go beside the terminal; or none."}
     )
 
@@ -211,7 +211,8 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         # A batch is no list of equally many rows: slices of one that rank 0 read would mix them up.
-        self.accelerator_config.dispatch_batches = False
+        accelerator: Any = self.accelerator_config
+        accelerator.dispatch_batches = False
         if self.n_gpu > 1:
             logger.warning("training on one of %d GPUs; torchrun uses all", self.n_gpu)
             self._n_gpu = 1

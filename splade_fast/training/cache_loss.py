@@ -59,7 +59,6 @@ class DocumentCacheHandler(CacheLossHandler):
         vocab_size: int,
         seed: int,
     ) -> None:
-        self.left_padded = tokenizer.padding_side == "left"
         paddings = _paddings(tokenizer)
         specs = _specs(arguments, paddings, vocab_size)
         ranks = world_size()
@@ -86,6 +85,22 @@ class DocumentCacheHandler(CacheLossHandler):
         )
         self.cache_loss.register_forward_hook(self._remember)
         self._last: CacheLossReturn | None = None
+        self._left_padded = tokenizer.padding_side == "left"
+        self._most_tokens = arguments.cache_document_length
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the cache cannot store tokenized documents."""
+        if set(inputs) != set(self.data_keys):
+            raise ValueError(
+                f"documents must have {sorted(self.data_keys)}, the tokenizer's inputs, which the "
+                f"cache stores, got {sorted(inputs)}"
+            )
+        width = inputs[_IDS].shape[1]
+        if width > self._most_tokens:
+            raise ValueError(
+                f"documents must be at most cache_document_length = {self._most_tokens} tokens "
+                f"long, got {width}"
+            )
 
     def step(
         self,
@@ -100,16 +115,8 @@ class DocumentCacheHandler(CacheLossHandler):
             network: tokenized texts -> vectors; gets the drawn documents without their padding.
             queries: (B, V).
             positives: (B, V), the positive of each query.
-            inputs: what the positives were encoded from, (B, L) by name.
-
-        Raises:
-            ValueError: the inputs are not those that the cache stores.
+            inputs: what the positives were encoded from, (B, L) by name, see `check_inputs`.
         """
-        if set(inputs) != set(self.data_keys):
-            raise ValueError(
-                f"documents must have {sorted(self.data_keys)}, the tokenizer's inputs, which the "
-                f"cache stores, got {sorted(inputs)}"
-            )
 
         def encode(stored: dict[str, Value]) -> Tensor:
             texts = {
@@ -119,7 +126,7 @@ class DocumentCacheHandler(CacheLossHandler):
             }
             return network(without_padding(texts)).to(positives.dtype)
 
-        features = _left_aligned(inputs) if self.left_padded else inputs
+        features = _left_aligned(inputs) if self._left_padded else inputs
         loss: Tensor = self.update_cache_and_compute_loss(encode, queries, positives, features)
         assert self._last is not None
         seen, self._last = self._last, None

@@ -195,7 +195,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def save_model_state(model: Any, folder: Path, own: set[str]) -> None:
-    """Write the tensors of `model` that the encoders' files in `folder` do not hold already.
+    """Write the tensors of `model` that change and that the encoders' files do not hold already.
 
     Args:
         model: a TrainingModel, whose encoders have been saved to the folder.
@@ -204,7 +204,7 @@ def save_model_state(model: Any, folder: Path, own: set[str]) -> None:
     """
     tensors = {}
     for name, tensor in _distinct(model).items():
-        if name in own:
+        if name in own or _is_constant(tensor):
             continue
         value = tensor.detach().cpu().contiguous()
         held = _held_tensor(model, name, folder)
@@ -223,6 +223,8 @@ def load_model_state(model: Any, folder: Path, own: set[str]) -> None:
     with opened(folder / MODEL_FILE) as file:
         stored = set(file.keys())
         for name, tensor in _distinct(model).items():
+            if _is_constant(tensor):
+                continue
             if name in stored:
                 copy_into(tensor, file.get_tensor(name), name, folder)
             elif name not in own:
@@ -388,6 +390,11 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
             seen.add(place)
             distinct[name] = tensor
     return distinct
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Weights that are not trained, such as those below adapters; a run starts with them."""
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _held_tensor(model: Any, name: str, folder: Path) -> Tensor | None:

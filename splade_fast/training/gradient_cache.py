@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Inputs = dict[str, Tensor]
 
@@ -37,7 +36,8 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
 
     Raises:
         ValueError: mini_batch_size is less than 1, or inputs have different numbers of rows.
-        RuntimeError: in the backward pass, by torch, for reentrant gradient checkpointing.
+        RuntimeError: in the backward pass, for create_graph=True; by torch, for reentrant gradient
+            checkpointing and for parameters changed since.
     """
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
@@ -62,13 +62,8 @@ def without_padding(inputs: Mapping[str, Tensor]) -> Inputs:
     Args:
         inputs: `attention_mask` (N, L) and others, of which those with L columns are cut.
     """
-    mask = inputs["attention_mask"]
-    length = max(1, int(_lengths(mask).max())) if len(mask) else 1
-    width = mask.shape[1]
-    return {
-        name: tensor[:, :length] if tensor.ndim > 1 and tensor.shape[1] == width else tensor
-        for name, tensor in inputs.items()
-    }
+    lengths = _lengths(inputs["attention_mask"])
+    return _columns(inputs, int(lengths.max()) if len(lengths) else 0)
 
 
 class _MiniBatch(NamedTuple):
@@ -96,8 +91,9 @@ class _CachedEncode(torch.autograd.Function):
         return _joined(parts, vectors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("cached_encode is differentiable once, got create_graph=True")
         parameters = ctx.saved_tensors
         total: list[Tensor | None] = [None] * len(parameters)
         for part, surroundings in zip(ctx.parts, ctx.surroundings, strict=True):
@@ -151,14 +147,13 @@ def _mini_batches(inputs: Mapping[str, Tensor], size: int) -> list[_MiniBatch]:
     mask = inputs.get("attention_mask")
     if mask is None:
         some = next(iter(inputs.values()))
-        order = torch.arange(len(some), device=some.device)
-    else:
-        order = _lengths(mask).argsort(descending=True, stable=True)
-    parts = []
-    for rows in order.split(size):
-        part = {name: tensor[rows] for name, tensor in inputs.items()}
-        parts.append(_MiniBatch(rows, part if mask is None else without_padding(part)))
-    return parts
+        parts = torch.arange(len(some), device=some.device).split(size)
+        return [_MiniBatch(rows, {name: x[rows] for name, x in inputs.items()}) for rows in parts]
+    lengths, order = _lengths(mask).sort(descending=True, stable=True)
+    return [
+        _MiniBatch(rows, {name: x[rows] for name, x in _columns(inputs, longest).items()})
+        for rows, longest in zip(order.split(size), lengths[::size].tolist(), strict=True)
+    ]
 
 
 def _joined(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:
@@ -168,8 +163,17 @@ def _joined(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:
 
 def _lengths(mask: Tensor) -> Tensor:
     """(N,) the last position that counts, from 1; 0 where none does."""
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return ((mask != 0) * positions).amax(1)
+    positions = torch.arange(mask.shape[1] + 1, device=mask.device)
+    return (nn.functional.pad(mask != 0, (1, 0)) * positions).amax(1)
+
+
+def _columns(inputs: Mapping[str, Tensor], count: int) -> Inputs:
+    """The first columns, at least one, of the inputs that have as many as the mask."""
+    width = inputs["attention_mask"].shape[1]
+    return {
+        name: x[:, : max(1, count)] if x.ndim > 1 and x.shape[1] == width else x
+        for name, x in inputs.items()
+    }
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -92,12 +92,16 @@ class Objective(nn.Module):
             inputs: for a cache: what the documents were encoded from, by name.
 
         Returns:
-            {"loss": scalar, "metrics": {name: detached scalar}}.
+            {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
+            query_regularizer and document_regularizer add up to the loss; query_active_dims and
+            document_active_dims are means over the batch of this rank. With a cache
+            relevance_loss has the gradient of the cross entropy, whose value is
+            cache/interpretable_prediction_loss, and cache/staleness is that of the drawn documents.
 
         Raises:
             ValueError: the batch does not fit the loss.
         """
-        count = self.check_batch(len(queries), len(documents), labels)
+        count = self.check_batch(len(queries), len(documents), labels, inputs)
         exact = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
         queries, documents = queries.to(exact), documents.to(exact)
         of_cache: CacheStep | None = None
@@ -128,11 +132,21 @@ class Objective(nn.Module):
             "metrics": {name: value.detach() for name, value in metrics.items()},
         }
 
-    def check_batch(self, queries: int, documents: int, labels: Tensor | None) -> int:
+    def check_batch(
+        self,
+        queries: int,
+        documents: int,
+        labels: Tensor | None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> int:
         """m, how many documents each query has.
 
+        Args:
+            queries, documents: how many.
+            labels, inputs: as in `forward`.
+
         Raises:
-            ValueError: the numbers or the labels do not fit the loss.
+            ValueError: the numbers, the labels or the inputs do not fit the loss.
         """
         loss = self.arguments.loss
         if queries < 1 or documents < 1 or documents % queries:
@@ -144,11 +158,14 @@ class Objective(nn.Module):
             raise ValueError(f"documents must be one for each query for {loss}, got {count}")
         if loss in _SEVERAL_DOCUMENTS and count < 2:
             raise ValueError(f"documents must be at least 2 for each query for {loss}, got {count}")
-        if loss == "negative_cache" and count != 1 and self.training:
-            raise ValueError(
-                f"documents must be one for each query for {loss}, which draws the negatives "
-                f"itself, got {count}"
-            )
+        if self.handler is not None and self.training:
+            if count != 1:
+                raise ValueError(
+                    f"documents must be one for each query for {loss}, which draws the negatives "
+                    f"itself, got {count}"
+                )
+            if inputs is not None:
+                self.handler.check_inputs(inputs)
         expected = _LABELS.get(loss)
         if expected is None and labels is not None:
             raise ValueError(

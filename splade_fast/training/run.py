@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.checkpoints import read_json
+from splade_fast.distributed import world_size
 from splade_fast.model import SpladeEncoder
 from splade_fast.term_weights import TermWeightEncoder
 from splade_fast.text_encoder import TextEncoder
@@ -37,8 +37,10 @@ from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.trainer import SpladeTrainer
 
+T = TypeVar("T")
+
 _ENCODERS = {"splade": SpladeEncoder, "term_weights": TermWeightEncoder}
-_PARTS = (ModelArguments, DataArguments, SpladeTrainingArguments, RunArguments)
+_PARTS: Any = (ModelArguments, DataArguments, SpladeTrainingArguments, RunArguments)
 _IDF_EXAMPLES = 100_000  # document frequencies of more would hardly differ
 
 _USAGE = """\
@@ -50,10 +52,17 @@ key. With several processes: torchrun --nproc-per-node N -m splade_fast train â€
 _MOST_USED = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "warmup_steps"),
-    *("lr_scheduler_type", "bf16", "gradient_checkpointing", "seed", "logging_steps", "report_to"),
+    *(
+        "lr_scheduler_type",
+        "bf16",
+        "activation_checkpointing",
+        "seed",
+        "logging_steps",
+        "report_to",
+    ),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps"),
     *("save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("resume_from_checkpoint", "dataloader_num_workers", "ddp_backend", "use_cpu"),
+    *("resume_from_checkpoint", "dataloader_num_workers", "report_to", "ddp_backend"),
 )
 
 
@@ -70,15 +79,21 @@ class Configuration:
     training: SpladeTrainingArguments
     run: RunArguments
 
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and the model go."""
+        return Path(str(self.training.output_dir))
 
-def train(arguments: Sequence[str]) -> str:
+
+def train(arguments: Sequence[str]) -> str | None:
     """Train as flags and the file of --config say.
 
     Args:
         arguments: the flags.
 
     Returns:
-        What to tell the user: where the model is, or the help that was asked for.
+        What to tell the user: where the model is, or the help that was asked for; nothing in
+        other processes than the first.
 
     Raises:
         ConfigError: a flag or key is unknown, or has a value that it cannot have.
@@ -97,10 +112,12 @@ def train(arguments: Sequence[str]) -> str:
             trainer.evaluate()
         trainer.save_model()
         if training.should_save:
-            trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
+            trainer.state.save_to_json(str(configuration.output_dir / "trainer_state.json"))
         if dist.is_initialized():
             dist.destroy_process_group()
-    return f"{training.output_dir}: trained for {trainer.state.global_step} steps"
+    if training.process_index != 0:
+        return None
+    return f"{configuration.output_dir}: trained for {trainer.state.global_step} steps"
 
 
 def parse(arguments: Sequence[str]) -> Configuration:
@@ -111,6 +128,8 @@ def parse(arguments: Sequence[str]) -> Configuration:
         ValueError: values do not go together.
     """
     config, flags = _split_config(arguments)
+    if flags and not flags[0].startswith("-"):  # a list in the file would take it
+        raise ConfigError(f"expected a flag, got {flags[0]!r}")
     from_file = [] if config is None else _flags_of_file(Path(config))
     parser = _Parser(_PARTS, allow_abbrev=False, add_help=False)
     # Of flags given twice the last counts.
@@ -118,11 +137,10 @@ def parse(arguments: Sequence[str]) -> Configuration:
         [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("-"):
-            raise ConfigError(f"expected a flag, got {name!r}")
-        near = "".join(f", --{key}" for key in _near(name.lstrip("-").replace("-", "_")))
-        raise ConfigError(f"unknown flag {name}{f'; near it: {near[2:]}' if near else ''}")
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise ConfigError(f"expected a flag, got {flag!r}")
+        raise ConfigError(f"unknown flag {flag}{_near(flag.lstrip('-'), '--')}")
     return Configuration(*parts)
 
 
@@ -132,44 +150,56 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
     Raises:
         FileExistsError: the output directory has something in it.
         OSError, ValueError, ImportError: a model or data cannot be used, or a package is missing.
+        SystemExit: in one of several processes, where another one raises such an error.
     """
-    data, training = configuration.data, configuration.training
-    _check_output_dir(configuration)
-    encoder = _load_encoder(configuration.model)
-    with training.main_process_first(desc="reading the data"):
-        train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
-        eval_data = None
-        if data.eval_data is not None:
-            eval_data = _load_data(data.eval_data, data, data.eval_split, False, training)
-    if data.streaming and training.max_steps <= 0:
-        raise ValueError("max_steps must be given with streaming, which does not know its length")
-    if data.streaming and data.shuffle_buffer:
-        train_data = train_data.shuffle(training.seed, buffer_size=data.shuffle_buffer)
-    evaluator = None
-    if data.eval_queries is not None:
-        evaluator = RetrievalEvaluator.from_files(
-            data.eval_queries,
-            str(data.eval_corpus),
-            str(data.eval_qrels),
-            max_query_length=training.max_query_length,
-            max_document_length=training.max_document_length,
-            batch_size=training.per_device_eval_batch_size,
-            document_top_k=training.document_top_k,
-            query_top_k=training.query_top_k,
-        )
-    if training.eval_strategy != "no" and eval_data is None and evaluator is None:
-        raise ValueError(
-            f"eval_strategy must be 'no' without eval_data and eval_queries, "
-            f"got {str(training.eval_strategy.value)!r}"
-        )
-    return SpladeTrainer(
-        encoder,
+    model, data, training = configuration.model, configuration.data, configuration.training
+    together(lambda: _check_output_dir(configuration), training)
+    set_seed(training.seed)  # for weights that are new, such as those of adapters
+    encoder = together(lambda: _load_encoder(model), training)
+    train_data = eval_data = None
+    for first in (True, False):  # one process of each machine converts it, the others read that
+        if (training.local_process_index == 0) == first:
+            train_data, eval_data = together(lambda: _load_all_data(data, training), training)
+        else:
+            together(lambda: None, training)
+    return together(
+        lambda: SpladeTrainer(
+            encoder,
+            training,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            query_encoder=_load_query_encoder(model, encoder, train_data),
+            evaluator=_load_evaluator(data, training),
+        ),
         training,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        query_encoder=_load_query_encoder(configuration.model, encoder, train_data),
-        evaluator=evaluator,
     )
+
+
+def together(action: Callable[[], T], training: SpladeTrainingArguments) -> T:
+    """What the action returns; where it fails in one of several processes, all of them end.
+
+    Raises:
+        ImportError, OSError, ValueError: as the action, in the first process where it fails.
+        SystemExit: in the others, which have nothing to add.
+    """
+    problem: Exception | None = None
+    result: Any = None
+    try:
+        with _damaged_files_are_bad_input():
+            result = action()
+    except (ImportError, OSError, ValueError) as error:
+        problem = error
+    first = training.process_index if problem is not None else training.world_size
+    if world_size() > 1:
+        failed = torch.tensor(first, device=training.device)
+        dist.all_reduce(failed, dist.ReduceOp.MIN)
+        first = int(failed)
+    if first == training.world_size:
+        found: T = result
+        return found
+    if problem is not None and first == training.process_index:
+        raise problem
+    raise SystemExit(2)
 
 
 def help_text(everything: bool = False) -> str:
@@ -205,7 +235,7 @@ def _help_of(field: Any) -> str:
     return "\n".join([flag, *wrapped])
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
+class _Parser(HfArgumentParser):
     """Says what is wrong, without two hundred flags before it."""
 
     def error(self, message: str) -> NoReturn:
@@ -244,8 +274,7 @@ def _flags_of_file(path: Path) -> list[str]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in _names():
-            near = ", ".join(_near(name))
-            raise ConfigError(f"{path}: unknown key {key!r}{f'; near it: {near}' if near else ''}")
+            raise ConfigError(f"{path}: unknown key {key!r}{_near(name)}")
         flags += _flag(path, name, value)
     return flags
 
@@ -265,15 +294,16 @@ def _names() -> set[str]:
     return {f.name for part in _PARTS for f in dataclasses.fields(part) if f.init}
 
 
-def _near(name: str) -> list[str]:
-    return difflib.get_close_matches(name, sorted(_names()), n=3)
+def _near(name: str, dashes: str = "") -> str:
+    """The end of a message about an unknown name: those that it may have been meant to be."""
+    near = difflib.get_close_matches(name.replace("-", "_"), sorted(_names()), n=3)
+    return "; near it: " + ", ".join(dashes + key for key in near) if near else ""
 
 
 def _check_output_dir(configuration: Configuration) -> None:
     """By the first process alone: the others would see what it writes."""
-    training, run = configuration.training, configuration.run
-    folder = Path(training.output_dir)
-    if int(os.environ.get("RANK", "0")) != 0:
+    run, folder = configuration.run, configuration.output_dir
+    if configuration.training.process_index != 0:
         return
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir must be a folder, got the file {folder}")
@@ -283,7 +313,7 @@ def _check_output_dir(configuration: Configuration) -> None:
         remove_leftovers(folder)
         for checkpoint in checkpoints(folder):
             shutil.rmtree(checkpoint)
-    elif not run.resume and not training.resume_from_checkpoint:
+    elif not run.resume and not configuration.training.resume_from_checkpoint:
         raise FileExistsError(
             f"output_dir must be empty, got {folder}; --resume goes on with the run in it, "
             "--overwrite_output_dir deletes its checkpoints"
@@ -295,7 +325,7 @@ def _checkpoint_to_resume(configuration: Configuration) -> str | None:
         return str(configuration.training.resume_from_checkpoint)
     if not configuration.run.resume:
         return None
-    last = last_checkpoint(configuration.training.output_dir)
+    last = last_checkpoint(configuration.output_dir)
     return None if last is None else str(last)
 
 
@@ -357,9 +387,43 @@ def _load_query_encoder(
     return query_encoder
 
 
+def _load_evaluator(
+    data: DataArguments, training: SpladeTrainingArguments
+) -> RetrievalEvaluator | None:
+    if data.eval_queries is None or data.eval_corpus is None or data.eval_qrels is None:
+        return None
+    return RetrievalEvaluator.from_files(
+        data.eval_queries,
+        data.eval_corpus,
+        data.eval_qrels,
+        max_query_length=training.max_query_length,
+        max_document_length=training.max_document_length,
+        batch_size=training.per_device_eval_batch_size,
+        document_top_k=training.document_top_k,
+        query_top_k=training.query_top_k,
+    )
+
+
 def _documents_of(example: dict[str, Any]) -> list[str]:
     documents: list[str] = example.get("documents") or [example["document"]]
     return documents
+
+
+def _load_all_data(data: DataArguments, training: SpladeTrainingArguments) -> tuple[Any, Any]:
+    """The examples to train on, and those for the evaluation loss or None."""
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("max_steps must be given with streaming, which does not know its length")
+    if training.eval_strategy != "no" and data.eval_data is None and data.eval_queries is None:
+        raise ValueError(
+            f"eval_strategy must be 'no' without eval_data and eval_queries, "
+            f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
+        )
+    train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
+    if data.streaming and data.shuffle_buffer:
+        train_data = train_data.shuffle(training.seed, buffer_size=data.shuffle_buffer)
+    if data.eval_data is None:
+        return train_data, None
+    return train_data, _load_data(data.eval_data, data, data.eval_split, False, training)
 
 
 def _load_data(
@@ -399,4 +463,4 @@ def _damaged_files_are_bad_input() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"a file of weights cannot be read: {error}") from error
+        raise OSError(f"weights cannot be read or written: {error}") from error

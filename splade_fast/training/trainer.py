@@ -38,6 +38,7 @@ from splade_fast.training.checkpointing import (
     set_random_state,
 )
 from splade_fast.training.collator import TrainingCollator
+from splade_fast.training.endless import EndlessStream
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.training_model import TrainingModel
 
@@ -46,19 +47,20 @@ logger = logging.getLogger(__name__)
 _STATE_FILE = "trainer_state.json"
 
 
-class SpladeTrainer(Trainer):  # type: ignore[misc]
+class SpladeTrainer(Trainer):
     """Trains encoders: batches, loss, logs, evaluation, checkpoints that resume bit for bit.
 
     Logs the loss and the metrics of `TrainingModel` under their names, averaged over steps and
     processes. Evaluations give `eval_loss`, these metrics with `eval_` before them, and those of
-    the evaluator likewise, all of which `metric_for_best_model` may name; they leave the random
-    numbers of the training alone. Checkpoints appear whole or not at all and hold no pickles;
-    see `splade_fast.training.checkpointing`.
+    the evaluator likewise (its active dims, of all documents, take the place of the examples'), all
+    of which `metric_for_best_model` may name; they leave the random numbers of the training alone.
+    Checkpoints appear whole or not at all and hold no pickles; see
+    `splade_fast.training.checkpointing`.
 
     Args:
         model: an encoder, for which a `TrainingModel` is made from args, or a `TrainingModel`.
         args: how to train.
-        train_dataset: examples as `load_training_data` gives them.
+        train_dataset: examples as `load_training_data` gives them; a stream starts over at its end.
         eval_dataset: examples for the evaluation loss.
         query_encoder: of the queries, where model is an encoder of documents alone.
         evaluator: measures retrieval at each evaluation.
@@ -69,6 +71,11 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
     Raises:
         ValueError: arguments do not go together.
     """
+
+    model: Any  # a TrainingModel
+    args: Any  # SpladeTrainingArguments
+    optimizer: Any
+    lr_scheduler: Any
 
     # Every loss is the mean of its batch.
     loss_is_scaled_for_ga = False
@@ -98,7 +105,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             data_collator=data_collator or _collator_of(model, args),
-            train_dataset=train_dataset,
+            train_dataset=_endless_if_streamed(train_dataset),
             # An evaluator needs no examples, which transformers asks for.
             eval_dataset=[] if eval_dataset is None and evaluator is not None else eval_dataset,
             callbacks=callbacks,
@@ -144,8 +151,10 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
         """The mean loss of a batch; its metrics are kept for the log."""
         self.model.step = self.state.global_step
         outputs = model(**inputs)
-        metrics = self._train_metrics if self.model.training else self._eval_metrics
-        metrics.add(outputs["metrics"])
+        if self.model.training:
+            self._train_metrics.add(outputs["metrics"])
+        else:  # as eval_loss, by examples: the last batch may be smaller
+            self._eval_metrics.add(outputs["metrics"], len(inputs["queries"]["input_ids"]))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def prediction_step(
@@ -177,19 +186,17 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             {name: value}.
         """
         with _same_random_numbers_after(self.args.device):
-            if (
-                eval_dataset is None
-                and isinstance(self.eval_dataset, list)
-                and not self.eval_dataset
-            ):
-                metrics = self._retrieval_metrics(metric_key_prefix)
-                self.log(metrics)
-                self.control = self.callback_handler.on_evaluate(
-                    self.args, self.state, self.control, metrics
+            if eval_dataset is not None or self.eval_dataset or self.evaluator is None:
+                found: dict[str, float] = super().evaluate(
+                    eval_dataset, ignore_keys, metric_key_prefix
                 )
-                return metrics
-            found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            return found
+                return found
+            metrics = self._retrieval_metrics(metric_key_prefix)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
 
     def evaluation_loop(
         self,
@@ -201,7 +208,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """As transformers' Trainer; adds the averages of the metrics and the evaluator's."""
         self._eval_metrics.means(self.args.device)  # of another loop that an error ended
-        output = super().evaluation_loop(
+        output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         means = self._eval_metrics.means(self.args.device)
@@ -262,7 +269,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             ValueError: no encoder has a transformer.
         """
         encoders = {id(e): e for e in (self.model.encoder, self.model.query_encoder)}
-        transformers = [
+        transformers: list[Any] = [
             part
             for encoder in encoders.values()
             if isinstance(part := getattr(encoder, "model", None), nn.Module)
@@ -274,9 +281,9 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
 
         def enable(**kwargs: Any) -> None:
             for transformer in transformers:
-                transformer.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+                transformer.activation_checkpointing_enable(**kwargs)
                 if _is_frozen_at_the_bottom(transformer):
-                    transformer.enable_input_require_grads()  # type: ignore[operator]
+                    transformer.enable_input_require_grads()
 
         self.model.activation_checkpointing_enable = enable
 
@@ -334,7 +341,8 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 exported[type(callback).__name__].append(callback.state())
-        self.state.stateful_callbacks = {
+        state: Any = self.state
+        state.stateful_callbacks = {
             name: states[0] if len(states) == 1 else states for name, states in exported.items()
         }
 
@@ -377,7 +385,7 @@ class SpladeTrainer(Trainer):  # type: ignore[misc]
             set_random_state(self._rank_state(checkpoint)["random"], self.args.device)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best model, %s", best)
         self._load_model(best)
 
@@ -389,11 +397,11 @@ class _Averages:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            value = value.detach().double()
+    def add(self, metrics: dict[str, Tensor], count: int = 1) -> None:
+        for name, mean in metrics.items():
+            value = mean.detach().double() * count
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            self._counts[name] += count
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Over all processes, which have the same names; then start anew."""
@@ -428,6 +436,10 @@ def _is_frozen_at_the_bottom(transformer: nn.Module) -> bool:
     return isinstance(transformer, PreTrainedModel) and not any(
         parameter.requires_grad for parameter in transformer.get_input_embeddings().parameters()
     )
+
+
+def _endless_if_streamed(dataset: Any) -> Any:
+    return dataset if dataset is None or hasattr(dataset, "__len__") else EndlessStream(dataset)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class TrainingModel(nn.Module):
         """
         arguments = self.objective.arguments
         counts = [len(inputs["input_ids"]) for inputs in (queries, documents)]
-        self.objective.check_batch(counts[0], counts[1], labels)
+        self.objective.check_batch(counts[0], counts[1], labels, documents)
         query_vectors = self._encoded(self.query_encoder, queries, arguments.query_top_k)
 
         def encode_documents(inputs: Mapping[str, Tensor]) -> Tensor:

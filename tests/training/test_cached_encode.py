@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModel
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
@@ -138,3 +139,118 @@ def test_autocast_in_all_passes():
         torch.testing.assert_close(mine, theirs, **tolerance)
     for mine, theirs in zip(actual_whole, expected_whole, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_frozen_parameters_and_adapters_get_what_they_get_without():
+    encoder = encoder_of()
+    encoder.model.bert.embeddings.requires_grad_(False)  # the tied decoder among it
+    assert_same(encoder, 2)
+    assert encoder.model.get_output_embeddings().weight.grad is None
+    encoder = encoder_of()
+    encoder.model.add_adapter(
+        LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+    )
+    encoder.eval()
+    assert_same(encoder, 2)
+    assert all("lora_" in name for name, p in encoder.named_parameters() if p.grad is not None)
+    encoder.requires_grad_(False)
+    assert not cached_encode(encoder, encoder.tokenize(TEXTS), 2).requires_grad
+
+
+def test_gradients_add_up_and_hooks_run_once():
+    """As DistributedDataParallel and gradient accumulation need it, with two passes in one loss."""
+    encoder = encoder_of()
+    inputs = encoder.tokenize(TEXTS)
+    runs = []
+    weight = encoder.model.get_input_embeddings().weight
+    hook = weight.register_post_accumulate_grad_hook(lambda p: runs.append(p.grad.clone()))
+    encoder.zero_grad()
+    for _ in range(2):
+        vectors = cached_encode(encoder, inputs, 2)
+        more = cached_encode(encoder, {name: x[:4] for name, x in inputs.items()}, 3)
+        (vectors.square().sum() + more.sum()).backward()
+    hook.remove()
+    assert len(runs) == 2
+    torch.testing.assert_close(runs[1], 2 * runs[0])
+    encoder.zero_grad()
+    plain = encoder(**inputs)
+    (plain.square().sum() + plain[:4].sum()).backward()
+    torch.testing.assert_close(runs[0], weight.grad)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_gradient_checkpointing_inside(family):
+    encoder = encoder_of(family).train()
+    encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(encoder, 2)
+    encoder.model.gradient_checkpointing_enable({"use_reentrant": True})
+    vectors = cached_encode(encoder, encoder.tokenize(TEXTS), 2)
+    with pytest.raises(RuntimeError, match="you can either set use_reentrant=False"):
+        vectors.sum().backward()
+
+
+def test_memory_is_that_of_a_mini_batch():
+    """What autograd keeps at any time does not grow with the number of mini-batches."""
+
+    def most_kept(texts, encode):
+        encoder = encoder_of().train()
+        inputs = encoder.tokenize(texts)
+        own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+        kept, most = {}, 0
+
+        def pack(tensor):
+            nonlocal most
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[key := object()] = tensor.numel()
+                most = max(most, sum(kept.values()))
+                return _Packed(tensor, lambda: kept.pop(key))
+            return _Packed(tensor, lambda: None)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
+            vectors = encode(encoder, inputs)
+            vectors.backward(torch.ones_like(vectors))
+        return most
+
+    text = "the lazy dog sleeps under an old tree"
+    one = most_kept([text] * 2, lambda encoder, inputs: encoder(**inputs))
+    many = most_kept([text] * 16, lambda encoder, inputs: cached_encode(encoder, inputs, 2))
+    whole = most_kept([text] * 16, lambda encoder, inputs: encoder(**inputs))
+    assert one <= many <= 1.1 * one
+    assert whole > 6 * one
+
+
+class _Packed:
+    """A tensor that autograd keeps; says when it is let go."""
+
+    def __init__(self, tensor, let_go):
+        self.tensor, self.let_go = tensor, let_go
+
+    def __del__(self):
+        self.let_go()
+
+
+def test_what_cannot_be_is_refused():
+    encoder = encoder_of()
+    inputs = encoder.tokenize(TEXTS)
+    with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
+        cached_encode(encoder, inputs, 0)
+    with pytest.raises(ValueError, match="inputs must have as many rows each, got .*: 7, "):
+        cached_encode(encoder, {**inputs, "attention_mask": inputs["attention_mask"][:6]}, 2)
+    vectors = cached_encode(encoder, inputs, 2)
+    weight = encoder.model.get_input_embeddings().weight
+    with pytest.raises(RuntimeError, match="differentiable once, got create_graph=True"):
+        torch.autograd.grad(vectors.sum(), weight, create_graph=True)
+    vectors = cached_encode(encoder, inputs, 2)
+    with torch.no_grad():
+        encoder.model.get_input_embeddings().weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        vectors.sum().backward()
+
+
+def test_no_gradient_wanted():
+    encoder = encoder_of()
+    inputs = encoder.tokenize(TEXTS)
+    with torch.no_grad():
+        vectors = cached_encode(encoder, inputs, 3)
+    assert not vectors.requires_grad
+    torch.testing.assert_close(vectors, encoder(**inputs))

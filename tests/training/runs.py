@@ -1,0 +1,173 @@
+"""Small training runs, some in a process of their own that dies at a given moment."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainerCallback
+
+from splade_fast.model import SpladeEncoder
+from splade_fast.training import SpladeTrainer, SpladeTrainingArguments, load_training_data
+from tests.ranks import PRELOADED
+from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
+
+SMALL: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "lambda_query": 1e-3,
+    "lambda_document": 1e-3,
+}
+CACHE: dict[str, Any] = {
+    "loss": "negative_cache",
+    "cache_size": 16,
+    "cache_k": 8,
+    "cache_document_length": 16,
+    "document_regularizer": "df_flops",
+}
+
+
+def checkpoint_in(folder: Path, dropout: bool = True) -> Path:
+    """A tiny masked LM."""
+    config = masked_lm_configs()["bert"]
+    if not dropout:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return save_checkpoint(config, folder / "checkpoint")
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Queries whose words are among those of their document."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        document = draw.sample(WORDS, 6)
+        lines.append(f"{' '.join(draw.sample(document, 2))}\t{' '.join(document)}\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def keep_datasets_in(folder: Path) -> None:
+    """Where `datasets` writes what it converts, in a process that conftest.py does not reach."""
+    datasets.config.HF_DATASETS_CACHE = folder
+
+
+def be_rank(rank: int, count: int, folder: Path) -> None:
+    """Let the trainer find the process group that `run_ranks` has made."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # not asked, but looked for
+    keep_datasets_in(folder / f"datasets-{rank}")
+
+
+def make_trainer(checkpoint: Path, data: Any, output: Path, **options: Any) -> SpladeTrainer:
+    """A trainer of a tiny encoder; options: of SpladeTrainingArguments, or of the trainer."""
+    others = {name: options.pop(name) for name in _OF_TRAINER if name in options}
+    arguments = SpladeTrainingArguments(output_dir=str(output), **(SMALL | options))
+    encoder = others.pop("model", None) or SpladeEncoder.from_pretrained(checkpoint)
+    return SpladeTrainer(encoder, arguments, train_dataset=data, **others)
+
+
+_OF_TRAINER = ("model", "eval_dataset", "query_encoder", "evaluator", "callbacks", "data_collator")
+
+
+def state_files(folder: Path) -> dict[str, bytes]:
+    """Weights, optimizer, cache and random states of a checkpoint, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def assert_same_state(actual: Path, expected: Path) -> None:
+    mine, theirs = state_files(actual), state_files(expected)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+    assert len(mine) >= 4
+
+
+class Moments(TrainerCallback):
+    """Counts the moments at which a run can die: steps, and its own operations on files.
+
+    Args:
+        output: the output directory.
+        last: the process kills itself at this moment; None: never.
+    """
+
+    def __init__(self, output: Path, last: int | None) -> None:
+        self.count = 0
+        self._output = str(output)
+        self._last = last
+        sys.addaudithook(self._audit)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._pass()
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        self._pass()
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        on_files = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if (
+            on_files
+            and isinstance(arguments[0], str | Path)
+            and str(arguments[0]).startswith(f"{self._output}/")
+        ):
+            self._pass()
+
+    def _pass(self) -> None:
+        self.count += 1
+        if self.count == self._last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_process(function: Callable[..., None], *arguments: Any, seconds: float = 120) -> int:
+    """The exit code of function(*arguments) in a process of its own; -9 if it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_alone, args=(function, *arguments))
+    process.start()
+    process.join(seconds)
+    try:
+        assert process.exitcode is not None, f"the process took longer than {seconds} s"
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
+
+
+def _alone(function: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def train_until(
+    checkpoint: Path, pairs: Path, output: Path, streaming: bool, last: int | None, counted: Path
+) -> None:
+    """A run that resumes where one before it was, dies at a moment, or counts the moments."""
+    from splade_fast.training.checkpointing import last_checkpoint
+
+    keep_datasets_in(output.parent / "datasets")
+    data = load_training_data(pairs, streaming=streaming)
+    if streaming:
+        data = data.shuffle(seed=3, buffer_size=8)
+    moments = Moments(output, last)
+    trainer = make_trainer(
+        checkpoint,
+        data,
+        output,
+        max_steps=7,
+        gradient_accumulation_steps=2,
+        save_steps=2,
+        save_total_limit=2,
+        callbacks=[moments],
+        **CACHE,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output) is not None)
+    trainer.save_model()
+    counted.write_text(str(moments.count))

@@ -1,0 +1,130 @@
+"""Two processes train as one does on the joined batch.
+
+With train_sampling_strategy "sequential" process r of R takes the batches r, r + R, … of B rows, so
+that their k-th batches together are the k-th batch of R · B rows that one process takes. A stream
+is cut the same way. Regularisers and in-batch negatives are those of the joined batch, so losses
+and gradients are the same but for rounding; SGD keeps a rounding error a rounding error, where Adam
+would make a whole step of a gradient of nearly 0. There is no dropout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from splade_fast.training import SpladeTrainingArguments, load_training_data
+from splade_fast.training.run import together
+from tests.ranks import run_ranks
+from tests.training.runs import be_rank, checkpoint_in, make_trainer, write_pairs
+
+OPTIONS = {
+    "max_steps": 3,
+    "optim": "sgd",
+    "learning_rate": 0.01,
+    "train_sampling_strategy": "sequential",
+    "regularizer_steps": 2,
+    "temperature": 2.0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return checkpoint_in(tmp_path_factory.mktemp("model"), dropout=False)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.tsv", 24)
+
+
+def train_alone(checkpoint, pairs, output, streaming=False, **options):
+    data = load_training_data(pairs, streaming=streaming)
+    options = OPTIONS | {"per_device_train_batch_size": 8} | options
+    trainer = make_trainer(checkpoint, data, output, **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+
+
+def _train_rank(rank, count, checkpoint, pairs, output, streaming, options):
+    be_rank(rank, count, output.parent)
+    train_alone(checkpoint, pairs, output, streaming, per_device_train_batch_size=4, **options)
+
+
+def assert_same_training(actual, expected):
+    logs = [
+        json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        for folder in (actual, expected)
+    ]
+    for name in ("loss", "relevance_loss", "document_regularizer", "query_active_dims"):
+        mine, theirs = ([entry[name] for entry in log if name in entry] for log in logs)
+        assert len(mine) == OPTIONS["max_steps"]
+        assert mine == pytest.approx(theirs, rel=1e-5), name
+    mine, theirs = (load_file(folder / "model.safetensors") for folder in (actual, expected))
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun(checkpoint, pairs, tmp_path):
+    config = tmp_path / "config.yaml"
+    values = OPTIONS | {
+        "model_name_or_path": str(checkpoint),
+        "train_data": str(pairs),
+        "output_dir": str(tmp_path / "two"),
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "lambda_query": 1e-3,
+        "lambda_document": 1e-3,
+    }
+    config.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launch, "-m", "splade_fast", "train", f"--config={config}"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trained for 3 steps") == 1
+    train_alone(checkpoint, pairs, tmp_path / "one")
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+    before = load_file(checkpoint / "model.safetensors")
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    assert not all(torch.allclose(before[name], after[name], atol=1e-4) for name in after)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "options"),
+    [(True, {}), (False, {"mini_batch_size": 2})],
+    ids=["streamed", "mini-batches"],
+)
+def test_two_ranks(checkpoint, pairs, tmp_path, streaming, options):
+    run_ranks(2, _train_rank, tmp_path, checkpoint, pairs, tmp_path / "two", streaming, options)
+    train_alone(checkpoint, pairs, tmp_path / "one", streaming)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
+def _fail_on_one(rank, count, folder):
+    be_rank(rank, count, folder)
+    arguments = SpladeTrainingArguments(output_dir=str(folder / "run"), report_to="none")
+
+    def action():
+        if rank == 1:
+            raise ValueError("bad")
+        return "good"
+
+    with pytest.raises(ValueError if rank == 1 else SystemExit, match="bad" if rank else "2"):
+        together(action, arguments)
+    assert together(lambda: rank, arguments) == rank
+
+
+def test_what_fails_in_one_process_ends_all_with_one_message(tmp_path):
+    run_ranks(2, _fail_on_one, tmp_path, tmp_path)
