@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo test test-cpp test-python lint format bench bench-compare clean
+.PHONY: env build demo demo-scratch test test-cpp test-python lint format bench bench-compare clean
 
 env: $(VENV)/.environment
 build: $(VENV)/.built
@@ -26,6 +26,9 @@ $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 
 demo: build
 	python -m splade_fast.demo $(ARGS)
+
+demo-scratch: build
+	python -m splade_fast.demo.scratch $(ARGS)
 
 test: test-cpp test-python
 

@@ -1,4 +1,4 @@
-"""python -m splade_fast.demo: encode, search, evaluate and compare, on a real checkpoint."""
+"""python -m splade_fast.demo: encode, search, evaluate, compare and train a real checkpoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,23 @@ from splade_fast.demo.contenders import CONTENDERS
 from splade_fast.demo.measure import Measurement, measure_in_subprocess
 from splade_fast.demo.task import Task, docstring_task, file_task
 from splade_fast.demo.tradeoff import plot, trade_offs
+from splade_fast.demo.training import FINE_TUNING, train
+from splade_fast.demo.training import plot as plot_training
+from splade_fast.demo.training_cost import CONTENDERS as CONTENDERS_OF_TRAINING
+from splade_fast.demo.training_cost import (
+    LENGTH,
+    Setting,
+    StepCost,
+    batch_within,
+    long_pairs,
+    loss_difference,
+    step_cost,
+)
 from splade_fast.evaluation import evaluate_run, run_of
 from splade_fast.model import SpladeEncoder
 from splade_fast.ops.score import sparse_search
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.training.evaluator import RetrievalEvaluator
 
 LARGEST_DIFFERENCE = 1e-5
 _MAX_LENGTH = 256
@@ -46,8 +59,19 @@ def demo(
     plot_file: Annotated[
         Path, typer.Option("--plot", help="Where the picture of the pruning trade-off goes.")
     ] = Path(".demo/pruning.png"),
+    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 400,
+    training_plot_file: Annotated[
+        Path, typer.Option("--training-plot", help="Where the picture of the training goes.")
+    ] = Path(".demo/training.png"),
+    memory: Annotated[
+        float, typer.Option(min=1, help="GiB for the largest batch of a training step.")
+    ] = 4.0,
 ) -> None:
-    """Encode a corpus with SPLADE, search it, evaluate against BM25, compare speed and memory."""
+    """Encode a corpus with SPLADE, search it, evaluate against BM25, compare speed and memory.
+
+    Without a corpus of your own, also fine-tune the model on other docstrings than those that are
+    asked for, and compare what a training step costs.
+    """
     torch.set_num_threads(threads)
     with _failure_exits_with_2():
         with _stage("Reading the corpus"):
@@ -69,9 +93,23 @@ def demo(
         f"{documents.nbytes / 2**20:.0f} MiB in all\n"
     )
     _answer(encoder, task, documents, ask or task.questions)
+    evaluated = None
     if task.queries is not None and task.qrels is not None:
-        _evaluate(encoder, task, documents, task.queries, task.qrels, batch_size, plot_file)
+        judged = task.queries, task.qrels
+        evaluated = _evaluate(encoder, task, documents, *judged, batch_size, plot_file)
     _compare(name, task, compared, batch_size, threads)
+    if task.training and steps and evaluated is not None:
+        vectors, bm25 = evaluated
+        evaluator = RetrievalEvaluator(
+            *(judged[0], task.documents, judged[1]),
+            max_query_length=_MAX_LENGTH,
+            max_document_length=_MAX_LENGTH,
+            batch_size=batch_size,
+        )
+        before = {"BM25": bm25, "SPLADE, before": evaluator.measure(vectors, documents)}
+        del documents
+        _fine_tune(encoder, task, evaluator, before, steps, training_plot_file)
+        _compare_training(name, encoder, task, memory * 1024, threads)
 
 
 def _answer(
@@ -100,8 +138,11 @@ def _evaluate(
     qrels: Qrels,
     batch_size: int,
     plot_file: Path,
-) -> None:
-    """Print the quality of the model, pruned and not, and of BM25, on the judged queries."""
+) -> tuple[SparseRows, dict[str, float]]:
+    """Print the quality of the model, pruned and not, and of BM25, on the judged queries.
+
+    Returns the queries' vectors and what BM25 reaches.
+    """
     with _stage(f"Evaluating {len(queries)} queries"):
         vectors = encoder.encode(
             queries.texts, batch_size=batch_size, max_length=_MAX_LENGTH, show_progress=False
@@ -128,6 +169,7 @@ def _evaluate(
     for point in points:
         table.add_row(point.label, f"{point.mib:.1f}", f"{point.mrr:.3f}")
     console.print(table)
+    return vectors, results["BM25"]
 
 
 def _compare(model: str, task: Task, compared: int, batch_size: int, threads: int) -> None:
@@ -169,6 +211,62 @@ def _compare(model: str, task: Task, compared: int, batch_size: int, threads: in
         console.print(f"Vectors differ by more than {LARGEST_DIFFERENCE}: {', '.join(disagreeing)}")
         raise typer.Exit(1)
     console.print(f"All vectors agree within {LARGEST_DIFFERENCE}.")
+
+
+def _fine_tune(
+    encoder: SpladeEncoder,
+    task: Task,
+    evaluator: RetrievalEvaluator,
+    results: dict[str, dict[str, float]],
+    steps: int,
+    plot_file: Path,
+) -> None:
+    """Train on the docstrings of other modules, and print what it changes beside `results`."""
+    with _stage(f"Training on {len(task.training)} docstrings of other modules, {steps} steps"):
+        progress = train(encoder, task.training, steps, FINE_TUNING)
+        plot_training(progress, plot_file)
+    with _stage(f"Encoding {len(task.documents)} documents again"):
+        after = evaluator(encoder, show_progress=True)
+    table = Table(
+        "", *after, title=f"{len(evaluator.queries)} queries of held-out modules, see {plot_file}"
+    )
+    table.columns[0].no_wrap = True
+    for name, metrics in (results | {"SPLADE, after": after}).items():
+        table.add_row(name, *(_figure(metrics.get(column)) for column in after))
+    console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value <= 1 else f"{value:.1f}"
+
+
+def _compare_training(
+    model: str, encoder: SpladeEncoder, task: Task, memory_mib: float, threads: int
+) -> None:
+    """Print what a training step costs with the ops and with plain PyTorch."""
+    pairs = long_pairs(task.training, encoder.tokenizer)
+    for loss in ("negative_cache", "in_batch"):
+        costs: dict[str, StepCost] = {}
+        batches: dict[str, int] = {}
+        title = f"{Setting.batch_size} pairs, {LENGTH} tokens a document, loss {loss}"
+        with _stage(f"Comparing training steps: {title}"):
+            for contender in CONTENDERS_OF_TRAINING:
+                setting = Setting(contender, loss, threads=threads)
+                costs[contender] = step_cost(setting, model, pairs)
+                if loss == "negative_cache":
+                    batches[contender] = batch_within(
+                        memory_mib, setting, costs[contender], model, pairs
+                    )
+        table = Table("", "seconds/step", "peak MiB above the model", title=title)
+        if batches:
+            table.add_column(f"largest batch in {memory_mib / 1024:g} GiB")
+        for contender, cost in costs.items():
+            row = [contender, f"{cost.median_seconds:.2f}", f"{cost.peak_mib:.0f}"]
+            table.add_row(*row, *([str(batches[contender])] if batches else []))
+        console.print(table)
+        console.print(
+            f"The losses of {Setting.steps} steps differ by {loss_difference(costs):.1e} at most."
+        )
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from splade_fast.data import DataError, Qrels, Texts, read_qrels, read_texts
-from splade_fast.demo.corpus import PACKAGES, docstring_pairs
+from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs
+from splade_fast.demo.training import split_pairs
 
 DOCSTRING_QUESTIONS = (
     "how do I sort the elements of a tensor",
@@ -17,33 +18,44 @@ DOCSTRING_QUESTIONS = (
 
 @dataclass
 class Task:
-    """A corpus with judged queries, both None if there are none, and questions to show."""
+    """A corpus with judged queries, both None if there are none, and questions to show.
+
+    Where there are training pairs, no judged query is from a module of theirs.
+    """
 
     documents: Texts
     queries: Texts | None
     qrels: Qrels | None
     questions: list[str]
+    training: list[Pair] = field(default_factory=list)
 
 
 def docstring_task(limit: int | None, num_queries: int) -> Task:
     """Find each docstring by its summary, among the docstrings of the installed packages.
 
+    The judged queries are from modules that are held out; those of the others are for training.
+
     Raises:
-        DataError: none of the packages is installed.
+        DataError: none of the packages is installed, or the limit leaves none of their modules for
+            one of the two.
     """
     pairs = docstring_pairs()
     if not pairs:
         raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got none")
     # Every so many pairs, so that a limit takes from all packages.
     pairs = pairs[:: max(1, len(pairs) // limit)][:limit] if limit else pairs
-    ids = [str(number) for number in range(len(pairs))]
-    names = [f"{pair.name}#{number}" for number, pair in enumerate(pairs)]
-    asked = range(0, len(pairs), max(1, len(pairs) // num_queries))[:num_queries]
+    split = split_pairs(pairs)
+    if not split.held_out or not split.training:
+        raise DataError(f"limit must leave pairs to train on and to ask for, got {limit}")
+    names = {pair: f"{pair.name}#{number}" for number, pair in enumerate(pairs)}
+    asked = split.held_out[:: max(1, len(split.held_out) // num_queries)][:num_queries]
+    ids = [str(number) for number in range(len(asked))]
     return Task(
-        documents=Texts(names, [pair.document for pair in pairs]),
-        queries=Texts([ids[i] for i in asked], [pairs[i].query for i in asked]),
-        qrels={ids[i]: {names[i]: 1} for i in asked},
+        documents=Texts(list(names.values()), [pair.document for pair in pairs]),
+        queries=Texts(ids, [pair.query for pair in asked]),
+        qrels={i: {names[pair]: 1} for i, pair in zip(ids, asked, strict=True)},
         questions=list(DOCSTRING_QUESTIONS),
+        training=split.training,
     )
 
 

@@ -110,8 +110,11 @@ def train(
             seed=seed,
             save_strategy="no",
             report_to="none",
-            logging_steps=min(_LOGGED_STEPS, steps),
-            **{"regularizer_steps": steps // 2, **settings},
+            **{
+                "logging_steps": min(_LOGGED_STEPS, steps),
+                "regularizer_steps": steps // 2,
+                **settings,
+            },
         )
         trainer = SpladeTrainer(
             model=encoder,

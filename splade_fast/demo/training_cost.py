@@ -1,4 +1,4 @@
-"""What a training step costs: the fused head and sparse cache, and plain PyTorch, each in a process.
+"""What a training step costs: our ops and a sparse cache, or plain PyTorch, each in a process.
 
 The same trainer, model, data and seed. "splade_fast" runs our ops and a sparse cache; "pytorch" the
 plain formulas of `splade_fast.reference` under autograd and a dense cache.
@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from splade_fast.demo.training import FINE_TUNING, train
 CONTENDERS = ("splade_fast", "pytorch")
 LENGTH = 128
 MAX_QUERY_LENGTH = 48
+_STEPS_TO_THE_PEAK = 3  # the first draws nothing from the cache, which is still empty
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,6 @@ class StepCost:
     @property
     def median_seconds(self) -> float:
         return statistics.median(self.seconds)
-
-
-class OutOfMemoryError(RuntimeError):
-    """A training did not fit into the memory that it was given."""
 
 
 def long_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[Pair]:
@@ -144,6 +141,33 @@ def largest_batch(
         margin = max(1, (above - fitting) // 16)
         batch = min(max(guess, fitting + margin), above - margin)
         known[batch] = peak_mib_of(batch)
+
+
+def batch_within(
+    limit_mib: float, setting: Setting, cost: StepCost, model: str, pairs: Sequence[Pair]
+) -> int:
+    """The largest batch of a setting whose training peaks within limit_mib above the model.
+
+    Args:
+        limit_mib: the memory.
+        setting: of the other arguments.
+        cost: of the setting as it is.
+        model, pairs: as in step_cost.
+    """
+
+    def peak_mib_of(batch_size: int) -> float:
+        tried = replace(setting, batch_size=batch_size, steps=_STEPS_TO_THE_PEAK)
+        return step_cost(tried, model, pairs).peak_mib
+
+    small = max(1, setting.batch_size // 4)
+    known = {setting.batch_size: cost.peak_mib, small: peak_mib_of(small)}
+    return largest_batch(peak_mib_of, limit_mib, known, largest=len(pairs))
+
+
+def loss_difference(costs: Mapping[str, StepCost]) -> float:
+    """The largest difference of a step's loss between any two."""
+    steps = zip(*(cost.losses for cost in costs.values()), strict=True)
+    return max(max(losses) - min(losses) for losses in steps)
 
 
 class _Clock:

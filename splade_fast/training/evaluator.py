@@ -106,15 +106,17 @@ class RetrievalEvaluator:
         queries = self._encode(
             query_encoder or encoder, "query", self.queries, self.max_query_length, False
         )
+        return {prefix + name: value for name, value in self.measure(queries, documents).items()}
+
+    def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
+        """The same of vectors that are there already, those of all queries and of the corpus."""
         scores, hits = sparse_search(queries, documents, min(_HITS, len(documents)))
-        metrics = evaluate_run(
-            self.qrels, run_of(self.queries.ids, self.corpus.ids, scores, hits)
-        ) | {
+        run = run_of(self.queries.ids, self.corpus.ids, scores, hits)
+        return evaluate_run(self.qrels, run) | {
             "query_active_dims": float(queries.lengths.float().mean()),
             "document_active_dims": float(documents.lengths.float().mean()),
             "index_mib": documents.nbytes / 2**20,
         }
-        return {prefix + name: value for name, value in metrics.items()}
 
     def _encode(
         self, encoder: TextEncoder, role: str, texts: Texts, max_length: int, show_progress: bool
