@@ -121,6 +121,14 @@ def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
             shutil.rmtree(path)
 
 
+def delete_checkpoints(output_dir: str | os.PathLike[str]) -> None:
+    """Delete all checkpoints of a run, complete or not."""
+    remove_leftovers(output_dir)
+    for path in Path(output_dir).iterdir():
+        if _NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
 def keep_checkpoints(output_dir: str | os.PathLike[str], limit: int | None, best: Any) -> None:
     """Delete the earliest checkpoints so that at most `limit` remain; never the last, nor `best`.
 

@@ -18,6 +18,7 @@ from splade_fast.training.checkpointing import (
     CheckpointError,
     check_checkpoint,
     checkpoints,
+    delete_checkpoints,
     keep_checkpoints,
     last_checkpoint,
     load_tree,
@@ -271,6 +272,14 @@ def test_leftovers_are_cleared_and_replaced_checkpoints_come_back(output):
     remove_leftovers(output)
     assert names(output) == [".checkpoint-notes", "checkpoint-2", "checkpoint-4"]
     check_checkpoint(output / "checkpoint-4", 1)
+
+
+def test_all_checkpoints_are_deleted_and_nothing_else(output):
+    (output / "checkpoint-2" / "checkpoint.json").unlink()
+    shutil.copytree(output / "checkpoint-4", output / ".checkpoint-4.replaced")
+    (output / "checkpoint-notes.txt").write_text("mine")
+    delete_checkpoints(output)
+    assert names(output) == ["checkpoint-notes.txt"]
 
 
 @pytest.mark.parametrize(
