@@ -30,6 +30,8 @@ export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:report_sign
 export OMP_NUM_THREADS=1
 ctest --test-dir "$build" --output-on-failure
 cd "$tree"
-# Without random places in memory, with which the thread sanitizer cannot cope.
-LD_PRELOAD=$(gcc -print-file-name="lib$runtime.so") setarch --addr-no-randomize \
+# The C++ library is loaded early, for the sanitizer to see its exceptions. Without random places in memory, with which
+# the thread sanitizer cannot cope.
+preloaded="$(gcc -print-file-name="lib$runtime.so") $(gcc -print-file-name=libstdc++.so.6)"
+LD_PRELOAD=$preloaded setarch --addr-no-randomize \
   python -m pytest -s -p no:cacheprovider "${@:-tests/ops}"

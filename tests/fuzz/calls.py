@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import splade_fast as sf
 from tests.fuzz.inputs import Draws
+from tests.ops.inputs import DTYPES, POOLINGS
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -21,8 +22,10 @@ def pool(draws: Draws) -> Call:
     return sf.splade_pool, (logits, mask), draws.pooling()
 
 
-def _decoder(draws: Draws) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    vocabulary, depth, dtype = draws.integer(0, 150), draws.integer(0, 40), draws.dtype()
+def _decoder(
+    draws: Draws, dtypes: Sequence[torch.dtype] = DTYPES
+) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    vocabulary, depth, dtype = draws.integer(0, 150), draws.integer(0, 40), draws.choice(dtypes)
     weight = draws.values((vocabulary, depth), dtype)
     return weight, draws.values((vocabulary,), dtype) if draws.boolean() else None, dtype
 
@@ -36,18 +39,24 @@ def _sequences(draws: Draws, depth: int, dtype: torch.dtype) -> tuple[Tensor, di
     return draws.values((batch, length, depth), dtype), {"attention_mask": mask}
 
 
+ALGORITHMS = ("auto", "dense", "screened")
+
+
 def head(draws: Draws) -> Call:
     weight, bias, dtype = _decoder(draws)
     hidden, sequences = _sequences(draws, weight.shape[1], dtype)
-    algorithm = draws.choice(("auto", "dense", "screened"))
-    options = {**sequences, **draws.pooling(), "algorithm": algorithm}
+    options = {**sequences, **draws.pooling(), "algorithm": draws.choice(ALGORITHMS)}
     return sf.splade_head, (hidden, weight, bias), options
 
 
 def head_topk(draws: Draws) -> Call:
-    function, arguments, options = head(draws)
-    options["k"] = draws.choice((None, 1, 2, 7, 1000, 2**62))
-    return sf.splade_head_topk, arguments, options
+    """Of exact values: rounding would choose among entries that are equal but for it."""
+    weight, bias, dtype = _decoder(draws, (torch.float32, torch.float64))
+    hidden, sequences = _sequences(draws, weight.shape[1], dtype)
+    k = draws.choice((None, 1, 2, 7, 1000, 2**62))
+    options = {"pooling": draws.choice(POOLINGS), "activation": "relu", "k": k}
+    options = {**sequences, **options, "algorithm": draws.choice(ALGORITHMS)}
+    return sf.splade_head_topk, (hidden, weight, bias), options
 
 
 def prune(draws: Draws) -> Call:

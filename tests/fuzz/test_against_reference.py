@@ -18,25 +18,28 @@ from tests.fuzz.calls import CALLS, Call
 from tests.fuzz.inputs import Draws
 from tests.tolerances import assert_accurate
 
-# Their activation is rounded; all others only move values or add up exactly.
-ROUNDED = {"pool", "head", "head_topk"}
-DIFFERENTIABLE = {"pool", "head"}
+# Their results are rounded; all others only move values or add up exactly.
+ROUNDED = {"pool", "head"}
 
 
 @pytest.mark.parametrize("name", CALLS)
 @given(st.data())
 def test_same_as_plain_pytorch(name: str, data: st.DataObject) -> None:
     call = CALLS[name](Draws(data))
-    ours = results(call, name in DIFFERENTIABLE)
+    # With relu everything that a gradient sums up is exact. That of NaN is anything.
+    gradients = name in ROUNDED and call[2]["activation"] == "relu" and is_finite(call)
+    ours = results(call, gradients)
     with mock.patch.object(_library, "has_kernels", lambda device: False):
-        plain = results(call, name in DIFFERENTIABLE)
-        exact = results(in_float64(call), name in DIFFERENTIABLE) if name in ROUNDED else plain
+        plain = results(call, gradients)
+        exact = results(in_float64(call), gradients) if name in ROUNDED else plain
     assert len(ours) == len(plain)
     for actual, baseline, truth in zip(ours, plain, exact, strict=True):
         if name in ROUNDED:
             assert_accurate(actual, truth, baseline)
         else:
-            torch.testing.assert_close(actual, baseline, rtol=1e-6, atol=0, equal_nan=True)
+            # Exact but for the logsumexp of a sample, which may be near 0 though its terms are not.
+            atol = 1e-6 if name == "sample" else 0.0
+            torch.testing.assert_close(actual, baseline, rtol=1e-6, atol=atol, equal_nan=True)
 
 
 def results(call: Call, with_gradients: bool) -> list[Tensor]:
@@ -56,6 +59,10 @@ def results(call: Call, with_gradients: bool) -> list[Tensor]:
     slope = torch.arange(found[0].numel(), dtype=torch.float64).view(found[0].shape) % 5 - 2
     gradients = torch.autograd.grad(found[0], leaves, slope.to(found[0].dtype))
     return [found[0].detach(), *gradients]
+
+
+def is_finite(call: Call) -> bool:
+    return all(bool(x.isfinite().all()) for x in call[1] if isinstance(x, Tensor))
 
 
 def in_float64(call: Call) -> Call:

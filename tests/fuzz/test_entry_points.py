@@ -106,7 +106,7 @@ def mutated(draws: Draws, value: Any) -> Any:
 
 def _mutated_tensor(draws: Draws, tensor: Tensor) -> Tensor | None:
     kind = draws.choice(
-        ("none", "dtype", "entry", "entry", "entry", "longer", "shorter", "flat", "more", "turned")
+        ("none", "dtype", "entry", "entry", "entry", "longer", "shorter", "flat", "more", "turned", "wide")
     )
     if kind == "none":
         return None
@@ -116,6 +116,8 @@ def _mutated_tensor(draws: Draws, tensor: Tensor) -> Tensor | None:
         return tensor.flatten()
     if kind == "more":
         return tensor.unsqueeze(draws.integer(0, tensor.ndim))
+    if kind == "wide":
+        return tensor[:1].expand(tensor.shape) if tensor.ndim and len(tensor) else tensor
     if kind == "turned":
         return tensor.transpose(0, -1) if tensor.ndim else tensor
     if tensor.numel() == 0:
