@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python lint format bench bench-compare clean
+.PHONY: env build demo demo-scratch test test-cpp test-python lint format sanitize fuzz bench bench-compare clean
 
 env: $(VENV)/.environment
 build: $(VENV)/.built
@@ -50,6 +50,16 @@ format: build
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP)
+
+# The tests of the ops with the CPU library under AddressSanitizer, UBSan and ThreadSanitizer.
+sanitize: build
+	tests/sanitize.sh address $(ARGS)
+	tests/sanitize.sh thread $(ARGS)
+
+# Other inputs in every round, with the library under AddressSanitizer and UBSan.
+FUZZ_MINUTES ?= 10
+fuzz: build
+	FUZZ_PROFILE=long FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh address tests/fuzz
 
 bench: build
 	python -m benchmarks $(ARGS)

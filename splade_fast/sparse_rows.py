@@ -455,19 +455,15 @@ class SparseRows:
             raise FileNotFoundError(f"no such file: {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("sparse_rows", "{}"))
+                header = (file.metadata() or {}).get("sparse_rows", "")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        names = {"indices", "values", "lengths"}
-        if header.get("format") != _FORMAT or set(tensors) != names:
+        num_cols = _num_cols_of(path, header)
+        if set(tensors) != {"indices", "values", "lengths"}:
             raise ValueError(f"{path} must hold saved SparseRows, got tensors {sorted(tensors)}")
-        if header["version"] != _FORMAT_VERSION:
-            raise ValueError(
-                f"{path} must have format version {_FORMAT_VERSION}, got {header['version']}"
-            )
         try:
-            rows = cls(**tensors, num_cols=header["num_cols"])
+            rows = cls(**tensors, num_cols=num_cols)
             rows.check_contents()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
@@ -479,6 +475,26 @@ class SparseRows:
     def _row_starts(self) -> Tensor:
         """(B + 1,) int64: where each row starts in `coordinates`, and the total."""
         return torch.nn.functional.pad(self.lengths.long().cumsum(0), (1, 0))
+
+
+def _num_cols_of(path: str | os.PathLike[str], header: str) -> int:
+    """What the header of a file says.
+
+    Raises:
+        ValueError: it is none of this format and version.
+    """
+    try:
+        facts = json.loads(header)
+    except (json.JSONDecodeError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        raise ValueError(f"{path} must hold saved SparseRows, got the header {header[:60]!r}")
+    version, num_cols = facts.get("version"), facts.get("num_cols")
+    if version != _FORMAT_VERSION:
+        raise ValueError(f"{path} must have format version {_FORMAT_VERSION}, got {version}")
+    if not isinstance(num_cols, int) or isinstance(num_cols, bool):
+        raise ValueError(f"{path} is damaged: num_cols must be a whole number, got {num_cols!r}")
+    return num_cols
 
 
 def _by_column(

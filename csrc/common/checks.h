@@ -152,6 +152,8 @@ inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tens
   STD_TORCH_CHECK(max_logits.dim() == 2 && max_logits.size(0) == batch && max_logits.size(1) == vocabulary &&
                       max_logits.scalar_type() == accumulation_type(grad.scalar_type()),
                   "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it");
+  STD_TORCH_CHECK(max_logits.is_contiguous() && argmax.is_contiguous(),
+                  "max_logits and argmax must be contiguous, as the forward saved them");
   STD_TORCH_CHECK(
       argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary && argmax.scalar_type() == position,
       "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");

@@ -28,6 +28,7 @@ void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to)
   for (const Copy& copy : copies) bytes += copy.bytes;
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kBytesOfAThread / bytes), [&](int64_t begin, int64_t end) {
     for (const Copy& copy : copies) {
+      if (copy.bytes == 0) continue;  // its tensors may have no memory
       for (int64_t i = begin; i < end; ++i) {
         std::memcpy(copy.target + to(i) * copy.target_stride, copy.source + from(i) * copy.source_stride, copy.bytes);
       }

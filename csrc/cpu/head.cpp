@@ -153,6 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   constexpr int64_t kChunkBytes = int64_t{8} << 20;
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
+  check_floating("grad", grad, 2);
+  check_size("grad", grad, 0, input.sequences.batch());
+  check_size("grad", grad, 1, weight.size(0));
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = contiguous(torch::stable::to(grad, hidden.scalar_type()));
 

@@ -28,11 +28,14 @@ class Pairs {
   using Acc = Accumulator<T>;
 
  public:
-  Pairs(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, Activation activation, int64_t sequences)
+  Pairs(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, Activation activation,
+        const SequenceRows& shape, int64_t sequences, PositionCheck& check)
       : grad_(grad),
         max_logits_(max_logits),
         argmax_(argmax),
         activation_(activation),
+        shape_(shape),
+        check_(check),
         coefficient_(sequences * kColumns),
         position_(sequences * kColumns) {}
 
@@ -42,6 +45,10 @@ class Pairs {
       kernels<G>().coefficients(const_data<G>(grad_) + offset, const_data<Acc>(max_logits_) + offset, columns,
                                 activation_, coefficient_.get() + b * kColumns);
       load_positions(argmax_, offset, position_.get() + b * kColumns, columns);
+      for (int64_t i = b * kColumns; i < b * kColumns + columns; ++i) {
+        Acc& coefficient = coefficient_.get()[i];
+        if (coefficient != 0 && !check_.is_inside(position_.get()[i], shape_.rows[first_sequence + b])) coefficient = 0;
+      }
     }
   }
 
@@ -51,6 +58,8 @@ class Pairs {
  private:
   const Tensor &grad_, &max_logits_, &argmax_;
   const Activation activation_;
+  const SequenceRows& shape_;
+  PositionCheck& check_;
   const Scratch<Acc> coefficient_;
   const Scratch<int64_t> position_;
 };
@@ -73,11 +82,11 @@ class Backward {
         vocabulary_(weight.size(0)),
         depth_(weight.size(1)) {}
 
-  void weight_and_bias(const HeadGradients& gradients) const {
+  void weight_and_bias(const HeadGradients& gradients) {
     const bool needs_weight = gradients.weight.numel() > 0, needs_bias = gradients.bias.numel() > 0;
     const int64_t blocks = (vocabulary_ + kColumns - 1) / kColumns;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, batch_);
+      Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences_, batch_, check_);
       const Scratch<Acc> row(depth_), bias(kColumns);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kColumns, count = std::min(kColumns, vocabulary_ - first);
@@ -89,9 +98,10 @@ class Backward {
         if (needs_bias) kernels<T>().store(mutable_data<T>(gradients.bias) + first, bias.get(), count);
       }
     });
+    check_.refuse_outside();
   }
 
-  void hidden(const HeadGradients& gradients) const {
+  void hidden(const HeadGradients& gradients) {
     const int64_t slice_depth = std::min(depth_, kSliceDepth);
     const int64_t slices = (depth_ + slice_depth - 1) / slice_depth;
     const std::vector<int64_t> groups = group_sequences(slice_depth, slices);
@@ -102,6 +112,7 @@ class Backward {
         hidden_slice(gradients, groups[group], groups[group + 1], slice, std::min(slice_depth, depth_ - slice));
       }
     });
+    check_.refuse_outside();
   }
 
  private:
@@ -148,14 +159,14 @@ class Backward {
   }
 
   void hidden_slice(const HeadGradients& gradients, int64_t first_sequence, int64_t last_sequence, int64_t slice,
-                    int64_t depth) const {
+                    int64_t depth) {
     const int64_t sequences = last_sequence - first_sequence;
     const int64_t first_row = sequences_.start[first_sequence];
     int64_t rows = 0;
     for (int64_t b = first_sequence; b < last_sequence; ++b) rows += sequences_.rows[b];
     const Scratch<Acc> sum(rows * depth);
     std::fill_n(sum.get(), rows * depth, Acc(0));
-    Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences);
+    Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences_, sequences, check_);
     for (int64_t first = 0; first < vocabulary_; first += kColumns) {
       const int64_t count = std::min(kColumns, vocabulary_ - first);
       pairs.load(first_sequence, sequences, first, count);
@@ -179,6 +190,7 @@ class Backward {
   const SequenceRows& sequences_;
   const Activation activation_;
   const int64_t batch_, vocabulary_, depth_;
+  PositionCheck check_;
 };
 
 }  // namespace
@@ -188,7 +200,7 @@ void head_backward_max(const Tensor& grad, const Tensor& max_logits, const Tenso
                        const HeadGradients& gradients) {
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto run = [&](const auto& backward) {
+    const auto run = [&](auto&& backward) {
       if (gradients.weight.numel() > 0 || gradients.bias.numel() > 0) backward.weight_and_bias(gradients);
       if (gradients.hidden.numel() > 0) backward.hidden(gradients);
     };

@@ -340,7 +340,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   check_mean(mean, weight);
   const PreparedWeight prepared{contiguous(mean), contiguous(packed), contiguous(rows)};
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
-  STD_TORCH_CHECK(packed.dim() == 3 && packed.size(0) == panels &&
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
+                      packed.dim() == 3 && packed.size(0) == panels &&
                       packed.size(1) == screen_padded_depth(weight.size(1)) / 4 && packed.size(2) == columns &&
                       rows.dim() == 3 && rows.size(0) == panels && rows.size(1) == 4 && rows.size(2) == columns,
                   "packed and rows must be what head_prepare made of weight");

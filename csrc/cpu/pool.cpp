@@ -73,6 +73,7 @@ void backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& ar
   using Acc = Accumulator<T>;
   const int64_t length = grad_logits.size(1), vocabulary = grad_logits.size(2);
   const Strips strips{vocabulary};
+  PositionCheck check;
   torch::stable::parallel_for(0, grad.size(0) * strips.per_row, 1, [&](int64_t begin, int64_t end) {
     const Kernels<T>& kernel = kernels<T>();
     const Scratch<Acc> coefficient(kStrip);
@@ -88,10 +89,12 @@ void backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& ar
       kernel.store(stored.get(), coefficient.get(), count);
       load_positions(argmax, offset, position.get(), count);
       for (int64_t v = 0; v < count; ++v) {
-        if (coefficient.get()[v] != 0) target[position.get()[v] * vocabulary + v] = stored.get()[v];
+        const int64_t l = position.get()[v];
+        if (coefficient.get()[v] != 0 && check.is_inside(l, length)) target[l * vocabulary + v] = stored.get()[v];
       }
     }
   });
+  check.refuse_outside();
 }
 
 template <typename T>
@@ -144,6 +147,7 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   check_floating("grad", grad, 2);
   check_saved(grad, max_logits, argmax, grad.size(0), grad.size(1), position_type(length));
   Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{grad.size(0), length, grad.size(1)});
+  if (grad_logits.numel() == 0) return grad_logits;
   prefer_huge_pages(grad_logits);
   const Tensor dense = torch::stable::contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
@@ -164,6 +168,7 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   const Tensor dense = with_whole_rows(logits), dense_grad = torch::stable::contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   Tensor grad_logits = torch::stable::new_empty(dense, logits.sizes());
+  if (grad_logits.numel() == 0) return grad_logits;
   prefer_huge_pages(grad_logits);
   dispatch_floating(dense.scalar_type(), [&](auto type) {
     backward_sum<typename decltype(type)::type>(dense_grad, dense, dense_mask, activation, grad_logits);

@@ -1,6 +1,7 @@
 // The argmax of max pooling, stored in the smallest integer type that holds the positions.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "dispatch.h"
@@ -33,5 +34,22 @@ inline void load_positions(const Tensor& positions, int64_t offset, int64_t* tar
     for (int64_t i = 0; i < count; ++i) target[i] = source[offset + i];
   });
 }
+
+// Whether positions that the caller brings along are inside their sequences; asked by every thread.
+class PositionCheck {
+ public:
+  bool is_inside(int64_t position, int64_t length) {
+    if (static_cast<uint64_t>(position) < static_cast<uint64_t>(length)) return true;
+    outside_ = true;
+    return false;
+  }
+
+  void refuse_outside() const {
+    STD_TORCH_CHECK(!outside_, "argmax must hold positions inside the sequences, from a forward that saved it");
+  }
+
+ private:
+  std::atomic<bool> outside_{false};
+};
 
 }  // namespace splade_fast::cpu

@@ -134,5 +134,6 @@ def _version(weight: Tensor) -> object:
         return object()  # nothing is counted
     flat = weight.detach().reshape(-1)
     step = flat.numel() // _SAMPLED_ENTRIES | 1  # odd: not always the same dimensions
-    sample = flat[::step].contiguous().view(torch.uint8)
+    # clone: what is contiguous for being a single entry may have any stride, which view refuses.
+    sample = flat[::step].clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return weight._version, sample.numpy().tobytes()

@@ -161,7 +161,7 @@ def _plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
     """(Q, N) in the accumulation dtype: each document sums the rows of the table it names."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
     table = _query_table(queries, acc)
-    if len(docs) == 0 or docs.num_cols == 0:
+    if len(docs) == 0 or table.numel() == 0:
         return table.new_zeros(table.shape[1], len(docs))
     _, columns, values = docs.coordinates()
     starts = docs.lengths.cumsum(0) - docs.lengths

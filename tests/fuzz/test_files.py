@@ -1,0 +1,64 @@
+"""Damaged index files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.fuzz.files import file_of, load_or_refuse, sound_file
+
+SOUND = sound_file()
+TENSORS = {
+    "indices": torch.tensor([[0, 2]], dtype=torch.int32),
+    "values": torch.tensor([[1.0, 2.0]]),
+    "lengths": torch.tensor([2], dtype=torch.int32),
+}
+HEADER = {"format": "splade_fast.SparseRows", "version": 1, "num_cols": 3}
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_sound_files_load():
+    assert load_or_refuse(SOUND) is not None
+
+
+@given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=8))
+def test_changed_bytes(changes):
+    content = bytearray(SOUND)
+    for place, byte in changes:
+        content[place] = byte
+    load_or_refuse(bytes(content))
+
+
+@given(st.integers(0, len(SOUND)), st.binary(max_size=20))
+def test_cut_short_or_longer(length, more):
+    rows = load_or_refuse(SOUND[:length] + more)
+    assert rows is None or SOUND[:length] + more == SOUND
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(content):
+    assert load_or_refuse(content) is None
+
+
+@given(json_values | st.text())
+@example({"format": "splade_fast.SparseRows"})
+@example([])
+def test_any_header(header):
+    load_or_refuse(file_of(TENSORS, header))
+
+
+@pytest.mark.parametrize("name", sorted(TENSORS))
+@given(st.data())
+def test_any_tensor(name, data):
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.float32, torch.bool]))
+    shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+    entries = data.draw(st.sampled_from([-(2**31), -2, -1, 0, 1, 2, 3, 2**31 - 1]))
+    tensors = {**TENSORS, name: torch.full(shape, entries).to(dtype)}
+    load_or_refuse(file_of(tensors, HEADER))
