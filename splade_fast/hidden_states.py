@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from splade_fast.ops._checks import check_mask
 
 
 class _DecoderReached(Exception):  # noqa: N818 (no error: a way out)
@@ -65,19 +68,31 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
     return decoder
 
 
-def has_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values for generating text unless told not to."""
+def signature_of(model: PreTrainedModel) -> inspect.Signature:
+    """What the forward of the model's class takes."""
     # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
     base_model: Any = getattr(model, "get_base_model", None)
     inner = model if base_model is None else base_model()
-    return "use_cache" in inspect.signature(inner.forward).parameters
+    return inspect.signature(type(inner).forward.__get__(inner))
 
 
-def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values for generating text unless told not to."""
+    return "use_cache" in signature_of(model).parameters
+
+
+def hidden_before_decoder(
+    model: PreTrainedModel, forward: Callable[..., Any] | None = None, /, **inputs: Any
+) -> Tensor:
     """What the decoder would be given: (B, L, D), with the gradient graph behind it.
 
     Any family works, because the model's own forward runs up to the decoder and is left there
     by an exception. The model computes what it did, and the logits never exist.
+
+    Args:
+        model: the model.
+        forward: its forward, where calling the model does something else.
+        inputs: of its forward.
 
     Raises:
         ValueError: the model's forward does not call its decoder.
@@ -85,12 +100,43 @@ def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     way_out = _exit_of(decoder_of(model))
     way_out.open()
     try:
-        model(**inputs)
+        (forward or model)(**inputs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
         way_out.close()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
+
+
+def head_inputs(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    pooling_mask: Tensor | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `splade_head`: hidden states, the decoder's weight and bias, and a mask.
+
+    Args:
+        model: the model.
+        inputs: of its forward.
+        pooling_mask: (B, L), zero leaves a position out which `attention_mask` holds.
+        forward: its forward, where calling the model does something else.
+
+    Raises:
+        TypeError, ValueError: a mask is not (B, L), or no bool, int or float; or as
+            `hidden_before_decoder`.
+    """
+    counts: Tensor | None = inputs.get("attention_mask")
+    if pooling_mask is not None:
+        name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+        batch, length = inputs[name].shape[:2]
+        attended = counts
+        counts = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
+        if attended is not None:
+            counts = counts & check_mask(attended, batch, length, name, inputs[name])
+    hidden = hidden_before_decoder(model, forward, **inputs)
+    decoder = decoder_of(model)
+    return hidden, decoder.weight, decoder.bias, counts
 
 
 def check_decoder_is_last(model: PreTrainedModel) -> None:
@@ -115,7 +161,7 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
             expected = linear(hidden, decoder.weight, decoder.bias)
             handle = decoder.register_forward_pre_hook(lambda module, args: (hidden,))
             try:
-                logits = model(**inputs).logits
+                logits = model(**inputs, return_dict=True).logits
             finally:
                 handle.remove()
     finally:
@@ -128,6 +174,13 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
             f"{type(model).__name__} must have the logits hidden · weightᵀ + bias of its output "
             "embeddings, but its forward computes others; this family is not supported"
         )
+
+
+def remove_exit(model: PreTrainedModel) -> None:
+    """Take off the model what `hidden_before_decoder` left on it."""
+    hooks = decoder_of(model)._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Exit)]:
+        del hooks[key]
 
 
 def _exit_of(decoder: nn.Module) -> _Exit:
