@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from splade_fast.ops._checks import ACTIVATIONS, POOLINGS, check_choice
@@ -131,7 +133,7 @@ def _parameters(
     if isinstance(decoder, nn.Linear):
         if bias is not None:
             raise ValueError("bias must be None beside a torch.nn.Linear, which brings its own")
-        return decoder.weight, decoder.bias
+        return cast(nn.Parameter, decoder.weight), cast(nn.Parameter | None, decoder.bias)
     if not isinstance(decoder, nn.Parameter):
         raise TypeError(
             "decoder must be a torch.nn.Linear or its weight as a torch.nn.Parameter, "

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from splade_fast.hidden_states import (
     check_decoder_is_last,
@@ -142,9 +142,8 @@ class _PooledForward:
         remove_exit(self._model)
 
     def _own_forward(self) -> Callable[..., Any]:
-        if self._earlier is not None:
-            return self._earlier  # type: ignore[no-any-return]
-        return type(self._model).forward.__get__(self._model)
+        earlier: Callable[..., Any] | None = self._earlier
+        return earlier or type(self._model).forward.__get__(self._model)
 
 
 def _accelerated(model: nn.Module) -> list[nn.Module]:
