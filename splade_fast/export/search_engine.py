@@ -160,9 +160,9 @@ def _queries(
     names = _feature_names(id_to_token, queries.num_cols)
     chunks = documents(queries, None, "keep", positive=True, show_progress=False)
     fields = templates(names, number_format(queries))
-    return [
-        query(json.loads(vector)) for chunk in chunks for vector in named_vectors(chunk, fields)
-    ]
+    vectors = (json.loads(vector) for chunk in chunks for vector in named_vectors(chunk, fields))
+    # Without clauses a bool query would find everything, and the others are errors there.
+    return [query(weights) if weights else {"match_none": {}} for weights in vectors]
 
 
 def _write_bulk(
