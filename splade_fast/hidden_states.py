@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -82,15 +83,36 @@ def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     Raises:
         ValueError: the model's forward does not call its decoder.
     """
+    return left_at_decoder(model, model, **inputs)
+
+
+def left_at_decoder(
+    model: PreTrainedModel, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    """call(…), which runs the model's forward somewhere inside, left where it calls the decoder.
+
+    Returns:
+        The decoder's input, as `hidden_before_decoder`.
+
+    Raises:
+        ValueError: the decoder was not called.
+    """
     way_out = _exit_of(decoder_of(model))
     way_out.open()
     try:
-        model(**inputs)
+        call(*args, **kwargs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
         way_out.close()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
+
+
+def remove_exit(decoder: nn.Module) -> None:
+    """Take off the hook by which forwards of the decoder's model are left."""
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, _Exit):
+            del decoder._forward_pre_hooks[key]
 
 
 def check_decoder_is_last(model: PreTrainedModel) -> None:
