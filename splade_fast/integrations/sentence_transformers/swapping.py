@@ -7,6 +7,7 @@ files, and pickles by reference to the original.
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 from functools import cache
 from typing import Any, ClassVar
@@ -23,10 +24,6 @@ class Role:
 
     _role: ClassVar[Any]
     _original: ClassVar[Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = self._original.__reduce_ex__(self, protocol)
-        return _without_state, (self._role, self._original), *state
 
 
 def swap_in(role: type[Role], module: nn.Module) -> None:
@@ -55,9 +52,17 @@ def _subclass(role: Any, original: Any) -> Any:
     }
     namespace |= {name: getattr(original, name) for name in ("__module__", "__qualname__")}
     namespace |= {"__doc__": original.__doc__, "_role": role, "_original": original}
-    return type(original)(original.__name__, (original, role), namespace)
+    metaclass: Any = type(original)
+    return _metaclass(metaclass)(original.__name__, (original, role), namespace)
 
 
-def _without_state(role: Any, original: Any) -> Any:
-    subclass = _subclass(role, original)
-    return subclass.__new__(subclass)
+@cache
+def _metaclass(original: Any) -> Any:
+    """One of its own, since pickle asks a class's metaclass how to pickle it."""
+    metaclass = type(original.__name__, (original,), {})
+    copyreg.pickle(metaclass, _by_reference)
+    return metaclass
+
+
+def _by_reference(subclass: Any) -> tuple[Any, tuple[Any, Any]]:
+    return _subclass, (subclass._role, subclass._original)
