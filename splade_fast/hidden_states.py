@@ -81,26 +81,33 @@ def has_cache(model: PreTrainedModel) -> bool:
     return "use_cache" in signature_of(model).parameters
 
 
-def hidden_before_decoder(
-    model: PreTrainedModel, forward: Callable[..., Any] | None = None, /, **inputs: Any
-) -> Tensor:
+def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What the decoder would be given: (B, L, D), with the gradient graph behind it.
 
     Any family works, because the model's own forward runs up to the decoder and is left there
     by an exception. The model computes what it did, and the logits never exist.
 
-    Args:
-        model: the model.
-        forward: its forward, where calling the model does something else.
-        inputs: of its forward.
-
     Raises:
         ValueError: the model's forward does not call its decoder.
+    """
+    return left_at_decoder(model, model, **inputs)
+
+
+def left_at_decoder(
+    model: PreTrainedModel, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    """call(…), which runs the model's forward somewhere inside, left where it calls the decoder.
+
+    Returns:
+        The decoder's input, as `hidden_before_decoder`.
+
+    Raises:
+        ValueError: the decoder was not called.
     """
     way_out = _exit_of(decoder_of(model))
     way_out.open()
     try:
-        (forward or model)(**inputs)
+        call(*args, **kwargs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
@@ -134,9 +141,16 @@ def head_inputs(
         counts = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
         if attended is not None:
             counts = counts & check_mask(attended, batch, length, name, inputs[name])
-    hidden = hidden_before_decoder(model, forward, **inputs)
+    hidden = left_at_decoder(model, forward or model, **inputs)
     decoder = decoder_of(model)
     return hidden, decoder.weight, decoder.bias, counts
+
+
+def remove_exit(decoder: nn.Module) -> None:
+    """Take off the hook by which forwards of the decoder's model are left."""
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, _Exit):
+            del decoder._forward_pre_hooks[key]
 
 
 def check_decoder_is_last(model: PreTrainedModel) -> None:
@@ -174,13 +188,6 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
             f"{type(model).__name__} must have the logits hidden · weightᵀ + bias of its output "
             "embeddings, but its forward computes others; this family is not supported"
         )
-
-
-def remove_exit(model: PreTrainedModel) -> None:
-    """Take off the model what `hidden_before_decoder` left on it."""
-    hooks = decoder_of(model)._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Exit)]:
-        del hooks[key]
 
 
 def _exit_of(decoder: nn.Module) -> _Exit:

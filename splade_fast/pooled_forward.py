@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from splade_fast.hidden_states import (
     check_decoder_is_last,
+    decoder_of,
     has_cache,
     head_inputs,
     remove_exit,
@@ -139,7 +140,7 @@ class _PooledForward:
     def undo(self) -> None:
         if self._earlier is not None:
             self._model.__dict__["forward"] = self._earlier
-        remove_exit(self._model)
+        remove_exit(decoder_of(self._model))
 
     def _own_forward(self) -> Callable[..., Any]:
         earlier: Callable[..., Any] | None = self._earlier
