@@ -57,11 +57,7 @@ def check_arguments(
     if empty not in _EMPTY:
         raise ValueError(f"empty must be one of {', '.join(map(repr, _EMPTY))}, got {empty!r}")
     if empty == "error" and not bool(rows.lengths.all()):
-        raise_empty(int((rows.lengths == 0).nonzero()[0]))
-
-
-def raise_empty(row: int) -> None:
-    raise ValueError(f'rows must not be empty with empty="error", got an empty row {row}')
+        raise _empty_row(int((rows.lengths == 0).nonzero()[0]))
 
 
 def documents(
@@ -94,9 +90,10 @@ def documents(
         ValueError: naming a row with an unfit value, or extras end early or late.
     """
     remaining = None if extras is None else iter(extras)
+    at_once = max(1, _ENTRIES_AT_ONCE // max(rows.width, 1))
     with tqdm(total=len(rows), unit="doc", desc=description, disable=not show_progress) as bar:
-        for start in range(0, len(rows), max(1, _ENTRIES_AT_ONCE // max(rows.width, 1))):
-            part = rows[start : start + max(1, _ENTRIES_AT_ONCE // max(rows.width, 1))].to("cpu")
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once].to("cpu")
             count = len(part)
             numbers = range(start, start + count)
             chunk = Documents(
@@ -114,7 +111,7 @@ def documents(
                 _drop_empty(chunk, start, empty)
             yield chunk
             bar.update(count)
-    if remaining is not None and next(remaining, None) is not None:
+    if remaining is not None and list(islice(remaining, 1)):
         raise ValueError(f"{extras_name} must be one a row, {len(rows)}, got more")
 
 
@@ -157,12 +154,16 @@ def _quantise(chunk: Documents, scale: float, start: int) -> None:
     chunk.values = rounded[kept].astype(np.int64)
 
 
+def _empty_row(row: int) -> ValueError:
+    return ValueError(f'rows must not be empty with empty="error", got an empty row {row}')
+
+
 def _drop_empty(chunk: Documents, start: int, empty: str) -> None:
     kept = chunk.lengths > 0
     if kept.all():
         return
     if empty == "error":  # by rounding: the others were found before
-        raise_empty(start + int(np.argmin(kept)))
+        raise _empty_row(start + int(np.argmin(kept)))
     chunk.ids = [id_ for id_, keep in zip(chunk.ids, kept, strict=True) if keep]
     chunk.extras = [extra for extra, keep in zip(chunk.extras, kept, strict=True) if keep]
     chunk.lengths = chunk.lengths[kept]

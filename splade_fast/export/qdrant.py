@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import PointStruct
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://pypi.org/project/splade_fast")
+_NUMBERS = 2**64  # that Qdrant has
 
 
 def qdrant_id(document_id: DocumentId) -> DocumentId:
@@ -30,11 +31,8 @@ def qdrant_id(document_id: DocumentId) -> DocumentId:
         ValueError: document_id is a negative or too large int.
     """
     if isinstance(document_id, str):
-        if document_id.isdecimal() and document_id == str(int(document_id)):
-            document_id = int(document_id)
-        else:
-            return _uuid_of(document_id)
-    if not 0 <= document_id < 2**64:
+        return _number_or_uuid(document_id)
+    if not 0 <= document_id < _NUMBERS:
         raise ValueError(f"ids must be between 0 and 2**64 - 1, got {document_id}")
     return document_id
 
@@ -180,7 +178,11 @@ def _payload(document_id: DocumentId, payload: Mapping[str, Any] | None) -> dict
     return {"id": document_id, **(payload or {})}
 
 
-def _uuid_of(text: str) -> str:
+def _number_or_uuid(text: str) -> DocumentId:
+    if text.isdecimal() and len(text) <= len(str(_NUMBERS)):
+        number = int(text)
+        if text == str(number) and number < _NUMBERS:
+            return number
     try:
         return str(uuid.UUID(text))
     except ValueError:
