@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from splade_fast import losses, reference
 from splade_fast._library import build_info
 from splade_fast._version import __version__
+from splade_fast.modules import SpladeHead, SpladePool
 from splade_fast.ops import (
     NegativeSamples,
     gather_rows,
@@ -33,16 +34,19 @@ from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
-    from splade_fast import negative_cache
+    from splade_fast import export, negative_cache
     from splade_fast.bag_of_words import BagOfWordsQueryEncoder
     from splade_fast.model import SpladeEncoder
+    from splade_fast.pooled_forward import accelerate, restore
     from splade_fast.term_weights import TermWeightEncoder
 
 # They bring transformers along, which users of the ops alone should not wait for.
-_ENCODERS = {
+_LAZY = {
     "BagOfWordsQueryEncoder": "bag_of_words",
     "SpladeEncoder": "model",
     "TermWeightEncoder": "term_weights",
+    "accelerate": "pooled_forward",
+    "restore": "pooled_forward",
 }
 
 __all__ = [
@@ -53,13 +57,17 @@ __all__ = [
     "QuadraticSchedule",
     "SparseRows",
     "SpladeEncoder",
+    "SpladeHead",
+    "SpladePool",
     "TermWeightEncoder",
     "__version__",
+    "accelerate",
     "active_dims",
     "anti_zero_loss",
     "build_info",
     "df_flops_loss",
     "document_frequencies",
+    "export",
     "flops_loss",
     "gather_rows",
     "gumbel_max",
@@ -68,6 +76,7 @@ __all__ = [
     "negative_cache",
     "prune_topk",
     "reference",
+    "restore",
     "sample_negatives",
     "scatter_rows_",
     "sparse_scores",
@@ -79,8 +88,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ENCODERS:
-        return getattr(import_module(f"splade_fast.{_ENCODERS[name]}"), name)
-    if name == "negative_cache":
-        return import_module("splade_fast.negative_cache")
+    if name in _LAZY:
+        return getattr(import_module(f"splade_fast.{_LAZY[name]}"), name)
+    if name in ("export", "negative_cache"):
+        return import_module(f"splade_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

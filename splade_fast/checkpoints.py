@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 # SpladePooling names the activation before its own log1p; splade_fast names the whole function.
-_ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
-_SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in _ACTIVATION_OF_SPLADE_POOLING.items()}
+ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
+_SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in ACTIVATION_OF_SPLADE_POOLING.items()}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
 _POOLING_FOLDER = "1_SpladePooling"
@@ -61,14 +61,14 @@ def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
     pooling = read_json(name_or_path, _joined(modules[1]["path"], "config.json"), hub) or {}
     model = read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
     activation = pooling.get("activation_function", "relu")
-    if activation not in _ACTIVATION_OF_SPLADE_POOLING:
+    if activation not in ACTIVATION_OF_SPLADE_POOLING:
         raise ValueError(
             f"activation_function of {name_or_path} must be one of "
-            f"{', '.join(_ACTIVATION_OF_SPLADE_POOLING)}, got {activation!r}"
+            f"{', '.join(ACTIVATION_OF_SPLADE_POOLING)}, got {activation!r}"
         )
     return EncoderSettings(
         pooling=pooling.get("pooling_strategy", "max"),
-        activation=_ACTIVATION_OF_SPLADE_POOLING[activation],
+        activation=ACTIVATION_OF_SPLADE_POOLING[activation],
         max_length=transformer.get("max_seq_length"),
         prompts={name: text or "" for name, text in model.get("prompts", {}).items()},
         default_prompt_name=model.get("default_prompt_name"),

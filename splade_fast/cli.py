@@ -11,6 +11,7 @@ import typer
 
 from splade_fast._library import build_info
 from splade_fast.data import DataError, Texts, read_qrels, read_texts
+from splade_fast.export.command import EmptyDocuments, ExportFormat, export_index
 from splade_fast.index import Index, IndexMeta
 from splade_fast.model import SpladeEncoder
 from splade_fast.ops.score import sparse_search
@@ -129,6 +130,25 @@ def train(context: typer.Context) -> None:
         message = run(context.args)
     if message is not None:
         typer.echo(message)
+
+
+@app.command()
+def export(
+    index: Annotated[Path, typer.Argument(help="A folder written by `encode`.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="Who will read it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Names the tokens; default: the index's.")
+    ] = None,
+    empty: Annotated[EmptyDocuments, typer.Option(help="Documents without entries.")] = "keep",
+    scale: Annotated[float, typer.Option(help="anserini: impact = round(scale * weight).")] = 100.0,
+) -> None:
+    """Write an index in the format of a search engine, vector store or library."""
+    with _bad_input_exits_with_2():
+        if out.exists():
+            raise FileExistsError(f"{out} must not exist yet")
+        count = export_index(Index.load(index), out, file_format, model, empty, scale)
+    typer.echo(f"{out}: {count} documents")
 
 
 @app.command()

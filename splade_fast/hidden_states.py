@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from splade_fast.ops._checks import check_mask
 
 
 class _DecoderReached(Exception):  # noqa: N818 (no error: a way out)
@@ -65,12 +68,17 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
     return decoder
 
 
-def has_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values for generating text unless told not to."""
+def signature_of(model: PreTrainedModel) -> inspect.Signature:
+    """What the forward of the model's class takes."""
     # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
     base_model: Any = getattr(model, "get_base_model", None)
     inner = model if base_model is None else base_model()
-    return "use_cache" in inspect.signature(inner.forward).parameters
+    return inspect.signature(type(inner).forward.__get__(inner))
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model keeps keys and values for generating text unless told not to."""
+    return "use_cache" in signature_of(model).parameters
 
 
 def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
@@ -82,15 +90,67 @@ def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
     Raises:
         ValueError: the model's forward does not call its decoder.
     """
+    return left_at_decoder(model, model, **inputs)
+
+
+def left_at_decoder(
+    model: PreTrainedModel, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    """call(…), which runs the model's forward somewhere inside, left where it calls the decoder.
+
+    Returns:
+        The decoder's input, as `hidden_before_decoder`.
+
+    Raises:
+        ValueError: the decoder was not called.
+    """
     way_out = _exit_of(decoder_of(model))
     way_out.open()
     try:
-        model(**inputs)
+        call(*args, **kwargs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
         way_out.close()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
+
+
+def head_inputs(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    pooling_mask: Tensor | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `splade_head`: hidden states, the decoder's weight and bias, and a mask.
+
+    Args:
+        model: the model.
+        inputs: of its forward.
+        pooling_mask: (B, L), zero leaves a position out which `attention_mask` holds.
+        forward: its forward, where calling the model does something else.
+
+    Raises:
+        TypeError, ValueError: a mask is not (B, L), or no bool, int or float; or as
+            `hidden_before_decoder`.
+    """
+    counts: Tensor | None = inputs.get("attention_mask")
+    if pooling_mask is not None:
+        name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+        batch, length = inputs[name].shape[:2]
+        attended = counts
+        counts = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
+        if attended is not None:
+            counts = counts & check_mask(attended, batch, length, name, inputs[name])
+    hidden = left_at_decoder(model, forward or model, **inputs)
+    decoder = decoder_of(model)
+    return hidden, decoder.weight, decoder.bias, counts
+
+
+def remove_exit(decoder: nn.Module) -> None:
+    """Take off the hook by which forwards of the decoder's model are left."""
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, _Exit):
+            del decoder._forward_pre_hooks[key]
 
 
 def check_decoder_is_last(model: PreTrainedModel) -> None:
@@ -115,7 +175,7 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
             expected = linear(hidden, decoder.weight, decoder.bias)
             handle = decoder.register_forward_pre_hook(lambda module, args: (hidden,))
             try:
-                logits = model(**inputs).logits
+                logits = model(**inputs, return_dict=True).logits
             finally:
                 handle.remove()
     finally:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
 
 _FORMAT_VERSION = 1
@@ -39,20 +38,10 @@ class Index:
         Raises:
             FileExistsError: `path` exists already.
         """
-        path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} must not exist yet")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            self.rows.save(temporary / _VECTORS)
-            (temporary / _IDS).write_text(json.dumps(self.ids), encoding="utf-8")
-            (temporary / _META).write_text(json.dumps(asdict(self.meta)), encoding="utf-8")
-            temporary.chmod(0o755)
-            temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with new_folder(path) as folder:
+            self.rows.save(folder / _VECTORS)
+            (folder / _IDS).write_text(json.dumps(self.ids), encoding="utf-8")
+            (folder / _META).write_text(json.dumps(asdict(self.meta)), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Index:

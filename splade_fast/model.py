@@ -31,9 +31,8 @@ from splade_fast.hidden_states import (
     check_decoder_is_last,
     decoder_of,
     has_cache,
-    hidden_before_decoder,
+    head_inputs,
 )
-from splade_fast.ops._checks import check_mask
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head_topk import splade_head_topk
 from splade_fast.sparse_rows import SparseRows
@@ -159,22 +158,14 @@ class SpladeEncoder(TextEncoder):
         attention_mask: Tensor | None = None,
         pooling_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Hidden states before the decoder, its weight and bias, and the mask of the pooling."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        counts = attention_mask
-        if pooling_mask is not None:
-            batch, length = input_ids.shape
-            counts = check_mask(pooling_mask, batch, length, "input_ids", input_ids, "pooling_mask")
-            counts = counts & (attention_mask != 0)
         if self._has_cache:  # of keys and values, for generating text
             kwargs.setdefault("use_cache", False)
-        hidden = hidden_before_decoder(
-            self.model, input_ids=input_ids, attention_mask=attention_mask, **kwargs
-        )
-        decoder = decoder_of(self.model)
-        return hidden, decoder.weight, decoder.bias, counts
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return head_inputs(self.model, inputs, pooling_mask)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

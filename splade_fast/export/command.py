@@ -1,0 +1,69 @@
+"""What `splade-fast export` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from splade_fast.checkpoints import load_tokenizer, read_settings
+from splade_fast.export import (
+    write_anserini,
+    write_bm25s,
+    write_elasticsearch,
+    write_npz,
+    write_opensearch,
+    write_qdrant,
+    write_seismic,
+)
+from splade_fast.index import Index
+
+ExportFormat = Literal[
+    "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic"
+]
+EmptyDocuments = Literal["keep", "skip", "error"]
+_WRITERS: dict[ExportFormat, Callable[..., int]] = {
+    "anserini": write_anserini,
+    "bm25s": write_bm25s,
+    "elasticsearch": write_elasticsearch,
+    "npz": write_npz,
+    "opensearch": write_opensearch,
+    "qdrant": write_qdrant,
+    "seismic": write_seismic,
+}
+_WITHOUT_TOKENS = ("npz", "qdrant")
+
+
+def export_index(
+    index: Index,
+    path: Path,
+    file_format: ExportFormat,
+    model: str | None = None,
+    empty: EmptyDocuments = "keep",
+    scale: float = 100.0,
+) -> int:
+    """Write `path` by the function of `splade_fast.export` for the format; returns how many.
+
+    Args:
+        index: what to write.
+        path: the folder to write; must not exist.
+        file_format: for whom.
+        model: whose tokenizer names the columns; by default the index's own.
+        empty: "keep", "skip" or "error".
+        scale: of Anserini's impacts.
+
+    Raises:
+        OSError, ValueError: as that function, or there is no such model.
+    """
+    options: dict[str, Any] = {"empty": empty}
+    if file_format not in _WITHOUT_TOKENS:
+        options["id_to_token"] = _tokens(model or index.meta.model, index.rows.num_cols)
+    if file_format == "anserini":
+        options["scale"] = scale
+    return _WRITERS[file_format](index.rows, path, index.ids, **options)
+
+
+def _tokens(model: str, count: int) -> list[str]:
+    """The names of columns, by the model's tokenizer."""
+    hub: dict[str, Any] = {"subfolder": read_settings(model, {}).subfolder}
+    return list(load_tokenizer(model, hub).convert_ids_to_tokens(list(range(count))))

@@ -1,0 +1,18 @@
+"""sentence-transformers' SparseEncoder on splade_fast: one line in an existing script.
+
+    model = accelerate(SparseEncoder("…"))
+
+encodes and trains as before, with the same results and the same saved files.
+"""
+
+try:
+    import sentence_transformers as _theirs  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "splade_fast.integrations.sentence_transformers needs sentence-transformers >= 5.4; "
+        "install splade_fast[sentence-transformers]"
+    ) from error
+
+from splade_fast.integrations.sentence_transformers.accelerate import accelerate, restore
+
+__all__ = ["accelerate", "restore"]

@@ -1,0 +1,127 @@
+"""accelerate and restore: a SparseEncoder changes in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sparse_encoder.modules import SpladePooling
+from torch import nn
+
+from splade_fast.hidden_states import check_decoder_is_last, decoder_of, remove_exit
+from splade_fast.integrations.sentence_transformers.encoder import SparseRowsEncoder
+from splade_fast.integrations.sentence_transformers.modules import HeadPooling, HiddenTransformer
+from splade_fast.integrations.sentence_transformers.swapping import (
+    original_class,
+    swap_back,
+    swap_in,
+)
+
+Encoder = TypeVar("Encoder", bound=SparseEncoder)
+
+
+def accelerate(sparse_encoder: Encoder) -> Encoder:
+    """Make a SparseEncoder compute pooled(hidden · weightᵀ + bias) without the logits.
+
+    Everything else stays as it was: arguments, results (within rounding), training, saved files.
+    Each Transformer that a SpladePooling follows stops before its decoder, and the pooling runs
+    the fused head with the decoder's weight, also on the routes of a Router. Other modules, such
+    as the SparseStaticEmbedding of queries, are left as they are. `restore` undoes it.
+
+    Args:
+        sparse_encoder: changed in place. Its modules keep their identity, and `isinstance` holds.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: it is no SparseEncoder.
+        ValueError: no SpladePooling follows a Transformer, as in CSR models, or the two do
+            something of their own; nothing is changed.
+    """
+    if not isinstance(sparse_encoder, SparseEncoder):
+        raise TypeError(
+            f"sparse_encoder must be a SparseEncoder, got {type(sparse_encoder).__name__}"
+        )
+    pairs = _pairs(list(sparse_encoder))
+    for transformer, pooling in pairs:
+        _check_pair(transformer, pooling)
+    for transformer, pooling in pairs:
+        swap_in(HiddenTransformer, transformer)
+        swap_in(HeadPooling, pooling)
+    swap_in(SparseRowsEncoder, sparse_encoder)
+    return sparse_encoder
+
+
+def restore(sparse_encoder: Encoder) -> Encoder:
+    """Undo `accelerate`.
+
+    Args:
+        sparse_encoder: changed in place; nothing happens to one that is as it was.
+
+    Returns:
+        The same object.
+    """
+    for module in sparse_encoder.modules():
+        if isinstance(module, HiddenTransformer):
+            remove_exit(decoder_of(module.model))
+        swap_back(module)
+    return sparse_encoder
+
+
+def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
+    """Each Transformer before a SpladePooling, and that pooling."""
+    steps = list(_steps(modules, None))
+    pairs = [
+        (module, following)
+        for module, following in steps
+        if isinstance(module, Transformer) and isinstance(following, SpladePooling)
+    ]
+    if not pairs:
+        names = [original_class(module).__name__ for module, _ in steps]
+        raise ValueError(
+            "sparse_encoder must have a Transformer followed by SpladePooling; CSR models and "
+            f"others cannot be accelerated. Got {', '.join(names)}"
+        )
+    for transformer, _ in pairs:
+        for module, following in steps:
+            if module is transformer and not isinstance(following, SpladePooling):
+                raise ValueError(
+                    "a Transformer must be followed by SpladePooling wherever it is used, "
+                    f"got {'nothing' if following is None else type(following).__name__}"
+                )
+    return pairs
+
+
+def _steps(
+    modules: Sequence[nn.Module], after: nn.Module | None
+) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    """Each module, also of a Router's routes, and the one that takes its output."""
+    for module, following in zip(modules, [*modules[1:], after], strict=True):
+        if isinstance(module, Router):
+            router: Any = module
+            for route in router.sub_modules.values():
+                yield from _steps(list(route), following)
+        else:
+            yield module, following
+
+
+def _check_pair(transformer: Any, pooling: Any) -> None:
+    """Both do what theirs do, and the logits are those of the decoder."""
+    for module, theirs in ((transformer, Transformer), (pooling, SpladePooling)):
+        kind = original_class(module)
+        if kind.forward is not theirs.forward:
+            raise ValueError(
+                f"{kind.__name__} must have the forward of {theirs.__name__}, got its own"
+            )
+    if transformer.backend != "torch":
+        raise ValueError(f"backend must be 'torch', got {transformer.backend!r}")
+    output = transformer.modality_config["text"]["method_output_name"]
+    if output not in ("logits", ("logits",), ["logits"]):
+        raise ValueError(
+            "the Transformer must give logits, as with transformer_task='fill-mask', "
+            f"got {output!r} of transformer_task={transformer.transformer_task!r}"
+        )
+    check_decoder_is_last(transformer.model)

@@ -1,0 +1,237 @@
+"""Their SparseEncoder, whose vectors stay sparse from the head to the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router
+from sentence_transformers.util import batch_to_device, select_max_active_dims
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
+from splade_fast.integrations.sentence_transformers.swapping import Role
+from splade_fast.sparse_rows import SparseRows
+
+_LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
+
+
+class _Encoder(Role):
+    """What encode does with texts, whatever the version of sentence-transformers.
+
+    The attributes and methods used here are theirs.
+    """
+
+    def _encode_texts(
+        self,
+        texts: Sequence[Any],
+        *,
+        device: Any,
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        convert_to_sparse_tensor: bool,
+        save_to_cpu: bool,
+        max_active_dims: int | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(N, V) in the order of the texts, in the batches that theirs would make."""
+        model: Any = self
+        if max_active_dims is not None and max_active_dims < 1:
+            raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
+        model.eval()
+        options = kwargs | ({"max_active_dims": max_active_dims} if max_active_dims else {})
+        order = np.argsort([-model._input_length(text) for text in texts])
+        if model._can_flatten_inputs():
+            order = model._interleave_sorted_indices(order)
+        wants_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
+        result: _Coordinates | _Matrix = _Coordinates() if convert_to_sparse_tensor else _Matrix()
+        for start in trange(
+            0, len(texts), batch_size, desc="Batches", disable=not show_progress_bar
+        ):
+            places = order[start : start + batch_size]
+            features = model.preprocess([texts[i] for i in places], prompt=prompt, **kwargs)
+            features = batch_to_device(features, device)
+            if wants_rows:
+                features[SPARSE] = max_active_dims
+            with torch.inference_mode():
+                vectors = model(features, **options)["sentence_embedding"]
+                if max_active_dims is not None and isinstance(vectors, Tensor):
+                    vectors = select_max_active_dims(vectors, max_active_dims=max_active_dims)
+                place = torch.device("cpu") if save_to_cpu else vectors.device
+                result.add(vectors.to(place))
+        return result.in_order(torch.from_numpy(order))
+
+
+class _WithInference(_Encoder):
+    """sentence-transformers 6: encode, its pools and its ranks all end in `_inference`."""
+
+    def _inference(self, inputs: list[Any], *, device: Any = None, **options: Any) -> Tensor:
+        model: Any = self
+        if not inputs:
+            nothing: Tensor = self._original._inference(self, inputs, device=device, **options)
+            return nothing
+        return self._encode_texts(inputs, device=model._resolve_inference_device(device), **options)
+
+
+class _WithEncode(_Encoder):
+    """sentence-transformers 5.4: encode does all; its pools call it in their processes."""
+
+    def encode(
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = True,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
+        device: Any = None,
+        max_active_dims: int | None = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        model: Any = self
+        single = model.is_singular_input(inputs)
+        texts = [inputs] if single else list(inputs)
+        known = {"task", *model.get_model_kwargs()}
+        if (
+            not texts
+            or batch_size < 1
+            or pool
+            or isinstance(device, list)
+            or not known >= {*kwargs}
+        ):
+            # Theirs says what is wrong, or hands chunks to processes that come back here.
+            return self._original.encode(
+                self,
+                inputs,
+                prompt_name=prompt_name,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                convert_to_tensor=convert_to_tensor,
+                convert_to_sparse_tensor=convert_to_sparse_tensor,
+                save_to_cpu=save_to_cpu,
+                device=device,
+                max_active_dims=max_active_dims,
+                pool=pool,
+                chunk_size=chunk_size,
+                **kwargs,
+            )
+        if show_progress_bar is None:
+            show_progress_bar = _LOGGER.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        device = device or model.device
+        model.to(device)
+        vectors = self._encode_texts(
+            texts,
+            device=device,
+            prompt=model._resolve_prompt(prompt, prompt_name),
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            convert_to_sparse_tensor=convert_to_sparse_tensor,
+            save_to_cpu=save_to_cpu,
+            max_active_dims=model.max_active_dims if max_active_dims is None else max_active_dims,
+            **kwargs,
+        )
+        if single:
+            return vectors[0]
+        return vectors if convert_to_tensor else list(vectors)
+
+
+SparseRowsEncoder: type[Role] = (
+    _WithInference if hasattr(SparseEncoder, "_inference") else _WithEncode
+)
+
+
+class _Coordinates:
+    """Batches of vectors, gathered into one sparse COO tensor."""
+
+    def __init__(self) -> None:
+        self._lengths: list[Tensor] = []
+        self._columns: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._num_cols = 0
+
+    def add(self, vectors: Tensor | SparseRows) -> None:
+        self._num_cols = vectors.shape[1]
+        if isinstance(vectors, SparseRows):
+            lengths = vectors.lengths
+            _, columns, values = vectors.coordinates()
+        else:
+            sparse = vectors.to_sparse()
+            (rows, columns), values = sparse.indices(), sparse.values()
+            lengths = torch.bincount(rows, minlength=len(vectors))
+        self._lengths.append(lengths.long())
+        self._columns.append(columns.int())
+        self._values.append(values)
+
+    def in_order(self, order: Tensor) -> Tensor:
+        """The vectors as they were before `order` sorted them."""
+        lengths = torch.cat(self._lengths)
+        device = lengths.device
+        order = order.to(device)
+        sorted_back = torch.empty_like(lengths)
+        sorted_back[order] = lengths
+        ends = sorted_back.cumsum(0)
+        starts = (ends - sorted_back)[order]  # in the result, of each vector in sorted order
+        count = int(ends[-1])
+        indices = torch.empty(2, count, dtype=torch.int64, device=device)
+        indices[0] = torch.repeat_interleave(sorted_back)
+        values = self._values[0].new_empty(count)
+        first = 0
+        for columns, weights, mine in zip(self._columns, self._values, self._lengths, strict=True):
+            begins = starts[first : first + len(mine)] - (mine.cumsum(0) - mine)
+            places = torch.arange(len(columns), device=device) + begins.repeat_interleave(mine)
+            indices[1, places] = columns.long()
+            values[places] = weights
+            first += len(mine)
+        return torch.sparse_coo_tensor(
+            indices,
+            values,
+            (len(lengths), self._num_cols),
+            check_invariants=False,
+            is_coalesced=True,
+        )
+
+
+class _Matrix:
+    """Batches of vectors, gathered into one dense tensor."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, vectors: Tensor | SparseRows) -> None:
+        self._batches.append(vectors.to_dense() if isinstance(vectors, SparseRows) else vectors)
+
+    def in_order(self, order: Tensor) -> Tensor:
+        """The vectors as they were before `order` sorted them."""
+        first = self._batches[0]
+        result = first.new_empty(len(order), first.shape[1])
+        for places in order.to(first.device).split(len(first)):
+            result[places] = self._batches.pop(0)
+        return result
+
+
+def _pools_last(model: nn.Sequential) -> bool:
+    """Whether every HeadPooling's vectors leave the model as they are."""
+    last = _last_modules(list(model))
+    return all(module in last for module in model.modules() if isinstance(module, HeadPooling))
+
+
+def _last_modules(modules: list[nn.Module]) -> list[nn.Module]:
+    last = modules[-1]
+    if not isinstance(last, Router):
+        return [last]
+    return [module for route in _routes(last) for module in _last_modules(route)]
+
+
+def _routes(router: Any) -> list[list[nn.Module]]:
+    return [list(route) for route in router.sub_modules.values()]

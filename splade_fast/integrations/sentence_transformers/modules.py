@@ -1,0 +1,81 @@
+"""Their Transformer, left before its decoder, and their SpladePooling, with the decoder in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splade_fast.checkpoints import ACTIVATION_OF_SPLADE_POOLING
+from splade_fast.hidden_states import decoder_of, left_at_decoder
+from splade_fast.integrations.sentence_transformers.swapping import Role
+from splade_fast.ops.head import splade_head
+from splade_fast.ops.head_topk import splade_head_topk
+
+# Keys of the features: from the transformer to the pooling, the decoder's weight and bias; from
+# the encoder to the pooling, that it shall return SparseRows of at most so many entries.
+_DECODER = "splade_fast_decoder"
+SPARSE = "splade_fast_sparse"
+
+Features = dict[str, Any]
+
+
+class HiddenTransformer(Role):
+    """Gives the decoder's input as token embeddings, and the decoder for the pooling."""
+
+    model: Any
+    module_output_name: str
+
+    def forward(self, features: Features, **kwargs: Any) -> Features:
+        request = {SPARSE: features.pop(SPARSE)} if SPARSE in features else {}
+        if self._has_to_finish():
+            features = self._original.forward(self, features, **kwargs)
+        else:
+            hidden = left_at_decoder(self.model, self._original.forward, self, features, **kwargs)
+            decoder = decoder_of(self.model)
+            features[self.module_output_name] = hidden
+            features[_DECODER] = (decoder.weight, decoder.bias)
+        features.update(request)
+        return features
+
+    def _has_to_finish(self) -> bool:
+        """Whether theirs does more behind the decoder: all layers' states, or virtual tokens."""
+        adapter = getattr(self.model, "active_peft_config", None)
+        return bool(
+            getattr(self.model.config, "output_hidden_states", False)
+            or getattr(adapter, "is_prompt_learning", False)
+        )
+
+
+class HeadPooling(Role):
+    """Pools without logits what HiddenTransformer gives, and logits of others as before."""
+
+    pooling_strategy: str
+    activation_function: str
+    embedding_dimension: int | None
+
+    def forward(self, features: Features) -> Features:
+        wants_rows, k = SPARSE in features, features.pop(SPARSE, None)
+        if _DECODER not in features:
+            pooled_by_them: Features = self._original.forward(self, features)
+            return pooled_by_them
+        weight, bias = features.pop(_DECODER)
+        hidden: Tensor = features["token_embeddings"]
+        mask, cu_seqlens = features.get("attention_mask"), None
+        if "cu_seq_lens_q" in features:  # flattened: (1, T, D)
+            hidden, mask, cu_seqlens = hidden.squeeze(0), None, features["cu_seq_lens_q"].int()
+        options: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "pooling": self.pooling_strategy,
+            "activation": ACTIVATION_OF_SPLADE_POOLING[self.activation_function],
+        }
+        if self.embedding_dimension is None:
+            self.embedding_dimension = weight.shape[0]
+        # The width of SparseRows depends on the data, which compiled code cannot have.
+        if wants_rows and not torch.compiler.is_compiling():
+            pooled: Any = splade_head_topk(hidden, weight, bias, mask, k=k, **options)
+        else:
+            pooled = splade_head(hidden, weight, bias, mask, **options)
+        features["sentence_embedding"] = pooled
+        return features

@@ -1,0 +1,92 @@
+"""splade-fast export: every format from an index folder."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from splade_fast import SparseRows, export
+from splade_fast.cli import app
+from splade_fast.index import Index, IndexMeta
+from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, masked_lm_configs, save_checkpoint
+
+FORMATS = ("anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic")
+IDS = ["d1", "d2", "d3", "d4"]
+TOKENS = [*SPECIAL, *WORDS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_checkpoint(masked_lm_configs()["bert"], tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def rows():
+    return SparseRows.from_dense(torch.rand(4, VOCAB_SIZE) * torch.tensor([[1], [2], [0], [1]]))
+
+
+@pytest.fixture
+def index(rows, model, tmp_path):
+    Index(rows, IDS, IndexMeta(str(model), 256, None)).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_those_of_the_functions(name, index, rows, tmp_path):
+    result = invoke(index, tmp_path / "out", "--format", name)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'out'}: 4 documents\n"
+    options = {} if name in ("npz", "qdrant") else {"id_to_token": TOKENS}
+    getattr(export, f"write_{name}")(rows, tmp_path / "expected", IDS, **options)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    actual = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert actual.keys() == expected.keys()
+    for file, content in expected.items():
+        if not file.endswith(".npz"):  # which holds the time
+            assert actual[file] == content
+
+
+def test_options(index, rows, tmp_path):
+    result = invoke(
+        index, tmp_path / "out", "--format", "anserini", "--scale", 10, "--empty", "skip"
+    )
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "out" / "documents.jsonl").read_text().splitlines()
+    documents = {line["id"]: line["vector"] for line in map(json.loads, lines)}
+    assert list(documents) == ["d1", "d2", "d4"]
+    assert documents["d2"] == {
+        TOKENS[column]: round(value * 10)
+        for column, value in rows.to_dicts()[1].items()
+        if round(value * 10)
+    }
+
+
+def test_another_models_tokens(index, model, tmp_path):
+    missing = str(tmp_path / "no_such_model")
+    result = invoke(index, tmp_path / "out", "--format", "opensearch", "--model", missing)
+    assert result.exit_code == 2
+    assert "no_such_model" in result.output
+    result = invoke(index, tmp_path / "out", "--format", "opensearch", "--model", model)
+    assert result.exit_code == 0, result.output
+
+
+def test_bad_input_exits_with_2(index, tmp_path):
+    out = tmp_path / "out"
+    for arguments, message in [
+        ([tmp_path / "missing", out, "--format", "npz"], "no index at"),
+        ([index, out, "--format", "lucene"], "Invalid value for '--format'"),
+        ([index, out, "--format", "npz", "--empty", "drop"], "Invalid value for '--empty'"),
+        ([index, out, "--format", "npz", "--empty", "error"], "got an empty row 2"),
+        ([index, out, "--format", "anserini", "--scale", "-1"], "scale must be finite and above 0"),
+        ([index, index, "--format", "npz"], "must not exist yet"),
+        ([index, out], "Missing option '--format'"),
+    ]:
+        result = invoke(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+    assert not out.exists()
