@@ -259,7 +259,9 @@ def test_a_checkpoint_without_a_cache_is_refused(tmp_path):
     trainer_of(model, PAIRS, loss, tmp_path / "run", 1, **options).train()
     callback = NegativeCacheCallback(loss)
     trainer = trainer_of(model, PAIRS, loss, tmp_path / "run", 2, [callback], **options)
-    with pytest.raises(FileNotFoundError, match="checkpoint-1 has no negative cache"):
+    with pytest.raises(
+        FileNotFoundError, match="checkpoint-1/negative_cache holds no negative cache"
+    ):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -277,6 +279,21 @@ def test_what_the_loss_refuses(tmp_path):
         loss([*batch, features_of(model, ["dog"])])
     with pytest.raises(RuntimeError, match="not in CachedSpladeLoss"):
         CachedSpladeLoss(model, loss, **WEIGHTS)(batch)
+
+
+def test_compiled_model(tmp_path):
+    model = without_dropout(accelerate(splade(tmp_path).double()))
+    losses = [NegativeCacheLoss(model, 8, document_length=16, seed=3) for _ in range(2)]
+    texts = sentences(9)
+    results = []
+    for loss in losses:
+        values = [
+            loss(columns_of(model, texts[start : start + 4], texts[start + 1 : start + 5]))
+            for start in (0, 4)
+        ]
+        results.append(torch.stack(values))
+        model.compile(backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_the_model_goes_to_other_processes_without_the_cache(tmp_path):

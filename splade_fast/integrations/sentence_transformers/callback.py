@@ -12,8 +12,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from splade_fast.integrations.sentence_transformers.negative_cache_loss import NegativeCacheLoss
 from splade_fast.negative_cache import load_sharded, save_sharded
 
-_FOLDER = "negative_cache"
-
 
 class NegativeCacheCallback(TrainerCallback):
     """Saves the cache of a NegativeCacheLoss, draws included, in each checkpoint; resumes from it.
@@ -25,6 +23,7 @@ class NegativeCacheCallback(TrainerCallback):
         loss: the loss, also where it is wrapped in a SpladeLoss.
         resume_from_checkpoint: the folder given to `trainer.train(resume_from_checkpoint=…)`.
             None: that of the training arguments, or the step's checkpoint in the output folder.
+        subfolder: of the checkpoint; with several losses each needs its own.
 
     Raises:
         FileNotFoundError: when training resumes from a checkpoint without a cache.
@@ -34,8 +33,11 @@ class NegativeCacheCallback(TrainerCallback):
         self,
         loss: NegativeCacheLoss,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        subfolder: str = "negative_cache",
     ) -> None:
         self.loss = loss
+        self.subfolder = subfolder
         self.resume_from_checkpoint = resume_from_checkpoint
 
     def on_train_begin(
@@ -46,10 +48,10 @@ class NegativeCacheCallback(TrainerCallback):
         folder = self.resume_from_checkpoint or args.resume_from_checkpoint
         source = Path(folder) if folder else _checkpoint(args, state)
         try:
-            load_sharded(self.loss.handler, source / _FOLDER)
+            load_sharded(self.loss.handler, source / self.subfolder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{source} has no negative cache; name the checkpoint that is resumed from in "
+                f"{source / self.subfolder} holds no negative cache; name the checkpoint that is resumed from in "
                 "NegativeCacheCallback(loss, resume_from_checkpoint=…)"
             ) from error
 
@@ -57,7 +59,7 @@ class NegativeCacheCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if not args.save_only_model:
-            save_sharded(self.loss.handler, _checkpoint(args, state) / _FOLDER)
+            save_sharded(self.loss.handler, _checkpoint(args, state) / self.subfolder)
 
     def on_log(
         self,

@@ -235,8 +235,8 @@ class _Inputs:
         Raises:
             RuntimeError: they were not encoded with gradients, or not as documents of one batch.
         """
-        last: Features = self._last or {"input_ids": ()}
-        rows = len(last["input_ids"])
+        last = self._last or {}
+        rows = len(last.get("input_ids", ()))
         # The positives are a call of their own, or the second half of one for both columns.
         if rows not in (count, 2 * count):
             raise RuntimeError(
