@@ -51,8 +51,8 @@ class NegativeCacheCallback(TrainerCallback):
             load_sharded(self.loss.handler, source / self.subfolder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{source / self.subfolder} holds no negative cache; name the checkpoint that is resumed from in "
-                "NegativeCacheCallback(loss, resume_from_checkpoint=…)"
+                f"{source / self.subfolder} holds no negative cache; name the checkpoint that is "
+                "resumed from in NegativeCacheCallback(loss, resume_from_checkpoint=…)"
             ) from error
 
     def on_save(
