@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from sentence_transformers import SparseEncoderTrainer, SparseEncoderTrainingArguments
 from sentence_transformers.sparse_encoder.losses import (
@@ -14,6 +16,7 @@ from sentence_transformers.sparse_encoder.losses import (
     SparseMultipleNegativesRankingLoss,
     SpladeLoss,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from splade_fast.integrations.sentence_transformers import (
     NegativeCacheCallback,
@@ -22,6 +25,7 @@ from splade_fast.integrations.sentence_transformers import (
 )
 from splade_fast.integrations.sentence_transformers.negative_cache_loss import _padded
 from tests.integrations.sparse_encoders import inference_free, sentences, splade
+from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB_SIZE
 
 COUNT = 32
@@ -294,6 +298,36 @@ def test_compiled_model(tmp_path):
         results.append(torch.stack(values))
         model.compile(backend="aot_eager", dynamic=True)
     torch.testing.assert_close(results[1], results[0])
+
+
+def train_on_rank(rank, count, folder):
+    """Two steps with each way of sharing: gradients agree, and the caches hold what they should."""
+    for sharing in ("replicas", "shards", "own"):
+        model = without_dropout(accelerate(splade(Path(folder)).double()))
+        loss = NegativeCacheLoss(model, 16, document_length=16, sharing=sharing, seed=rank)
+        loss.model = DistributedDataParallel(model)  # as trainers do
+        whole = SpladeLoss(loss.model, loss, **WEIGHTS)
+        for step in range(2):
+            texts = sentences(8 * count)[8 * rank + 4 * step :][:5]
+            sum(whole(columns_of(model, texts[:4], texts[1:])).values()).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                mean = parameter.grad.clone()
+                dist.all_reduce(mean)
+                torch.testing.assert_close(mean / count, parameter.grad)
+        added = 8 * count if sharing == "replicas" else 8
+        assert int(loss.handler.cache.valid.sum()) == added
+        assert loss.metrics["cache/interpretable_prediction_loss"] > 0
+        if sharing == "replicas":
+            mine = loss.handler.cache.data["input_ids"]
+            theirs = [torch.empty_like(mine) for _ in range(count)]
+            dist.all_gather(theirs, mine)
+            assert all(torch.equal(tokens, mine) for tokens in theirs)
+
+
+def test_two_processes(tmp_path):
+    splade(tmp_path)  # saves the checkpoint for both
+    run_ranks(2, train_on_rank, tmp_path, str(tmp_path))
 
 
 def test_the_model_goes_to_other_processes_without_the_cache(tmp_path):
