@@ -24,7 +24,8 @@ def _tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(workloads, "sample_texts", lambda count: texts[:count])
     monkeypatch.setattr(study, "SETTINGS", TINY)
     # Here instead of in a process of its own, which would not see what is patched.
-    monkeypatch.setattr(study, "_peak", lambda work, name, who: work.peak(name, who))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(study, "_peak", lambda load, *what: load.peak(*what, threads))
 
 
 def test_all_works_are_measured(tmp_path):

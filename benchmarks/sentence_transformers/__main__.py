@@ -112,12 +112,8 @@ def _peak(workload: Workload, work: str, contender: str) -> int:
     """In a fresh process: pages that others left to the allocator would be reused unseen."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak_here, workload, work, contender, torch.get_num_threads()).result()
-
-
-def _peak_here(workload: Workload, work: str, contender: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    return workload.peak(work, contender)
+        threads = torch.get_num_threads()
+        return pool.submit(workload.peak, work, contender, threads).result()
 
 
 if __name__ == "__main__":

@@ -101,8 +101,9 @@ class Workload:
         optimizer.zero_grad()
         return run
 
-    def peak(self, work: str, contender: str) -> int:
+    def peak(self, work: str, contender: str, threads: int) -> int:
         """Bytes beyond model, gradients and optimizer, at the peak; in a process of its own."""
+        torch.set_num_threads(threads)
         encoder = self.encoders()[contender]
         run = self.run(work, encoder)
         body: Any = encoder.transformers_model
