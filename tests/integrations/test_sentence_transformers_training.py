@@ -308,7 +308,7 @@ def train_on_rank(rank, count, folder):
         loss.model = DistributedDataParallel(model)  # as trainers do
         whole = SpladeLoss(loss.model, loss, **WEIGHTS)
         for step in range(2):
-            texts = sentences(8 * count)[8 * rank + 4 * step :][:5]
+            texts = sentences(8 * count + 1)[8 * rank + 4 * step :][:5]
             sum(whole(columns_of(model, texts[:4], texts[1:])).values()).backward()
         for parameter in model.parameters():
             if parameter.grad is not None:
