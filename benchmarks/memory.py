@@ -4,7 +4,7 @@ import ctypes
 import gc
 import multiprocessing
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -50,13 +50,19 @@ def _peak_on_cpu(case: Case, contender: str, threads: int) -> int:
     warm_up = workload if contender == "compile" else case.tiny().build(floors=False)
     warm_up.run(implementation, case.direction)
     warm_up.clear_gradients()
+    outputs: list[Tensor] = []
+    growth = peak_growth(lambda: outputs.append(workload.run(implementation, case.direction)))
+    return max(0, growth - _bytes([*outputs, *workload.gradients().values()]))
+
+
+def peak_growth(run: Callable[[], object]) -> int:
+    """Bytes by which this process is larger, at its largest, while run() runs; Linux only."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # peak := current
     before = _resident_bytes("VmHWM")
-    output = workload.run(implementation, case.direction)
-    peak = _resident_bytes("VmHWM")
-    return max(0, peak - before - _bytes([output, *workload.gradients().values()]))
+    run()
+    return _resident_bytes("VmHWM") - before
 
 
 def _resident_bytes(field: str) -> int:

@@ -94,6 +94,9 @@ def test_autocast(tmp_path):
     assert not torch.equal(after, exact)
 
 
+@pytest.mark.skipif(
+    not hasattr(SpladePooling, "_forward_flattened"), reason="sentence-transformers 5.4 only pads"
+)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("training", [True, False])
 def test_flattened_input(pooling, training, tmp_path):
@@ -144,7 +147,7 @@ def test_what_encode_returns(sparse, k, save_to_cpu, tmp_path):
             theirs.dtype,
             theirs.device,
         )
-        assert ours.is_inference() == theirs.is_inference()
+        assert not ours.is_inference()
         if ours.is_sparse:
             assert ours.coalesce()._nnz() == theirs.coalesce()._nnz()
         torch.testing.assert_close(ours.to_dense(), theirs.to_dense())

@@ -14,5 +14,7 @@ except ImportError as error:
     ) from error
 
 from splade_fast.integrations.sentence_transformers.accelerate import accelerate, restore
+from splade_fast.integrations.sentence_transformers.callback import NegativeCacheCallback
+from splade_fast.integrations.sentence_transformers.negative_cache_loss import NegativeCacheLoss
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["NegativeCacheCallback", "NegativeCacheLoss", "accelerate", "restore"]
