@@ -59,7 +59,7 @@ def demo(
     plot_file: Annotated[
         Path, typer.Option("--plot", help="Where the picture of the pruning trade-off goes.")
     ] = Path(".demo/pruning.png"),
-    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 400,
+    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 300,
     training_plot_file: Annotated[
         Path, typer.Option("--training-plot", help="Where the picture of the training goes.")
     ] = Path(".demo/training.png"),
