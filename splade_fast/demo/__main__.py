@@ -59,7 +59,7 @@ def demo(
     plot_file: Annotated[
         Path, typer.Option("--plot", help="Where the picture of the pruning trade-off goes.")
     ] = Path(".demo/pruning.png"),
-    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 400,
+    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 300,
     training_plot_file: Annotated[
         Path, typer.Option("--training-plot", help="Where the picture of the training goes.")
     ] = Path(".demo/training.png"),
@@ -93,21 +93,23 @@ def demo(
         f"{documents.nbytes / 2**20:.0f} MiB in all\n"
     )
     _answer(encoder, task, documents, ask or task.questions)
-    evaluated = None
-    if task.queries is not None and task.qrels is not None:
-        judged = task.queries, task.qrels
-        evaluated = _evaluate(encoder, task, documents, *judged, batch_size, plot_file)
+    if task.queries is None or task.qrels is None:
+        _compare(name, task, compared, batch_size, threads)
+        return
+    vectors, bm25 = _evaluate(
+        encoder, task, documents, task.queries, task.qrels, batch_size, plot_file
+    )
     _compare(name, task, compared, batch_size, threads)
-    if task.training and steps and evaluated is not None:
-        vectors, bm25 = evaluated
+    if task.training and steps:
         evaluator = RetrievalEvaluator(
-            *(judged[0], task.documents, judged[1]),
+            task.queries,
+            task.documents,
+            task.qrels,
             max_query_length=_MAX_LENGTH,
             max_document_length=_MAX_LENGTH,
             batch_size=batch_size,
         )
         before = {"BM25": bm25, "SPLADE, before": evaluator.measure(vectors, documents)}
-        del documents
         _fine_tune(encoder, task, evaluator, before, steps, training_plot_file)
         _compare_training(name, encoder, task, memory * 1024, threads)
 

@@ -28,14 +28,17 @@ from splade_fast.training.evaluator import RetrievalEvaluator
 # Random vectors have thousands of entries: enough of them is kept to search with.
 _KEPT = 256
 
+# With zeros, half of the vocabulary would be active at first: scores of thousands, from which
+# training does not find back.
+_DECODER_BIAS = -0.5
+
 SETTINGS: dict[str, Any] = {
-    "loss": "negative_cache",
-    "cache_size": 4096,
-    "cache_document_length": 64,
+    "loss": "in_batch",
+    "temperature": 0.1,
     "max_document_length": 64,
     "max_query_length": 32,
     "per_device_train_batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "warmup_steps": 20,
     "lambda_query": 1e-3,
     "lambda_document": 1e-3,
@@ -56,7 +59,10 @@ def random_encoder(tokenizer_folder: str | Path) -> SpladeEncoder:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return SpladeEncoder(BertForMaskedLM(config), tokenizer)
+    model = BertForMaskedLM(config)
+    with torch.no_grad():
+        model.get_output_embeddings().bias.fill_(_DECODER_BIAS)
+    return SpladeEncoder(model, tokenizer)
 
 
 def evaluator_of(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
@@ -75,7 +81,7 @@ def evaluator_of(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1)] = 600,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
     num_queries: Annotated[int, typer.Option(min=1, help="Of held-out modules.")] = 1000,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many pairs.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,

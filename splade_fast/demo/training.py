@@ -15,7 +15,7 @@ from splade_fast.text_encoder import TextEncoder
 _GROUP_DEPTH = 2
 _LOGGED_STEPS = 10
 
-# What was found to work on the demo's checkpoint and corpus; see docs/training.md.
+# What was found to work on the demo's checkpoint and corpus; see benchmarks/NOTES.md.
 FINE_TUNING: dict[str, Any] = {
     "loss": "negative_cache",
     "temperature": 1.0,
