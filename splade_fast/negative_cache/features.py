@@ -110,6 +110,8 @@ def stored(
     """
     if isinstance(like, SparseRows):
         return _stored_sparse(name, value, like, device)
+    if _fits(value, like, device):
+        return value
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     value = value.detach()
@@ -136,6 +138,10 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         raise ValueError(f"{name} must have num_cols {like.num_cols}, got {value.num_cols}")
     if value.width > like.width:
         value = SparseRows.from_dense(value.to_dense().detach(), like.width)
+    of_value = (value.indices, value.values, value.lengths)
+    of_like = (like.indices, like.values, like.lengths)
+    if all(_fits(mine, theirs, device) for mine, theirs in zip(of_value, of_like, strict=True)):
+        return value
     value = value.to(device)
     missing = (0, like.width - value.width)
     return SparseRows(
@@ -143,6 +149,18 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         torch.nn.functional.pad(value.values.detach().to(like.dtype), missing),
         value.lengths,
         like.num_cols,
+    )
+
+
+def _fits(value: object, like: Tensor, device: torch.device) -> bool:
+    """Whether these rows can be stored as they are."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is like.dtype
+        and value.shape[1:] == like.shape[1:]
+        and value.ndim == like.ndim
+        and value.device == device
+        and not value.requires_grad
     )
 
 
