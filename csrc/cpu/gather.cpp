@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "kernels.h"
 
 namespace splade_fast::cpu {
 namespace {
@@ -118,34 +119,40 @@ struct Aged {
   bool operator<(const Aged& other) const { return age != other.age ? age > other.age : slot < other.slot; }
 };
 
-// Every age grows by one; returns the count oldest by the ages before, from the oldest on. One pass: the oldest so far
-// are kept, and once there are count of them, what is not older than the youngest of the oldest is passed over, whole
-// blocks at a time.
+// Every age grows by one; returns the count oldest by the ages before, from the oldest on.
+//
+// The pass over all ages notes the largest of each block. Then blocks are looked through from the one with the oldest
+// item on, until no item of the next can be older than the youngest of the oldest so far.
 std::vector<Aged> age_all(int32_t* age, int64_t slots, int64_t count) {
   constexpr int64_t kBlock = 256;
-  std::vector<Aged> found;
-  found.reserve(count + kBlock);
-  int32_t threshold = INT32_MAX;
-  bool full = count == 0;
+  const auto grow_older = all_kernels().grow_older;
+  std::vector<Aged> blocks;  // largest age, first slot
+  blocks.reserve(slots / kBlock + 1);
   for (int64_t first = 0; first < slots; first += kBlock) {
-    const int64_t last = std::min(first + kBlock, slots);
-    int32_t older = !full;
-    for (int64_t slot = first; slot < last; ++slot) older |= age[slot] > threshold;
-    if (older) {
-      for (int64_t slot = first; slot < last; ++slot) {
-        if (!full || age[slot] > threshold) found.push_back({age[slot], slot});
-      }
-      if (static_cast<int64_t>(found.size()) >= count) {
-        std::nth_element(found.begin(), found.begin() + (count - 1), found.end());
-        found.resize(count);
-        threshold = found.back().age;
-        full = true;
-      }
-    }
-    // Unsigned, where the largest age wraps around as PyTorch's addition does.
-    for (int64_t slot = first; slot < last; ++slot)
-      age[slot] = static_cast<int32_t>(static_cast<uint32_t>(age[slot]) + 1);
+    blocks.push_back({grow_older(age + first, std::min(kBlock, slots - first)), first});
   }
+  std::vector<Aged> found;
+  if (count == 0) return found;
+  found.reserve(2 * count + kBlock);
+  Aged youngest{INT32_MIN, INT64_MAX};  // of the oldest so far
+  const auto keep_oldest = [&] {
+    std::nth_element(found.begin(), found.begin() + (count - 1), found.end());
+    found.resize(count);
+    youngest = found.back();
+  };
+  const auto younger = [](const Aged& a, const Aged& b) { return b < a; };
+  std::make_heap(blocks.begin(), blocks.end(), younger);
+  while (!blocks.empty() && blocks.front() < youngest) {
+    const int64_t first = blocks.front().slot, last = std::min(first + kBlock, slots);
+    std::pop_heap(blocks.begin(), blocks.end(), younger);
+    blocks.pop_back();
+    for (int64_t slot = first; slot < last; ++slot) {
+      const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
+      if (item < youngest) found.push_back(item);
+    }
+    if (static_cast<int64_t>(found.size()) >= 2 * count) keep_oldest();
+  }
+  if (static_cast<int64_t>(found.size()) > count) keep_oldest();
   std::sort(found.begin(), found.end());
   return found;
 }
