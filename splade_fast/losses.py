@@ -1,13 +1,21 @@
-"""Relevance losses on scores of queries and documents."""
+"""Relevance losses on scores of queries and documents.
+
+Where torch.distributed has several ranks, all of them call a loss together, and each gets the loss
+of the joined batch; its gradient, averaged by DistributedDataParallel, is that of the joined batch.
+With `across_ranks=False` the batch of each rank stands alone.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from splade_fast.distributed import gather_rows_of_ranks, mean_over_ranks
 from splade_fast.ops._checks import check_floating
 
 
-def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
+def pointwise_loss(
+    scores: Tensor, labels: Tensor, *, check_labels: bool = True, across_ranks: bool = True
+) -> Tensor:
     """mean_i BCE(σ(scores_i), labels_i): relevance of single pairs.
 
     With `l1_loss` this is the textbook loss BCEWithLogits + λ‖·‖₁.
@@ -15,19 +23,24 @@ def pointwise_loss(scores: Tensor, labels: Tensor) -> Tensor:
     Args:
         scores: (B,), one per (query, document) pair.
         labels: (B,), from 0 (irrelevant) to 1 (relevant), any dtype.
+        check_labels: look whether they are, which waits for a GPU.
+        across_ranks: see the module.
 
     Returns:
         A scalar.
 
     Raises:
         TypeError, ValueError: scores are not floating point, shapes differ, or a label is out of
-            range (looking at the labels waits for a GPU).
+            range.
     """
     check_floating("scores", scores)
     _check_shape("labels", labels, scores)
-    if bool(((labels < 0) | (labels > 1)).any()):
+    if check_labels and bool(((labels < 0) | (labels > 1)).any()):
         raise ValueError("labels must be between 0 and 1")
-    return functional.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+    values = functional.binary_cross_entropy_with_logits(
+        scores, labels.to(scores.dtype), reduction="none"
+    )
+    return mean_over_ranks(values, across_ranks)
 
 
 def in_batch_loss(
@@ -36,6 +49,7 @@ def in_batch_loss(
     negatives: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    across_ranks: bool = True,
 ) -> Tensor:
     """mean_i -log softmax_j(queries_i · d_j / temperature)[i] over all documents of the batch.
 
@@ -44,6 +58,8 @@ def in_batch_loss(
         documents: (B, V), document i is relevant for query i.
         negatives: (N, V), hard negatives that every query is compared with as well.
         temperature: divides the scores.
+        across_ranks: see the module; queries are compared with the documents and hard negatives of
+            all ranks.
 
     Returns:
         A scalar.
@@ -63,16 +79,23 @@ def in_batch_loss(
                 f"{documents.shape[1]}, got {tuple(negatives.shape)}"
             )
         documents = torch.cat([documents, negatives])
+    own = 0
+    if across_ranks:
+        documents, own = gather_rows_of_ranks(documents)
     scores = queries @ documents.T / temperature
-    return functional.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+    relevant = torch.arange(own, own + len(queries), device=scores.device)
+    return mean_over_ranks(
+        functional.cross_entropy(scores, relevant, reduction="none"), across_ranks
+    )
 
 
-def pairwise_loss(positive: Tensor, negative: Tensor) -> Tensor:
+def pairwise_loss(positive: Tensor, negative: Tensor, *, across_ranks: bool = True) -> Tensor:
     """mean log(1 + exp(negative - positive)): RankNet on a relevant and an irrelevant document.
 
     Args:
         positive: (B,) or (B, 1), scores of the relevant documents.
         negative: (B,) or (B, m), scores of the irrelevant ones.
+        across_ranks: see the module.
 
     Returns:
         A scalar.
@@ -80,11 +103,16 @@ def pairwise_loss(positive: Tensor, negative: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: scores are not floating point, or their shapes do not go together.
     """
-    return functional.softplus(-_margins(positive, negative)).mean()
+    return mean_over_ranks(functional.softplus(-_margins(positive, negative)), across_ranks)
 
 
 def margin_mse_loss(
-    positive: Tensor, negative: Tensor, teacher_positive: Tensor, teacher_negative: Tensor
+    positive: Tensor,
+    negative: Tensor,
+    teacher_positive: Tensor,
+    teacher_negative: Tensor,
+    *,
+    across_ranks: bool = True,
 ) -> Tensor:
     """mean ((positive - negative) - (teacher_positive - teacher_negative))².
 
@@ -95,6 +123,7 @@ def margin_mse_loss(
         positive: (B,) or (B, 1), the student's scores of the relevant documents.
         negative: (B,) or (B, m), the student's scores of the irrelevant ones.
         teacher_positive, teacher_negative: the teacher's, likewise.
+        across_ranks: see the module.
 
     Returns:
         A scalar.
@@ -106,10 +135,12 @@ def margin_mse_loss(
     _check_shape("teacher_negative", teacher_negative, negative)
     student = _margins(positive, negative)
     teacher = _margins(teacher_positive, teacher_negative).to(student.dtype)
-    return functional.mse_loss(student, teacher)
+    return mean_over_ranks((student - teacher).square(), across_ranks)
 
 
-def kl_distillation_loss(scores: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def kl_distillation_loss(
+    scores: Tensor, teacher: Tensor, *, temperature: float = 1.0, across_ranks: bool = True
+) -> Tensor:
     """T² mean_i KL(softmax(teacher_i / T) ‖ softmax(scores_i / T)), T the temperature.
 
     T² keeps the size of the gradient, as in Hinton et al., "Distilling the Knowledge in a Neural
@@ -119,6 +150,7 @@ def kl_distillation_loss(scores: Tensor, teacher: Tensor, *, temperature: float 
         scores: (B, m), the student's scores of m documents of each query.
         teacher: (B, m), the teacher's.
         temperature: T.
+        across_ranks: see the module.
 
     Returns:
         A scalar.
@@ -135,8 +167,8 @@ def kl_distillation_loss(scores: Tensor, teacher: Tensor, *, temperature: float 
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     student = functional.log_softmax(scores / temperature, dim=1)
     target = functional.log_softmax(teacher.to(scores.dtype) / temperature, dim=1)
-    divergence = functional.kl_div(student, target, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
+    divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(1)
+    return mean_over_ranks(divergence, across_ranks) * temperature**2
 
 
 def _margins(positive: Tensor, negative: Tensor) -> Tensor:

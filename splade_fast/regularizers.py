@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splade_fast.distributed import sum_over_ranks, world_size
+from splade_fast.distributed import mean_over_ranks, sum_over_ranks, world_size
 from splade_fast.ops._checks import check_floating
 
 
@@ -103,11 +103,12 @@ def document_frequencies(pooled: Tensor) -> Tensor:
     return (pooled.detach() != 0).float().mean(0)
 
 
-def l1_loss(pooled: Tensor) -> Tensor:
+def l1_loss(pooled: Tensor, *, across_ranks: bool = True) -> Tensor:
     """mean_b Σ_v |pooled[b, v]|.
 
     Args:
         pooled: (B, V), floating point.
+        across_ranks: as in flops_loss.
 
     Returns:
         A scalar in the dtype of pooled; 0 for no rows.
@@ -116,10 +117,10 @@ def l1_loss(pooled: Tensor) -> Tensor:
         TypeError, ValueError: pooled is no floating-point matrix.
     """
     _check_pooled(pooled)
-    return pooled.abs().sum(1).sum() / max(1, len(pooled))
+    return mean_over_ranks(pooled.abs().sum(1), across_ranks)
 
 
-def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2) -> Tensor:
+def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2, across_ranks: bool = True) -> Tensor:
     """mean_b 1 / (Σ_v |pooled[b, v]| + ε)²: what keeps regularised vectors from vanishing.
 
     A row that is all zero has no gradient (the activation has none there); this acts before.
@@ -127,6 +128,7 @@ def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2) -> Tensor:
     Args:
         pooled: (B, V), floating point.
         epsilon: bounds the loss of an empty row by 1 / ε².
+        across_ranks: as in flops_loss.
 
     Returns:
         A scalar in the dtype of pooled; 0 for no rows.
@@ -137,7 +139,7 @@ def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2) -> Tensor:
     _check_pooled(pooled)
     if not epsilon > 0:
         raise ValueError(f"epsilon must be greater than 0, got {epsilon}")
-    return (pooled.abs().sum(1) + epsilon).pow(-2).sum() / max(1, len(pooled))
+    return mean_over_ranks((pooled.abs().sum(1) + epsilon).pow(-2), across_ranks)
 
 
 def active_dims(pooled: Tensor) -> Tensor:
@@ -188,10 +190,11 @@ class LinearSchedule(_Schedule):
 def _mean_of_columns(pooled: Tensor, across_ranks: bool) -> Tensor:
     """(V,) mean of |pooled| over rows."""
     sums = pooled.abs().sum(0)
-    rows = torch.tensor(float(len(pooled)), dtype=sums.dtype, device=sums.device)
-    if across_ranks and world_size() > 1:
-        sums, rows = sum_over_ranks(sums), sum_over_ranks(rows)
-    return sums / rows.clamp(min=1)
+    if not across_ranks or world_size() == 1:
+        return sums / max(1, len(pooled))
+    # A scalar of more precision than the sums: bfloat16 cannot count.
+    rows = torch.full((), float(len(pooled)), device=sums.device)
+    return sum_over_ranks(sums) / sum_over_ranks(rows).clamp(min=1)
 
 
 def _check_pooled(pooled: Tensor) -> None:

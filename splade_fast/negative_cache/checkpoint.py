@@ -20,14 +20,25 @@ _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
 
 
 def save_sharded(
-    module: nn.Module, folder: str | os.PathLike[str], process_group: Any = None
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    process_group: Any = None,
+    *,
+    replicated: bool = False,
 ) -> None:
     """Write this rank's state, e.g. of a `CacheLossHandler`; all ranks call it with one folder.
+
+    Args:
+        replicated: the ranks have the same state, of which the first writes the only shard.
 
     Raises:
         ValueError: the folder holds shards of another number of ranks.
     """
     rank, count = _place(process_group)
+    if replicated:
+        if rank > 0:
+            return
+        count = 1
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = _NAME.format(rank=rank, count=count)
@@ -45,12 +56,19 @@ def save_sharded(
 
 
 def load_sharded(
-    module: nn.Module, folder: str | os.PathLike[str], process_group: Any = None
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    process_group: Any = None,
+    *,
+    replicated: bool = False,
 ) -> None:
     """Read what `save_sharded` wrote, from any number of ranks, into this rank's module.
 
     Slots count over all ranks in their order: rank 0 takes the first as many as it has, and so on.
     Everything else, the generator's state among it, is that of the first rank.
+
+    Args:
+        replicated: every rank has all slots.
 
     Raises:
         FileNotFoundError: shards are missing.
@@ -70,7 +88,7 @@ def load_sharded(
         if cache is None:
             loaded[key] = shards[0].get_tensor(key)
             continue
-        first, total = _slots_before(len(tensor), process_group)
+        first, total = (0, len(tensor)) if replicated else _slots_before(len(tensor), process_group)
         loaded[key] = _slice(key, shards, first, len(tensor), total)
         if loaded[key].shape != tensor.shape:
             raise ValueError(f"{key} must be {tuple(tensor.shape)}, got {tuple(loaded[key].shape)}")

@@ -1,0 +1,40 @@
+"""Training of encoders: objective, trainer, data and evaluation."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splade_fast.training.gradient_cache import cached_encode
+    from splade_fast.training.objective import Objective, ObjectiveArguments
+    from splade_fast.training.training_model import TrainingModel
+
+# They need what the extra "train" installs, each only its own part.
+_MODULES = {
+    "Objective": "objective",
+    "ObjectiveArguments": "objective",
+    "RetrievalEvaluator": "evaluator",
+    "SpladeTrainer": "trainer",
+    "SpladeTrainingArguments": "arguments",
+    "TrainingCollator": "collator",
+    "TrainingModel": "training_model",
+    "cached_encode": "gradient_cache",
+    "load_training_data": "data",
+}
+
+__all__ = [
+    "Objective",
+    "ObjectiveArguments",
+    "RetrievalEvaluator",
+    "SpladeTrainer",
+    "SpladeTrainingArguments",
+    "TrainingCollator",
+    "TrainingModel",
+    "cached_encode",
+    "load_training_data",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"splade_fast.training.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""Objective: the training loss of a batch of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from splade_fast.losses import (
+    in_batch_loss,
+    kl_distillation_loss,
+    margin_mse_loss,
+    pairwise_loss,
+    pointwise_loss,
+)
+from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.regularizers import active_dims
+from splade_fast.training.cache_loss import CacheStep, DocumentCacheHandler, Network
+from splade_fast.training.objective_arguments import ObjectiveArguments
+from splade_fast.training.sparsity import Sparsity
+
+__all__ = ["Objective", "ObjectiveArguments"]
+
+# What `labels` must be, by loss; losses that are not here take none.
+_LABELS = {
+    "pointwise": "(batch,), the relevance of each pair",
+    "margin_mse": "(batch, documents), the teacher's scores",
+    "kl": "(batch, documents), the teacher's scores",
+}
+_SEVERAL_DOCUMENTS = ("pairwise", "margin_mse", "kl")
+
+
+class Objective(nn.Module):
+    """relevance loss + regulariser of the queries + regulariser of the documents.
+
+    Under torch.distributed the loss is that of the joined batch of all ranks, see
+    `splade_fast.losses`.
+
+    With the loss negative_cache, `handler` holds the cache, which is updated in training mode; in
+    evaluation mode it is left alone, and the loss is in_batch.
+
+    Args:
+        arguments: what is trained for.
+        vocab_size: V.
+        tokenizer: of the documents; a cache stores its inputs.
+        seed: of the draws from the cache.
+
+    Raises:
+        ValueError: the arguments do not go together.
+    """
+
+    def __init__(
+        self,
+        arguments: ObjectiveArguments,
+        vocab_size: int,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        arguments.check_objective()
+        self.arguments = arguments
+        self.handler: DocumentCacheHandler | None = None
+        if arguments.loss == "negative_cache":
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given for the loss negative_cache, got None")
+            self.handler = DocumentCacheHandler(arguments, tokenizer, vocab_size, seed)
+        self.query_sparsity = Sparsity(arguments, "query", vocab_size)
+        self.document_sparsity = Sparsity(arguments, "document", vocab_size)
+
+    def forward(
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        labels: Tensor | None = None,
+        *,
+        step: int = 0,
+        network: Network | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """The loss and its parts.
+
+        Args:
+            queries: (B, V).
+            documents: (m * B, V), row j * B + i is document j of query i; document 0 is relevant.
+            labels: (B,) relevance for pointwise, (B, m) scores for margin_mse and kl.
+            step: of the schedules.
+            network: for a cache: tokenized documents -> vectors.
+            inputs: for a cache: what the documents were encoded from, by name.
+
+        Returns:
+            {"loss": scalar, "metrics": {name: detached scalar}}.
+
+        Raises:
+            ValueError: the batch does not fit the loss.
+        """
+        count = self.check_batch(len(queries), len(documents), labels, inputs)
+        exact = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
+        queries, documents = queries.to(exact), documents.to(exact)
+        of_cache: CacheStep | None = None
+        if self.handler is not None and self.training:
+            if network is None or inputs is None:
+                raise ValueError("network and inputs must be given for the loss negative_cache")
+            of_cache = self.handler.step(network, queries, documents, inputs)
+        # Scores of many terms need more precision than autocast would give them.
+        with torch.autocast(queries.device.type, enabled=False):
+            if of_cache is not None:
+                relevance = of_cache.loss
+            else:
+                relevance = self._relevance(queries, documents, labels, count)
+            query_penalty = self.query_sparsity(queries, step)
+            document_penalty = self.document_sparsity(documents, step)
+        metrics = {
+            "relevance_loss": relevance,
+            "query_regularizer": query_penalty,
+            "document_regularizer": document_penalty,
+            "query_active_dims": active_dims(queries).float().mean(),
+            "document_active_dims": active_dims(documents).float().mean(),
+        }
+        if of_cache is not None:
+            metrics["cache/interpretable_prediction_loss"] = of_cache.interpretable_loss
+            metrics["cache/staleness"] = of_cache.staleness
+        return {
+            "loss": relevance + query_penalty + document_penalty,
+            "metrics": {name: value.detach() for name, value in metrics.items()},
+        }
+
+    def check_batch(
+        self,
+        queries: int,
+        documents: int,
+        labels: Tensor | None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> int:
+        """m, how many documents each query has.
+
+        Args:
+            queries, documents: how many.
+            labels, inputs: as in `forward`.
+
+        Raises:
+            ValueError: the numbers, the labels or the inputs do not fit the loss.
+        """
+        loss = self.arguments.loss
+        if queries < 1 or documents < 1 or documents % queries:
+            raise ValueError(
+                f"documents must be a multiple of the queries, got {documents} and {queries}"
+            )
+        count = documents // queries
+        if loss == "pointwise" and count != 1:
+            raise ValueError(f"documents must be one for each query for {loss}, got {count}")
+        if loss in _SEVERAL_DOCUMENTS and count < 2:
+            raise ValueError(f"documents must be at least 2 for each query for {loss}, got {count}")
+        if self.handler is not None and self.training:
+            if count != 1:
+                raise ValueError(
+                    f"documents must be one for each query for {loss}, which draws the negatives "
+                    f"itself, got {count}"
+                )
+            if inputs is not None:
+                self.handler.check_inputs(inputs)
+        expected = _LABELS.get(loss)
+        if expected is None and labels is not None:
+            raise ValueError(
+                f"labels must be None for the loss {loss}, which takes document 0 of a query as "
+                f"relevant, got {tuple(labels.shape)}"
+            )
+        if expected is not None:
+            shape = (queries,) if loss == "pointwise" else (queries, count)
+            if labels is None or tuple(labels.shape) != shape:
+                got = "None" if labels is None else str(tuple(labels.shape))
+                raise ValueError(f"labels must be {expected}, {shape} for {loss}, got {got}")
+        return count
+
+    def _relevance(
+        self, queries: Tensor, documents: Tensor, labels: Tensor | None, count: int
+    ) -> Tensor:
+        temperature = self.arguments.temperature
+        batch = len(queries)
+        if self.arguments.loss in ("in_batch", "negative_cache"):
+            positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
+            return in_batch_loss(queries, positives, negatives, temperature=temperature)
+        scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
+        if labels is None:
+            return pairwise_loss(scores[:, :1], scores[:, 1:])
+        if self.arguments.loss == "pointwise":
+            return pointwise_loss(scores[:, 0], labels, check_labels=not labels.is_cuda)
+        if self.arguments.loss == "margin_mse":
+            return margin_mse_loss(scores[:, :1], scores[:, 1:], labels[:, :1], labels[:, 1:])
+        return kl_distillation_loss(scores, labels, temperature=temperature)

@@ -1,0 +1,55 @@
+"""Rows and means over real processes, with their gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from splade_fast.distributed import gather_rows_of_ranks, mean_over_ranks, sum_over_ranks
+from tests.ranks import run_ranks
+
+COUNTS = [2, 0, 3]
+
+
+def rows_of(rank: int) -> Tensor:
+    torch.manual_seed(rank)
+    return torch.randn(COUNTS[rank], 4, 5, dtype=torch.float64).transpose(1, 2).requires_grad_()
+
+
+def rows_and_means(rank: int, count: int) -> None:
+    mine = rows_of(rank)
+    everyone = torch.cat([rows_of(other).detach() for other in range(count)])
+    rows, first = gather_rows_of_ranks(mine)
+    assert torch.equal(rows, everyone)
+    assert first == sum(COUNTS[:rank])
+    # Every rank weighs the rows otherwise; all of that is in the gradient.
+    weights = [torch.rand(everyone.shape, dtype=torch.float64) for _ in range(count)]
+    (rows * weights[rank]).sum().backward()
+    expected = sum(weights)[first : first + COUNTS[rank]]
+    torch.testing.assert_close(mine.grad, expected)
+
+    mine = rows_of(rank)
+    mean_over_ranks(mine).backward()
+    torch.testing.assert_close(mean_over_ranks(mine), everyone.mean())
+    torch.testing.assert_close(mine.grad, torch.full_like(mine, count / everyone.numel()))
+    alone = mean_over_ranks(mine, across_ranks=False)
+    assert alone == (mine.mean() if mine.numel() else 0)
+    ones = torch.ones(300 + rank, dtype=torch.bfloat16)
+    assert mean_over_ranks(ones) == 1
+    assert mean_over_ranks(ones[:0]) == 0
+
+    x = torch.ones(1, requires_grad=True)
+    for function in (sum_over_ranks, lambda x: gather_rows_of_ranks(x)[0]):
+        (once,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            once.sum().backward()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_over_ranks(count, tmp_path):
+    run_ranks(count, rows_and_means, tmp_path)
+
+
+def test_one_rank():
+    x = torch.randn(3, 2)
+    assert gather_rows_of_ranks(x) == (x, 0)
+    assert mean_over_ranks(x) == x.sum() / 6

@@ -1,0 +1,259 @@
+"""Objective and its arguments: every loss and regulariser against its formula in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import HfArgumentParser, TrainingArguments
+
+import splade_fast as sf
+from splade_fast.training import Objective, ObjectiveArguments, TrainingModel
+from tests.tiny_models import VOCAB_SIZE, make_tokenizer
+from tests.training.models import (
+    assert_same_gradients,
+    batch_of,
+    encoder_of,
+    gradients,
+    plain_vectors,
+    training_model,
+)
+
+B = 4
+NO_PENALTY = {"query_regularizer": "none", "document_regularizer": "none"}
+
+
+def plain_loss(loss, q, d, labels, temperature):
+    """From (B, V) and (m, B, V)."""
+    scores = torch.stack([(q * one).sum(1) for one in d], 1)  # (B, m)
+    if loss == "in_batch":
+        everything = q @ d.flatten(0, 1).T / temperature
+        return -everything.log_softmax(1).diagonal().mean()
+    if loss == "pointwise":
+        p = torch.sigmoid(scores[:, 0])
+        return -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
+    if loss == "pairwise":
+        return torch.log1p(torch.exp(scores[:, 1:] - scores[:, :1])).mean()
+    if loss == "margin_mse":
+        student, teacher = (x[:, :1] - x[:, 1:] for x in (scores, labels))
+        return ((student - teacher) ** 2).mean()
+    p, t = ((x / temperature).softmax(1) for x in (scores, labels))
+    return temperature**2 * (t * (t.log() - p.log())).sum(1).mean()
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize(
+    ("loss", "count"),
+    [("in_batch", 1), ("in_batch", 3), ("pointwise", 1), ("pairwise", 2), ("pairwise", 4),
+     ("margin_mse", 2), ("margin_mse", 3), ("kl", 2), ("kl", 4)],
+)  # fmt: skip
+def test_losses_end_to_end(loss, count, mini_batch_size):
+    model = training_model(
+        loss=loss, temperature=3.0, mini_batch_size=mini_batch_size, **NO_PENALTY
+    )
+    batch = batch_of(model.encoder, B, 0, count)
+    labels = None
+    if loss in ("pointwise", "margin_mse", "kl"):
+        labels = torch.rand((B,) if loss == "pointwise" else (B, count), dtype=torch.float64)
+    result = model(**batch, labels=labels)
+    plain = encoder_of().model
+    q = plain_vectors(plain, batch["queries"])
+    d = plain_vectors(plain, batch["documents"]).view(count, B, -1)
+    expected = plain_loss(loss, q, d, labels, 3.0)
+    torch.testing.assert_close(result["loss"], expected)
+    assert_same_gradients(
+        gradients(model.encoder.model, result["loss"]), gradients(plain, expected)
+    )
+    metrics = result["metrics"]
+    assert not any(value.requires_grad or value.ndim for value in metrics.values())
+    assert metrics["relevance_loss"] == result["loss"]
+    assert metrics["query_regularizer"] == metrics["document_regularizer"] == 0
+    assert metrics["query_active_dims"] == (q > 0).sum(1).float().mean()
+    assert metrics["document_active_dims"] == (d > 0).sum(2).float().mean()
+
+
+FORMULAS = {
+    "flops": lambda x: x.abs().mean(0).square().sum(),
+    "l1": lambda x: x.abs().sum(1).mean(),
+    "df_flops": lambda x: (
+        (x.abs().mean(0) / (1 + ((x > 0).double().mean(0) ** math.log(2, 0.1) - 1) ** 10))
+        .square()
+        .sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("terms", ["flops", "l1", "df_flops", "l1+flops", "df_flops+anti_zero"])
+@pytest.mark.parametrize("schedule", ["quadratic", "linear", "constant"])
+def test_regularizers_and_schedules(terms, schedule):
+    """Separate ones of queries and documents, at a quarter of the way."""
+    arguments = ObjectiveArguments(
+        query_regularizer="none", document_regularizer=terms, lambda_document=0.3,
+        lambda_anti_zero=7.0, regularizer_schedule=schedule, regularizer_steps=8, df_momentum=0.0,
+    )  # fmt: skip
+    for side in ("query", "document"):
+        if side == "query":
+            swapped = {"query_regularizer": terms, "document_regularizer": "none"}
+            weights = {"lambda_query": 0.3, "lambda_document": 0.1}
+            arguments = dataclasses.replace(arguments, **swapped, **weights)
+        queries, documents = torch.rand(2, B, 30, dtype=torch.float64) * (torch.rand(30) < 0.5)
+        ours = {"query": queries, "document": documents}[side].requires_grad_()
+        result = Objective(arguments, 30).double()(queries, documents, step=2)
+        weight = 0.3 * {"quadratic": 1 / 16, "linear": 1 / 4, "constant": 1}[schedule]
+        expected = sum(
+            7.0 * ((ours.abs().sum(1) + 1e-2) ** -2).mean() if term == "anti_zero"
+            else weight * FORMULAS[term](ours)
+            for term in terms.split("+")
+        )  # fmt: skip
+        value = result["metrics"][f"{side}_regularizer"]
+        torch.testing.assert_close(value, expected.detach())
+        relevance = result["metrics"]["relevance_loss"]
+        torch.testing.assert_close(result["loss"].detach(), value + relevance)
+        relevant = sf.losses.in_batch_loss(queries, documents)
+        actual, wanted = (
+            torch.autograd.grad(loss, ours, retain_graph=True)[0]
+            for loss in (result["loss"], relevant + expected)
+        )
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_thresholds_of_flops():
+    x = torch.zeros(2, 30, dtype=torch.float64)
+    x[0, :5], x[1, :6] = 1, 1
+    arguments = ObjectiveArguments(
+        flops_threshold_query=5, flops_threshold_document=6, lambda_query=1, lambda_document=1
+    )
+    metrics = Objective(arguments, 30)(x, x)["metrics"]
+    assert metrics["query_regularizer"] == 6 * 0.5**2
+    assert metrics["document_regularizer"] == 0
+
+
+def test_running_document_frequencies():
+    """Batches weigh by their rows and by momentum; evaluation takes no part."""
+    arguments = ObjectiveArguments(document_regularizer="df_flops", df_momentum=0.5)
+    objective = Objective(arguments, 3)
+    batches = [torch.tensor([[1.0, 0, 0], [1, 1, 0]]), torch.tensor([[0.0, 1, 0]] * 4)]
+    running = objective.document_sparsity.frequencies
+    assert running.estimate().tolist() == [0, 0, 0]
+    for batch in batches:
+        objective(batch, batch)
+    expected = torch.tensor([0.5 * 2 + 0, 0.5 * 1 + 4, 0]) / (0.5 * 2 + 4)
+    torch.testing.assert_close(running.estimate(), expected)
+    objective.eval()(batches[0], batches[0])
+    torch.testing.assert_close(running.estimate(), expected)
+    again = Objective(arguments, 3)
+    again.load_state_dict(objective.state_dict())
+    torch.testing.assert_close(again.document_sparsity.frequencies.estimate(), expected)
+
+
+def test_top_k_prunes_before_loss_and_regularizers():
+    arguments = {"query_top_k": 2, "document_top_k": 3, "lambda_query": 1, "lambda_document": 1}
+    model = training_model(**arguments)
+    batch = batch_of(model.encoder, B, 0)
+    plain = encoder_of().model
+    q = sf.prune_topk(plain_vectors(plain, batch["queries"]), 2)
+    d = sf.prune_topk(plain_vectors(plain, batch["documents"]), 3)
+    expected = functional.cross_entropy(q @ d.T, torch.arange(B))
+    expected = expected + FORMULAS["flops"](q) + FORMULAS["flops"](d)
+    result = model(**batch)
+    torch.testing.assert_close(result["loss"], expected)
+    assert_same_gradients(
+        gradients(model.encoder.model, result["loss"]), gradients(plain, expected)
+    )
+    assert result["metrics"]["document_active_dims"] <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_half_precision_vectors_are_float32(dtype):
+    queries, documents = torch.rand(2, B, 1000).to(dtype)
+    expected = sf.losses.in_batch_loss(queries.float(), documents.float())
+    result = Objective(ObjectiveArguments(), 1000)(queries, documents)
+    torch.testing.assert_close(result["metrics"]["relevance_loss"], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = Objective(ObjectiveArguments(), 1000)(queries, documents)
+    torch.testing.assert_close(result["metrics"]["relevance_loss"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": "bce"}, "loss must be one of in_batch, .*, got 'bce'"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be greater than 0, got nan"),
+        ({"query_regularizer": "flop"}, "query_regularizer must be 'none' or some of .* 'flop'"),
+        ({"document_regularizer": "l1+l1"}, "document_regularizer must .* 'l1\\+l1'"),
+        ({"document_regularizer": ""}, "document_regularizer must .* got ''"),
+        ({"document_regularizer": "flops+none"}, "document_regularizer must .* got 'flops.none'"),
+        ({"lambda_query": -1.0}, "lambda_query must be at least 0 and finite, got -1.0"),
+        ({"lambda_document": math.inf}, "lambda_document must be at least 0 and finite, got inf"),
+        ({"regularizer_schedule": "cubic"}, "regularizer_schedule must be one of .* 'cubic'"),
+        ({"regularizer_steps": -1}, "regularizer_steps must be at least 0, got -1"),
+        ({"flops_threshold_query": 3, "query_regularizer": "l1"},
+         "flops_threshold_query must be None without flops in query_regularizer, got 3"),
+        ({"df_alpha": 1.0}, "df_alpha must be between 0 and 1, got 1.0"),
+        ({"df_beta": 0.0}, "df_beta must be greater than 0, got 0.0"),
+        ({"df_momentum": 1.0}, "df_momentum must be at least 0 and below 1, got 1.0"),
+        ({"query_top_k": 0}, "query_top_k must be at least 1, got 0"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
+        ({"loss": "negative_cache"}, "cache_size must be at least 1 for .* negative_cache, got 0"),
+        ({"cache_size": 8}, "cache_size must be 0 for the loss in_batch.*, got 8"),
+        ({"cache_embeddings": "csr"}, "cache_embeddings must be one of sparse, dense, got 'csr'"),
+        ({"cache_dtype": "int8"}, "cache_dtype must be one of .*, got 'int8'"),
+        ({"cache_sharing": "all"}, "cache_sharing must be one of .*, got 'all'"),
+        ({"cache_storage": "disk"}, "cache_storage must be one of device, pinned, got 'disk'"),
+        ({"cache_top_k_method": "best"}, "cache_top_k_method must be one of .*, got 'best'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveArguments(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "count", "labels", "message"),
+    [
+        ("pointwise", 1, None, r"labels must be \(batch,\), .*, \(4,\) for pointwise, got None"),
+        ("pointwise", 2, (B,), "documents must be one for each query for pointwise, got 2"),
+        ("pointwise", 1, (B, 1), r"labels must be .* got \(4, 1\)"),
+        ("kl", 2, None, r"labels must be \(batch, documents\), .* \(4, 2\) for kl, got None"),
+        ("kl", 1, (B, 1), "documents must be at least 2 for each query for kl, got 1"),
+        ("margin_mse", 1, (B, 1), "documents must be at least 2 .* margin_mse, got 1"),
+        ("margin_mse", 2, (B, 3), r"labels must be .* got \(4, 3\)"),
+        ("pairwise", 1, None, "documents must be at least 2 for each query for pairwise, got 1"),
+        ("pairwise", 2, (B, 2), r"labels must be None for the loss pairwise, .* got \(4, 2\)"),
+        ("in_batch", 1, (B,), r"labels must be None for the loss in_batch, .* got \(4,\)"),
+        ("in_batch", 0, None, "documents must be a multiple of the queries, got 0 and 4"),
+    ],
+)
+def test_batches_that_do_not_fit_the_loss_are_refused(loss, count, labels, message):
+    objective = Objective(ObjectiveArguments(loss=loss), 8)
+    queries, documents = torch.rand(B, 8), torch.rand(B * count, 8)
+    with pytest.raises(ValueError, match=message):
+        objective(queries, documents, None if labels is None else torch.rand(labels))
+    with pytest.raises(ValueError, match="must be a multiple of the queries, got 9 and 4"):
+        objective(queries, torch.rand(9, 8))
+
+
+def test_labels_out_of_range_are_refused():
+    objective = Objective(ObjectiveArguments(loss="pointwise"), 8)
+    with pytest.raises(ValueError, match="labels must be between 0 and 1"):
+        objective(torch.rand(2, 8), torch.rand(2, 8), torch.tensor([0.0, 1.5]))
+
+
+def test_arguments_make_flags_beside_those_of_transformers():
+    mine = {field.name for field in dataclasses.fields(ObjectiveArguments)}
+    assert not mine & {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert all(field.metadata["help"] for field in dataclasses.fields(ObjectiveArguments))
+    flags = ["--loss", "kl", "--query_top_k", "3", "--no_cache_in_batch", "--temperature", "2"]
+    (parsed,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses(flags)
+    assert parsed == ObjectiveArguments(
+        loss="kl", query_top_k=3, cache_in_batch=False, temperature=2.0
+    )
+
+
+def test_vocabularies_of_the_encoders_must_agree():
+    weight = torch.rand(VOCAB_SIZE - 1)
+    other = sf.BagOfWordsQueryEncoder(make_tokenizer(), torch.cat([weight, weight]))
+    with pytest.raises(ValueError, match="query_encoder must have the vocab_size of encoder"):
+        TrainingModel(encoder_of(), ObjectiveArguments(), query_encoder=other)
