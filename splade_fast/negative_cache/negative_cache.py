@@ -275,6 +275,7 @@ class CacheManager:
             raise ValueError(f"cache.age must be {tuple(valid.shape)}, got {tuple(age.shape)}")
         device = cache.device
         new: Tables | None = None
+        new_mask: Tensor | None = None
         if new_items is not None:
             if new_items.keys() != data.keys():
                 raise ValueError(
@@ -283,15 +284,16 @@ class CacheManager:
                 )
             new = data.rows("new_items", new_items, device)
             count, slots = _count(new), age.shape[0]
-            new_items_mask = _mask_on("new_items_mask", new_items_mask, count, device)
-            if count > slots and (new_items_mask is None or int(new_items_mask.sum()) > slots):
+            new_mask = _mask_on("new_items_mask", new_items_mask, count, device)
+            if count > slots and (new_mask is None or int(new_mask.sum()) > slots):
                 raise ValueError(
                     f"new_items must be at most the {slots} slots of the cache, got {count}"
                 )
         refreshed: Tables | None = None
+        refreshed_mask: Tensor | None = None
         if updated_item_indices is not None:
             refreshed = self._refreshed(data, updated_item_data or {}, updated_item_indices, device)
-            updated_item_mask = _mask_on(
+            refreshed_mask = _mask_on(
                 "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
             )
             updated_item_indices = updated_item_indices.to(device, torch.int64)
@@ -302,10 +304,10 @@ class CacheManager:
             age,
             valid,
             new_rows=new,
-            new_mask=new_items_mask,
+            new_mask=new_mask,
             refreshed_rows=refreshed,
             refreshed_slots=updated_item_indices,
-            refreshed_mask=updated_item_mask,
+            refreshed_mask=refreshed_mask,
             use_lru=self.use_lru,
         )
         return cache

@@ -218,7 +218,7 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
 
 def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
     """At once: a rank that waited for the others would run into the timeout of the group."""
-    cache = {"cache": shard(5, rank)}
+    cache = {"cache": shard(9, rank)}
     network = tower()
     queries = network({"ids": words(2, rank)})
     last = rank == count - 1
@@ -235,7 +235,7 @@ def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
             error, message = RuntimeError, f"failed on rank {count - 1}, see there"
         for loss in (DistributedCacheClassificationLoss(**KEYS), CacheClassificationLoss(**KEYS)):
             handler = CacheLossHandler(
-                tower_manager(5),
+                tower_manager(9),
                 loss,
                 **KEYS,
                 use_cross_replica=isinstance(loss, CacheClassificationLoss),
