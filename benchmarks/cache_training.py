@@ -36,6 +36,7 @@ from splade_fast.negative_cache import (
     Scale,
     SparseFeature,
 )
+from splade_fast.training.gradient_cache import without_padding
 
 _LENGTH, _K = 128, 256
 
@@ -88,7 +89,8 @@ class _Training:
         return self.encoder.tokenize(list(texts), _LENGTH)
 
     def network(self, features: dict[str, Tensor]) -> Tensor:
-        vectors: Tensor = self.encoder(**{name: ids.long() for name, ids in features.items()})
+        inputs = without_padding({name: ids.long() for name, ids in features.items()})
+        vectors: Tensor = self.encoder(**inputs)
         return vectors
 
     def step(self, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -61,8 +61,13 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
         rows = read_csv(Row, path)
-        others = {"score": {"torch sparse"}, "head_trained": {"dense"}}.get(op, set())
-        assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
+        others = {
+            "score": {"torch sparse"},
+            "head_trained": {"dense"},
+            "gather": {"plain rows"},
+        }
+        expected = {"ours", "eager", "floor"} | others.get(op, set())
+        assert {row.contender for row in rows} == expected
         backward = (
             {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
         )
