@@ -12,8 +12,8 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Less is copied by one thread: waking the others takes longer.
-constexpr int64_t kBytesOfAThread = 128 << 10;
+// Less is copied by one thread: waking the others takes longer, once they have gone to sleep.
+constexpr int64_t kBytesOfAThread = 512 << 10;
 
 struct Copy {
   const uint8_t* source;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -89,6 +90,20 @@ def as_dense(value: Value) -> Tensor:
     return value.to_dense() if isinstance(value, SparseRows) else value
 
 
+def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether these rows can be stored in a table as they are."""
+    if not isinstance(value, Tensor):
+        return False
+    shape, expected = value.shape, like.shape
+    return (
+        len(shape) == len(expected)
+        and shape[1:] == expected[1:]
+        and value.dtype is like.dtype
+        and value.device == device
+        and not value.requires_grad
+    )
+
+
 def stored(
     name: str,
     value: Value,
@@ -110,8 +125,6 @@ def stored(
     """
     if isinstance(like, SparseRows):
         return _stored_sparse(name, value, like, device)
-    if _fits(value, like, device):
-        return value
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     value = value.detach()
@@ -140,7 +153,7 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         value = SparseRows.from_dense(value.to_dense().detach(), like.width)
     of_value = (value.indices, value.values, value.lengths)
     of_like = (like.indices, like.values, like.lengths)
-    if all(_fits(mine, theirs, device) for mine, theirs in zip(of_value, of_like, strict=True)):
+    if all(fits(mine, theirs, device) for mine, theirs in zip(of_value, of_like, strict=True)):
         return value
     value = value.to(device)
     missing = (0, like.width - value.width)
@@ -149,18 +162,6 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         torch.nn.functional.pad(value.values.detach().to(like.dtype), missing),
         value.lengths,
         like.num_cols,
-    )
-
-
-def _fits(value: object, like: Tensor, device: torch.device) -> bool:
-    """Whether these rows can be stored as they are."""
-    return (
-        isinstance(value, Tensor)
-        and value.dtype is like.dtype
-        and value.shape[1:] == like.shape[1:]
-        and value.ndim == like.ndim
-        and value.device == device
-        and not value.requires_grad
     )
 
 

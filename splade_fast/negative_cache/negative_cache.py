@@ -14,6 +14,7 @@ from splade_fast.negative_cache.features import (
     SparseFeature,
     Tables,
     Value,
+    fits,
     sparse_tables,
     stored,
     table_names,
@@ -94,29 +95,23 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         """Features from rows of their tables."""
         return {key: value_of(key, tables, self._num_cols[key]) for key in keys}
 
-    def tables_of(self, values: Mapping[str, Value]) -> Tables:
-        """The inverse of `values_of`."""
-        tables: Tables = {}
-        for key, value in values.items():
-            if isinstance(value, SparseRows):
-                tables.update(sparse_tables(key, value))
-            else:
-                tables[key] = value
-        return tables
-
     def rows(self, name: str, items: Mapping[str, Value], device: torch.device) -> Tables:
         """Items as rows of the tables of their features, padded, pruned and cast.
 
         Raises:
             TypeError, ValueError: they do not fit; `name` is the argument that held them.
         """
-        values = {
-            key: stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
-            for key, value in items.items()
-        }
-        tables = self.tables_of(values)
+        tables: Tables = {}
+        for key, value in items.items():
+            dense = self._buffers.get(key)
+            if dense is not None and fits(value, dense, device):
+                tables[key] = value
+                continue
+            default = self._defaults.get(key)
+            kept = stored(f"{name}[{key!r}]", value, self[key], device, default)
+            tables.update(sparse_tables(key, kept) if isinstance(kept, SparseRows) else {key: kept})
         if len({table.shape[0] for table in tables.values()}) > 1:
-            counts = {key: len(value) for key, value in values.items()}
+            counts = {key: len(value) for key, value in items.items()}
             raise ValueError(f"{name} must have as many items for every key, got {counts}")
         return tables
 
