@@ -29,6 +29,7 @@ class _Problem:
     manager: CacheManager
     caches: Mapping[str, NegativeCache]
     places: Tensor  # (N,), no duplicates
+    first_place: int
     fresh: Tensor  # (N, D), for these places
     new: Mapping[str, Tensor]  # N items
 
@@ -61,8 +62,12 @@ def _act(
         write(tables, problem.places, problem.new)
     else:
         update(cache, problem)
-    # What was written, without reading much of it.
-    return tables["embedding"][problem.places[:4]]
+    return _written(problem, tables["embedding"])
+
+
+def _written(problem: _Problem, table: Tensor) -> Tensor:
+    """One row of what was written, which is not read: that would be a part of a short run."""
+    return table.narrow(0, problem.first_place, 1)
 
 
 def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
@@ -100,7 +105,7 @@ def _update_by_plain_rows(problem: _Problem, action: Action) -> Tensor:
     for slot in slots:
         cache.age[slot] = -1
     cache.age += 1
-    return tables["embedding"][problem.places[:4]]
+    return _written(problem, tables["embedding"])
 
 
 def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -190,10 +195,11 @@ class GatherCase(InPlaceCase):
             manager,
             caches,
             places.to(self.device),
+            int(places[0]),
             fresh.to(self.device),
             {name: rows.to(self.device) for name, rows in new.items()},
         )
-        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:4]
+        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:1]
         return Workload(
             arguments=(problem, self.action),
             options={},

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -34,6 +35,7 @@ inline bool has_whole_rows(const Tensor& table) {
   return true;
 }
 
+// Where the bytes of a table lie.
 struct Span {
   uintptr_t first, last;
 };
@@ -44,10 +46,14 @@ inline Span span_of(const Tensor& table) {
   return {first, first + static_cast<uintptr_t>((table.size(0) - 1) * row_stride_bytes(table) + row_bytes(table))};
 }
 
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const Span one = span_of(a), other = span_of(b);
-  return one.first < other.last && other.first < one.last;
+inline std::vector<Span> spans_of(const Tensors& tables) {
+  std::vector<Span> spans;
+  spans.reserve(tables.size());
+  for (const Tensor& table : tables) spans.push_back(span_of(table));
+  return spans;
 }
+
+inline bool overlap(const Span& a, const Span& b) { return a.first < b.last && b.first < a.last; }
 
 // The tables' number of rows.
 inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
@@ -72,13 +78,15 @@ inline void check_rows_fit(const std::string& name, const Tensor& rows, const Te
 
 // That rows can be written to: all of these are written by one call.
 inline void check_writable(const Tensors& tables) {
+  const std::vector<Span> spans = spans_of(tables);
   for (size_t t = 0; t < tables.size(); ++t) {
     const Tensor& table = tables[t];
     STD_TORCH_CHECK(has_whole_rows(table), "tables[", t, "] must have contiguous rows to be written to");
     STD_TORCH_CHECK(table.size(0) < 2 || row_stride_bytes(table) >= row_bytes(table), "tables[", t,
                     "] must have rows that do not overlap");
     for (size_t other = 0; other < t; ++other) {
-      STD_TORCH_CHECK(!overlap(table, tables[other]), "tables[", t, "] must not share memory with tables[", other, "]");
+      STD_TORCH_CHECK(!overlap(spans[t], spans[other]), "tables[", t, "] must not share memory with tables[", other,
+                      "]");
     }
   }
 }
@@ -173,16 +181,14 @@ inline void check_update(const CacheUpdate& update) {
 
 // Rows to be written, contiguous, and copied first where they lie in a table that is written to.
 inline Tensors contiguous_sources(const Tensors& rows, const Tensors& tables) {
+  const std::vector<Span> written = spans_of(tables);
   Tensors sources;
+  sources.reserve(rows.size());
   for (const Tensor& row : rows) {
     Tensor source = as_contiguous(row);
-    for (const Tensor& table : tables) {
-      if (overlap(source, table)) {
-        source = torch::stable::clone(source);
-        break;
-      }
-    }
-    sources.push_back(source);
+    const Span span = span_of(source);
+    const bool overlaps = std::any_of(written.begin(), written.end(), [&](const Span& w) { return overlap(span, w); });
+    sources.push_back(overlaps ? torch::stable::clone(source) : source);
   }
   return sources;
 }

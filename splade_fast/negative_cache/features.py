@@ -92,12 +92,10 @@ def as_dense(value: Value) -> Tensor:
 
 def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
     """Whether these rows can be stored in a table as they are."""
-    if not isinstance(value, Tensor):
-        return False
-    shape, expected = value.shape, like.shape
     return (
-        len(shape) == len(expected)
-        and shape[1:] == expected[1:]
+        isinstance(value, Tensor)
+        and value.shape[1:] == like.shape[1:]
+        and value.ndim == like.ndim
         and value.dtype is like.dtype
         and value.device == device
         and not value.requires_grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -71,6 +71,13 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._num_cols)
 
+    # Those of a mapping would look up a value for each key.
+    def __contains__(self, key: object) -> bool:
+        return key in self._num_cols
+
+    def keys(self) -> KeysView[str]:
+        return self._num_cols.keys()
+
     def __len__(self) -> int:
         return len(self._num_cols)
 
@@ -102,8 +109,9 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             TypeError, ValueError: they do not fit; `name` is the argument that held them.
         """
         tables: Tables = {}
+        buffers = self._buffers
         for key, value in items.items():
-            dense = self._buffers.get(key)
+            dense = buffers.get(key)
             if dense is not None and fits(value, dense, device):
                 tables[key] = value
                 continue
@@ -171,9 +179,11 @@ class NegativeCache(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where draws and updates happen; pinned features stay in host memory."""
-        if self.data.storage == "pinned":
-            return self.age.device
-        return next((table.device for table in self.data.tables().values()), self.age.device)
+        data = self.data
+        if data.storage == "device":
+            for table in data.tables().values():
+                return table.device
+        return self.age.device
 
     def is_on(self, device: torch.device) -> bool:
         """Whether everything that does not stay in host memory is there."""
