@@ -76,8 +76,12 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
   m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
 
-  // The count largest of int32 ages, of equal ages the lowest slot first; on the CPU alone.
-  m.def("oldest_slots(Tensor age, int count) -> Tensor");
+  // A step of a cache of items, rows of tables with an int32 age and a bool valid each: rows of the first tables are
+  // refreshed, new items replace the oldest ones (of equal ages the lowest slot first) in all tables, every other age
+  // grows by one. use_lru: a refreshed item is as young as a new one. See splade_fast/ops/gather.py.
+  m.def(
+      "update_cache_(Tensor(a!)[] tables, Tensor(b!) age, Tensor(c!) valid, Tensor[] new_rows, Tensor? new_mask, "
+      "Tensor[] refreshed_rows, Tensor? refreshed_slots, Tensor? refreshed_mask, bool use_lru) -> ()");
 
   // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
   // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:

@@ -1,9 +1,15 @@
-"""Sums, means and rows over all ranks of torch.distributed, with gradients.
+"""What the ranks of torch.distributed compute together.
 
-A loss that every rank computes from these is the loss of the joined batch, the same on every rank,
-and once DistributedDataParallel has averaged the gradients, they are those of the joined batch.
+`Ranks` moves tensors of any dtype, without gradients. Sums, means and rows over all ranks have
+gradients: a loss that every rank computes from these is the loss of the joined batch, the same on
+every rank, and once DistributedDataParallel has averaged the gradients, they are those of the
+joined batch.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +21,89 @@ from torch.autograd.function import once_differentiable
 def world_size() -> int:
     """How many ranks there are; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Ranks:
+    """The processes of a group. Every call is a collective: all ranks make it, with equal shapes.
+
+    Tensors travel as bytes, since backends lack some dtypes, and through the memory that the
+    backend works on: gloo's in the host's, NCCL's on this process's GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "torch.distributed must be initialised (init_process_group) for what is "
+                "spread over ranks"
+            )
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.count = dist.get_world_size(group)
+
+    def all_gather(self, *tensors: Tensor) -> list[Tensor]:
+        """(ranks, ...) for each tensor."""
+
+        def collect(mine: Tensor) -> Tensor:
+            parts = [torch.empty_like(mine) for _ in range(self.count)]
+            dist.all_gather(parts, mine, group=self._group)
+            return torch.stack(parts)
+
+        return self._as_bytes(tensors, 0, collect)
+
+    def all_to_all(self, *tensors: Tensor) -> list[Tensor]:
+        """Row r of a (ranks, ...) tensor goes to rank r; row r of the result came from it."""
+
+        def exchange(mine: Tensor) -> Tensor:
+            theirs = torch.empty_like(mine)
+            dist.all_to_all_single(theirs, mine, group=self._group)
+            return theirs
+
+        return self._as_bytes(tensors, 1, exchange)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """What fails on one rank fails on all, here, and none waits for one that has left.
+
+        Args:
+            what: is done inside, for the message.
+
+        Raises:
+            Exception: the error inside, on the rank that has it.
+            RuntimeError: on all others.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as problem:
+            error = problem
+        (failed,) = self.all_gather(torch.tensor(error is not None))
+        if error is not None:
+            raise error
+        if bool(failed.any()):
+            raise RuntimeError(f"{what} failed on rank {int(failed.int().argmax())}, see there")
+
+    def _as_bytes(
+        self, tensors: Sequence[Tensor], rank_dims: int, run: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """One collective for all tensors, the bytes of each behind those of the last."""
+        flat = [_bytes(tensor, rank_dims) for tensor in tensors]
+        packed = torch.cat(flat, -1)
+        device = packed.device
+        received = run(packed.to(self._device(device)).contiguous()).to(device)
+        parts = received.split([part.shape[-1] for part in flat], -1)
+        return [
+            part.contiguous()
+            .view(-1)
+            .view(tensor.dtype)
+            .reshape(self.count, *tensor.shape[rank_dims:])
+            for part, tensor in zip(parts, tensors, strict=True)
+        ]
+
+    def _device(self, device: torch.device) -> torch.device:
+        backend = dist.get_backend(self._group)
+        if backend == "nccl":
+            return device if device.type == "cuda" else torch.device("cuda")
+        return torch.device("cpu") if backend == "gloo" else device
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -36,10 +125,7 @@ class _RowsOfRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], first: int) -> Tensor:
         ctx.mine = slice(first, first + len(x))
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        (parts,) = Ranks().all_gather(padded(x, max(counts)))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
@@ -88,10 +174,18 @@ def gather_rows_of_ranks(x: Tensor) -> tuple[Tensor, int]:
     """
     if world_size() == 1:
         return x, 0
-    counts = _counts_of_ranks(x)
-    first = sum(counts[: dist.get_rank()])
+    ranks = Ranks()
+    (gathered,) = ranks.all_gather(torch.tensor(len(x)))
+    counts = [int(count) for count in gathered.tolist()]
+    first = sum(counts[: ranks.rank])
     rows: Tensor = _RowsOfRanks.apply(x, counts, first)
     return rows, first
+
+
+def padded(tensor: Tensor, count: int, value: float = 0) -> Tensor:
+    """The first dimension filled up to `count`."""
+    more = tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)
+    return torch.cat([tensor, more])
 
 
 def _total(x: Tensor) -> Tensor:
@@ -101,8 +195,11 @@ def _total(x: Tensor) -> Tensor:
     return total
 
 
-def _counts_of_ranks(x: Tensor) -> list[int]:
-    mine = torch.full((1,), len(x), dtype=torch.int64, device=x.device)
-    counts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(counts, mine)
-    return [int(count) for count in torch.cat(counts).tolist()]
+def _bytes(tensor: Tensor, rank_dims: int) -> Tensor:
+    """(bytes,), or (ranks, bytes)."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return (
+        flat.view(tensor.shape[0], -1)
+        if rank_dims and flat.numel()
+        else (flat.new_empty(tensor.shape[0], 0) if rank_dims else flat)
+    )

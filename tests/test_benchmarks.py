@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cache_training
 from benchmarks.__main__ import main
 from benchmarks.cases.pool import PoolCase
 from benchmarks.cases.score import ScoreCase
@@ -19,8 +20,11 @@ from benchmarks.encoded import resampled
 from benchmarks.inputs import ragged_lengths
 from benchmarks.machine import Machine
 from benchmarks.results import Row, read_csv
+from benchmarks.screening.facts import Fact
 from splade_fast import SparseRows
 from splade_fast.demo.checkpoint import CheckpointError
+from splade_fast.demo.corpus import Pair
+from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 POOL = PoolCase(
@@ -57,8 +61,13 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
             header = next(csv.reader(file))
         assert header == [field.name for field in dataclasses.fields(Row)]
         rows = read_csv(Row, path)
-        others = {"score": {"torch sparse"}, "head_trained": {"dense"}}.get(op, set())
-        assert {row.contender for row in rows} == {"ours", "eager", "floor"} | others
+        others = {
+            "score": {"torch sparse"},
+            "head_trained": {"dense"},
+            "gather": {"plain rows"},
+        }
+        expected = {"ours", "eager", "floor"} | others.get(op, set())
+        assert {row.contender for row in rows} == expected
         backward = (
             {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
         )
@@ -172,3 +181,18 @@ def test_drawn_documents_have_the_statistics_of_the_encoded() -> None:
     counts = drawn.coordinates()[1].bincount(minlength=1000)
     assert counts[20].item() == pytest.approx(2 * counts[5].item(), rel=0.2)
     assert (counts > 0).equal((dense > 0).any(0))
+
+
+def test_the_cache_share_of_a_training_step(tmp_path, monkeypatch):
+    folder = save_checkpoint(masked_lm_configs()["bert"], tmp_path / "bert")
+    pairs = [Pair(f"{i}", " ".join(WORDS[i : i + 3]), " ".join(WORDS[i:])) for i in range(6)]
+    monkeypatch.setattr(cache_training, "fetched", lambda checkpoint: folder)
+    monkeypatch.setattr(cache_training, "docstring_pairs", lambda: pairs)
+    sizes = ["--batch", "3", "--slots", "10", "--encoded", "4", "--steps", "2"]
+    assert cache_training.main([*sizes, "--out", str(tmp_path)]) == 0
+    facts = read_csv(Fact, tmp_path / "cache_training-cpu.csv")
+    parts = {fact.variant: fact.value for fact in facts if fact.unit == "ms"}
+    assert 0 < parts["update"] < parts["cache"] < parts["step"]
+    shares = {fact.variant: fact.value for fact in facts if fact.unit == "%"}
+    assert set(shares) == {"cache", "update", "drawn documents"}
+    assert 0 < shares["update"] < shares["cache"] < 100

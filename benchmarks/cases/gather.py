@@ -2,7 +2,8 @@
 
 The tables are those of a full cache: token ids, their mask, and embeddings. Rows are read and
 written at random places. The update refreshes some embeddings and inserts as many new items; beside
-it, eager assigns row after row in Python, as the known ports do.
+it, eager assigns row after row in Python as the known port does, each padded to the table's width,
+cast, and assigned by an index tensor; "plain rows" is the least that such a loop can do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ class _Problem:
     manager: CacheManager
     caches: Mapping[str, NegativeCache]
     places: Tensor  # (N,), no duplicates
+    first_place: int
     fresh: Tensor  # (N, D), for these places
     new: Mapping[str, Tensor]  # N items
 
@@ -60,8 +62,12 @@ def _act(
         write(tables, problem.places, problem.new)
     else:
         update(cache, problem)
-    # What was written, without reading much of it.
-    return tables["embedding"][problem.places[:4]]
+    return _written(problem, tables["embedding"])
+
+
+def _written(problem: _Problem, table: Tensor) -> Tensor:
+    """One row of what was written, which is not read: that would be a part of a short run."""
+    return table.narrow(0, problem.first_place, 1)
 
 
 def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
@@ -83,6 +89,23 @@ def _update_row_by_row(cache: NegativeCache, problem: _Problem) -> None:
         assign_rows(table, slots, problem.new[name])
     assign_rows(cache.age, slots, youngest)
     cache.age += 1
+
+
+def _update_by_plain_rows(problem: _Problem, action: Action) -> Tensor:
+    """Rows that fit as they are, assigned by integers."""
+    cache = problem.caches["plain rows"]
+    tables = cache.data.tables()
+    for place, row in zip(problem.places.tolist(), problem.fresh, strict=True):
+        tables["embedding"][place] = row
+        cache.age[place] = -1
+    slots = cache.age.topk(len(problem.places)).indices.tolist()
+    for name, table in tables.items():
+        for slot, row in zip(slots, problem.new[name], strict=True):
+            table[slot] = row
+    for slot in slots:
+        cache.age[slot] = -1
+    cache.age += 1
+    return _written(problem, tables["embedding"])
 
 
 def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -136,6 +159,11 @@ class GatherCase(InPlaceCase):
             return (Target("times faster than eager", 50),)
         return (Target("times faster than eager", 1),)
 
+    def others(self) -> Mapping[str, Callable[[], Implementation]]:
+        if self.action != "update":
+            return {}
+        return {"plain rows": lambda: _update_by_plain_rows}
+
     def tiny(self) -> "GatherCase":
         return replace(self, rows=5, slots=200, depth=16, tokens=8)
 
@@ -148,7 +176,8 @@ class GatherCase(InPlaceCase):
         manager = CacheManager(specs, self.slots)
         generator = seeded("cpu")
         caches = {}
-        for contender in ("ours",) if self.action == "read" else ("ours", "eager"):
+        contenders = {"read": ("ours",), "write": ("ours", "eager")}
+        for contender in contenders.get(self.action, ("ours", "eager", "plain rows")):
             cache = manager.init_cache()
             for table in cache.data.tables().values():
                 table.fill_(1)  # all pages of it exist
@@ -166,10 +195,11 @@ class GatherCase(InPlaceCase):
             manager,
             caches,
             places.to(self.device),
+            int(places[0]),
             fresh.to(self.device),
             {name: rows.to(self.device) for name, rows in new.items()},
         )
-        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:4]
+        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:1]
         return Workload(
             arguments=(problem, self.action),
             options={},

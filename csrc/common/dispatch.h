@@ -41,8 +41,13 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Itself where it is contiguous, without asking the dispatcher.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  if (tensor.scalar_type() == dtype) return torch::stable::contiguous(tensor);
+  if (tensor.scalar_type() == dtype) return as_contiguous(tensor);
   Tensor converted = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
   torch::stable::copy_(converted, tensor);
   return converted;
@@ -54,7 +59,7 @@ inline Tensor with_whole_rows(const Tensor& tensor) {
 }
 
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+  return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
 }
 
 }  // namespace splade_fast

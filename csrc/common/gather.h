@@ -3,10 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
-#include "checks.h"
+#include "dispatch.h"
 
 namespace splade_fast {
 
@@ -33,6 +35,7 @@ inline bool has_whole_rows(const Tensor& table) {
   return true;
 }
 
+// Where the bytes of a table lie.
 struct Span {
   uintptr_t first, last;
 };
@@ -43,10 +46,14 @@ inline Span span_of(const Tensor& table) {
   return {first, first + static_cast<uintptr_t>((table.size(0) - 1) * row_stride_bytes(table) + row_bytes(table))};
 }
 
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const Span one = span_of(a), other = span_of(b);
-  return one.first < other.last && other.first < one.last;
+inline std::vector<Span> spans_of(const Tensors& tables) {
+  std::vector<Span> spans;
+  spans.reserve(tables.size());
+  for (const Tensor& table : tables) spans.push_back(span_of(table));
+  return spans;
 }
+
+inline bool overlap(const Span& a, const Span& b) { return a.first < b.last && b.first < a.last; }
 
 // The tables' number of rows.
 inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
@@ -59,48 +66,129 @@ inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
   return tables.empty() ? 0 : tables[0].size(0);
 }
 
+// That row i of rows, for 0 <= i < count, can become a row of the table.
+inline void check_rows_fit(const std::string& name, const Tensor& rows, const Tensor& table, int64_t count) {
+  STD_TORCH_CHECK(rows.scalar_type() == table.scalar_type(), name, " must have the dtype of its table, ",
+                  torch::headeronly::toString(table.scalar_type()), ", got ",
+                  torch::headeronly::toString(rows.scalar_type()));
+  bool fits = rows.dim() == table.dim() && rows.size(0) == count;
+  for (int64_t dim = 1; fits && dim < table.dim(); ++dim) fits = rows.size(dim) == table.size(dim);
+  STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table");
+}
+
+// That rows can be written to: all of these are written by one call.
+inline void check_writable(const Tensors& tables) {
+  const std::vector<Span> spans = spans_of(tables);
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const Tensor& table = tables[t];
+    STD_TORCH_CHECK(has_whole_rows(table), "tables[", t, "] must have contiguous rows to be written to");
+    STD_TORCH_CHECK(table.size(0) < 2 || row_stride_bytes(table) >= row_bytes(table), "tables[", t,
+                    "] must have rows that do not overlap");
+    for (size_t other = 0; other < t; ++other) {
+      STD_TORCH_CHECK(!overlap(spans[t], spans[other]), "tables[", t, "] must not share memory with tables[", other,
+                      "]");
+    }
+  }
+}
+
+inline void check_row_mask(const std::string& name, const std::optional<Tensor>& mask, int64_t count) {
+  if (!mask) return;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == count, name,
+                  " must be bool (count,) = (", count, ",)");
+}
+
+inline void check_on(const std::string& name, const Tensor& tensor, const std::string& other_name,
+                     const Tensor& other) {
+  STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name);
+}
+
 inline int64_t check_written(const Tensors& tables, const Tensor& indices, const Tensors& rows,
                              const std::optional<Tensor>& mask) {
   const int64_t table_rows = check_tables(tables, indices), count = indices.size(0);
   STD_TORCH_CHECK(rows.size() == tables.size(), "rows must have one tensor for each of the ", tables.size(),
                   " tables, got ", rows.size());
   for (size_t t = 0; t < tables.size(); ++t) {
-    const Tensor &table = tables[t], &row = rows[t];
-    STD_TORCH_CHECK(row.scalar_type() == table.scalar_type(), "rows[", t, "] must have the dtype of its table, ",
-                    torch::headeronly::toString(table.scalar_type()), ", got ",
-                    torch::headeronly::toString(row.scalar_type()));
-    bool fits = row.dim() == table.dim() && row.size(0) == count;
-    for (int64_t dim = 1; fits && dim < table.dim(); ++dim) fits = row.size(dim) == table.size(dim);
-    STD_TORCH_CHECK(fits, "rows[", t, "] must be (count, *row) with count = ", count,
-                    " and the row shape of its table");
-    STD_TORCH_CHECK(row.device() == indices.device(), "rows[", t, "] must be on the device of indices");
-    STD_TORCH_CHECK(has_whole_rows(table), "tables[", t, "] must have contiguous rows to be written to");
-    STD_TORCH_CHECK(table_rows < 2 || row_stride_bytes(table) >= row_bytes(table), "tables[", t,
-                    "] must have rows that do not overlap");
-    for (size_t other = 0; other < t; ++other) {
-      STD_TORCH_CHECK(!overlap(table, tables[other]), "tables[", t, "] must not share memory with tables[", other, "]");
-    }
+    const std::string name = "rows[" + std::to_string(t) + "]";
+    check_rows_fit(name, rows[t], tables[t], count);
+    check_on(name, rows[t], "indices", indices);
   }
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == count,
-                    "mask must be bool (count,) = (", count, ",)");
-    STD_TORCH_CHECK(mask->device() == indices.device(), "mask must be on the device of indices");
-  }
+  check_writable(tables);
+  check_row_mask("mask", mask, count);
+  if (mask) check_on("mask", *mask, "indices", indices);
   return table_rows;
+}
+
+// The refreshed rows and the new items of a cache's update, both possibly none.
+struct CacheUpdate {
+  const Tensors& tables;
+  const Tensor& age;
+  const Tensor& valid;
+  const Tensors& new_rows;  // none, or one of each table
+  const std::optional<Tensor>& new_mask;
+  const Tensors& refreshed_rows;  // of the first tables
+  const std::optional<Tensor>& refreshed_slots;
+  const std::optional<Tensor>& refreshed_mask;
+
+  int64_t slots() const { return age.size(0); }
+  int64_t new_count() const { return new_rows.empty() ? 0 : new_rows[0].size(0); }
+  int64_t refreshed_count() const { return refreshed_slots ? refreshed_slots->size(0) : 0; }
+  Tensors written() const {
+    Tensors all = tables;
+    all.push_back(age);
+    all.push_back(valid);
+    return all;
+  }
+};
+
+inline void check_update(const CacheUpdate& update) {
+  const Tensor &age = update.age, &valid = update.valid;
+  const int64_t slots = age.numel(), added = update.new_count(), refreshed = update.refreshed_count();
+  STD_TORCH_CHECK(age.scalar_type() == ScalarType::Int && age.dim() == 1 && age.is_contiguous(),
+                  "age must be contiguous int32 (slots,)");
+  STD_TORCH_CHECK(
+      valid.scalar_type() == ScalarType::Bool && valid.dim() == 1 && valid.size(0) == slots && valid.is_contiguous(),
+      "valid must be contiguous bool (slots,) = (", slots, ",)");
+  check_on("valid", valid, "age", age);
+  for (size_t t = 0; t < update.tables.size(); ++t) {
+    const Tensor& table = update.tables[t];
+    STD_TORCH_CHECK(table.dim() >= 1 && table.size(0) == slots, "tables[", t, "] must have a row for each of the ",
+                    slots, " slots");
+  }
+  check_writable(update.written());
+  STD_TORCH_CHECK(update.new_rows.empty() || update.new_rows.size() == update.tables.size(),
+                  "new_rows must be none or one tensor for each of the ", update.tables.size(), " tables, got ",
+                  update.new_rows.size());
+  STD_TORCH_CHECK(update.refreshed_rows.size() <= update.tables.size(), "refreshed_rows must be at most the ",
+                  update.tables.size(), " tables, got ", update.refreshed_rows.size());
+  STD_TORCH_CHECK(update.refreshed_slots || update.refreshed_rows.empty(),
+                  "refreshed_slots must be given with refreshed_rows, got None");
+  if (update.refreshed_slots) check_tables({}, *update.refreshed_slots);
+  const auto check_rows = [&](const char* name, const Tensors& rows, int64_t count) {
+    for (size_t t = 0; t < rows.size(); ++t) {
+      const std::string label = name + ("[" + std::to_string(t)) + "]";
+      check_rows_fit(label, rows[t], update.tables[t], count);
+      check_on(label, rows[t], "age", age);
+    }
+  };
+  check_rows("new_rows", update.new_rows, added);
+  check_rows("refreshed_rows", update.refreshed_rows, refreshed);
+  check_row_mask("new_mask", update.new_mask, added);
+  check_row_mask("refreshed_mask", update.refreshed_mask, refreshed);
+  if (update.refreshed_slots) check_on("refreshed_slots", *update.refreshed_slots, "age", age);
+  if (update.new_mask) check_on("new_mask", *update.new_mask, "age", age);
+  if (update.refreshed_mask) check_on("refreshed_mask", *update.refreshed_mask, "age", age);
 }
 
 // Rows to be written, contiguous, and copied first where they lie in a table that is written to.
 inline Tensors contiguous_sources(const Tensors& rows, const Tensors& tables) {
+  const std::vector<Span> written = spans_of(tables);
   Tensors sources;
+  sources.reserve(rows.size());
   for (const Tensor& row : rows) {
-    Tensor source = torch::stable::contiguous(row);
-    for (const Tensor& table : tables) {
-      if (overlap(source, table)) {
-        source = torch::stable::clone(source);
-        break;
-      }
-    }
-    sources.push_back(source);
+    Tensor source = as_contiguous(row);
+    const Span span = span_of(source);
+    const bool overlaps = std::any_of(written.begin(), written.end(), [&](const Span& w) { return overlap(span, w); });
+    sources.push_back(overlaps ? torch::stable::clone(source) : source);
   }
   return sources;
 }

@@ -5,15 +5,15 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "dispatch.h"
+#include "kernels.h"
 
 namespace splade_fast::cpu {
 namespace {
 
-// Less is copied by one thread: waking the others takes longer.
-constexpr int64_t kBytesOfAThread = 128 << 10;
+// Less is copied by one thread: waking the others takes longer, once they have gone to sleep.
+constexpr int64_t kBytesOfAThread = 512 << 10;
 
 struct Copy {
   const uint8_t* source;
@@ -48,7 +48,7 @@ void check_range(const int64_t* indices, const bool* mask, int64_t count, int64_
 
 Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   const int64_t table_rows = check_tables(tables, indices), count = indices.size(0);
-  const Tensor places = torch::stable::contiguous(indices);
+  const Tensor places = as_contiguous(indices);
   const int64_t* place = const_data<int64_t>(places);
   if (!tables.empty()) check_range(place, nullptr, count, table_rows);
   Tensors sources, gathered;
@@ -67,40 +67,50 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   return gathered;
 }
 
-// Which of the writes remain: of several to one row, the last.
-std::vector<int64_t> last_writes(const int64_t* indices, const bool* mask, int64_t count) {
-  std::vector<std::pair<int64_t, int64_t>> writes;
+// Row `row` of what is written goes to row `place` of its table.
+struct Write {
+  int64_t place, row;
+  bool operator<(const Write& other) const { return place != other.place ? place < other.place : row < other.row; }
+};
+
+// Those that the mask allows; of several to one place, the last.
+std::vector<Write> last_writes(const int64_t* places, const bool* mask, int64_t count) {
+  std::vector<Write> writes;
   writes.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    if (is_written(mask, i)) writes.emplace_back(indices[i], i);
+    if (is_written(mask, i)) writes.push_back({places[i], i});
   }
   std::sort(writes.begin(), writes.end());
-  std::vector<int64_t> last;
+  size_t kept = 0;
   for (size_t i = 0; i < writes.size(); ++i) {
-    if (i + 1 == writes.size() || writes[i + 1].first != writes[i].first) last.push_back(writes[i].second);
+    if (i + 1 == writes.size() || writes[i + 1].place != writes[i].place) writes[kept++] = writes[i];
   }
-  return last;
+  writes.resize(kept);
+  return writes;
+}
+
+// To the first tables, one of each source.
+void write_to_tables(const Tensors& sources, const Tensors& tables, const std::vector<Write>& writes) {
+  std::vector<Copy> copies;
+  for (size_t t = 0; t < sources.size(); ++t) {
+    copies.push_back({const_data<uint8_t>(sources[t]), mutable_data<uint8_t>(tables[t]), row_bytes(tables[t]),
+                      row_stride_bytes(tables[t]), row_bytes(tables[t])});
+  }
+  copy_rows(
+      copies, static_cast<int64_t>(writes.size()), [&](int64_t i) { return writes[i].row; },
+      [&](int64_t i) { return writes[i].place; });
 }
 
 void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
                    const std::optional<Tensor>& mask) {
   const int64_t table_rows = check_written(tables, indices, rows, mask), count = indices.size(0);
-  const Tensor places = torch::stable::contiguous(indices);
+  if (tables.empty()) return;
+  const Tensor places = as_contiguous(indices);
   const std::optional<Tensor> whole_mask = contiguous_or_none(mask);
   const int64_t* place = const_data<int64_t>(places);
   const bool* written = whole_mask ? const_data<bool>(*whole_mask) : nullptr;
-  if (tables.empty()) return;
   check_range(place, written, count, table_rows);
-  const Tensors sources = contiguous_sources(rows, tables);
-  std::vector<Copy> copies;
-  for (size_t t = 0; t < tables.size(); ++t) {
-    copies.push_back({const_data<uint8_t>(sources[t]), mutable_data<uint8_t>(tables[t]), row_bytes(tables[t]),
-                      row_stride_bytes(tables[t]), row_bytes(tables[t])});
-  }
-  const std::vector<int64_t> last = last_writes(place, written, count);
-  copy_rows(
-      copies, static_cast<int64_t>(last.size()), [&](int64_t i) { return last[i]; },
-      [&](int64_t i) { return place[last[i]]; });
+  write_to_tables(contiguous_sources(rows, tables), tables, last_writes(place, written, count));
 }
 
 struct Aged {
@@ -110,38 +120,84 @@ struct Aged {
   bool operator<(const Aged& other) const { return age != other.age ? age > other.age : slot < other.slot; }
 };
 
-// One pass: the oldest so far are kept, and once there are count of them, what is not older than the youngest
-// of the oldest is passed over, whole blocks at a time.
-Tensor oldest_slots(const Tensor& age, int64_t count) {
+// Every age grows by one; returns the count oldest by the ages before, from the oldest on.
+//
+// The pass over all ages notes the largest of each block. Then blocks are looked through from the one with the oldest
+// item on, until no item of the next can be older than the youngest of the oldest so far.
+std::vector<Aged> age_all(int32_t* age, int64_t slots, int64_t count) {
   constexpr int64_t kBlock = 256;
-  STD_TORCH_CHECK(age.scalar_type() == ScalarType::Int && age.dim() == 1, "age must be int32 (slots,)");
-  const int64_t slots = age.size(0);
-  STD_TORCH_CHECK(count >= 0 && count <= slots, "count must be between 0 and the ", slots, " slots, got ", count);
-  const Tensor ages = torch::stable::contiguous(age);
-  const int32_t* source = const_data<int32_t>(ages);
+  const auto grow_older = all_kernels().grow_older;
+  std::vector<Aged> blocks;  // largest age, first slot
+  blocks.reserve(slots / kBlock + 1);
+  for (int64_t first = 0; first < slots; first += kBlock) {
+    blocks.push_back({grow_older(age + first, std::min(kBlock, slots - first)), first});
+  }
   std::vector<Aged> found;
-  found.reserve(count + kBlock);
-  bool full = false;
-  int32_t threshold = 0;
-  for (int64_t first = 0; count > 0 && first < slots; first += kBlock) {
-    const int64_t last = std::min(first + kBlock, slots);
-    int32_t older = !full;
-    for (int64_t slot = first; slot < last; ++slot) older |= source[slot] > threshold;
-    if (!older) continue;
-    for (int64_t slot = first; slot < last; ++slot) {
-      if (!full || source[slot] > threshold) found.push_back({source[slot], slot});
-    }
-    if (static_cast<int64_t>(found.size()) < count) continue;
+  if (count == 0) return found;
+  found.reserve(2 * count + kBlock);
+  Aged youngest{INT32_MIN, INT64_MAX};  // of the oldest so far
+  const auto keep_oldest = [&] {
     std::nth_element(found.begin(), found.begin() + (count - 1), found.end());
     found.resize(count);
-    threshold = found.back().age;
-    full = true;
+    youngest = found.back();
+  };
+  const auto younger = [](const Aged& a, const Aged& b) { return b < a; };
+  std::make_heap(blocks.begin(), blocks.end(), younger);
+  while (!blocks.empty() && blocks.front() < youngest) {
+    const int64_t first = blocks.front().slot, last = std::min(first + kBlock, slots);
+    std::pop_heap(blocks.begin(), blocks.end(), younger);
+    blocks.pop_back();
+    for (int64_t slot = first; slot < last; ++slot) {
+      const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
+      if (item < youngest) found.push_back(item);
+    }
+    if (static_cast<int64_t>(found.size()) >= 2 * count) keep_oldest();
   }
+  if (static_cast<int64_t>(found.size()) > count) keep_oldest();
   std::sort(found.begin(), found.end());
-  const Tensor oldest = torch::stable::new_empty(age, std::vector<int64_t>{count}, ScalarType::Long);
-  std::transform(found.begin(), found.begin() + count, mutable_data<int64_t>(oldest),
-                 [](const Aged& item) { return item.slot; });
-  return oldest;
+  return found;
+}
+
+void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
+                   const std::optional<Tensor>& new_mask, const Tensors& refreshed_rows,
+                   const std::optional<Tensor>& refreshed_slots, const std::optional<Tensor>& refreshed_mask,
+                   bool use_lru) {
+  const CacheUpdate update{tables, age, valid, new_rows, new_mask, refreshed_rows, refreshed_slots, refreshed_mask};
+  check_update(update);
+  const int64_t slots = update.slots(), new_count = update.new_count();
+
+  std::vector<Write> refreshed, added;
+  if (refreshed_slots) {
+    const Tensor places = as_contiguous(*refreshed_slots);
+    const std::optional<Tensor> mask = contiguous_or_none(refreshed_mask);
+    const int64_t* place = const_data<int64_t>(places);
+    const bool* written = mask ? const_data<bool>(*mask) : nullptr;
+    check_range(place, written, update.refreshed_count(), slots);
+    refreshed = last_writes(place, written, update.refreshed_count());
+  }
+  const std::optional<Tensor> mask = contiguous_or_none(new_mask);
+  for (int64_t i = 0; i < new_count; ++i) {
+    if (is_written(mask ? const_data<bool>(*mask) : nullptr, i)) added.push_back({0, i});
+  }
+  const int64_t count = static_cast<int64_t>(added.size());
+  STD_TORCH_CHECK(count <= slots, "new_rows must be at most the ", slots, " slots, got ", count);
+  const Tensors written = update.written();
+  const Tensors refreshed_sources = contiguous_sources(refreshed_rows, written);
+  const Tensors new_sources = contiguous_sources(new_rows, written);
+
+  int32_t* ages = mutable_data<int32_t>(age);
+  bool* is_valid = mutable_data<bool>(valid);
+  write_to_tables(refreshed_sources, tables, refreshed);
+  if (use_lru) {
+    for (const Write& write : refreshed) ages[write.place] = -1;
+  }
+  const std::vector<Aged> oldest = age_all(ages, slots, count);
+  for (int64_t i = 0; i < count; ++i) {
+    added[i].place = oldest[i].slot;
+    ages[oldest[i].slot] = 0;
+    is_valid[oldest[i].slot] = true;
+  }
+  write_to_tables(new_sources, tables, added);
 }
 
 }  // namespace
@@ -149,6 +205,6 @@ Tensor oldest_slots(const Tensor& age, int64_t count) {
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&splade_fast::cpu::gather_rows));
-  m.impl("oldest_slots", TORCH_BOX(&splade_fast::cpu::oldest_slots));
   m.impl("scatter_rows_", TORCH_BOX(&splade_fast::cpu::scatter_rows_));
+  m.impl("update_cache_", TORCH_BOX(&splade_fast::cpu::update_cache_));
 }

@@ -59,6 +59,25 @@ inline void store_bits(void* target, V value) {
   std::memcpy(target, &value, sizeof(V));
 }
 
+// Bit i: lane i of a mask is set.
+template <typename Acc>
+inline unsigned lane_bits(Mask<Acc> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == 4) return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  if constexpr (sizeof(Acc) == 8) return _mm512_movepi64_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Acc) == 4) return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+  if constexpr (sizeof(Acc) == 8) return static_cast<unsigned>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(Acc) == 4) return static_cast<unsigned>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+  if constexpr (sizeof(Acc) == 8) return static_cast<unsigned>(_mm_movemask_pd(reinterpret_cast<__m128d>(mask)));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<Acc>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // Scalars -------------------------------------------------------------------------------------------------------
 
 inline float to_acc(float value) { return value; }

@@ -153,6 +153,8 @@ struct AllKernels {
   Kernels<double> f64;
   Kernels<bfloat16> bf16;
   Kernels<float16> f16;
+  // Every age grows by one; returns the largest before, INT32_MIN of none.
+  int32_t (*grow_older)(int32_t* age, int64_t count);
 };
 
 // Each instruction set of the build; this machine may not run all of them.

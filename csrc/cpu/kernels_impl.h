@@ -1,6 +1,7 @@
 // The CPU kernels, written once in vector extensions and compiled once per instruction set.
 #pragma once
 
+#include "gather_impl.h"
 #include "isa.h"
 #include "kernels.h"
 #include "product_impl.h"
@@ -251,7 +252,8 @@ constexpr Kernels<T> make_kernels() {
 }
 
 constexpr AllKernels make_all_kernels(const char* name) {
-  return {name, make_kernels<float>(), make_kernels<double>(), make_kernels<bfloat16>(), make_kernels<float16>()};
+  return {name,      make_kernels<float>(), make_kernels<double>(), make_kernels<bfloat16>(), make_kernels<float16>(),
+          grow_older};
 }
 
 }  // namespace

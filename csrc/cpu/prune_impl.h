@@ -7,24 +7,6 @@
 namespace splade_fast::cpu {
 namespace {
 
-#if !defined(__AVX512F__)
-// Bit i: lane i is set.
-template <typename Acc>
-inline unsigned lane_bits(Mask<Acc> mask) {
-#if defined(__AVX2__)
-  if constexpr (sizeof(Acc) == 4) return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
-  if constexpr (sizeof(Acc) == 8) return static_cast<unsigned>(_mm256_movemask_pd(reinterpret_cast<__m256d>(mask)));
-#elif defined(__SSE2__)
-  if constexpr (sizeof(Acc) == 4) return static_cast<unsigned>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
-  if constexpr (sizeof(Acc) == 8) return static_cast<unsigned>(_mm_movemask_pd(reinterpret_cast<__m128d>(mask)));
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes<Acc>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
-  return bits;
-#endif
-}
-#endif
-
 // Bit i: lane i is above the threshold, or NaN.
 template <typename Acc>
 inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {

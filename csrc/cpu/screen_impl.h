@@ -285,18 +285,7 @@ inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, F
 }
 
 // Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
-inline unsigned lanes_not_below(Floats x, Floats limit) {
-  const Ints keep = ~(x < limit);
-  unsigned lanes = 0;
-#if defined(__AVX512F__)
-  lanes = _mm512_movepi32_mask(reinterpret_cast<__m512i>(keep));
-#elif defined(__AVX2__)
-  lanes = static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(keep)));
-#else
-  for (int lane = 0; lane < kScreenLanes; ++lane) lanes |= static_cast<unsigned>(keep[lane] & 1) << lane;
-#endif
-  return lanes;
-}
+inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
 
 void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
   found.entries = found.pairs = 0;

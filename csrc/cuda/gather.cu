@@ -6,6 +6,9 @@
 // A write must be refused as a whole if any index is out of range, and of several writes to one row the last one has to
 // win, both without the host looking. So every block reads all indices before it writes: a bad one stops every block by
 // a device-side assertion, and a row with a later write is left out.
+//
+// The update of a cache is four launches: the refreshed rows; one block that ages every slot and finds the oldest; the
+// order of those; the new rows, by the slots that came out of it.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/gather.h"
@@ -99,6 +102,198 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Ages -----------------------------------------------------------------------------------------------------------
+
+constexpr int kAgeThreads = 1024, kWarpSize = 32, kAgeWarps = kAgeThreads / kWarpSize;
+constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+struct AgeTask {
+  int32_t* age;
+  bool* valid;
+  int64_t slots;
+  const int64_t* refreshed;
+  const bool* refreshed_mask;
+  int64_t refreshed_count;
+  bool use_lru;  // refreshed slots become the youngest
+  const bool* new_mask;
+  int64_t new_count;
+  int64_t wanted;         // how many of the oldest are looked for: no more than there are slots
+  int64_t* found;         // (wanted,) their slots, ascending
+  int32_t* found_age;     // (wanted,)
+  int64_t* item_of_rank;  // (wanted,) which new item takes the slot of a rank, -1: none
+  int64_t* places;        // (new_count,) the slots of the new items
+};
+
+struct AgeShared {
+  unsigned warp[kAgeWarps], total;
+  int32_t largest[kAgeWarps], smallest[kAgeWarps];
+  unsigned long long histogram[kBins];
+  int digit;
+  int64_t remaining;
+};
+
+// How many of the block's threads before this one have `counts` set; total: of all.
+__device__ unsigned rank_in_block(AgeShared& shared, bool counts, unsigned& total) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const unsigned ballot = __ballot_sync(kAllLanes, counts);
+  __syncthreads();  // the last call's results have been read
+  if (lane == 0) shared.warp[warp] = __popc(ballot);
+  __syncthreads();
+  if (warp == 0) {
+    const unsigned own = shared.warp[lane];
+    unsigned through = own;
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const unsigned other = __shfl_up_sync(kAllLanes, through, step);
+      if (lane >= step) through += other;
+    }
+    shared.warp[lane] = through - own;
+    if (lane == kWarpSize - 1) shared.total = through;
+  }
+  __syncthreads();
+  total = shared.total;
+  return shared.warp[warp] + __popc(ballot & ((1u << lane) - 1));
+}
+
+// The m-th new item that is not masked gets rank m.
+__device__ void rank_new_items(AgeShared& shared, const AgeTask& task) {
+  for (int64_t rank = threadIdx.x; rank < task.wanted; rank += kAgeThreads) task.item_of_rank[rank] = -1;
+  __syncthreads();
+  int64_t before = 0;
+  for (int64_t tile = 0; tile < task.new_count; tile += kAgeThreads) {
+    const int64_t item = tile + threadIdx.x;
+    const bool added = item < task.new_count && (task.new_mask == nullptr || task.new_mask[item]);
+    unsigned total = 0;
+    const int64_t rank = before + rank_in_block(shared, added, total);
+    if (added && rank < task.wanted) task.item_of_rank[rank] = item;
+    if (added && rank >= task.wanted) task.places[item] = -1;  // which no table has
+    before += total;
+  }
+}
+
+// The largest and the smallest age.
+__device__ void age_range(AgeShared& shared, const AgeTask& task, int32_t& largest, int32_t& smallest) {
+  largest = INT32_MIN;
+  smallest = INT32_MAX;
+  for (int64_t slot = threadIdx.x; slot < task.slots; slot += kAgeThreads) {
+    largest = max(largest, task.age[slot]);
+    smallest = min(smallest, task.age[slot]);
+  }
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    smallest = min(smallest, __shfl_xor_sync(kAllLanes, smallest, step));
+  }
+  if (threadIdx.x % kWarpSize == 0) {
+    shared.largest[threadIdx.x / kWarpSize] = largest;
+    shared.smallest[threadIdx.x / kWarpSize] = smallest;
+  }
+  __syncthreads();
+  for (int warp = 0; warp < kAgeWarps; ++warp) {
+    largest = max(largest, shared.largest[warp]);
+    smallest = min(smallest, shared.smallest[warp]);
+  }
+}
+
+struct AgeCut {
+  unsigned youth;   // of the wanted-th oldest: how much younger than the oldest it is
+  int64_t of_them;  // how many slots of that youth are among the wanted
+};
+
+// Digit by digit of how much younger a slot is than the oldest, from the highest digit that differs.
+__device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t largest, int32_t smallest) {
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned range = static_cast<unsigned>(largest) - static_cast<unsigned>(smallest);
+  const int digits = (kWarpSize - __clz(static_cast<int>(range)) + kDigitBits - 1) / kDigitBits;
+  unsigned prefix = 0;
+  int64_t remaining = task.wanted;
+  for (int shift = (digits - 1) * kDigitBits; shift >= 0; shift -= kDigitBits) {
+    for (int bin = threadIdx.x; bin < kBins; bin += kAgeThreads) shared.histogram[bin] = 0;
+    __syncthreads();
+    const unsigned known = prefix >> shift >> kDigitBits;  // in two steps: a shift by all bits is undefined
+    for (int64_t tile = 0; tile < task.slots; tile += kAgeThreads) {
+      const int64_t slot = tile + threadIdx.x;
+      unsigned youth = 0;
+      if (slot < task.slots) youth = static_cast<unsigned>(largest) - static_cast<unsigned>(task.age[slot]);
+      const bool counts = slot < task.slots && youth >> shift >> kDigitBits == known;
+      const int digit = counts ? static_cast<int>(youth >> shift) & (kBins - 1) : kBins;
+      // Neighbouring slots are mostly of one age: one atomic for all lanes that agree.
+      const unsigned peers = __match_any_sync(kAllLanes, digit);
+      if (counts && lane == __ffs(static_cast<int>(peers)) - 1) {
+        atomicAdd(&shared.histogram[digit], static_cast<unsigned long long>(__popc(peers)));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int digit = 0;
+      const auto of_digit = [&] { return static_cast<int64_t>(shared.histogram[digit]); };
+      for (; of_digit() < remaining; ++digit) remaining -= of_digit();
+      shared.digit = digit;
+      shared.remaining = remaining;
+    }
+    __syncthreads();
+    prefix |= static_cast<unsigned>(shared.digit) << shift;
+    remaining = shared.remaining;
+  }
+  return {prefix, remaining};
+}
+
+// One block: everything in it has seen what it wrote before.
+__global__ void __launch_bounds__(kAgeThreads, 1) age_kernel(const AgeTask task) {
+  __shared__ AgeShared shared;
+  bool all_in_range = true;
+  for (int64_t i = threadIdx.x; i < task.refreshed_count; i += kAgeThreads) {
+    if (task.refreshed_mask != nullptr && !task.refreshed_mask[i]) continue;
+    all_in_range = all_in_range && in_range(task.refreshed[i], task.slots);
+  }
+  if (!__syncthreads_and(all_in_range)) return refuse();
+  for (int64_t i = threadIdx.x; task.use_lru && i < task.refreshed_count; i += kAgeThreads) {
+    if (task.refreshed_mask == nullptr || task.refreshed_mask[i]) task.age[task.refreshed[i]] = -1;
+  }
+  rank_new_items(shared, task);
+  __syncthreads();
+  int32_t largest = 0, smallest = 0;
+  AgeCut cut{0, 0};
+  if (task.wanted > 0) {
+    age_range(shared, task, largest, smallest);
+    cut = select_oldest(shared, task, largest, smallest);
+  }
+  int64_t certain = 0, ties = 0;
+  for (int64_t tile = 0; tile < task.slots; tile += kAgeThreads) {
+    const int64_t slot = tile + threadIdx.x;
+    const int32_t age = slot < task.slots ? task.age[slot] : 0;
+    if (slot < task.slots) task.age[slot] = static_cast<int32_t>(static_cast<unsigned>(age) + 1);
+    if (certain + ties >= task.wanted) continue;  // the same for all threads
+    const unsigned youth = static_cast<unsigned>(largest) - static_cast<unsigned>(age);
+    unsigned new_certain = 0, new_ties = 0;
+    const bool is_certain = slot < task.slots && youth < cut.youth, is_tie = slot < task.slots && youth == cut.youth;
+    const int64_t certain_before = certain + rank_in_block(shared, is_certain, new_certain);
+    const int64_t ties_before = ties + rank_in_block(shared, is_tie, new_ties);
+    if (is_certain || (is_tie && ties_before < cut.of_them)) {
+      const int64_t place = certain_before + min(ties_before, cut.of_them);
+      task.found[place] = slot;
+      task.found_age[place] = age;
+    }
+    certain += new_certain;
+    ties = min(ties + new_ties, cut.of_them);
+  }
+}
+
+// A thread for each found slot: its rank is how many are older, of equal ages those in front.
+__global__ void __launch_bounds__(kThreads) rank_kernel(const AgeTask task) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= task.wanted) return;
+  const int32_t age = task.found_age[i];
+  int64_t rank = 0;
+  for (int64_t other = 0; other < task.wanted; ++other) {
+    rank += task.found_age[other] > age || (task.found_age[other] == age && other < i);
+  }
+  const int64_t item = task.item_of_rank[rank], slot = task.found[i];
+  if (item < 0) return;
+  task.places[item] = slot;
+  task.age[slot] = 0;
+  task.valid[slot] = true;
+}
+
 // Host functions -------------------------------------------------------------------------------------------------
 
 int access_width(const Copy& copy) {
@@ -143,7 +338,7 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   const int64_t table_rows = check_tables(tables, indices), count = indices.size(0);
   STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
   const OnDevice device(indices, op);
-  const Tensor places = torch::stable::contiguous(indices);
+  const Tensor places = as_contiguous(indices);
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
@@ -165,29 +360,84 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   return gathered;
 }
 
-void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
-                   const std::optional<Tensor>& mask) {
-  const char* op = "scatter_rows_";
-  const int64_t table_rows = check_written(tables, indices, rows, mask), count = indices.size(0);
-  STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
-  const OnDevice device(indices, op);
+// Rows of sources to the first tables, one of each source.
+void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensors& tables, const Tensor& places,
+                    const std::optional<Tensor>& mask, int64_t table_rows, const char* op) {
+  const int64_t count = places.size(0);
   if (count == 0) return;
-  const Tensor places = torch::stable::contiguous(indices);
-  const std::optional<Tensor> whole_mask = contiguous_or_none(mask);
-  const Tensors sources = contiguous_sources(rows, tables);
   std::vector<Copy> copies;
-  for (size_t t = 0; t < tables.size(); ++t) {
-    copies.push_back({const_data<uint8_t>(sources[t]), device_address(tables[t], indices, op), row_bytes(tables[t]),
+  for (size_t t = 0; t < sources.size(); ++t) {
+    copies.push_back({const_data<uint8_t>(sources[t]), device_address(tables[t], places, op), row_bytes(tables[t]),
                       row_stride_bytes(tables[t]), row_bytes(tables[t]), 0});
   }
   const int64_t rows_per_block = std::min<int64_t>(ceil_div(count, kBlocks), kMaxRows);
   const unsigned blocks = grid_size(ceil_div(count, rows_per_block));
   for_each_launch(copies, [&](const Copies& some) {
     scatter_kernel<<<dim3(blocks, some.count), kThreads, 0, device.stream()>>>(
-        some, const_data<int64_t>(places), whole_mask ? const_data<bool>(*whole_mask) : nullptr, count, table_rows,
+        some, const_data<int64_t>(places), mask ? const_data<bool>(*mask) : nullptr, count, table_rows,
         static_cast<int>(rows_per_block));
     check_launch(op);
   });
+}
+
+void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
+                   const std::optional<Tensor>& mask) {
+  const char* op = "scatter_rows_";
+  const int64_t table_rows = check_written(tables, indices, rows, mask);
+  STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
+  const OnDevice device(indices, op);
+  launch_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices), contiguous_or_none(mask),
+                 table_rows, op);
+}
+
+void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
+                   const std::optional<Tensor>& new_mask, const Tensors& refreshed_rows,
+                   const std::optional<Tensor>& refreshed_slots, const std::optional<Tensor>& refreshed_mask,
+                   bool use_lru) {
+  const char* op = "update_cache_";
+  const CacheUpdate update{tables, age, valid, new_rows, new_mask, refreshed_rows, refreshed_slots, refreshed_mask};
+  check_update(update);
+  STD_TORCH_CHECK(age.is_cuda(), "age must be on the GPU of the tables");
+  const int64_t slots = update.slots(), new_count = update.new_count();
+  // With a mask fewer may count: the caller has looked, which this cannot without waiting for the GPU.
+  STD_TORCH_CHECK(new_mask || new_count <= slots, "new_rows must be at most the ", slots, " slots, got ", new_count);
+  const OnDevice device(age, op);
+  if (slots == 0) return;
+  const Tensors written = update.written();
+  for (const Tensor& table : tables) device_address(table, age, op);  // raises before anything is written
+  const Tensors refreshed_sources = contiguous_sources(refreshed_rows, written);
+  const Tensors new_sources = contiguous_sources(new_rows, written);
+  const std::optional<Tensor> places = contiguous_or_none(refreshed_slots);
+  const std::optional<Tensor> mask_of_refreshed = contiguous_or_none(refreshed_mask);
+  const std::optional<Tensor> mask_of_new = contiguous_or_none(new_mask);
+  if (places) launch_scatter(device, refreshed_sources, tables, *places, mask_of_refreshed, slots, op);
+
+  AgeTask task{};
+  task.wanted = std::min(new_count, slots);
+  const Tensor found = torch::stable::new_empty(age, std::vector<int64_t>{2, task.wanted}, ScalarType::Long);
+  const Tensor found_age = torch::stable::new_empty(age, std::vector<int64_t>{task.wanted});
+  const Tensor new_places = torch::stable::new_empty(age, std::vector<int64_t>{new_count}, ScalarType::Long);
+  task.age = mutable_data<int32_t>(age);
+  task.valid = mutable_data<bool>(valid);
+  task.slots = slots;
+  task.use_lru = use_lru;
+  if (places) {
+    task.refreshed = const_data<int64_t>(*places);
+    task.refreshed_mask = mask_of_refreshed ? const_data<bool>(*mask_of_refreshed) : nullptr;
+    task.refreshed_count = places->size(0);
+  }
+  task.new_mask = mask_of_new ? const_data<bool>(*mask_of_new) : nullptr;
+  task.new_count = new_count;
+  task.found = mutable_data<int64_t>(found);
+  task.item_of_rank = task.found + task.wanted;
+  task.found_age = mutable_data<int32_t>(found_age);
+  task.places = mutable_data<int64_t>(new_places);
+  age_kernel<<<1, kAgeThreads, 0, device.stream()>>>(task);
+  check_launch(op);
+  if (task.wanted == 0) return;
+  rank_kernel<<<grid_size(ceil_div(task.wanted, kThreads)), kThreads, 0, device.stream()>>>(task);
+  check_launch(op);
+  launch_scatter(device, new_sources, tables, new_places, mask_of_new, slots, op);
 }
 
 }  // namespace
@@ -196,4 +446,5 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
   m.impl("gather_rows", TORCH_BOX(&splade_fast::cuda::gather_rows));
   m.impl("scatter_rows_", TORCH_BOX(&splade_fast::cuda::scatter_rows_));
+  m.impl("update_cache_", TORCH_BOX(&splade_fast::cuda::update_cache_));
 }

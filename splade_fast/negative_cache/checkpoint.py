@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splade_fast.negative_cache.distributed import Ranks
+from splade_fast.distributed import Ranks
 from splade_fast.negative_cache.negative_cache import NegativeCache
 
 _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -89,6 +90,18 @@ def as_dense(value: Value) -> Tensor:
     return value.to_dense() if isinstance(value, SparseRows) else value
 
 
+def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether these rows can be stored in a table as they are."""
+    return (
+        isinstance(value, Tensor)
+        and value.shape[1:] == like.shape[1:]
+        and value.ndim == like.ndim
+        and value.dtype is like.dtype
+        and value.device == device
+        and not value.requires_grad
+    )
+
+
 def stored(
     name: str,
     value: Value,
@@ -136,6 +149,10 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         raise ValueError(f"{name} must have num_cols {like.num_cols}, got {value.num_cols}")
     if value.width > like.width:
         value = SparseRows.from_dense(value.to_dense().detach(), like.width)
+    of_value = (value.indices, value.values, value.lengths)
+    of_like = (like.indices, like.values, like.lengths)
+    if all(fits(mine, theirs, device) for mine, theirs in zip(of_value, of_like, strict=True)):
+        return value
     value = value.to(device)
     missing = (0, like.width - value.width)
     return SparseRows(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from splade_fast.negative_cache.distributed import Ranks, padded
+from splade_fast.distributed import Ranks, padded
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.losses import AbstractCacheClassificationLoss, CacheLossReturn
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache
@@ -59,20 +60,22 @@ class _Handler(nn.Module):
             options |= {"hard_negatives": hard_negatives, "hard_features": hard_features}
         if isinstance(self.cache_loss, AbstractCacheClassificationLoss):
             options["pos_features"] = pos_features
-        result: CacheLossReturn = self.cache_loss(
-            doc_network=item_network,
-            query_embeddings=query_embeddings,
-            pos_doc_embeddings=pos_item_embeddings,
-            cache=caches,
-            **options,
-        )
+        ranks = Ranks(self.process_group) if self.use_cross_replica else None
+        with nullcontext() if ranks is None else ranks.together("the loss over the cache"):
+            result: CacheLossReturn = self.cache_loss(
+                doc_network=item_network,
+                query_embeddings=query_embeddings,
+                pos_doc_embeddings=pos_item_embeddings,
+                cache=caches,
+                **options,
+            )
         if writer is not None:
             summary_writer, step = writer
             loss, staleness = _mean(result.interpretable_loss), _mean(result.staleness)
             summary_writer.add_scalar("cache/interpretable_prediction_loss", loss, step)
             summary_writer.add_scalar("cache/staleness", staleness, step)
         for name, cache in caches.items():
-            self._update(name, cache, new_items[name], result)
+            self._update(name, cache, new_items[name], result, ranks)
         return (result.training_loss, result.topk_features) if return_topk else result.training_loss
 
     def _caches_on(self, device: torch.device) -> dict[str, NegativeCache]:
@@ -84,7 +87,12 @@ class _Handler(nn.Module):
 
     @torch.no_grad()
     def _update(
-        self, name: str, cache: NegativeCache, items: Features, result: CacheLossReturn
+        self,
+        name: str,
+        cache: NegativeCache,
+        items: Features,
+        result: CacheLossReturn,
+        ranks: Ranks | None,
     ) -> None:
         data, indices, mask = (
             None if of_all is None else of_all[name]
@@ -95,8 +103,7 @@ class _Handler(nn.Module):
             )
         )
         items_mask = None
-        if self.use_cross_replica:
-            ranks = Ranks(self.process_group)
+        if ranks is not None:
             items, items_mask, data, indices, mask = _of_all_ranks(
                 ranks, cache, items, data, indices, mask
             )

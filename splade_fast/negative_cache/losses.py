@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from splade_fast.negative_cache.distributed import Ranks
+from splade_fast.distributed import Ranks
 from splade_fast.negative_cache.features import Tables, Value, as_dense
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
@@ -192,12 +192,16 @@ class AbstractCacheClassificationLoss(nn.Module):
             any_cache = next(iter(cache.values())).data
             rows = source.rows(slots, *self.data_keys, self.embedding_key)
             stale = any_cache.values_of(rows, self.embedding_key)[self.embedding_key]
-            data = self._network_input(any_cache, rows, cached, pos_features)
-        fresh = as_dense(doc_network(dict(data)))
+        with source.together("doc_network"):
+            with torch.no_grad():
+                data = self._network_input(any_cache, rows, cached, pos_features)
+            fresh = as_dense(doc_network(dict(data)))
+            name = "the output of doc_network"
+            if fresh.shape != (expected := (slots.numel(), queries.shape[1])):
+                raise ValueError(f"{name} must be {expected}, got {tuple(fresh.shape)}")
+            tables = any_cache.rows(name, {self.embedding_key: fresh}, slots.device)
         with torch.no_grad():
             staleness = _mean_where(cached, _staleness(as_dense(stale), fresh).view(cached.shape))
-            name = "the output of doc_network"
-            tables = any_cache.rows(name, {self.embedding_key: fresh}, slots.device)
             updates = source.updates(slots, tables)
             topk_features = self._topk_features(source, any_cache, data, cached, return_topk)
         negatives = fresh
@@ -415,9 +419,9 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
     """The loss over the caches of all ranks as one: each rank keeps a part.
 
     All ranks call it together. Batches and caches may differ in size; whatever else differs, or a
-    wrong argument on one rank, raises on all of them. The noise of the first rank counts: the
-    draws are those of one process with all caches, in the order of the ranks, and all queries.
-    Refreshed embeddings return to the rank that owns them.
+    wrong argument on one rank, or a document network that fails there, raises on all of them. The
+    noise of the first rank counts: the draws are those of one process with all caches, in the order
+    of the ranks, and all queries. Refreshed embeddings return to the rank that owns them.
 
     Args:
         process_group: whose ranks; None: all.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from splade_fast.negative_cache.features import (
     SparseFeature,
     Tables,
     Value,
+    fits,
     sparse_tables,
     stored,
     table_names,
     value_of,
 )
-from splade_fast.ops.gather import gather_rows, oldest_slots, write_rows
+from splade_fast.ops.gather import gather_rows, update_cache_
 from splade_fast.sparse_rows import SparseRows
 
 __all__ = ["CacheData", "CacheManager", "FixedLenFeature", "NegativeCache", "SparseFeature"]
@@ -46,7 +47,8 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             self[key] = value
 
     def __getitem__(self, key: str) -> Value:
-        return value_of(key, self.tables(), self._num_cols[key])
+        tables: Any = self._buffers
+        return value_of(key, tables, self._num_cols[key])
 
     def __setitem__(self, key: str, value: Value) -> None:
         """The value itself becomes the buffer."""
@@ -68,6 +70,13 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._num_cols)
+
+    # Those of a mapping would look up a value for each key.
+    def __contains__(self, key: object) -> bool:
+        return key in self._num_cols
+
+    def keys(self) -> KeysView[str]:
+        return self._num_cols.keys()
 
     def __len__(self) -> int:
         return len(self._num_cols)
@@ -93,27 +102,26 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         """Features from rows of their tables."""
         return {key: value_of(key, tables, self._num_cols[key]) for key in keys}
 
-    def tables_of(self, values: Mapping[str, Value]) -> Tables:
-        """The inverse of `values_of`."""
-        tables: Tables = {}
-        for key, value in values.items():
-            tables |= sparse_tables(key, value) if isinstance(value, SparseRows) else {key: value}
-        return tables
-
     def rows(self, name: str, items: Mapping[str, Value], device: torch.device) -> Tables:
         """Items as rows of the tables of their features, padded, pruned and cast.
 
         Raises:
             TypeError, ValueError: they do not fit; `name` is the argument that held them.
         """
-        values = {
-            key: stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
-            for key, value in items.items()
-        }
-        counts = {key: len(value) for key, value in values.items()}
-        if len(set(counts.values())) > 1:
+        tables: Tables = {}
+        buffers = self._buffers
+        for key, value in items.items():
+            dense = buffers.get(key)
+            if dense is not None and fits(value, dense, device):
+                tables[key] = value
+                continue
+            default = self._defaults.get(key)
+            kept = stored(f"{name}[{key!r}]", value, self[key], device, default)
+            tables.update(sparse_tables(key, kept) if isinstance(kept, SparseRows) else {key: kept})
+        if len({table.shape[0] for table in tables.values()}) > 1:
+            counts = {key: len(value) for key, value in items.items()}
             raise ValueError(f"{name} must have as many items for every key, got {counts}")
-        return self.tables_of(values)
+        return tables
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheData:
         if self.storage == "device":
@@ -155,13 +163,13 @@ class NegativeCache(nn.Module):
     ) -> None:
         super().__init__()
         self.data = CacheData(data, storage, defaults)
-        age = torch.as_tensor(age, dtype=torch.int32)
+        age = torch.as_tensor(age, dtype=torch.int32).contiguous()
         if valid is None:
             tables = self.data.tables().values()
             count = len(next(iter(tables))) if tables else len(age)
             valid = torch.ones(count, dtype=torch.bool, device=age.device)
         self.register_buffer("age", age)
-        self.register_buffer("valid", valid)
+        self.register_buffer("valid", valid.contiguous())
 
     @property
     def size(self) -> int:
@@ -171,9 +179,11 @@ class NegativeCache(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where draws and updates happen; pinned features stay in host memory."""
-        if self.data.storage == "pinned":
-            return self.age.device
-        return next((table.device for table in self.data.tables().values()), self.age.device)
+        data = self.data
+        if data.storage == "device":
+            for table in data.tables().values():
+                return table.device
+        return self.age.device
 
     def is_on(self, device: torch.device) -> bool:
         """Whether everything that does not stay in host memory is there."""
@@ -233,7 +243,6 @@ class CacheManager:
             defaults=defaults,
         )
 
-    @torch.no_grad()
     def update_cache(
         self,
         cache: NegativeCache,
@@ -266,85 +275,71 @@ class CacheManager:
                 than slots.
             RuntimeError: a slot is out of range, see `scatter_rows_`.
         """
-        if len(cache.age) != cache.size:
-            raise ValueError(f"cache.age must be ({cache.size},), got {tuple(cache.age.shape)}")
+        data, age, valid = cache.data, cache.age, cache.valid
+        if age.shape != valid.shape:
+            raise ValueError(f"cache.age must be {tuple(valid.shape)}, got {tuple(age.shape)}")
         device = cache.device
         new: Tables | None = None
-        mask: Tensor | None = None
+        new_mask: Tensor | None = None
         if new_items is not None:
-            if set(new_items) != set(cache.data):
+            if new_items.keys() != data.keys():
                 raise ValueError(
-                    f"new_items must have the keys of the cache, {sorted(cache.data)}, "
+                    f"new_items must have the keys of the cache, {sorted(data)}, "
                     f"got {sorted(new_items)}"
                 )
-            new = cache.data.rows("new_items", new_items, device)
-            count = _count(new)
-            mask = _mask_on("new_items_mask", new_items_mask, count, device)
-            if count > cache.size and (mask is None or int(mask.sum()) > cache.size):
+            new = data.rows("new_items", new_items, device)
+            count, slots = _count(new), age.shape[0]
+            new_mask = _mask_on("new_items_mask", new_items_mask, count, device)
+            if count > slots and (new_mask is None or int(new_mask.sum()) > slots):
                 raise ValueError(
-                    f"new_items must be at most the {cache.size} slots of the cache, got {count}"
+                    f"new_items must be at most the {slots} slots of the cache, got {count}"
                 )
+        refreshed: Tables | None = None
+        refreshed_mask: Tensor | None = None
         if updated_item_indices is not None:
-            self._refresh(
-                cache, device, updated_item_data or {}, updated_item_indices, updated_item_mask
+            refreshed = self._refreshed(data, updated_item_data or {}, updated_item_indices, device)
+            refreshed_mask = _mask_on(
+                "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
             )
+            updated_item_indices = updated_item_indices.to(device, torch.int64)
         elif updated_item_data:
             raise ValueError("updated_item_indices must be given with updated_item_data, got None")
-        if new is not None:
-            _insert(cache, new, mask)
-        cache.age.add_(1)
+        update_cache_(
+            data.tables(),
+            age,
+            valid,
+            new_rows=new,
+            new_mask=new_mask,
+            refreshed_rows=refreshed,
+            refreshed_slots=updated_item_indices,
+            refreshed_mask=refreshed_mask,
+            use_lru=self.use_lru,
+        )
         return cache
 
-    def _refresh(
+    def _refreshed(
         self,
-        cache: NegativeCache,
-        device: torch.device,
+        cache: CacheData,
         data: Mapping[str, Value],
         indices: Tensor,
-        mask: Tensor | None,
-    ) -> None:
-        if not set(data) <= set(cache.data):
+        device: torch.device,
+    ) -> Tables:
+        if not data.keys() <= cache.keys():
             raise ValueError(
-                f"updated_item_data must have keys of the cache, {sorted(cache.data)}, "
+                f"updated_item_data must have keys of the cache, {sorted(cache)}, "
                 f"got {sorted(data)}"
             )
-        rows = cache.data.rows("updated_item_data", data, device)
-        if indices.ndim != 1 or (rows and len(indices) != _count(rows)):
+        rows = cache.rows("updated_item_data", data, device)
+        if indices.ndim != 1 or (rows and indices.shape[0] != _count(rows)):
             raise ValueError(
                 f"updated_item_indices must be ({_count(rows)},) as updated_item_data, "
                 f"got {tuple(indices.shape)}"
             )
-        mask = _mask_on("updated_item_mask", mask, len(indices), device)
-        tables = list(cache.data.tables(data).values())
-        fresh = list(rows.values())
-        if self.use_lru:
-            tables.append(cache.age)
-            fresh.append(cache.age.new_full((len(indices),), -1))
-        write_rows(tables, indices.to(device), fresh, mask)
-
-
-def _insert(cache: NegativeCache, rows: Tables, mask: Tensor | None) -> None:
-    """In place of the oldest items."""
-    count = _count(rows)
-    slots = oldest_slots(cache.age, min(count, cache.size))
-    if mask is not None:
-        # The m-th item that is not masked takes the m-th slot.
-        slots = slots[(mask.cumsum(0) - 1).clamp(0, max(len(slots) - 1, 0))]
-    tables = cache.data.tables()
-    write_rows(
-        [*tables.values(), cache.age, cache.valid],
-        slots,
-        [
-            *(rows[name] for name in tables),
-            cache.age.new_full((count,), -1),
-            cache.valid.new_full((count,), True),
-        ],
-        mask,
-    )
+        return rows
 
 
 def _count(rows: Tables) -> int:
-    return len(next(iter(rows.values()))) if rows else 0
+    return next(iter(rows.values())).shape[0] if rows else 0
 
 
 def _mask_on(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:

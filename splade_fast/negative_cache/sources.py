@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from splade_fast.negative_cache.distributed import Ranks, padded
+from splade_fast.distributed import Ranks, padded
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.retrieval import (
@@ -62,6 +63,9 @@ class Source(Protocol):
     def rows(self, slots: Tensor, *keys: str) -> Tables:
         """Rows of tables, (B * n, ...) for slots (B, n); those of slots outside mean nothing."""
 
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """What fails inside on one process fails on all that share the caches."""
+
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """By name of a cache of this process: what to store, where, and which of it.
 
@@ -113,6 +117,9 @@ class LocalCaches:
 
     def rows(self, slots: Tensor, *keys: str) -> Tables:
         return self._cache.gather(slots.flatten(), *keys)
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         return _updates(self._cache, slots.flatten(), fresh)
@@ -214,6 +221,9 @@ class ShardedCaches:
         owner = self._owner(slots.flatten())
         places = torch.arange(slots.numel(), device=slots.device)
         return {name: answer[owner, places] for name, answer in zip(tables, answers, strict=True)}
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        return self._ranks.together(what)
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """Every rank stores what any rank has refreshed of its slots."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from splade_fast import _library, reference
 from splade_fast.ops._checks import check_device, check_tensor
-from splade_fast.ops.prune import prune_rows
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
@@ -86,41 +85,90 @@ def scatter_rows_(
         if mask.shape != indices.shape:
             raise ValueError(f"mask must be {tuple(indices.shape)}, got {tuple(mask.shape)}")
         check_device("mask", mask, "indices", indices)
-    write_rows(values, indices, sources, mask)
-
-
-@torch.no_grad()
-def write_rows(
-    tables: list[Tensor], indices: Tensor, rows: list[Tensor], mask: Tensor | None
-) -> None:
-    """`scatter_rows_` for arguments that are known to fit."""
     if not _library.has_kernels(indices.device):
-        named = [{str(i): t for i, t in enumerate(tensors)} for tensors in (tables, rows)]
-        reference.scatter_rows_(named[0], indices, named[1], mask)
+        with torch.no_grad():
+            reference.scatter_rows_(
+                dict(zip(names, values, strict=True)),
+                indices,
+                dict(zip(names, sources, strict=True)),
+                mask,
+            )
         return
-    torch.ops.splade_fast.scatter_rows_(tables, indices.long(), rows, mask)
-    if not torch.compiler.is_compiling():
-        # What a backward has saved of a table must not be used as if it had not changed.
-        torch.autograd.graph.increment_version(tables)
+    torch.ops.splade_fast.scatter_rows_(values, indices.long(), sources, mask)
+    _count_change(values)
 
 
-def oldest_slots(age: Tensor, count: int) -> Tensor:
-    """The slots of the `count` largest ages; of equal ages the lowest slot first.
+def update_cache_(
+    tables: Mapping[str, Tensor],
+    age: Tensor,
+    valid: Tensor,
+    *,
+    new_rows: Mapping[str, Tensor] | None = None,
+    new_mask: Tensor | None = None,
+    refreshed_rows: Mapping[str, Tensor] | None = None,
+    refreshed_slots: Tensor | None = None,
+    refreshed_mask: Tensor | None = None,
+    use_lru: bool = True,
+) -> None:
+    """A step of a cache in one call: refresh, replace the oldest, age += 1; all of it or nothing.
+
+    First tables[name][refreshed_slots[i]] = refreshed_rows[name][i], with age -1 if `use_lru`. Then
+    the m-th new row that is not masked takes the m-th oldest slot, of equal ages the lowest first,
+    with age -1. Then every age grows by one.
+
+    Arguments are `negative_cache.CacheManager`'s, whose Python checks them in the words of its
+    callers; here the op does, before it writes.
 
     Args:
-        age: (C,) int32.
-        count: between 0 and C.
+        tables: (C, ...) each, as in `scatter_rows_`.
+        age: (C,) int32, contiguous; with the other tensors on its device, but pinned tables.
+        valid: (C,) bool, contiguous: becomes true for new rows.
+        new_rows: (N, ...) for each table without a gradient, N at most C; None: none.
+        new_mask: (N,) bool; rows where it is false are not added. None: all are.
+        refreshed_rows: (M, ...) for some tables, without a gradient.
+        refreshed_slots: (M,) int64, of several for one slot the last counts; None: none.
+        refreshed_mask: (M,) bool; rows where it is false are not written, and their slot may be
+            anything. None: all are.
+        use_lru: refreshed rows become as young as new ones.
 
-    Returns:
-        (count,) int64, from the oldest on.
+    Raises:
+        RuntimeError: an argument does not fit, or a slot is out of range; see `scatter_rows_`.
     """
-    if age.device.type == "cpu" and _library.has_kernels(age.device):
-        oldest: Tensor = torch.ops.splade_fast.oldest_slots(age, count)
-        return oldest
-    # Every int32 is a float64.
-    slots, ages, _ = prune_rows(age.double()[None], count, -torch.inf, None, None)
-    order = ages[0].sort(descending=True, stable=True)[1]
-    return slots[0].long()[order]
+    if not _library.has_kernels(age.device):
+        reference.update_cache_(
+            tables,
+            age,
+            valid,
+            new_rows=new_rows,
+            new_mask=new_mask,
+            refreshed_rows=refreshed_rows,
+            refreshed_slots=refreshed_slots,
+            refreshed_mask=refreshed_mask,
+            use_lru=use_lru,
+        )
+        return
+    # The op takes the refreshed tables first.
+    names = list(refreshed_rows or ())
+    names += [name for name in tables if name not in names]
+    written = [tables[name] for name in names]
+    torch.ops.splade_fast.update_cache_.default(
+        written,
+        age,
+        valid,
+        [] if new_rows is None else [new_rows[name] for name in names],
+        new_mask,
+        [] if refreshed_rows is None else list(refreshed_rows.values()),
+        refreshed_slots,
+        refreshed_mask,
+        use_lru,
+    )
+    _count_change([*written, age, valid])
+
+
+def _count_change(tables: list[Tensor]) -> None:
+    """What a backward has saved of a table must not be used as if it had not changed."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tables)
 
 
 def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[str], list[Tensor]]:
@@ -162,11 +210,21 @@ def _scatter_fake(
     return None
 
 
-def _oldest_fake(age: Tensor, count: int) -> Tensor:
-    return age.new_empty((count,), dtype=torch.int64)
+def _update_fake(
+    tables: Sequence[Tensor],
+    age: Tensor,
+    valid: Tensor,
+    new_rows: Sequence[Tensor],
+    new_mask: Tensor | None,
+    refreshed_rows: Sequence[Tensor],
+    refreshed_slots: Tensor | None,
+    refreshed_mask: Tensor | None,
+    use_lru: bool,
+) -> None:
+    return None
 
 
 if _library.cpu_library_loaded():
     torch.library.register_fake("splade_fast::gather_rows", _gather_fake)
     torch.library.register_fake("splade_fast::scatter_rows_", _scatter_fake)
-    torch.library.register_fake("splade_fast::oldest_slots", _oldest_fake)
+    torch.library.register_fake("splade_fast::update_cache_", _update_fake)

@@ -1,6 +1,6 @@
 """Plain PyTorch versions of every op: slow, readable, the yardstick of tests and benchmarks."""
 
-from splade_fast.reference.gather import gather_rows, scatter_rows_
+from splade_fast.reference.gather import gather_rows, scatter_rows_, update_cache_
 from splade_fast.reference.head import splade_head
 from splade_fast.reference.pool import splade_pool
 from splade_fast.reference.prune import dense_rows, prune_rows, prune_topk
@@ -17,4 +17,5 @@ __all__ = [
     "scatter_rows_",
     "splade_head",
     "splade_pool",
+    "update_cache_",
 ]

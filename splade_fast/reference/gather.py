@@ -34,6 +34,43 @@ def scatter_rows_(
         _bits(table)[indices[kept].to(table.device)] = _bits(rows[name])[kept].to(table.device)
 
 
+def update_cache_(
+    tables: Mapping[str, Tensor],
+    age: Tensor,
+    valid: Tensor,
+    *,
+    new_rows: Mapping[str, Tensor] | None = None,
+    new_mask: Tensor | None = None,
+    refreshed_rows: Mapping[str, Tensor] | None = None,
+    refreshed_slots: Tensor | None = None,
+    refreshed_mask: Tensor | None = None,
+    use_lru: bool = True,
+) -> None:
+    """Refresh rows, put new ones in place of the oldest, lowest slots first, and age all others."""
+    new, fresh = (
+        {name: rows.clone() for name, rows in (given or {}).items()}
+        for given in (new_rows, refreshed_rows)
+    )
+    added = torch.ones(len(next(iter(new.values()))) if new else 0, device=age.device).bool()
+    if new_mask is not None:
+        added = new_mask
+    count = int(added.sum())
+    if count > len(age):
+        raise RuntimeError(f"new_rows must be at most the {len(age)} slots, got {count}")
+    if refreshed_slots is not None:
+        mask = torch.ones_like(refreshed_slots).bool() if refreshed_mask is None else refreshed_mask
+        _check_range({"age": age}, refreshed_slots[mask])
+        scatter_rows_({name: tables[name] for name in fresh}, refreshed_slots, fresh, mask)
+        if use_lru:
+            age[refreshed_slots[mask]] = -1
+    slots = torch.zeros(len(added), dtype=torch.int64, device=age.device)
+    slots[added] = age.sort(descending=True, stable=True)[1][:count]
+    scatter_rows_({name: tables[name] for name in new}, slots, new, added)
+    age[slots[added]] = -1
+    valid[slots[added]] = True
+    age += 1
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """The same memory in a dtype that PyTorch can index: it cannot with all unsigned ones."""
     return tensor.view(_SIGNED.get(tensor.dtype, tensor.dtype))

@@ -1,5 +1,6 @@
 """Sharded and replicated caches in real processes, against one process with everything."""
 
+import copy
 import time
 
 import pytest
@@ -215,6 +216,43 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
     loss(network, queries, queries, cache)  # and the group still works
 
 
+def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
+    """At once: a rank that waited for the others would run into the timeout of the group."""
+    cache = {"cache": shard(9, rank)}
+    network = tower()
+    queries = network({"ids": words(2, rank)})
+    last = rank == count - 1
+
+    def raising(features):
+        raise LookupError("on purpose")
+
+    for broken, error, message in (
+        (raising, LookupError, "on purpose"),
+        (lambda features: torch.zeros(2, 7), ValueError, r"doc_network must be \(2, 8\), got"),
+        (lambda features: torch.zeros(1, 8), ValueError, r"doc_network must be \(2, 8\), got"),
+    ):
+        if not last:
+            error, message = RuntimeError, f"failed on rank {count - 1}, see there"
+        for loss in (DistributedCacheClassificationLoss(**KEYS), CacheClassificationLoss(**KEYS)):
+            handler = CacheLossHandler(
+                tower_manager(9),
+                loss,
+                **KEYS,
+                use_cross_replica=isinstance(loss, CacheClassificationLoss),
+            )
+            handler.cache.load_state_dict(cache["cache"].state_dict())
+            before = copy.deepcopy(handler.cache.state_dict())
+            features = {"ids": words(2, rank)}
+            with pytest.raises(error, match=message):
+                handler.update_cache_and_compute_loss(
+                    broken if last else network, queries, queries, features
+                )
+            for name, tensor in handler.cache.state_dict().items():
+                assert torch.equal(tensor, before[name]), name
+            # And the group still works.
+            handler.update_cache_and_compute_loss(network, queries, queries, features)
+
+
 def replicas_stay_the_same(rank: int, count: int) -> None:
     """Every rank stores what all add and refresh; batches differ in size, one is empty."""
     batches = [2, 3, 0][:count]
@@ -342,6 +380,7 @@ SCENARIOS = (
     sharded_is_one_large_cache,
     sharded_with_other_options,
     wrong_arguments_raise_on_all_ranks,
+    a_failing_network_fails_on_all_ranks,
     replicas_stay_the_same,
     queries_of_ranks_draw_independently,
     encoder_in_ddp,

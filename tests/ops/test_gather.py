@@ -8,7 +8,7 @@ from torch import Tensor
 
 import splade_fast as sf
 from splade_fast import reference
-from splade_fast.ops.gather import oldest_slots
+from splade_fast.ops.gather import update_cache_
 
 DTYPES = [
     torch.bool,
@@ -224,20 +224,189 @@ def test_a_table_that_a_backward_saved_is_not_changed_unnoticed(device):
         loss.backward()
 
 
+class Update:
+    """A cache of three tables, and the arguments of a step of it."""
+
+    def __init__(self, slots: int, device: torch.device, ages: Tensor | None = None) -> None:
+        self.device = device
+        self.tables = {
+            "ids": table(slots, (5,), torch.int32, device),
+            "flag": table(slots, (), torch.bool, device),
+            "embedding": table(slots, (3, 7), torch.bfloat16, device),
+        }
+        ages = torch.randint(0, 9, (slots,)) if ages is None else ages
+        self.age = ages.int().to(device)
+        self.valid = table(slots, (), torch.bool, device)
+        self.arguments: dict[str, object] = {}
+
+    def new(self, count: int, mask: list[bool] | None = None) -> "Update":
+        self.arguments |= {"new_rows": self._rows(count, self.tables), "new_mask": self._mask(mask)}
+        return self
+
+    def refresh(
+        self, slots: list[int], names: tuple[str, ...], mask: list[bool] | None = None
+    ) -> "Update":
+        self.arguments |= {
+            "refreshed_rows": self._rows(len(slots), names),
+            "refreshed_slots": torch.tensor(slots, dtype=torch.int64, device=self.device),
+            "refreshed_mask": self._mask(mask),
+        }
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.tables, "age": self.age, "valid": self.valid}
+
+    def compare(self, **options) -> None:
+        """With the reference, and the other tensors as they were."""
+        expected = clones(self.state())
+        tables = {name: expected[name] for name in self.tables}
+        reference.update_cache_(
+            tables, expected["age"], expected["valid"], **self.arguments, **options
+        )
+        update_cache_(self.tables, self.age, self.valid, **self.arguments, **options)
+        assert_same(self.state(), expected)
+
+    def _rows(self, count: int, names) -> dict[str, Tensor]:
+        shapes = {name: (self.tables[name].shape[1:], self.tables[name].dtype) for name in names}
+        return {name: table(count, *kind, self.device) for name, kind in shapes.items()}
+
+    def _mask(self, mask: list[bool] | None) -> Tensor | None:
+        return None if mask is None else torch.tensor(mask, dtype=torch.bool, device=self.device)
+
+
 @pytest.mark.parametrize("order", ["any", "rising", "falling", "equal"])
 @pytest.mark.parametrize("count", [0, 1, 3, 100, 999, 1000])
-def test_the_oldest_slots(device, count, order):
-    """The largest ages first, of equal ages the lowest slot."""
+def test_new_rows_replace_the_oldest(device, count, order):
+    """The largest ages first, of equal ages the lowest slot; the largest of all wraps around."""
     ages = torch.randint(-1, 30, (1000,), dtype=torch.int32)
     ages[500], ages[700], ages[701] = 2**31 - 2, 2**31 - 1, -(2**31)
     if order == "equal":
         ages[:] = 7
     elif order != "any":
         ages = ages.sort(descending=order == "falling")[0]
-    expected = ages.long().sort(descending=True, stable=True)[1][:count]
-    assert oldest_slots(ages.to(device), count).tolist() == expected.tolist()
-    strided = torch.stack([ages, -ages], 1).to(device)[:, 0]
-    assert oldest_slots(strided, count).tolist() == expected.tolist()
+    oldest = ages.long().sort(descending=True, stable=True)[1][:count].to(device)
+    update = Update(1000, device, ages).new(count)
+    expected = clones(update.state())
+    update_cache_(update.tables, update.age, update.valid, **update.arguments)
+    expected["age"] += 1
+    expected["age"][oldest] = 0
+    expected["valid"][oldest] = True
+    for name in update.tables:
+        expected[name][oldest] = update.arguments["new_rows"][name]
+    assert_same(update.state(), expected)
+
+
+@pytest.mark.parametrize("use_lru", [True, False])
+def test_refresh_then_replace(device, use_lru):
+    """Duplicates, masks, a refreshed slot that is replaced at once, tables in another order."""
+    names = ("embedding", "ids")
+    for ages in (None, torch.full((40,), 3), torch.arange(40).flip(0)):
+        Update(40, device, ages).compare(use_lru=use_lru)
+        Update(40, device, ages).new(6).compare(use_lru=use_lru)
+        Update(40, device, ages).refresh([3, 0, 3, 39], names).compare(use_lru=use_lru)
+        update = Update(40, device, ages).new(5).refresh([3, 0, 3, 39], names)
+        update.compare(use_lru=use_lru)
+        mask = [True, False, True, True, False]
+        update = Update(40, device, ages).new(5, mask)
+        update.refresh([7, -1, 2, 7, 10**9, 7], names, [True, False, True, True, False, False])
+        update.compare(use_lru=use_lru)
+        Update(40, device, ages).refresh([5, 5], ()).compare(use_lru=use_lru)
+        Update(40, device, ages).new(3, [False] * 3).compare(use_lru=use_lru)
+    # More new rows than slots, of which few enough count; and all slots at once.
+    Update(4, device).new(6, [True, False] * 3).compare(use_lru=use_lru)
+    Update(4, device).new(4).refresh([1, 2], ("flag",)).compare(use_lru=use_lru)
+    Update(1, device).new(1).refresh([0], names).compare(use_lru=use_lru)
+    Update(0, device).new(0).compare(use_lru=use_lru)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_update(data):
+    slots = data.draw(st.integers(1, 600))
+    ages = data.draw(st.sampled_from(["few", "many", "steps"]))
+    drawn = {
+        "few": torch.randint(0, 3, (slots,)),
+        "many": torch.randint(-(2**31), 2**31, (slots,)),
+        "steps": torch.arange(slots).div(7, rounding_mode="floor").roll(slots // 3).flip(0),
+    }[ages]
+    update = Update(slots, torch.device("cpu"), drawn)
+
+    def mask(count):
+        return data.draw(st.none() | st.lists(st.booleans(), min_size=count, max_size=count))
+
+    if data.draw(st.booleans()):
+        count = data.draw(st.integers(0, min(slots, 80)))
+        update.new(count, mask(count))
+    if data.draw(st.booleans()):
+        places = data.draw(st.lists(st.integers(0, slots - 1), max_size=80))
+        names = data.draw(st.permutations(list(update.tables)))
+        update.refresh(places, names[: data.draw(st.integers(0, 3))], mask(len(places)))
+    update.compare(use_lru=data.draw(st.booleans()))
+
+
+def test_large_updates_on_several_threads():
+    threads = torch.get_num_threads()
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        update = Update(9000, torch.device("cpu"), torch.arange(9000) % 1000)
+        update.tables["wide"] = torch.randn(9000, 300)
+        places = torch.randint(9000, (8000,)).tolist()
+        update.new(7000).refresh(places, ("wide", "flag")).compare()
+    torch.set_num_threads(threads)
+
+
+def test_rows_of_the_cache_itself(device):
+    """They are what they were before the step."""
+    update = Update(10, device).new(4).refresh([0, 1, 2], ("embedding",))
+    update.arguments["new_rows"] = {name: t[3:7] for name, t in update.tables.items()}
+    update.arguments["refreshed_rows"] = {"embedding": update.tables["embedding"][5:8]}
+    before = clones(update.state())
+    update.age[:4] = 100
+    update_cache_(update.tables, update.age, update.valid, **update.arguments, use_lru=False)
+    for name in update.tables:
+        assert torch.equal(update.tables[name][:4], before[name][3:7])
+        assert torch.equal(update.tables[name][4:], before[name][4:])
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 2**40, -(2**40)])
+def test_a_bad_update_changes_nothing(bad):
+    cpu = torch.device("cpu")
+
+    def refused(message: str, change=None, **arguments) -> None:
+        update = Update(40, cpu).new(3).refresh([1, 2], ("embedding",))
+        update.arguments |= arguments
+        if change is not None:
+            change(update)
+        before = clones(update.state())
+        with pytest.raises(RuntimeError, match=message):
+            update_cache_(update.tables, update.age, update.valid, **update.arguments)
+        assert_same(update.state(), before)
+
+    slots = torch.tensor([1, bad])
+    refused(f"indices must be between 0 and 39, the last row of the tables, got {bad}",
+            refreshed_slots=slots)  # fmt: skip
+    refused("indices must be int64", refreshed_slots=slots.int())
+    refused("refreshed_slots must be given with refreshed_rows", refreshed_slots=None)
+    refused(r"refreshed_rows\[0\] must be \(count, \*row\) with count = 1",
+            refreshed_slots=slots[:1])  # fmt: skip
+    refused(r"refreshed_mask must be bool \(count,\) = \(2,\)", refreshed_mask=slots[:1] > 0)
+    refused(r"new_mask must be bool \(count,\) = \(3,\)", new_mask=slots > 0)
+    new = Update(40, cpu).new(3).arguments["new_rows"]
+    refused(r"new_rows\[\d\] must have the dtype of its table, Int, got Long",
+            new_rows={**new, "ids": new["ids"].long()})  # fmt: skip
+    refused("new_rows must be at most the 40 slots, got 41",
+            change=lambda update: update.new(41))  # fmt: skip
+
+    def set_to(name: str, value: Tensor):
+        return lambda update: setattr(update, name, value)
+
+    refused("age must be contiguous int32", change=set_to("age", torch.zeros(40)))
+    refused("age must be contiguous int32", change=set_to("age", torch.zeros(80).int()[::2]))
+    refused("valid must be contiguous bool", change=set_to("valid", torch.zeros(39).bool()))
+    refused(r"tables\[\d\] must have a row for each of the 40 slots",
+            change=lambda update: update.tables.update(ids=torch.zeros(39, 5).int()))  # fmt: skip
+    refused(r"tables\[\d\] must not share memory with tables\[\d\]",
+            change=lambda update: update.tables.update(flag=update.valid))  # fmt: skip
 
 
 def test_opcheck(device):
@@ -245,12 +414,14 @@ def test_opcheck(device):
     indices = torch.tensor([0, 5, 5], device=device)
     rows = [t[:3].clone() for t in tables]
     torch.library.opcheck(torch.ops.splade_fast.gather_rows.default, (tables, indices))
-    if device.type == "cpu":
-        ages = torch.arange(9, dtype=torch.int32)
-        torch.library.opcheck(torch.ops.splade_fast.oldest_slots.default, (ages, 4))
+    age, valid = torch.arange(6, device=device).int(), torch.ones(6, device=device).bool()
     for mask in (None, torch.tensor([True, False, True], device=device)):
         torch.library.opcheck(
             torch.ops.splade_fast.scatter_rows_.default, (tables, indices, rows, mask)
+        )
+        torch.library.opcheck(
+            torch.ops.splade_fast.update_cache_.default,
+            (tables, age, valid, rows, mask, rows[:1], indices, mask, True),
         )
 
 
@@ -271,6 +442,21 @@ def test_compiles_in_one_graph(device, dynamic):
         indices = torch.arange(count, device=device)
         assert torch.equal(compiled(tables, indices), shift(others, indices))
         assert_same(tables, others)
+
+
+def test_an_update_compiles_in_one_graph(device):
+    def step(tables, age, valid, arguments):
+        update_cache_(tables, age, valid, **arguments)
+        return tables["ids"].sum() + age.sum()
+
+    compiled = torch.compile(step, fullgraph=True)
+    for ages in (None, torch.arange(30)):
+        update = Update(30, device, ages).new(3).refresh([1, 4], ("embedding",), [True, False])
+        other = clones(update.state())
+        tables = {name: other[name] for name in update.tables}
+        expected = step(tables, other["age"], other["valid"], update.arguments)
+        assert compiled(update.tables, update.age, update.valid, update.arguments) == expected
+        assert_same(update.state(), other)
 
 
 def test_meta():
