@@ -52,7 +52,8 @@ bench: build
 	python -m benchmarks $(ARGS)
 
 bench-compare: build
-	python -m pytest benchmarks/test_regression.py --benchmark-autosave --benchmark-compare
+	python -m pytest benchmarks/test_regression.py --benchmark-autosave
+	python -m benchmarks.regression $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info splade_fast/*.so $(VENV)
