@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: an API page for every public module, and a navigation of the pages that exist."""
+"""Hooks of mkdocs: an API page for each public module, and navigation of the pages that exist."""
 
 from pathlib import Path
 
