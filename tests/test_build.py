@@ -162,3 +162,7 @@ def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(tmp_path):
     assert {architecture for _, architecture in kernels} == {"sm_80", "sm_90a"}
     assert len(spills) >= len(kernels) > 0
     assert set(spills) == {("0", "0")}
+    # Python loads libtorch_cuda.so without showing its symbols to others: ours has to name it.
+    needed = run("readelf", "--dynamic", str(tmp_path / "_ops_cuda.so")).stdout
+    assert "[libtorch_cuda.so]" in needed
+    assert "libcudart" not in needed
