@@ -110,9 +110,11 @@ def _facts_section(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
             )
             for fact in chosen
         ]
-        body.append(_folded(f"{study}: {len(lines)} numbers", markdown_table(header, lines)))
+        body.append(_folded(f"{study}, {len(lines)} values", markdown_table(header, lines)))
+    if not path.stem.startswith("screening"):
+        return body, _copied(path, folder)
     screening_plots.draw(facts, folder / path.name)
-    return body, sorted(folder.glob(f"{path.stem.split('-')[0]}-*.svg"))
+    return body, sorted(folder.glob("screening-*.svg"))
 
 
 def _plain_section(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -23,6 +23,7 @@ from benchmarks.machine import Machine
 from benchmarks.regression import FLOORS
 from benchmarks.report import write_report
 from benchmarks.results import Row, read_csv, write_csv
+from benchmarks.screening.facts import Fact
 from splade_fast import SparseRows
 from splade_fast.demo.checkpoint import CheckpointError
 
@@ -104,18 +105,25 @@ def test_report_is_a_function_of_the_csvs(tmp_path: Path) -> None:
     )
     (results / "b.csv").write_text("machine,size,ms\nthis,1,2.5\nthis,2,5|6\n")
     (results / "b-curve.svg").write_text("<svg/>")
+    fact = {field.name: "" for field in dataclasses.fields(Fact)}
+    numbers = {"dim": 128, "value": 12.5, "active": None, "at_most": 20.0, "at_least": None}
+    study = {"study": "training", "unit": "%", "cores": 2, "threads": 2}
+    write_csv([Fact(**{**fact, **numbers, **study})], Fact, results / "c.csv")
+    (results / "c.svg").write_text("<svg/>")
     write_report(results, tmp_path / "one.md")
     write_report(results, tmp_path / "two.md")
     page = (tmp_path / "one.md").read_text()
     assert page.replace("(one/", "(two/") == (tmp_path / "two.md").read_text()
     plots = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert plots == ["a.svg", "b-curve.svg"]
+    assert plots == ["a.svg", "b-curve.svg", "c.svg"]
     for name in plots:
         assert f"](one/{name})" in page
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert "| **2** | 250 (125 ×) |" in page
     assert "| WRONG, not timed |  |" in page
     assert "targets: 1 met, 0 missed" in page
+    assert "<summary>training, 1 values</summary>" in page
+    assert "| 12.5 % | <= 20: met |" in page
     assert "machine this.\n\n| size | ms |\n| --- | --- |\n| 1 | 2.5 |\n| 2 | 5/6 |" in page
 
 
