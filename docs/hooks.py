@@ -20,7 +20,17 @@ LAST = (
     "contributing.md",
 )
 # What other modules are made of, and what is no library.
-INTERNAL = {"checkpoints", "cli", "demo", "distributed", "hidden_states", "text_encoder"}
+INTERNAL = {
+    "checkpoints",
+    "cli",
+    "demo",
+    "distributed",
+    "files",
+    "hidden_states",
+    "pooled_forward",
+    "text_encoder",
+    "whole_folders",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
