@@ -27,7 +27,6 @@ INTERNAL = {
     "distributed",
     "files",
     "hidden_states",
-    "pooled_forward",
     "text_encoder",
     "whole_folders",
 }
