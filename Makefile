@@ -7,9 +7,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python lint format sanitize fuzz bench bench-compare clean
+.PHONY: env build demo demo-scratch test test-cpp test-python lint format docs sanitize fuzz bench bench-compare clean
 
 env: $(VENV)/.environment
 build: $(VENV)/.built
@@ -21,7 +21,7 @@ $(VENV)/.environment: pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.environment $(SOURCES)
-	pip install --quiet --no-build-isolation -e ".[demo,test,bench,dev]"
+	pip install --quiet --no-build-isolation -e ".[demo,test,bench,docs,dev]"
 	touch $@
 
 demo: build
@@ -36,6 +36,11 @@ test-cpp: env
 	cmake -S . -B build/cpp -G Ninja -DSPLADE_FAST_CUDA=0 -DPython_EXECUTABLE=$(BIN)/python
 	cmake --build build/cpp
 	ctest --test-dir build/cpp --output-on-failure
+	cmake --install build/cpp --prefix build/cpp-installed
+	cmake -S examples/cpp -B build/example -G Ninja \
+		-DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp-installed;$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+	cmake --build build/example
+	ctest --test-dir build/example --output-on-failure
 
 test-python: build
 	python -m pytest $(ARGS)
@@ -51,6 +56,10 @@ format: build
 	ruff format .
 	clang-format -i $(CPP)
 
+docs: build
+	python -m benchmarks --report
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 # The tests of the ops with the CPU library under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize: build
 	tests/sanitize.sh address $(ARGS)
@@ -65,7 +74,8 @@ bench: build
 	python -m benchmarks $(ARGS)
 
 bench-compare: build
-	python -m pytest benchmarks/test_regression.py --benchmark-autosave --benchmark-compare
+	python -m pytest benchmarks/test_regression.py --benchmark-autosave
+	python -m benchmarks.regression $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info splade_fast/*.so $(VENV)
+	rm -rf build dist site docs/benchmarks docs/benchmarks.md *.egg-info splade_fast/*.so $(VENV)

@@ -12,11 +12,12 @@ from benchmarks import cases
 from benchmarks.case import UnavailableError
 from benchmarks.driver import CONTENDERS, Options, run_case
 from benchmarks.machine import Machine
-from benchmarks.results import Row, by_case, read_csv, write_csv
+from benchmarks.results import Row, write_csv
 from benchmarks.tables import format_case
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 ROUNDS = {"cpu": 11, "cuda": 50}
+REPORT = Path("docs/benchmarks.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.cases) - set(cases.names()):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(cases.names())}")
     if options.report:
-        return _report(options.out)
+        return _report(options.out, options.report)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU", file=sys.stderr)
         return 2
@@ -52,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument(
-        "--report", action="store_true", help="measure nothing: tables and plots of the CSVs in OUT"
+        "--report",
+        nargs="?",
+        type=Path,
+        const=REPORT,
+        metavar="PAGE",
+        help="measure nothing: one Markdown page, default %(const)s, of all CSVs in OUT",
     )
     return parser
 
@@ -87,15 +93,12 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
     return complete and all(row.correct for row in rows)
 
 
-def _report(out: Path) -> int:
-    paths = sorted(path for op in cases.names() for path in out.glob(f"{op}-*.csv"))
-    for path in paths:
-        rows = read_csv(Row, path)
-        print(f"\n# {path.name}")
-        for group in by_case(rows).values():
-            print(f"\n{format_case(group)}")
-        _draw(rows, path)
-    return 0 if paths else 1
+def _report(results: Path, page: Path) -> int:
+    from benchmarks.report import write_report  # needs matplotlib
+
+    write_report(results, page)
+    print(page)
+    return 0
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table of one case, from its rows."""
+"""Tables: of one case, from its rows, and any in Markdown."""
 
 from collections.abc import Sequence
 
@@ -40,3 +40,8 @@ def _number(value: float | None, form: str) -> str:
 def _line(cells: Sequence[str]) -> str:
     name, *numbers = cells
     return f"  {name:<34}" + "".join(f"{number:>20}" for number in numbers)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

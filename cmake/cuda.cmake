@@ -41,8 +41,15 @@ if(CMAKE_CUDA_COMPILER)
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
   target_compile_definitions(ops_cuda PRIVATE USE_CUDA)
-  target_link_libraries(ops_cuda PRIVATE torch_stable)
-  # The functions of torch's CUDA side are found when it loads the library: no CUDA build of torch is needed here.
+  # torch's CUDA side is in libtorch_cuda.so, which a CPU build of torch does not have. Python loads it where its symbols
+  # are not seen by all, so the library must name it: an empty one of that name does at link time, and the loader takes
+  # torch's own, which is there already.
+  file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda/empty.cpp" "")
+  add_library(torch_cuda_name SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda/empty.cpp")
+  set_target_properties(torch_cuda_name PROPERTIES OUTPUT_NAME torch_cuda
+                        LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda")
+  target_link_options(ops_cuda PRIVATE "LINKER:--no-as-needed")
+  target_link_libraries(ops_cuda PRIVATE torch_stable torch_cuda_name)
   set_target_properties(ops_cuda PROPERTIES PREFIX "" OUTPUT_NAME _ops_cuda SUFFIX ".so" INSTALL_RPATH ""
                         CUDA_RUNTIME_LIBRARY Static)
   list(APPEND installed ops_cuda)

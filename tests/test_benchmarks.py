@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cache_training
+from benchmarks import cache_training, regression
 from benchmarks.__main__ import main
 from benchmarks.cases.pool import PoolCase
 from benchmarks.cases.score import ScoreCase
@@ -19,7 +20,9 @@ from benchmarks.driver import Options, run_case
 from benchmarks.encoded import resampled
 from benchmarks.inputs import ragged_lengths
 from benchmarks.machine import Machine
-from benchmarks.results import Row, read_csv
+from benchmarks.regression import FLOORS
+from benchmarks.report import write_report
+from benchmarks.results import Row, read_csv, write_csv
 from benchmarks.screening.facts import Fact
 from splade_fast import SparseRows
 from splade_fast.demo.checkpoint import CheckpointError
@@ -77,10 +80,88 @@ def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
         assert all(row.peak_extra_mib is not None for row in measured)
         skipped = op in ("prune", "score", "encode")  # targets against the peer alone, or none
         assert all(row.verdict or skipped for row in rows if row.contender == "ours")
-    (tmp_path / "screening-cpu.csv").write_text("study,value\nsweep,1\n")  # not the driver's
-    report = run_driver("--report", "--out", str(tmp_path))
-    assert report.returncode == 0
-    assert "head-cpu-quick.csv" in report.stdout
+    page = tmp_path / "page.md"
+    report = run_driver("--report", str(page), "--out", str(tmp_path))
+    assert report.returncode == 0, report.stderr
+    for op in ops:
+        assert f"## {op}-cpu-quick\n" in page.read_text()
+        assert (tmp_path / "page" / f"{op}-cpu-quick.svg").exists()
+
+
+def row(contender: str, **changes: object) -> Row:
+    facts = {field.name: "" for field in dataclasses.fields(Row)}
+    numbers = {
+        "fill": 0.5,
+        "active": 0.05,
+        "error": 0.0,
+        "tolerance": 1.0,
+        "cores": 2,
+        "threads": 2,
+    }
+    measured = dict.fromkeys(("p25_ms", "p75_ms", "share_of_floor", "peak_extra_mib"), 1.5)
+    given = {"op": "pool", "contender": contender, "correct": True, "rounds": 3, "cores": 2}
+    return Row(**{**facts, **numbers, **measured, **given, **changes})
+
+
+def test_report_is_a_function_of_the_csvs(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    ours = row("ours", median_ms=2.0, times_ours=1.0, verdict="<= 1.3 times the floor: 1.27 met")
+    wrong = row("ours", shape="other", correct=False, median_ms=None, times_ours=None)
+    write_csv(
+        [ours, row("eager", median_ms=250.0, times_ours=125.0), wrong], Row, results / "a.csv"
+    )
+    (results / "b.csv").write_text("machine,size,ms\nthis,1,2.5\nthis,2,5|6\n")
+    (results / "b-curve.svg").write_text("<svg/>")
+    fact = {field.name: "" for field in dataclasses.fields(Fact)}
+    numbers = {"dim": 128, "value": 12.5, "active": None, "at_most": 20.0, "at_least": None}
+    study = {"study": "training", "unit": "%", "cores": 2, "threads": 2}
+    write_csv([Fact(**{**fact, **numbers, **study})], Fact, results / "c.csv")
+    (results / "c.svg").write_text("<svg/>")
+    write_report(results, tmp_path / "one.md")
+    write_report(results, tmp_path / "two.md")
+    page = (tmp_path / "one.md").read_text()
+    assert page.replace("(one/", "(two/") == (tmp_path / "two.md").read_text()
+    plots = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert plots == ["a.svg", "b-curve.svg", "c.svg"]
+    for name in plots:
+        assert f"](one/{name})" in page
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert "| **2** | 250 (125 ×) |" in page
+    assert "| WRONG, not timed |  |" in page
+    assert "targets: 1 met, 0 missed" in page
+    assert "<summary>training, 1 values</summary>" in page
+    assert "| 12.5 % | <= 20: met |" in page
+    assert "machine this.\n\n| size | ms |\n| --- | --- |\n| 1 | 2.5 |\n| 2 | 5/6 |" in page
+
+
+def test_report_without_results_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no CSV in"):
+        write_report(tmp_path, tmp_path / "page.md")
+
+
+def save_run(storage: Path, number: int, floors: dict[str, float]) -> None:
+    runs = [{"name": name, "extra_info": {FLOORS: ratio}} for name, ratio in floors.items()]
+    path = storage / "machine" / f"{number:04}_run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmarks": runs}))
+
+
+def test_slower_ratios_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = ["--storage", str(tmp_path)]
+    assert regression.main(storage) == 2
+    save_run(tmp_path, 1, {"a": 2.0, "b": 1.0, "gone": 1.0})
+    assert regression.main(storage) == 0
+    save_run(tmp_path, 2, {"a": 2.4, "b": 1.0})
+    assert regression.main(storage) == 0
+    assert "gone: gone" in capsys.readouterr().out
+    save_run(tmp_path, 3, {"a": 2.6, "b": 1.0, "c": 3.0})
+    assert regression.main(storage) == 0  # against run 2
+    capsys.readouterr()
+    assert regression.main(["0001", *storage]) == 1
+    out = capsys.readouterr().out
+    assert [line.split()[-1] for line in out.splitlines() if "SLOWER" in line] == ["a"]
+    assert regression.main(["0001", *storage, "--limit", "1.4"]) == 0
+    assert regression.main(["0007", *storage]) == 2
 
 
 def test_unknown_case_is_refused() -> None:

@@ -5,10 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+
+from splade_fast import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,8 +83,31 @@ def test_an_arch_list_that_is_not_one_is_refused(tmp_path):
     assert "'hopper' is not of the form 8.0, 9.0a or 8.0+PTX" in " ".join(configured.stderr.split())
 
 
-def test_a_wheel_without_nvcc_installs_and_runs(tmp_path, path_without_nvcc):
-    """The whole of it: a wheel from a clean copy of the sources, unpacked elsewhere, used there."""
+def assert_complete(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in (
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "README.md",
+        "examples/cpp/search.cpp",
+    ):
+        assert needed in names
+    assert not any(name.endswith(".so") for name in names)
+
+
+def assert_valid_metadata(wheel: Path) -> None:
+    folder = f"splade_fast-{__version__}.dist-info"
+    archive = zipfile.ZipFile(wheel)
+    metadata = Metadata.from_email(archive.read(f"{folder}/METADATA"), validate=True)
+    assert str(metadata.version) == __version__
+    assert metadata.license_expression == "Apache-2.0"
+    assert f"{folder}/licenses/LICENSE" in archive.namelist()
+
+
+def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nvcc):
+    """The whole of it: an sdist of the sources, a wheel from it, unpacked elsewhere, used there."""
     tracked = run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard")
     source = tmp_path / "source"
     for name in tracked.stdout.splitlines():
@@ -88,12 +115,15 @@ def test_a_wheel_without_nvcc_installs_and_runs(tmp_path, path_without_nvcc):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     built = run(
-        *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
+        *(sys.executable, "-m", "build", "--no-isolation"),  # the wheel from the sdist
         *("--outdir", str(tmp_path / "dist"), str(source)),
         PATH=path_without_nvcc,
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    assert_complete(sdist)
+    assert_valid_metadata(wheel)
     names = zipfile.ZipFile(wheel).namelist()
     assert "splade_fast/_ops_cpu.so" in names
     assert "splade_fast/py.typed" in names
@@ -132,3 +162,7 @@ def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(tmp_path):
     assert {architecture for _, architecture in kernels} == {"sm_80", "sm_90a"}
     assert len(spills) >= len(kernels) > 0
     assert set(spills) == {("0", "0")}
+    # Python loads libtorch_cuda.so without showing its symbols to others: ours has to name it.
+    needed = run("readelf", "--dynamic", str(tmp_path / "_ops_cuda.so")).stdout
+    assert "[libtorch_cuda.so]" in needed
+    assert "libcudart" not in needed

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plots import COLOURS
+from benchmarks.plots import COLOURS, save
 from benchmarks.screening.emulation import REMEDIES
 from benchmarks.screening.encode import ALGORITHMS as PROFILED
 from benchmarks.screening.encode import STAGES
@@ -30,11 +30,8 @@ def draw(facts: Sequence[Fact], path: Path) -> None:
         if chosen:
             figure = drawing(chosen)
             figure.suptitle(f"screened head, {study}, on {chosen[0].cpu}", x=0.01, ha="left")
-            figure.savefig(
-                path.with_name(path.name.replace("screening", f"screening-{study}", 1)).with_suffix(
-                    ".svg"
-                )
-            )
+            name = path.name.replace("screening", f"screening-{study}", 1)
+            save(figure, path.with_name(name).with_suffix(".svg"))
 
 
 def _survivors(facts: Sequence[Fact]) -> Figure:

@@ -119,7 +119,10 @@ def splade_head(
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """The dtype in which autocast wants the product; float64 is left alone, as in a Linear."""
     device = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if hidden.dtype == torch.float64 or device == "meta":
+        return None
+    # Dynamo of torch 2.10 cannot trace the question, and all that it compiles for has autocast.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
