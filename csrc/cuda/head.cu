@@ -174,9 +174,8 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
   task.is_bfloat16 = input.weight.scalar_type() == ScalarType::BFloat16;
   task.tokens = packed.const_data_ptr();
   task.weight = input.weight.const_data_ptr();
-  task.starts = pack.starts;
-  task.source_rows = pack.source_rows;
-  task.length = input.length;
+  task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
+               static_cast<int>(sm90::token_tiles(shape))};
   task.first_sequences = mutable_data<int32_t>(first_sequences);
   task.keys = keys.mutable_data_ptr();
   task.outputs.vocabulary = shape.vocabulary;

@@ -22,31 +22,25 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (tile < tiles) first_sequences[tile] = first_sequence_after(starts, batch, tile * kTileTokens);
 }
 
-// Where the row of a packed tile was in its sequence.
-__device__ int32_t position_in_sequence(const HeadTask& task, const Segment& segment, int row) {
-  if (task.source_rows == nullptr) return row - segment.start;
-  return static_cast<int32_t>(task.source_rows[row] - segment.sequence * task.length);
-}
-
 __device__ void merge_key(uint64_t* key, uint64_t candidate) {
   atomicMax(reinterpret_cast<unsigned long long*>(key), static_cast<unsigned long long>(candidate));
 }
 __device__ void merge_key(uint32_t* key, uint32_t candidate) { atomicMax(key, candidate); }
 
-// The maximum of one entry over a segment: finished, or merged with those of other tiles.
+// Outputs and keys of a task.
 template <typename T, bool kPositions>
-__device__ void emit(const HeadTask& task, const Segment& segment, int entry, int first_row, Key<kPositions> key) {
-  const int32_t position =
-      kPositions ? position_in_sequence(task, segment, first_row + static_cast<int>(position_of(key))) : 0;
-  if (lies_in_one_tile(segment.start, segment.stop)) {
-    store_maximum<T>(task.outputs, segment.sequence, entry, value_of(key), position, true);
-  } else {
-    const int batch = static_cast<int>(task.shape.batch);
-    const int64_t slot = key_slot(segment.sequence, segment.start, batch, static_cast<int>(token_tiles(task.shape)));
-    merge_key(static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry,
-              moved_to(key, static_cast<uint32_t>(position)));
+struct DeviceSink {
+  const HeadTask& task;
+
+  __device__ Key<kPositions>* key(int slot, int entry) const {
+    return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
-}
+  __device__ void store(int sequence, int entry, float value, int position, bool counted) {
+    store_maximum<T>(task.outputs, sequence, entry, value, position, counted);
+  }
+  __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
+  __device__ Key<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
+};
 
 template <typename T, bool kPositions>
 __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kAccumulators], int token_tile,
@@ -56,19 +50,17 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   // Two of four neighbouring threads write, one entry each.
   const int entry = first_entry + hopper::accumulator_row(thread, 2 * (quarter % 2));
   const bool writes = quarter < 2 && entry < task.shape.vocabulary;
-  for_each_segment(task.starts, static_cast<int>(task.shape.batch), task.first_sequences[token_tile], first_row,
+  DeviceSink<T, kPositions> sink{task};
+  for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
                      Key<kPositions> key[2];
 #pragma unroll
                      for (int half = 0; half < 2; ++half) {
-                       key[half] = segment.is_whole_tile()
-                                       ? max_of_columns<kPositions, true>(accumulators, half, thread, 0, kTileTokens)
-                                       : max_of_columns<kPositions, false>(accumulators, half, thread, segment.first,
-                                                                           segment.last);
+                       key[half] = max_of_segment<kPositions>(accumulators, half, thread, segment);
                        key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 1));
                        key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
                      }
-                     if (writes) emit<T, kPositions>(task, segment, entry, first_row, quarter == 0 ? key[0] : key[1]);
+                     if (writes) emit(task.rows, segment, first_row, entry, quarter == 0 ? key[0] : key[1], sink);
                    });
 }
 
@@ -97,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int depth = static_cast<int>(task.shape.depth), steps = (depth + kTileDepth - 1) / kTileDepth;
   const TileOrder order =
-      TileOrder::of(static_cast<int>(task.shape.vocabulary), task.starts[task.shape.batch], kCluster);
+      TileOrder::of(static_cast<int>(task.shape.vocabulary), task.rows.starts[task.rows.batch], kCluster);
   const int first_tile = static_cast<int>(blockIdx.x) / kCluster, num_tiles = static_cast<int>(order.count());
   const int tile_stride = static_cast<int>(gridDim.x) / kCluster;
   Ring<kStages> ring;
@@ -172,20 +164,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int kFinishThreads = 256;
 template <typename T, bool kPositions>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (entry >= task.shape.vocabulary) return;
-  const int batch = static_cast<int>(task.shape.batch), tiles = static_cast<int>(token_tiles(task.shape));
-  for (int b = static_cast<int>(blockIdx.y); b < batch; b += static_cast<int>(gridDim.y)) {
-    const int start = task.starts[b], stop = task.starts[b + 1];
-    if (lies_in_one_tile(start, stop)) continue;
-    Key<kPositions> key = 0;
-    if (start < stop) {
-      key = static_cast<const Key<kPositions>*>(
-          task.keys)[key_slot(b, start, batch, tiles) * task.shape.vocabulary + entry];
-    }
-    const bool counted = key != 0;
-    store_maximum<T>(task.outputs, b, entry, counted ? value_of(key) : -INFINITY,
-                     counted ? static_cast<int32_t>(position_of(key)) : 0, counted);
+  DeviceSink<T, kPositions> sink{task};
+  for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
+    finish(task.rows, b, entry, sink);
   }
 }
 
@@ -253,11 +236,11 @@ cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
 
 template <typename T, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
-  const int batch = static_cast<int>(task.shape.batch), tiles = static_cast<int>(token_tiles(task.shape));
+  const int batch = task.rows.batch, tiles = task.rows.tiles;
   cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
   if (error != cudaSuccess) return error;
   first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
-      task.starts, batch, tiles, task.first_sequences);
+      task.rows.starts, batch, tiles, task.first_sequences);
   error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<T, kPositions, 2>(task, stream)
                                                      : launch_kernel<T, kPositions, 1>(task, stream);
   if (error != cudaSuccess) return error;

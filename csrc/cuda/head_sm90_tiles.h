@@ -135,20 +135,6 @@ SPLADE_FAST_INLINE void for_each_segment(const int32_t* starts, int batch, int s
   }
 }
 
-// At most one sequence that goes on beyond a tile begins in it, so the tile can stand for it: the keys of sequences in
-// several tiles take as many rows as there are sequences or tiles, whichever are fewer.
-SPLADE_FAST_INLINE int64_t key_slots(int64_t batch, int64_t token_tiles) {
-  return batch < token_tiles ? batch : token_tiles;
-}
-
-SPLADE_FAST_INLINE int key_slot(int sequence, int start, int batch, int token_tiles) {
-  return batch < token_tiles ? sequence : start / kTileTokens;
-}
-
-inline int64_t key_bytes(const Shape& shape, bool positions) {
-  return key_slots(shape.batch, token_tiles(shape)) * shape.vocabulary * (positions ? 8 : 4);
-}
-
 // Keys -----------------------------------------------------------------------------------------------------------
 
 // The largest key wins: the largest value, and where a position is kept the lowest one. 0: no row at all.
@@ -236,6 +222,68 @@ SPLADE_FAST_INLINE Key<kPositions> max_of_columns(const float (&accumulators)[kA
     if (best < 0) return 0;
   }
   return make_key<kPositions>(value, static_cast<uint32_t>(own + best));
+}
+
+template <bool kPositions>
+SPLADE_FAST_INLINE Key<kPositions> max_of_segment(const float (&accumulators)[kAccumulators], int half, int thread,
+                                                  const Segment& segment) {
+  return segment.is_whole_tile()
+             ? max_of_columns<kPositions, true>(accumulators, half, thread, 0, kTileTokens)
+             : max_of_columns<kPositions, false>(accumulators, half, thread, segment.first, segment.last);
+}
+
+// Sequences in one tile and in several ---------------------------------------------------------------------------
+
+// At most one sequence that goes on beyond a tile begins in it, so the tile can stand for it: the keys of sequences in
+// several tiles take as many rows as there are sequences or tiles, whichever are fewer.
+SPLADE_FAST_INLINE int64_t key_slots(int64_t batch, int64_t tiles) { return batch < tiles ? batch : tiles; }
+
+inline int64_t key_bytes(const Shape& shape, bool positions) {
+  return key_slots(shape.batch, token_tiles(shape)) * shape.vocabulary * (positions ? 8 : 4);
+}
+
+// The packed rows: how they are cut into sequences, and where they came from.
+struct PackedRows {
+  const int32_t* starts;       // (batch + 1,)
+  const int32_t* source_rows;  // the row of the padded batch that each was; null: they are where they were
+  int64_t length;              // of a padded sequence; only with source_rows
+  int batch, tiles;            // tiles: of all rows that there is room for
+
+  SPLADE_FAST_INLINE int position(int sequence, int row) const {
+    if (source_rows == nullptr) return row - starts[sequence];
+    return static_cast<int>(source_rows[row] - sequence * length);
+  }
+
+  SPLADE_FAST_INLINE int key_slot(int sequence) const {
+    return batch < tiles ? sequence : starts[sequence] / kTileTokens;
+  }
+};
+
+// The maximum of one entry over a segment of the tile that begins at first_row: stored if the tile has all of the
+// sequence, else merged with those of other tiles.
+template <typename K, typename Sink>
+SPLADE_FAST_INLINE void emit(const PackedRows& rows, const Segment& segment, int first_row, int entry, K key,
+                             Sink& sink) {
+  const int position =
+      sizeof(K) == 8 ? rows.position(segment.sequence, first_row + static_cast<int>(position_of(key))) : 0;
+  if (lies_in_one_tile(segment.start, segment.stop)) {
+    sink.store(segment.sequence, entry, value_of(key), position, true);
+  } else {
+    sink.merge(rows.key_slot(segment.sequence), entry, moved_to(key, static_cast<uint32_t>(position)));
+  }
+}
+
+// Stores what no tile could: sequences in several tiles, and those without rows.
+template <typename Sink>
+SPLADE_FAST_INLINE void finish(const PackedRows& rows, int sequence, int entry, Sink& sink) {
+  const int start = rows.starts[sequence], stop = rows.starts[sequence + 1];
+  if (lies_in_one_tile(start, stop)) return;
+  if (start >= stop) {
+    sink.store(sequence, entry, -INFINITY, 0, false);
+  } else {
+    const auto key = sink.merged(rows.key_slot(sequence), entry);
+    sink.store(sequence, entry, value_of(key), static_cast<int>(position_of(key)), true);
+  }
 }
 
 }  // namespace splade_fast::cuda::sm90
