@@ -54,9 +54,9 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
                      Key<kPositions> key[2];
+                     max_of_segment<kPositions>(accumulators, thread, segment, key);
 #pragma unroll
                      for (int half = 0; half < 2; ++half) {
-                       key[half] = max_of_segment<kPositions>(accumulators, half, thread, segment);
                        key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 1));
                        key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
                      }

@@ -182,54 +182,58 @@ SPLADE_FAST_INLINE float max_or_nan(float a, float b) {
 #endif
 }
 
-// The key, with the column as position, of the columns [first, last) that a thread has of one of its two entries
-// (half). 0 where it has none of them.
+// The key of either entry of a thread, with the column as position, over its columns of [first, last). 0 where it has
+// none of them.
 template <bool kPositions, bool kWholeTile>
-SPLADE_FAST_INLINE Key<kPositions> max_of_columns(const float (&accumulators)[kAccumulators], int half, int thread,
-                                                  int first, int last) {
+SPLADE_FAST_INLINE void max_of_columns(const float (&accumulators)[kAccumulators], int thread, int first, int last,
+                                       Key<kPositions> (&key)[2]) {
   constexpr int kGroupsAtOnce = 4;
   const int own = thread % 4 * 2;
-  // Column own + c of the segment if this is: one comparison for both of its ends.
+  // Column own + c is of the segment if this is: one comparison for both of its ends.
   const uint32_t length = static_cast<uint32_t>(last - first);
   const auto inside = [&](int c) { return kWholeTile || static_cast<uint32_t>(own + c - first) < length; };
-  float value = -INFINITY;
-  int best = -1;
+  float value[2] = {-INFINITY, -INFINITY};
+  int best[2] = {-1, -1};
   SPLADE_FAST_UNROLL
   for (int block = 0; block < kColumnGroups; block += kGroupsAtOnce) {
     if (!kWholeTile && (first >= (block + kGroupsAtOnce) * 8 || last <= block * 8)) continue;
     SPLADE_FAST_UNROLL
-    for (int group = block; group < block + kGroupsAtOnce; ++group) {
+    for (int i = 2 * block; i < 2 * (block + kGroupsAtOnce); ++i) {
+      const int c = i / 2 * 8 + i % 2;
+      if (!inside(c)) continue;
       SPLADE_FAST_UNROLL
-      for (int side = 0; side < 2; ++side) {
-        const float candidate = accumulators[4 * group + 2 * half + side];
-        const int c = 8 * group + side;
-        if (inside(c)) {
-          if (kPositions) best = candidate > value ? c : best;
-          value = max_or_nan(value, candidate);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const float candidate = accumulators[i / 2 * 4 + 2 * half + i % 2];
+        if (kPositions) best[half] = candidate > value[half] ? c : best[half];
+        value[half] = max_or_nan(value[half], candidate);
       }
     }
   }
-  // Nothing was above -inf, or there is a NaN: the lowest column that holds what came out.
-  if (!(value > -INFINITY)) {
-    best = -1;
-    SPLADE_FAST_UNROLL
-    for (int i = kTileTokens / 4 - 1; i >= 0; --i) {
-      const float candidate = accumulators[4 * (i / 2) + 2 * half + i % 2];
-      const int c = 8 * (i / 2) + i % 2;
-      if (inside(c) && (candidate == value || candidate != candidate)) best = c;
+  SPLADE_FAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    // Nothing was above -inf, or there is a NaN: the lowest column that holds what came out.
+    if (!(value[half] > -INFINITY)) {
+      best[half] = -1;
+      SPLADE_FAST_UNROLL
+      for (int i = kTileTokens / 4 - 1; i >= 0; --i) {
+        const float candidate = accumulators[i / 2 * 4 + 2 * half + i % 2];
+        const int c = i / 2 * 8 + i % 2;
+        if (inside(c) && (candidate == value[half] || candidate != candidate)) best[half] = c;
+      }
     }
-    if (best < 0) return 0;
+    const bool none = !(value[half] > -INFINITY) && best[half] < 0;
+    key[half] = none ? 0 : make_key<kPositions>(value[half], static_cast<uint32_t>(own + best[half]));
   }
-  return make_key<kPositions>(value, static_cast<uint32_t>(own + best));
 }
 
 template <bool kPositions>
-SPLADE_FAST_INLINE Key<kPositions> max_of_segment(const float (&accumulators)[kAccumulators], int half, int thread,
-                                                  const Segment& segment) {
-  return segment.is_whole_tile()
-             ? max_of_columns<kPositions, true>(accumulators, half, thread, 0, kTileTokens)
-             : max_of_columns<kPositions, false>(accumulators, half, thread, segment.first, segment.last);
+SPLADE_FAST_INLINE void max_of_segment(const float (&accumulators)[kAccumulators], int thread, const Segment& segment,
+                                       Key<kPositions> (&key)[2]) {
+  if (segment.is_whole_tile()) {
+    max_of_columns<kPositions, true>(accumulators, thread, 0, kTileTokens, key);
+  } else {
+    max_of_columns<kPositions, false>(accumulators, thread, segment.first, segment.last, key);
+  }
 }
 
 // Sequences in one tile and in several ---------------------------------------------------------------------------

@@ -360,13 +360,14 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
       }
     }
     for_each_segment(rows.starts, rows.batch, first_sequence, first_row, [&](const Segment& segment) {
+      Key<kPositions> of_thread[2], key[2] = {0, 0};
+      for (int q = 0; q < 4; ++q) {
+        max_of_segment<kPositions>(accumulators[q], first_thread + q, segment, of_thread);
+        for (int half = 0; half < 2; ++half) key[half] = std::max(key[half], of_thread[half]);
+      }
       for (int half = 0; half < 2; ++half) {
-        Key<kPositions> key = 0;
-        for (int q = 0; q < 4; ++q) {
-          key = std::max(key, max_of_segment<kPositions>(accumulators[q], half, first_thread + q, segment));
-        }
         const int entry = first_entry + group * 64 + accumulator_row(first_thread, 2 * half);
-        if (entry < sink.vocabulary) emit(rows, segment, first_row, entry, key, sink);
+        if (entry < sink.vocabulary) emit(rows, segment, first_row, entry, key[half], sink);
       }
     });
   }
