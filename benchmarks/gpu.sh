@@ -53,10 +53,13 @@ sanitizer() {
     local name=$1 tool=${1#fused_}
     shift
     stage "$name" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-        "$python" -m benchmarks "$@" --device cuda --quick --repeats 3 \
-        --skip compile peer memory --out "$out/$name"
+        compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" "$@"
 }
+tiny_benchmarks() {
+    sanitizer "$1" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
+        --skip compile peer memory --out "$out/$1"
+}
+fused_tests=(-m pytest tests/ops/test_head_hopper.py -m cuda -x)
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
@@ -64,8 +67,8 @@ stage tests "$python" -m pytest tests/ops tests/test_library.py tests/test_spars
     --ignore tests/ops/test_head_hopper.py --junitxml="$out/junit.xml"
 command -v compute-sanitizer >/dev/null && has_sanitizer=1 || has_sanitizer=0
 if ((has_sanitizer)); then
-    sanitizer memcheck "${cases[@]}"
-    sanitizer racecheck "${cases[@]}"
+    tiny_benchmarks memcheck
+    tiny_benchmarks racecheck
 else
     echo "memory checks: skipped, no compute-sanitizer" | tee -a "$summary"
 fi
@@ -73,13 +76,13 @@ stage benchmarks "$python" -m benchmarks "${cases[@]}" --device cuda --out "$out
     "${benchmark_args[@]}"
 [[ -f $out/benchmarks.log ]] && cat "$out/benchmarks.log"
 
-stage fused_tests "$python" -m pytest tests/ops/test_head_hopper.py -m cuda -x \
-    --junitxml="$out/junit_fused.xml"
-export SPLADE_FAST_HOPPER=1
+stage fused_tests "$python" "${fused_tests[@]}" --junitxml="$out/junit_fused.xml"
 if ((has_sanitizer)); then
-    for tool in memcheck racecheck synccheck initcheck; do sanitizer "fused_$tool" head; done
+    for tool in memcheck racecheck synccheck initcheck; do
+        sanitizer "fused_$tool" "${fused_tests[@]}" -k "fused and (test_packed or tie or not_read)"
+    done
 fi
-stage fused_benchmarks "$python" -m benchmarks head --device cuda --out "$out/fused_results" \
+stage fused_benchmarks env SPLADE_FAST_HOPPER=1 "$python" -m benchmarks head --device cuda --out "$out/fused_results" \
     "${benchmark_args[@]}"
 [[ -f $out/fused_benchmarks.log ]] && cat "$out/fused_benchmarks.log"
 

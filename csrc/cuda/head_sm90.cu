@@ -4,6 +4,12 @@
 // Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
 // vocabulary entries each by the tile's 256 tokens and reduce them. Two blocks of a cluster share each token tile, half
 // of it copied by either. head_sm90_tiles.h has the order of the tiles and the reduction.
+//
+// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2750 instructions, no
+// local memory, 168 registers at the start, then 40 and 232. The main loop is four HGMMA.64x256x16 to a group, with
+// nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
+// frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
+// FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
 #include <cudaTypedefs.h>
 
 #include "head_sm90.h"
@@ -11,8 +17,6 @@
 
 namespace splade_fast::cuda::sm90 {
 namespace {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Which sequence the walk over a tile's segments begins with.
 constexpr int kPlanThreads = 256;
@@ -22,10 +26,14 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (tile < tiles) first_sequences[tile] = first_sequence_after(starts, batch, tile * kTileTokens);
 }
 
-__device__ void merge_key(uint64_t* key, uint64_t candidate) {
-  atomicMax(reinterpret_cast<unsigned long long*>(key), static_cast<unsigned long long>(candidate));
+template <typename K>
+__device__ void merge_key(K* key, K candidate) {
+  if constexpr (sizeof(K) == 8) {
+    atomicMax(reinterpret_cast<unsigned long long*>(key), static_cast<unsigned long long>(candidate));
+  } else {
+    atomicMax(key, candidate);
+  }
 }
-__device__ void merge_key(uint32_t* key, uint32_t candidate) { atomicMax(key, candidate); }
 
 // Outputs and keys of a task.
 template <typename T, bool kPositions>
@@ -57,8 +65,8 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                      max_of_segment<kPositions>(accumulators, thread, segment, key);
 #pragma unroll
                      for (int half = 0; half < 2; ++half) {
-                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 1));
-                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
+                       key[half] = max(key[half], __shfl_xor_sync(hopper::kAllLanes, key[half], 1));
+                       key[half] = max(key[half], __shfl_xor_sync(hopper::kAllLanes, key[half], 2));
                      }
                      if (writes) emit(task.rows, segment, first_row, entry, quarter == 0 ? key[0] : key[1], sink);
                    });

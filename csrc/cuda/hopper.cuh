@@ -10,6 +10,12 @@
 #define SPLADE_FAST_SM90A 1
 #endif
 
+namespace splade_fast::cuda::hopper {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+}  // namespace splade_fast::cuda::hopper
+
 #if defined(SPLADE_FAST_SM90A)
 namespace splade_fast::cuda::hopper {
 
