@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: build, CUDA tests, memory checks, benchmarks.
+# Everything that needs a GPU, in one call: build, CUDA tests, memory checks, benchmarks; then the
+# same of the head with the fused kernel of sm_90a, each in a process of its own: should it hang or
+# fault, nothing else is lost.
 #
 #   OUT=gpu_out benchmarks/gpu.sh
 #
@@ -8,7 +10,8 @@
 # Settings, all optional:
 #   PYTHON          interpreter with a CUDA build of torch       (python3)
 #   OUT             where logs, junit, CSVs and plots go         (./gpu_out)
-#   STAGES          which stages to run       (build tests memcheck racecheck benchmarks)
+#   STAGES          which stages to run       (build tests memcheck racecheck benchmarks fused_tests
+#                   fused_memcheck fused_racecheck fused_synccheck fused_initcheck fused_benchmarks)
 #   STAGE_SECONDS   time limit of a stage                        (420)
 #   CASES           benchmark cases                              (pool head prune score encode sample)
 #   BENCHMARK_ARGS  more options for python -m benchmarks        (--seconds 3)
@@ -18,7 +21,9 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-gpu_out}
-stages=${STAGES:-build tests memcheck racecheck benchmarks}
+stages=${STAGES:-build tests memcheck racecheck benchmarks fused_tests fused_memcheck fused_racecheck
+    fused_synccheck fused_initcheck fused_benchmarks}
+stages=${stages//$'\n'/ }
 stage_seconds=${STAGE_SECONDS:-420}
 read -ra cases <<<"${CASES:-pool head prune score encode sample}"
 read -ra benchmark_args <<<"${BENCHMARK_ARGS:---seconds 3}"
@@ -45,25 +50,41 @@ stage() {
 # Tiny shapes: a checker slows every kernel down a hundredfold. Without torch's caching, each
 # tensor is an allocation of its own, so that a step over its end is seen.
 sanitizer() {
-    stage "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 \
-        "$python" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
+    local name=$1 tool=${1#fused_}
+    shift
+    stage "$name" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" "$@"
+}
+tiny_benchmarks() {
+    sanitizer "$1" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
         --skip compile peer memory --out "$out/$1"
 }
+fused_tests=(-m pytest tests/ops/test_head_hopper.py -m cuda -x)
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
 stage tests "$python" -m pytest tests/ops tests/test_library.py tests/test_sparse_rows.py -m cuda \
-    --junitxml="$out/junit.xml"
-if command -v compute-sanitizer >/dev/null; then
-    sanitizer memcheck
-    sanitizer racecheck
+    --ignore tests/ops/test_head_hopper.py --junitxml="$out/junit.xml"
+command -v compute-sanitizer >/dev/null && has_sanitizer=1 || has_sanitizer=0
+if ((has_sanitizer)); then
+    tiny_benchmarks memcheck
+    tiny_benchmarks racecheck
 else
-    echo "memcheck, racecheck: skipped, no compute-sanitizer" | tee -a "$summary"
+    echo "memory checks: skipped, no compute-sanitizer" | tee -a "$summary"
 fi
 stage benchmarks "$python" -m benchmarks "${cases[@]}" --device cuda --out "$out/results" \
     "${benchmark_args[@]}"
 [[ -f $out/benchmarks.log ]] && cat "$out/benchmarks.log"
+
+stage fused_tests "$python" "${fused_tests[@]}" --junitxml="$out/junit_fused.xml"
+if ((has_sanitizer)); then
+    for tool in memcheck racecheck synccheck initcheck; do
+        sanitizer "fused_$tool" "${fused_tests[@]}" -k "fused and (test_packed or tie or not_read)"
+    done
+fi
+stage fused_benchmarks env SPLADE_FAST_HOPPER=1 "$python" -m benchmarks head --device cuda --out "$out/fused_results" \
+    "${benchmark_args[@]}"
+[[ -f $out/fused_benchmarks.log ]] && cat "$out/fused_benchmarks.log"
 
 cat "$summary"
 exit "$failed"

@@ -35,12 +35,18 @@ if(CMAKE_CUDA_COMPILER)
   set(SPLADE_FAST_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_backward.cu csrc/cuda/prune.cu
-                              csrc/cuda/sample.cu csrc/cuda/score.cu csrc/cuda/gather.cu)
+  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_sm90.cu csrc/cuda/pack.cu
+                              csrc/cuda/head_backward.cu csrc/cuda/prune.cu csrc/cuda/sample.cu csrc/cuda/score.cu
+                              csrc/cuda/gather.cu)
   # Register and spill report in the build log; a spill is an error.
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
   target_compile_definitions(ops_cuda PRIVATE USE_CUDA)
+  # wgmma and the like are of sm_90a alone, not of its PTX's successors.
+  if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
+    target_compile_definitions(ops_cuda PRIVATE SPLADE_FAST_BUILT_FOR_SM90A)
+    set(SPLADE_FAST_CUDA_KERNELS "head_sm90a")
+  endif()
   # torch's CUDA side is in libtorch_cuda.so, which a CPU build of torch does not have. Python loads it where its symbols
   # are not seen by all, so the library must name it: an empty one of that name does at link time, and the loader takes
   # torch's own, which is there already.

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
     facts["cpu_instruction_sets"] = SPLADE_FAST_ISAS;
     facts["cuda"] = SPLADE_FAST_CUDA_VERSION;
     facts["cuda_architectures"] = SPLADE_FAST_CUDA_ARCHITECTURES;
+    facts["cuda_kernels"] = SPLADE_FAST_CUDA_KERNELS;
     return facts;
   });
 }

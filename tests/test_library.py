@@ -33,6 +33,8 @@ def test_build_info():
     assert info["cpu_instruction_set"] in info["built"]["cpu_instruction_sets"].split()
     assert info["built"]["torch_target"] == "2.10"
     assert set(info["built"]) >= {"compiler", "torch_headers", "cuda", "cuda_architectures"}
+    has_sm90a = "sm_90a" in info["built"]["cuda_architectures"].split()
+    assert info["built"]["cuda_kernels"] == ("head_sm90a" if has_sm90a else "")
 
 
 def test_the_cuda_library_waits_for_a_torch_with_cuda():

@@ -209,6 +209,13 @@ def _measured(device: str, dtype: torch.dtype, *, main: bool) -> list[HeadCase]:
         sparse_fill = dataclasses.replace(base, mean_fill=0.44)
         found += [dataclasses.replace(sparse_fill, kind=kind) for kind in ("padded", "packed")]
     found += _both_directions(dataclasses.replace(bert, kind="packed"))[:2]
+    others = (
+        shape(1024, 24, 768, 30522),  # queries
+        shape(256, 128, 384, 30522),
+        shape(64, 512, 768, 50_368),
+        shape(16, 512, 4096, 128_256),
+    )
+    found += [dataclasses.replace(base, kind="packed") for base in others]
     return found
 
 

@@ -6,14 +6,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define SPLADE_FAST_INLINE __host__ __device__ inline
-#else
-#define SPLADE_FAST_INLINE inline
-#endif
+#include "float_bits.h"
 
 namespace splade_fast::philox {
 
@@ -87,8 +82,6 @@ __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float rounded(uint64_t integer) { return __ull2float_rn(integer); }
-__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
-__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 #else
 SPLADE_FAST_INLINE float add(float a, float b) { return a + b; }
 SPLADE_FAST_INLINE float subtract(float a, float b) { return a - b; }
@@ -97,16 +90,6 @@ SPLADE_FAST_INLINE float divide(float a, float b) { return a / b; }
 SPLADE_FAST_INLINE double add(double a, double b) { return a + b; }
 SPLADE_FAST_INLINE double multiply(double a, double b) { return a * b; }
 SPLADE_FAST_INLINE float rounded(uint64_t integer) { return static_cast<float>(integer); }
-SPLADE_FAST_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-SPLADE_FAST_INLINE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 #endif
 
 // 2^exponent (1 + fraction), with 1 + fraction between sqrt(1/2) and sqrt(2).

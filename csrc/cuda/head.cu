@@ -1,15 +1,20 @@
-// head forward on CUDA, for every architecture: a GEMM through torch writes a chunk of logits, some rows x some
-// vocabulary entries, that stays in the second-level cache, and the kernel of pool reduces it from there.
+// head forward on CUDA. For every architecture: a GEMM through torch writes a chunk of logits, some rows x some
+// vocabulary entries, that stays in the second-level cache, and the kernel of pool reduces it from there. On sm_90a the
+// fused kernel of head_sm90.cu may take its place.
 //
 // The chunk has the dtype of hidden, as torch's own product has, so bfloat16 and float16 logits are rounded once before
 // the maximum; bias, sum and activation are in float32. Padded input multiplies all B * L rows, because the number of
 // tokens that count is not known without waiting for the device; packed input costs its real tokens.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 #include "../common/torch_ops.h"
 #include "head.h"
+#include "head_sm90.h"
+#include "pack.h"
 #include "pool.h"
 
 namespace splade_fast::cuda {
@@ -84,8 +89,8 @@ class Carries {
   std::optional<Tensor> value_, position_;
 };
 
-void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const Outputs& outputs,
-                  const OnDevice& device, const char* op) {
+void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activation, const Outputs& outputs,
+                    const OnDevice& device, const char* op) {
   const ScalarType dtype = input.weight.scalar_type();
   const int64_t rows = input.rows(), vocabulary = input.vocabulary(), block_rows = std::min(rows, kChunkRows);
   const int64_t width = chunk_columns(block_rows, vocabulary, static_cast<int64_t>(input.weight.element_size()));
@@ -122,6 +127,68 @@ void head_forward(const HeadInput& input, Pooling pooling, Activation activation
   }
 }
 
+// The fused kernel of sm_90a ------------------------------------------------------------------------------------
+
+// It has not run on a GPU yet, so it has to be asked for: SPLADE_FAST_HOPPER=1.
+bool fused_is_wanted() {
+  const char* value = std::getenv("SPLADE_FAST_HOPPER");
+  return value != nullptr && std::string_view(value) == "1";
+}
+
+bool runs_fused(const HeadInput& input, Pooling pooling, const OnDevice& device) {
+  const ScalarType dtype = input.weight.scalar_type();
+  if (pooling != Pooling::kMax || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return false;
+  const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
+  return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
+         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()},
+                    address(input.tokens) | address(input.weight));
+}
+
+void head_fused(const HeadInput& input, Activation activation, const Outputs& outputs, const OnDevice& device,
+                const char* op) {
+  const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
+  const auto new_ints = [&](int64_t count) {
+    return torch::stable::new_empty(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
+  };
+  const Tensor starts = new_ints(shape.batch + 1), first_sequences = new_ints(sm90::token_tiles(shape));
+  const Tensor source_rows = new_ints(input.mask ? shape.rows : 0);
+  const Tensor packed = input.mask ? torch::stable::new_empty(input.tokens, input.tokens.sizes()) : input.tokens;
+  const Tensor keys = torch::stable::new_empty(
+      input.weight, std::vector<int64_t>{sm90::key_bytes(shape, outputs.saved)}, ScalarType::Byte);
+
+  PackTask pack{};
+  pack.sequences = input.sequences();
+  pack.batch = shape.batch;
+  pack.mask = input.mask ? const_data<bool>(*input.mask) : nullptr;
+  pack.rows = input.tokens.const_data_ptr();
+  pack.row_bytes = shape.depth * static_cast<int64_t>(input.tokens.element_size());
+  pack.starts = mutable_data<int32_t>(starts);
+  if (input.mask) {
+    pack.source_rows = mutable_data<int32_t>(source_rows);
+    pack.packed = packed.mutable_data_ptr();
+  }
+  check_cuda(launch_pack(pack, device.multiprocessors(), device.stream()), op);
+
+  sm90::HeadTask task{};
+  task.shape = shape;
+  task.is_bfloat16 = input.weight.scalar_type() == ScalarType::BFloat16;
+  task.tokens = packed.const_data_ptr();
+  task.weight = input.weight.const_data_ptr();
+  task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
+               static_cast<int>(sm90::token_tiles(shape))};
+  task.first_sequences = mutable_data<int32_t>(first_sequences);
+  task.keys = keys.mutable_data_ptr();
+  task.outputs.vocabulary = shape.vocabulary;
+  task.outputs.pooled = outputs.pooled.mutable_data_ptr();
+  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() != input.weight.scalar_type();
+  task.outputs.max_logits = outputs.saved ? outputs.max_logits.mutable_data_ptr() : nullptr;
+  task.outputs.positions = outputs.argmax.mutable_data_ptr();
+  task.outputs.position_bytes = static_cast<int>(outputs.argmax.element_size());
+  task.outputs.bias = input.bias ? input.bias->const_data_ptr() : nullptr;
+  task.outputs.activation = activation;
+  check_cuda(sm90::launch_head(task, device.stream()), op);
+}
+
 // Host function --------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
@@ -140,7 +207,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
                         torch::stable::new_empty(hidden, saved ? shape : none, acc),
                         torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)),
                         saved};
-  if (outputs.pooled.numel() > 0) head_forward(input, pooling, activation, outputs, device, op);
+  if (outputs.pooled.numel() > 0) {
+    if (runs_fused(input, pooling, device)) {
+      head_fused(input, activation, outputs, device, op);
+    } else {
+      head_by_chunks(input, pooling, activation, outputs, device, op);
+    }
+  }
   return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
 

@@ -72,18 +72,10 @@ struct Running {
 template <typename T, Pooling kPooling>
 __device__ void finish(const PoolTask& task, int64_t b, int64_t column, Accumulator<T> value, int32_t position,
                        bool counted) {
-  using Acc = Accumulator<T>;
-  const int64_t index = b * task.vocabulary + column;
   if constexpr (kPooling == Pooling::kSum) {
-    store_either<T>(task.pooled, task.pooled_in_acc, index, value);
+    store_either<T>(task.pooled, task.pooled_in_acc, b * task.vocabulary + column, value);
   } else {
-    // A sequence without rows that count stays at -inf whatever the bias.
-    if (task.bias != nullptr && counted) value += to_acc(static_cast<const T*>(task.bias)[column]);
-    store_either<T>(task.pooled, task.pooled_in_acc, index, activate(value, task.activation));
-    if (task.max_logits != nullptr) {
-      static_cast<Acc*>(task.max_logits)[index] = value;
-      store_position(task.positions, task.position_bytes, index, position);
-    }
+    store_maximum<T>(task, b, column, value, position, counted);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "pooled.cuh"
 
 namespace splade_fast::cuda {
 
@@ -12,7 +13,7 @@ struct PoolCarry {
 };
 
 // Some columns of some rows of logits, reduced over the rows of each sequence.
-struct PoolTask {
+struct PoolTask : PooledOutputs {
   // Row l of sequence b: logits + offset(b) + (l - first_row) * row_stride, where offset(b) is b * sequence_stride, or
   // for packed rows starts[b] * row_stride.
   const void* logits;
@@ -23,17 +24,7 @@ struct PoolTask {
   Sequences sequences;
   int64_t first_sequence, num_sequences;  // no others have rows here
   const bool* mask;                       // (B, L), or null
-  const void* bias;                       // of these columns, or null
   PoolCarry carry_in, carry_out;          // only where rows are cut within a sequence
-  Activation activation;
-
-  // Outputs (B, vocabulary), at the first of these columns. Maxima and their positions: null if not wanted.
-  int64_t vocabulary;
-  void* pooled;
-  bool pooled_in_acc;
-  void* max_logits;
-  void* positions;
-  int position_bytes;
 };
 
 // dtype: of logits and bias.

@@ -9,6 +9,7 @@
 #include <climits>
 #include <tuple>
 
+#include "../common/float_bits.h"
 #include "../common/prune.h"
 #include "common.cuh"
 
@@ -22,34 +23,10 @@ constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
 constexpr unsigned kAllLanes = 0xffffffff;
 
 template <typename Acc>
-using Key = std::conditional_t<std::is_same_v<Acc, double>, unsigned long long, unsigned>;
+using Key = OrderedKey<Acc>;
 
 template <typename Acc>
 constexpr int kCapacity = kBufferBytes / static_cast<int>(sizeof(Key<Acc>) + sizeof(int32_t));
-
-__device__ inline unsigned bits_of(float value) { return __float_as_uint(value); }
-__device__ inline unsigned long long bits_of(double value) {
-  return static_cast<unsigned long long>(__double_as_longlong(value));
-}
-__device__ inline float value_of(unsigned bits) { return __uint_as_float(bits); }
-__device__ inline double value_of(unsigned long long bits) {
-  return __longlong_as_double(static_cast<long long>(bits));
-}
-
-// Unsigned integers in the order of the values: -0 equals 0, and every NaN is above everything.
-template <typename Acc>
-__device__ Key<Acc> to_key(Acc value) {
-  constexpr Key<Acc> kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
-  if (value != value) return ~Key<Acc>(0);
-  const Key<Acc> bits = value == Acc(0) ? Key<Acc>(0) : bits_of(value);
-  return bits & kSign ? ~bits : bits | kSign;
-}
-
-template <typename Acc>
-__device__ Acc from_key(Key<Acc> key) {
-  constexpr Key<Acc> kSign = Key<Acc>(1) << (8 * sizeof(Acc) - 1);
-  return value_of(key & kSign ? key ^ kSign : ~key);
-}
 
 struct PruneTask {
   const void* x;

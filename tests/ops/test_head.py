@@ -76,7 +76,10 @@ def test_packed(device, dtype, pooling, lengths):
 
 
 def test_packed_equals_padded(device):
-    """Bit for bit: the same tokens meet the same entries in the same order."""
+    """The same tokens meet the same entries in the same order: on the CPU bit for bit.
+
+    On a GPU torch may choose another product for another number of rows.
+    """
     hidden = torch.randn(4, 17, 40, device=device)
     weight, bias = torch.randn(200, 40, device=device), torch.randn(200, device=device)
     mask = attention_mask("right", 4, 17).to(device)
@@ -84,10 +87,9 @@ def test_packed_equals_padded(device):
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
     padded = gradients(sf.splade_head, [hidden, weight, bias], mask)
     packed = gradients(sf.splade_head, [hidden[mask], weight, bias], cu_seqlens=cu_seqlens)
-    assert torch.equal(packed[0], padded[0])
-    assert torch.equal(packed[1], padded[1][mask])
-    assert torch.equal(packed[2], padded[2])
-    assert torch.equal(packed[3], padded[3])
+    padded[1] = padded[1][mask]
+    tolerance = {"rtol": 0, "atol": 0} if device.type == "cpu" else {}
+    torch.testing.assert_close(packed, padded, **tolerance)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
