@@ -96,7 +96,7 @@ def train(
     from splade_fast.training import SpladeTrainer, SpladeTrainingArguments
     from splade_fast.training.data import import_datasets
 
-    class BarAlone(ProgressCallback):  # type: ignore[misc]
+    class BarAlone(ProgressCallback):
         """The progress bar, without the logs that it prints."""
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,23 +182,19 @@ def batch_within(
 
 def loss_difference(costs: Mapping[str, StepCost]) -> float:
     """The largest difference of a step's loss between any two."""
-    steps = zip(*(cost.losses for cost in costs.values()), strict=True)
+    steps: Iterable[tuple[float, ...]] = zip(*(c.losses for c in costs.values()), strict=True)
     return max(max(losses) - min(losses) for losses in steps)
 
 
-class _Clock:
-    """A callback of the trainer: when each step was over."""
+def _clock(ended: list[float]) -> Any:
+    """A callback of the trainer that notes when each step is over."""
+    from transformers import TrainerCallback
 
-    def __init__(self) -> None:
-        from transformers import TrainerCallback
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ended.append(time.perf_counter())
 
-        class Callback(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                ended.append(time.perf_counter())
-
-        ended: list[float] = []
-        self.ended = ended
-        self.callback = Callback()
+    return Clock()
 
 
 def measure(folder: Annotated[Path, typer.Argument()]) -> None:
@@ -210,7 +206,7 @@ def measure(folder: Annotated[Path, typer.Argument()]) -> None:
     torch.set_num_threads(setting.threads)
     encoder = SpladeEncoder.from_pretrained(given["model"])
     pairs = [Pair(**pair) for pair in given["pairs"]]
-    clock = _Clock()
+    ended: list[float] = []
     reset_peak()
     before = resident_mib("VmRSS")
     progress = train(
@@ -218,13 +214,13 @@ def measure(folder: Annotated[Path, typer.Argument()]) -> None:
         pairs,
         setting.steps,
         setting.arguments,
-        callbacks=[clock.callback],
+        callbacks=[_clock(ended)],
         seed=setting.seed,
     )
     peak = resident_mib("VmHWM")
     if before is None or peak is None:
         raise RuntimeError("this system does not tell the memory of a process")
-    seconds = [b - a for a, b in zip(clock.ended, clock.ended[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(ended)]
     cost = StepCost(seconds, [point.loss for point in progress], peak - before)
     (folder / "cost.json").write_text(json.dumps(asdict(cost)), encoding="utf-8")
 
