@@ -116,6 +116,7 @@ def demo(
         title=f"{len(evaluator.queries)} queries, {len(evaluator.corpus)} documents, at most "
         f"{_KEPT} entries kept, see {plot_file}",
     )
+    table.columns[0].no_wrap = True
     for name, metrics in results.items():
         table.add_row(name, *(f"{metrics[c]:.3f}" if c in metrics else "" for c in columns))
     console.print(table)

@@ -91,12 +91,12 @@ def train(
     Raises:
         ImportError: what training needs is not installed.
     """
-    from transformers import ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
 
     from splade_fast.training import SpladeTrainer, SpladeTrainingArguments
     from splade_fast.training.data import import_datasets
 
-    class BarAlone(ProgressCallback):  # type: ignore[misc]
+    class BarAlone(ProgressCallback):
         """The progress bar, without the logs that it prints."""
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:
@@ -122,8 +122,10 @@ def train(
             train_dataset=import_datasets().Dataset.from_list(examples),
             callbacks=list(callbacks),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(BarAlone)
+        if not arguments.disable_tqdm:
+            trainer.add_callback(BarAlone)
         trainer.train()
     encoder.eval()
     return [_progress(entry) for entry in trainer.state.log_history if "loss" in entry]

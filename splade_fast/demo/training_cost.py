@@ -6,13 +6,15 @@ plain formulas of `splade_fast.reference` under autograd and a dense cache.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,8 +119,8 @@ def largest_batch(
 ) -> int:
     """The largest batch whose peak stays within limit_mib, to an eighth of itself.
 
-    The peak grows about in proportion to the batch, so the next one tried is where the line
-    through the two batches around the limit meets it.
+    The peak grows about in proportion to the batch: most often one batch on the line through the
+    known ones and one an eighth beside it are enough. Where it does not, bisection goes on.
 
     Args:
         peak_mib_of: measures one batch size.
@@ -129,18 +131,32 @@ def largest_batch(
     Returns:
         A batch size that was measured, or 0 if none fits.
     """
-    while True:
+    for guess in itertools.cycle((_on_the_line, _beside, _between)):
         fitting = max((b for b, peak in known.items() if peak <= limit_mib), default=0)
         above = min((b for b, peak in known.items() if peak > limit_mib), default=largest + 1)
         if above - fitting <= max(1, fitting // 8):
-            return fitting
-        low, high = sorted(sorted(known, key=lambda b: abs(known[b] - limit_mib))[:2])
-        slope = (known[high] - known[low]) / (high - low)
-        guess = low + int((limit_mib - known[low]) / slope) if slope > 0 else above - 1
-        # Strictly between, and not so close to one side that nothing would be learnt.
-        margin = max(1, (above - fitting) // 16)
-        batch = min(max(guess, fitting + margin), above - margin)
+            break
+        batch = guess(known, limit_mib, fitting, above)
+        batch = min(max(batch, fitting + 1), above - 1)
         known[batch] = peak_mib_of(batch)
+    return fitting
+
+
+def _on_the_line(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    """Where the line through the two known batches nearest to the limit meets it."""
+    low, high = sorted(sorted(known, key=lambda b: abs(known[b] - limit_mib))[:2])
+    slope = (known[high] - known[low]) / (high - low)
+    return low + int((limit_mib - known[low]) / slope) if slope > 0 else above
+
+
+def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    """An eighth beside what was measured last: a lucky guess ends here."""
+    last = list(known)[-1]
+    return last + max(1, last // 8) if last == fitting else last - max(1, last // 9)
+
+
+def _between(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    return math.isqrt(max(1, fitting) * above)
 
 
 def batch_within(
@@ -166,23 +182,19 @@ def batch_within(
 
 def loss_difference(costs: Mapping[str, StepCost]) -> float:
     """The largest difference of a step's loss between any two."""
-    steps = zip(*(cost.losses for cost in costs.values()), strict=True)
+    steps: Iterable[tuple[float, ...]] = zip(*(c.losses for c in costs.values()), strict=True)
     return max(max(losses) - min(losses) for losses in steps)
 
 
-class _Clock:
-    """A callback of the trainer: when each step was over."""
+def _clock(ended: list[float]) -> Any:
+    """A callback of the trainer that notes when each step is over."""
+    from transformers import TrainerCallback
 
-    def __init__(self) -> None:
-        from transformers import TrainerCallback
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ended.append(time.perf_counter())
 
-        class Callback(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                ended.append(time.perf_counter())
-
-        ended: list[float] = []
-        self.ended = ended
-        self.callback = Callback()
+    return Clock()
 
 
 def measure(folder: Annotated[Path, typer.Argument()]) -> None:
@@ -194,7 +206,7 @@ def measure(folder: Annotated[Path, typer.Argument()]) -> None:
     torch.set_num_threads(setting.threads)
     encoder = SpladeEncoder.from_pretrained(given["model"])
     pairs = [Pair(**pair) for pair in given["pairs"]]
-    clock = _Clock()
+    ended: list[float] = []
     reset_peak()
     before = resident_mib("VmRSS")
     progress = train(
@@ -202,13 +214,13 @@ def measure(folder: Annotated[Path, typer.Argument()]) -> None:
         pairs,
         setting.steps,
         setting.arguments,
-        callbacks=[clock.callback],
+        callbacks=[_clock(ended)],
         seed=setting.seed,
     )
     peak = resident_mib("VmHWM")
     if before is None or peak is None:
         raise RuntimeError("this system does not tell the memory of a process")
-    seconds = [b - a for a, b in zip(clock.ended, clock.ended[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(ended)]
     cost = StepCost(seconds, [point.loss for point in progress], peak - before)
     (folder / "cost.json").write_text(json.dumps(asdict(cost)), encoding="utf-8")
 
