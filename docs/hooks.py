@@ -25,7 +25,6 @@ INTERNAL = {
     "cli",
     "demo",
     "distributed",
-    "files",
     "hidden_states",
     "text_encoder",
     "whole_folders",

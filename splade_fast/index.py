@@ -6,9 +6,10 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.whole_folders import new_folder
 
 _FORMAT_VERSION = 1
 _VECTORS, _IDS, _META = "vectors.safetensors", "ids.json", "meta.json"
@@ -55,14 +56,24 @@ class Index:
         for name in (_VECTORS, _IDS, _META):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"no index at {path}: {name} is missing")
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        if meta.get("format_version") != _FORMAT_VERSION:
-            raise ValueError(
-                f"{path} must have format version {_FORMAT_VERSION}, "
-                f"got {meta.get('format_version')}"
-            )
-        ids = json.loads((path / _IDS).read_text(encoding="utf-8"))
+        meta, ids = (_json_of(path / name) for name in (_META, _IDS))
+        version = meta.get("format_version") if isinstance(meta, dict) else None
+        if version != _FORMAT_VERSION:
+            raise ValueError(f"{path} must have format version {_FORMAT_VERSION}, got {version}")
+        if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+            raise ValueError(f"{path / _IDS} is damaged: expected a list of ids")
+        try:
+            described = IndexMeta(**meta)
+        except TypeError as error:
+            raise ValueError(f"{path / _META} is damaged: {error}") from error
         rows = SparseRows.load(path / _VECTORS)
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
-        return cls(rows, ids, IndexMeta(**meta))
+        return cls(rows, ids, described)
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

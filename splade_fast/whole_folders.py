@@ -54,6 +54,19 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `whole_folder`, for a folder that is not there yet.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    if Path(path).exists():
+        raise FileExistsError(f"{path} must not exist yet")
+    with whole_folder(path) as folder:
+        yield folder
+
+
 def flush_to_disk(folder: Path) -> None:
     """Wait until everything in the folder would survive a loss of power."""
     for path in sorted(folder.rglob("*")):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from splade_fast.export._documents import Documents
-from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.whole_folders import new_folder
 
 
 def token_names(

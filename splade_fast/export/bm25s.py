@@ -11,8 +11,8 @@ import numpy as np
 
 from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
 from splade_fast.export._json_lines import token_names
-from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.whole_folders import new_folder
 
 
 def write_bm25s(

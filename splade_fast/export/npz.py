@@ -15,8 +15,8 @@ from splade_fast.export._documents import (
     check_arguments,
     documents,
 )
-from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.whole_folders import new_folder
 
 
 def write_npz(

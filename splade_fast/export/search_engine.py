@@ -16,8 +16,8 @@ from splade_fast.export._json_lines import (
     token_names,
     write_lines,
 )
-from splade_fast.files import new_folder
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.whole_folders import new_folder
 
 _FIELD_TYPES = ("rank_features", "sparse_vector")
 Query = dict[str, Any]

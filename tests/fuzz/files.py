@@ -34,7 +34,8 @@ def load_or_refuse(content: bytes) -> sf.SparseRows | None:
         try:
             rows = sf.SparseRows.load(path)
         except ValueError as error:
-            assert str(path) in str(error), error
+            if str(path) not in str(error):
+                raise
             return None
         rows.check_contents()
         assert sf.sparse_scores(rows, rows).shape == (len(rows), len(rows))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from splade_fast.index import Index, IndexMeta
 from tests.fuzz.files import file_of, load_or_refuse, sound_file
 
 SOUND = sound_file()
@@ -62,3 +65,21 @@ def test_any_tensor(name, data):
     entries = data.draw(st.sampled_from([-(2**31), -2, -1, 0, 1, 2, 3, 2**31 - 1]))
     tensors = {**TENSORS, name: torch.full(shape, entries).to(dtype)}
     load_or_refuse(file_of(tensors, HEADER))
+
+
+@given(json_values, st.sampled_from(["ids.json", "meta.json"]), st.booleans())
+@example({"format_version": 1}, "meta.json", True)
+def test_any_part_of_an_index(tmp_path_factory, content, name, well_formed):
+    folder = tmp_path_factory.mktemp("damaged") / "index"
+    rows = load_or_refuse(SOUND)
+    assert rows is not None
+    Index(rows, ["a", "b", "c"], IndexMeta("model", 256, None)).save(folder)
+    text = json.dumps(content) if well_formed else repr(content)
+    (folder / name).write_text(text, encoding="utf-8")
+    try:
+        loaded = Index.load(folder)
+    except ValueError as error:
+        if str(folder) not in str(error):
+            raise
+    else:
+        assert len(loaded.ids) == len(loaded.rows)
