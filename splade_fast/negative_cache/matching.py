@@ -8,14 +8,16 @@ from torch import Tensor
 from splade_fast.negative_cache.features import Tables
 
 _ROWS_AT_ONCE = 8192
+_FIRST_ENTRIES = 16  # of a row, which tell most texts apart; a cache line of token ids
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def matches(items: Tables, stored: Tables) -> Tensor:
     """(N, C) bool: item n and row c agree in all tables.
 
-    One number for each item, an id, is compared as it is. Longer features are compared by a
-    64-bit fingerprint first and entry by entry where that agrees, which waits for a GPU.
+    One number for each item, an id, is compared as it is. Of longer features 64-bit fingerprints
+    are compared, of their first entries, then of the whole rows where these agree, and where that
+    agrees all entries one by one; it waits for a GPU.
 
     Args:
         items: (N, ...) by name, as the cache stores them.
@@ -26,13 +28,21 @@ def matches(items: Tables, stored: Tables) -> Tensor:
         mine, theirs = _integers(items[name]), _integers(stored[name]).to(items[name].device)
         return mine == theirs.t()
     device = next(iter(items.values())).device
-    hit = _fingerprints(items, device)[:, None] == _fingerprints(stored, device)
-    n, c = hit.nonzero(as_tuple=True)
+    first = [_fingerprints(_first_entries(tables), device) for tables in (items, stored)]
+    near = torch.isin(first[1], first[0]).nonzero().squeeze(1)
+    candidates = {name: table[near.to(table.device)] for name, table in stored.items()}
+    agree = _fingerprints(items, device)[:, None] == _fingerprints(candidates, device)
+    n, c = agree.nonzero(as_tuple=True)
     same = torch.ones_like(n, dtype=torch.bool)
     for name, table in items.items():
-        theirs = _integers(stored[name])[c.to(stored[name].device)].to(device)
+        theirs = _integers(candidates[name])[c.to(candidates[name].device)].to(device)
         same &= (_integers(table)[n] == theirs).all(1)
-    return hit.index_put((n, c), same)
+    hit = torch.zeros(len(agree), len(first[1]), dtype=torch.bool, device=device)
+    return hit.index_put((n, near[c]), same)
+
+
+def _first_entries(tables: Tables) -> Tables:
+    return {name: _integers(table)[:, :_FIRST_ENTRIES] for name, table in tables.items()}
 
 
 def _integers(table: Tensor) -> Tensor:
