@@ -50,9 +50,13 @@ class _Handler(nn.Module):
         pos_features: Features | None,
         writer: tuple[Any, int] | None,
         return_topk: int,
+        hard_negatives: Value | None = None,
+        hard_features: Features | None = None,
     ) -> Any:
         caches = self._caches_on(query_embeddings.device)
         options: dict[str, Any] = {"return_topk": return_topk} if return_topk else {}
+        if hard_negatives is not None:
+            options |= {"hard_negatives": hard_negatives, "hard_features": hard_features}
         if isinstance(self.cache_loss, AbstractCacheClassificationLoss):
             options["pos_features"] = pos_features
         result: CacheLossReturn = self.cache_loss(
@@ -159,6 +163,9 @@ class CacheLossHandler(_Handler):
         features: Features,
         writer: tuple[Any, int] | None = None,
         return_topk: int = 0,
+        *,
+        hard_negatives: Value | None = None,
+        hard_features: Features | None = None,
     ) -> Any:
         """The loss of the cache as it is; then drawn items are refreshed and the positives added.
 
@@ -170,6 +177,8 @@ class CacheLossHandler(_Handler):
             writer: (SummaryWriter, step), which gets `cache/interpretable_prediction_loss` and
                 `cache/staleness`.
             return_topk: return also the features of so many documents of the highest scores.
+            hard_negatives: (N, D), further candidates of every query, which are not cached.
+            hard_features: (N, ...), their features; needed for losses with `exclude`.
 
         Returns:
             The training loss; with return_topk, (loss, a dict of features for each query).
@@ -182,6 +191,8 @@ class CacheLossHandler(_Handler):
             features,
             writer,
             return_topk,
+            hard_negatives,
+            hard_features,
         )
 
     def _items(self, features: Features, embeddings: Value) -> dict[str, Value]:

@@ -41,6 +41,13 @@ class CacheLossReturn(NamedTuple):
     topk_features: list[dict[str, Value]] | None = None
 
 
+class HardNegatives(NamedTuple):
+    """Documents given as negatives of a batch: every query's candidates."""
+
+    embeddings: Tensor  # (N, D)
+    features: Features | None  # (N, ...), needed for `exclude`
+
+
 class CacheLoss(metaclass=abc.ABCMeta):
     """Any callable of this form works with the handlers."""
 
@@ -129,9 +136,10 @@ class AbstractCacheClassificationLoss(nn.Module):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        hard: HardNegatives | None,
         return_topk: int,
-    ) -> tuple[Source, Tables | None]:
-        """The documents to choose from, and the items of the queries for `exclude`."""
+    ) -> tuple[Source, Tables | None, Tables | None]:
+        """The documents to choose from; items of queries and of hard negatives for `exclude`."""
 
     def forward(
         self,
@@ -142,6 +150,8 @@ class AbstractCacheClassificationLoss(nn.Module):
         return_topk: int = 0,
         *,
         pos_features: Features | None = None,
+        hard_negatives: Value | None = None,
+        hard_features: Features | None = None,
     ) -> CacheLossReturn:
         """training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0]; w = 1 for one.
 
@@ -154,6 +164,9 @@ class AbstractCacheClassificationLoss(nn.Module):
                 count, unsampled; 1 with top_k: of the drawn ones.
             pos_features: (B, ...), the features of the positives; needed for `exclude`. They also
                 stand in for negatives where there are none, so that the network sees documents.
+            hard_negatives: (N, D), documents that count for every query of this process's batch and
+                are drawn as well.
+            hard_features: (N, ...), their features; needed for `exclude`.
 
         Returns:
             CacheLossReturn. Queries with nothing to draw have loss 0.
@@ -162,11 +175,15 @@ class AbstractCacheClassificationLoss(nn.Module):
             TypeError, ValueError, KeyError: the arguments do not fit each other or the caches.
         """
         queries, positives = as_dense(query_embeddings), as_dense(pos_doc_embeddings)
-        source, items = self._source(
-            cache, queries.detach(), positives.detach(), pos_features, return_topk
+        hard = None
+        if hard_negatives is not None:
+            hard = HardNegatives(as_dense(hard_negatives), hard_features)
+        source, items, hard_items = self._source(
+            cache, queries.detach(), positives.detach(), pos_features, hard, return_topk
         )
+        candidates = self._candidates(positives, hard)
         with torch.no_grad():
-            others = self._in_batch_scores(queries, positives, items) if self.in_batch else None
+            others = self._candidate_scores(queries, candidates, items, hard_items)
             found, weights = self._draw(source, others)
             count = weights.shape[1]
             slots = found.indices[:, :count]
@@ -184,10 +201,10 @@ class AbstractCacheClassificationLoss(nn.Module):
             updates = source.updates(slots, tables)
             topk_features = self._topk_features(source, any_cache, data, cached, return_topk)
         negatives = fresh
-        if self.in_batch:
+        if candidates is not None and len(candidates):
             other = (found.indices[:, :count] - source.total).flatten()
             drawn_others = (other >= 0).unsqueeze(1)
-            negatives = torch.where(drawn_others, positives[other.clamp(min=0)], fresh)
+            negatives = torch.where(drawn_others, candidates[other.clamp(min=0)], fresh)
         positive_scores = self._score(queries, positives)
         repeated = queries.repeat_interleave(count, 0)
         negative_scores = self._score(repeated, negatives).view(-1, count)
@@ -232,12 +249,32 @@ class AbstractCacheClassificationLoss(nn.Module):
             return found, torch.ones_like(found.scores)
         return found, _weights(found, fn.inv_temp)
 
-    def _in_batch_scores(self, queries: Tensor, positives: Tensor, items: Tables | None) -> Tensor:
-        """(B, B), -inf where the other positive is or equals the query's own."""
-        scores = tile_scores(queries, positives, self.score_transform)
-        same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    def _candidates(self, positives: Tensor, hard: HardNegatives | None) -> Tensor | None:
+        """Documents of the batch that count: the positives with in_batch, then hard negatives."""
+        if hard is None:
+            return positives if self.in_batch else None
+        return torch.cat([positives, hard.embeddings]) if self.in_batch else hard.embeddings
+
+    def _candidate_scores(
+        self,
+        queries: Tensor,
+        candidates: Tensor | None,
+        items: Tables | None,
+        hard_items: Tables | None,
+    ) -> Tensor | None:
+        """(B, candidates), -inf where one is or equals the query's own positive."""
+        if candidates is None:
+            return None
+        scores = tile_scores(queries, candidates, self.score_transform)
+        same = torch.zeros_like(scores, dtype=torch.bool)
+        if self.in_batch:
+            same.fill_diagonal_(True)
         if items is not None:
-            same |= matches(items, items)
+            of_batch = [items] if self.in_batch else []
+            if hard_items is not None:
+                of_batch.append(hard_items)
+            together = {name: torch.cat([one[name] for one in of_batch]) for name in items}
+            same |= matches(items, together)
         return scores.masked_fill(same, -torch.inf)
 
     def _network_input(
@@ -299,6 +336,30 @@ class AbstractCacheClassificationLoss(nn.Module):
             raise ValueError(f"pos_features must be ({batch}, ...), got {sorted(counts)} items")
         return items
 
+    def _hard_items(
+        self, schema: CacheData, hard: HardNegatives | None, queries: Tensor
+    ) -> Tables | None:
+        """The features by which hard negatives are told apart; raises where they do not fit."""
+        if hard is None:
+            return None
+        shape = tuple(hard.embeddings.shape)
+        if len(shape) != 2 or shape[1] != queries.shape[1]:
+            raise ValueError(
+                f"hard_negatives must be (documents, {queries.shape[1]}) as the queries, "
+                f"got {shape}"
+            )
+        if not self.exclude:
+            return None
+        if hard.features is None:
+            raise ValueError(
+                f"hard_features must hold {', '.join(self.exclude)} for exclude, got None"
+            )
+        items = schema.rows("hard_features", _chosen(hard.features, self.exclude), queries.device)
+        counts = {len(table) for table in items.values()}
+        if counts != {shape[0]}:
+            raise ValueError(f"hard_features must be ({shape[0]}, ...), got {sorted(counts)} items")
+        return items
+
     def _joined(
         self, cache: Mapping[str, NegativeCache], queries: Tensor, positives: Tensor
     ) -> JoinedCache:
@@ -338,13 +399,16 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        hard: HardNegatives | None,
         return_topk: int,
-    ) -> tuple[Source, Tables | None]:
+    ) -> tuple[Source, Tables | None, Tables | None]:
         joined = self._joined(cache, queries, positives)
         schema = joined.caches[0].data
         items = self._items(schema, features, len(queries), queries.device)
+        hard_items = self._hard_items(schema, hard, queries)
         with torch.no_grad():
-            return LocalCaches(joined, queries, self.score_transform, items), items
+            source = LocalCaches(joined, queries, self.score_transform, items)
+        return source, items, hard_items
 
 
 class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
@@ -370,11 +434,12 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
         queries: Tensor,
         positives: Tensor,
         features: Features | None,
+        hard: HardNegatives | None,
         return_topk: int,
-    ) -> tuple[Source, Tables | None]:
+    ) -> tuple[Source, Tables | None, Tables | None]:
         ranks = Ranks(self.process_group)
         error: Exception | None = None
-        joined, items, settings = None, None, ""
+        joined, items, hard_items, settings = None, None, None, ""
         try:
             if self.top_k is not None and self.top_k < ranks.count:
                 raise ValueError(
@@ -383,6 +448,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             joined = self._joined(cache, queries, positives)
             schema = joined.caches[0].data
             items = self._items(schema, features, len(queries), queries.device)
+            hard_items = self._hard_items(schema, hard, queries)
             settings = self._settings(schema, queries, return_topk)
         except (TypeError, ValueError, KeyError) as problem:
             error = problem
@@ -396,7 +462,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             source = ShardedCaches(
                 ranks, sizes, batches, joined, queries, self.score_transform, items, state
             )
-        return source, items
+        return source, items, hard_items
 
     def _settings(self, schema: CacheData, queries: Tensor, return_topk: int) -> str:
         tables = {

@@ -74,7 +74,7 @@ class DocumentCacheHandler(CacheLossHandler):
             in_batch=arguments.cache_in_batch,
             exclude=_IDS if arguments.cache_exclude else None,
             retrieval_fn=GumbelMaxRetrievalFn(seed=seed),
-            reducer=mean_over_ranks,
+            reducer=None,
         )
         super().__init__(
             CacheManager(specs, _slots(arguments), storage=arguments.cache_storage),
@@ -106,7 +106,7 @@ class DocumentCacheHandler(CacheLossHandler):
         self,
         network: Network,
         queries: Tensor,
-        positives: Tensor,
+        documents: Tensor,
         inputs: Mapping[str, Tensor],
     ) -> CacheStep:
         """The loss of a batch; then the cache is updated with it.
@@ -114,8 +114,9 @@ class DocumentCacheHandler(CacheLossHandler):
         Args:
             network: tokenized texts -> vectors; gets the drawn documents without their padding.
             queries: (B, V).
-            positives: (B, V), the positive of each query.
-            inputs: what the positives were encoded from, (B, L) by name, see `check_inputs`.
+            documents: (m * B, V), the positive of each query, then hard negatives, which are
+                candidates of every query and are not cached.
+            inputs: what the documents were encoded from, (m * B, L) by name, see `check_inputs`.
         """
 
         def encode(stored: dict[str, Value]) -> Tensor:
@@ -124,13 +125,27 @@ class DocumentCacheHandler(CacheLossHandler):
                 for name, tensor in stored.items()
                 if isinstance(tensor, Tensor)
             }
-            return network(without_padding(texts)).to(positives.dtype)
+            return network(without_padding(texts)).to(documents.dtype)
 
         features = _left_aligned(inputs) if self._left_padded else inputs
-        loss: Tensor = self.update_cache_and_compute_loss(encode, queries, positives, features)
+        batch = len(queries)
+        has_hard = len(documents) > batch
+        loss: Tensor = self.update_cache_and_compute_loss(
+            encode,
+            queries,
+            documents[:batch],
+            {name: tensor[:batch] for name, tensor in features.items()},
+            hard_negatives=documents[batch:] if has_hard else None,
+            hard_features={name: tensor[batch:] for name, tensor in features.items()},
+        )
         assert self._last is not None
         seen, self._last = self._last, None
-        return CacheStep(loss, seen.interpretable_loss, seen.staleness)
+        # Not in the handler: on a rank where the network fails, these would never be met.
+        return CacheStep(
+            mean_over_ranks(loss),
+            mean_over_ranks(seen.interpretable_loss),
+            mean_over_ranks(seen.staleness),
+        )
 
     def _remember(self, _module: object, _inputs: object, result: CacheLossReturn) -> None:
         self._last = result

@@ -63,7 +63,8 @@ def new_checkpoint(folder: Path, *, writer: bool, device: torch.device) -> Itera
 
     Raises:
         CheckpointError: any process could not write; on all of them. Nothing is left of the folder,
-            and the checkpoints before it are as they were.
+            and the checkpoints before it are as they were. An error of another kind is raised as it
+            is where it happened, and as a CheckpointError in the other processes.
     """
     partial = _leftover(folder, "partial")
 
@@ -83,11 +84,11 @@ def new_checkpoint(folder: Path, *, writer: bool, device: torch.device) -> Itera
         _on_all_ranks(make, folder, device)
         try:
             yield partial
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             problem = error
         _on_all_ranks(lambda: _raise_if(problem), folder, device)
         _on_all_ranks(finish, folder, device)
-    except CheckpointError:
+    except Exception:
         if writer:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -117,6 +118,14 @@ def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
         if match[2] == "replaced" and not whole.exists():  # killed just before the new one came
             path.rename(whole)
         else:
+            shutil.rmtree(path)
+
+
+def delete_checkpoints(output_dir: str | os.PathLike[str]) -> None:
+    """Delete all checkpoints of a run, complete or not."""
+    remove_leftovers(output_dir)
+    for path in Path(output_dir).iterdir():
+        if _NAME.fullmatch(path.name):
             shutil.rmtree(path)
 
 
@@ -334,13 +343,15 @@ def _on_all_ranks(action: Callable[[], None], folder: Path, device: torch.device
     problem: Exception | None = None
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         problem = error
     failures = torch.tensor(float(problem is not None), device=device)
     if world_size() > 1:
         dist.all_reduce(failures)
+    if problem is not None and not isinstance(problem, OSError | SafetensorError):
+        raise problem
     if failures.item() > 0:
-        reason = problem if problem is not None else "another process could not write its part"
+        reason = problem or "another process could not write its part"
         raise CheckpointError(
             f"cannot write {folder}: {reason}; earlier checkpoints are as they were"
         ) from problem

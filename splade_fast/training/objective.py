@@ -158,14 +158,8 @@ class Objective(nn.Module):
             raise ValueError(f"documents must be one for each query for {loss}, got {count}")
         if loss in _SEVERAL_DOCUMENTS and count < 2:
             raise ValueError(f"documents must be at least 2 for each query for {loss}, got {count}")
-        if self.handler is not None and self.training:
-            if count != 1:
-                raise ValueError(
-                    f"documents must be one for each query for {loss}, which draws the negatives "
-                    f"itself, got {count}"
-                )
-            if inputs is not None:
-                self.handler.check_inputs(inputs)
+        if self.handler is not None and self.training and inputs is not None:
+            self.handler.check_inputs(inputs)
         expected = _LABELS.get(loss)
         if expected is None and labels is not None:
             raise ValueError(

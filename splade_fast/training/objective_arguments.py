@@ -85,7 +85,9 @@ class ObjectiveArguments:
     )
     cache_negatives: int = _option(1, "Negatives drawn for each query.")
     cache_in_batch: bool = _option(
-        True, "The other positives of this rank's batch count and are drawn as well."
+        True,
+        "The other positives of this rank's batch count and are drawn as well; hard negatives "
+        "always do.",
     )
     cache_exclude: bool = _option(True, "A query's own positive never is its negative.")
     cache_document_length: int = _option(256, "Tokens that the cache has room for per document.")

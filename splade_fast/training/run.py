@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from splade_fast.training.arguments import (
     RunArguments,
     SpladeTrainingArguments,
 )
-from splade_fast.training.checkpointing import checkpoints, last_checkpoint, remove_leftovers
+from splade_fast.training.checkpointing import delete_checkpoints, last_checkpoint, remove_leftovers
 from splade_fast.training.data import import_datasets, load_training_data
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.objective import ObjectiveArguments
@@ -52,14 +51,7 @@ key. With several processes: torchrun --nproc-per-node N -m splade_fast train â€
 _MOST_USED = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "warmup_steps"),
-    *(
-        "lr_scheduler_type",
-        "bf16",
-        "activation_checkpointing",
-        "seed",
-        "logging_steps",
-        "report_to",
-    ),
+    *("lr_scheduler_type", "bf16", "activation_checkpointing", "seed", "logging_steps"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps"),
     *("save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("resume_from_checkpoint", "dataloader_num_workers", "report_to", "ddp_backend"),
@@ -310,10 +302,10 @@ def _check_output_dir(configuration: Configuration) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if run.overwrite_output_dir:
+        delete_checkpoints(folder)
+    elif run.resume or configuration.training.resume_from_checkpoint:
         remove_leftovers(folder)
-        for checkpoint in checkpoints(folder):
-            shutil.rmtree(checkpoint)
-    elif not run.resume and not configuration.training.resume_from_checkpoint:
+    else:
         raise FileExistsError(
             f"output_dir must be empty, got {folder}; --resume goes on with the run in it, "
             "--overwrite_output_dir deletes its checkpoints"

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from splade_fast.checkpoints import sparse_encoder_files
 from splade_fast.distributed import world_size
+from splade_fast.model import SpladeEncoder
 from splade_fast.text_encoder import TextEncoder
 from splade_fast.training.arguments import SpladeTrainingArguments
 from splade_fast.training.checkpointing import (
@@ -69,7 +71,7 @@ class SpladeTrainer(Trainer):
         others: of transformers' Trainer, such as `optimizers`.
 
     Raises:
-        ValueError: arguments do not go together.
+        ValueError: arguments do not go together, or an encoder cannot be saved.
     """
 
     model: Any  # a TrainingModel
@@ -98,6 +100,9 @@ class SpladeTrainer(Trainer):
             )
         elif query_encoder is not None:
             raise ValueError("query_encoder must be None beside a TrainingModel, which has one")
+        for encoder in (model.encoder, model.query_encoder):
+            if isinstance(encoder, SpladeEncoder):  # not after hours, at the first checkpoint
+                sparse_encoder_files(encoder.settings)
         self.evaluator = evaluator
         self._train_metrics = _Averages()
         self._eval_metrics = _Averages()

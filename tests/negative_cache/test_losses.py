@@ -409,6 +409,52 @@ def test_a_drawn_in_batch_negative_is_the_other_positive_itself():
     assert_close(result.interpretable_loss, torch.tensor([9.000123, 9.000123]))
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_hard_negatives_join_the_same_softmax(in_batch):
+    queries, positives, cache = random_problem(queries=3, slots=4)
+    hard = torch.randn(5, 6)
+    hard[1] = positives[2]
+    for exclude in (None, "data"):
+        result = loss_of(in_batch=in_batch, exclude=exclude)(
+            identity, queries, positives, {"cache": cache}, pos_features={"data": positives},
+            hard_negatives=hard, hard_features={"data": hard},
+        )  # fmt: skip
+        for row in range(3):
+            kept = [i for i in range(5) if (i, row, exclude) != (1, 2, "data")]
+            others = [positives[i] for i in range(3) if in_batch and i != row]
+            pool = torch.cat([cache.data["embeddings"], hard[kept], *(x[None] for x in others)])
+            exact = plain_cross_entropy(queries[row : row + 1], positives[row : row + 1], pool)
+            assert_close(result.interpretable_loss[row : row + 1], exact)
+
+
+def test_a_drawn_hard_negative_gets_the_gradient():
+    queries, positives = torch.eye(2), torch.zeros(2, 2)
+    hard = torch.tensor([[9.0, 9.0], [-9.0, -9.0]], requires_grad=True)
+    for options in ({}, {"in_batch": True}):
+        cache = cache_of(torch.zeros(3, 2))
+        result = loss_of(**options)(
+            identity, queries, positives, {"cache": cache}, hard_negatives=hard
+        )
+        assert not result.updated_item_mask["cache"].any()
+        (gradient,) = torch.autograd.grad(result.training_loss.sum(), hard)
+        p = torch.exp(-result.interpretable_loss)
+        assert_close(gradient, torch.stack([1 - p, torch.zeros(2)]))
+    none = loss_of()(identity, queries, positives, {"cache": cache}, hard_negatives=hard[:0])
+    assert_close(none.interpretable_loss, torch.full((2,), 4.0).log())
+
+
+def test_hard_negatives_that_do_not_fit():
+    queries, positives, cache = random_problem(queries=3, slots=4)
+    arguments = (identity, queries, positives, {"cache": cache})
+    with pytest.raises(ValueError, match=r"hard_negatives must be \(documents, 6\) .* \(5, 7\)"):
+        loss_of()(*arguments, hard_negatives=torch.zeros(5, 7))
+    features = {"pos_features": {"data": positives}, "hard_negatives": torch.zeros(5, 6)}
+    with pytest.raises(ValueError, match="hard_features must hold data for exclude, got None"):
+        loss_of(exclude="data")(*arguments, **features)
+    with pytest.raises(ValueError, match=r"hard_features must be \(5, ...\), got \[2\] items"):
+        loss_of(exclude="data")(*arguments, **features, hard_features={"data": torch.zeros(2, 6)})
+
+
 @pytest.mark.parametrize("count", [1, 5, 7, 13])
 @pytest.mark.parametrize("top_k", [1, 3, 5, 20])
 def test_any_size_with_any_top_k(count, top_k):

@@ -36,7 +36,7 @@ class PlainCache:
         """The loss with the highest score as the negative; then the update."""
         queries = plain_vectors(model, batch["queries"])
         documents = plain_vectors(model, batch["documents"])
-        ids = [self._ids(batch["documents"], i) for i in range(len(queries))]
+        ids = [self._ids(batch["documents"], i) for i in range(len(documents))]
         losses, entropies, refreshed = [], [], {}
         for i, query in enumerate(queries):
             own = query @ documents[i] / temperature
@@ -45,7 +45,7 @@ class PlainCache:
                 if held is not None and held[0] != ids[i]:
                     scores.append((query @ held[1]).detach() / temperature)
                     draws.append(slot)
-            for j in range(len(queries)) if in_batch else ():
+            for j in range(0 if in_batch else len(queries), len(documents)):
                 if ids[j] != ids[i]:
                     scores.append((query @ documents[j]).detach() / temperature)
                     draws.append(SIZE + j)
@@ -82,9 +82,11 @@ class PlainCache:
 
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 @pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("embeddings", ["sparse", "dense"])
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_steps_of_training(family, embeddings, in_batch, mini_batch_size):
+@pytest.mark.parametrize(
+    ("family", "embeddings", "documents"),
+    [("bert", "sparse", 1), ("bert", "dense", 3), ("llama", "sparse", 2)],
+)
+def test_steps_of_training(family, embeddings, documents, in_batch, mini_batch_size):
     """Loss, gradient and cache over steps that fill the cache, draw from it and replace."""
     encoder = encoder_of(family)
     encoder.tokenizer.padding_side = "left" if family == "llama" else "right"
@@ -95,11 +97,11 @@ def test_steps_of_training(family, embeddings, in_batch, mini_batch_size):
     model = TrainingModel(encoder, arguments)
     model.objective.double()
     model.objective.handler.cache_loss.retrieval_fn = MaxScoreRetrievalFn()
-    plain, cache = copy.deepcopy(encoder.model), PlainCache(SIZE)
+    plain, cache, stale = copy.deepcopy(encoder.model), PlainCache(SIZE), []
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in (encoder.model, plain)]
     for step in range(7):
         # Documents come back, so that a query's own is in the cache.
-        batch = batch_of(encoder, BATCH, seed=step % 4)
+        batch = batch_of(encoder, BATCH, step % 4, documents)
         result = model(**batch)
         loss, entropy = cache.step(plain, batch, 5.0, in_batch)
         metrics = result["metrics"]
@@ -116,7 +118,8 @@ def test_steps_of_training(family, embeddings, in_batch, mini_batch_size):
                 torch.testing.assert_close(dense[slot], content[1])
         for optimizer in optimizers:
             optimizer.step()
-    assert metrics["cache/staleness"] > 0
+        stale.append(metrics["cache/staleness"].item())
+    assert max(stale) > 0  # documents of the cache were drawn
     assert entropy > 0
 
 
@@ -310,8 +313,6 @@ def test_one_encoder_is_in_the_state_once():
          r"documents must have \['attention_mask', 'input_ids'\], .* got .*'extra'"),
         (lambda b, e: b.update(documents=e.tokenize(["a fox " * 9] * BATCH)),
          "documents must be at most cache_document_length = 16 tokens long, got 20"),
-        (lambda b, e: b.update(documents=e.tokenize(["a fox"] * 2 * BATCH)),
-         "documents must be one for each query for negative_cache, .* got 2"),
         (lambda b, e: b.update(labels=torch.rand(BATCH)),
          r"labels must be None for the loss negative_cache, .* got \(3,\)"),
     ],

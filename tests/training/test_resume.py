@@ -18,6 +18,7 @@ from splade_fast.training.checkpointing import (
     CheckpointError,
     check_checkpoint,
     checkpoints,
+    delete_checkpoints,
     keep_checkpoints,
     last_checkpoint,
     load_tree,
@@ -189,6 +190,33 @@ def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, pairs, tmp_path, size
     check_checkpoint(tmp_path / "run" / "checkpoint-2", 1)
 
 
+def _full_disk_of_rank_1(rank, count, checkpoint, pairs, output):
+    be_rank(rank, count, output.parent)
+    trainer = make_trainer(checkpoint, load_training_data(pairs), output, max_steps=2, save_steps=1)
+    if rank == 1:
+        trainer.add_callback(FileLimit(1, 1000))
+    reason = "File too large" if rank == 1 else "another process could not write its part"
+    with pytest.raises(CheckpointError, match=reason):
+        trainer.train()
+
+
+def test_what_one_rank_cannot_write_no_rank_keeps(checkpoint, pairs, tmp_path):
+    output = tmp_path / "run"
+    run_ranks(2, _full_disk_of_rank_1, tmp_path, checkpoint, pairs, output)
+    assert names(output) == ["checkpoint-1"]
+    check_checkpoint(output / "checkpoint-1", 2)
+
+
+def test_other_errors_leave_no_half_checkpoint_either(checkpoint, pairs, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        checkpoint, load_training_data(pairs), tmp_path, max_steps=2, save_steps=1
+    )
+    monkeypatch.setattr(trainer, "_own_tensors", lambda: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        trainer.train()
+    assert names(tmp_path) == []
+
+
 @pytest.fixture(scope="module")
 def run(checkpoint, pairs, tmp_path_factory):
     """The output directory of a run with checkpoints after 2 and 4 steps."""
@@ -244,6 +272,14 @@ def test_leftovers_are_cleared_and_replaced_checkpoints_come_back(output):
     remove_leftovers(output)
     assert names(output) == [".checkpoint-notes", "checkpoint-2", "checkpoint-4"]
     check_checkpoint(output / "checkpoint-4", 1)
+
+
+def test_all_checkpoints_are_deleted_and_nothing_else(output):
+    (output / "checkpoint-2" / "checkpoint.json").unlink()
+    shutil.copytree(output / "checkpoint-4", output / ".checkpoint-4.replaced")
+    (output / "checkpoint-notes.txt").write_text("mine")
+    delete_checkpoints(output)
+    assert names(output) == ["checkpoint-notes.txt"]
 
 
 @pytest.mark.parametrize(

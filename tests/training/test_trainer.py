@@ -465,6 +465,15 @@ def test_query_encoders_belong_to_training_models(checkpoint, pairs, tmp_path):
         SpladeTrainer(model, arguments, train_dataset=pairs, query_encoder=encoder)
 
 
+def test_encoders_that_cannot_be_saved_are_refused_before_they_are_trained(
+    checkpoint, pairs, tmp_path
+):
+    encoder = SpladeEncoder.from_pretrained(checkpoint)
+    encoder.settings.activation = "relu"
+    with pytest.raises(ValueError, match="activation must be one of .* to be saved"):
+        make_trainer(checkpoint, pairs, tmp_path, model=encoder)
+
+
 def test_arguments_write_themselves_down(tmp_path):
     arguments = SpladeTrainingArguments(output_dir=str(tmp_path), loss="kl", temperature=2.0)
     assert json.loads(arguments.to_json_string())["loss"] == "kl"
