@@ -152,7 +152,7 @@ def _on_the_line(known: dict[int, float], limit_mib: float, fitting: int, above:
 
 
 def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
-    """An eighth beside what was measured last, if that is near the limit: a lucky guess ends here."""
+    """An eighth beside what was measured last: a guess that was good ends here."""
     last = list(known)[-1]
     if abs(known[last] - limit_mib) > limit_mib / 5:
         return _on_the_line(known, limit_mib, fitting, above)
@@ -160,6 +160,8 @@ def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int)
 
 
 def _between(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    if above not in known:
+        return _on_the_line(known, limit_mib, fitting, above)
     return math.isqrt(max(1, fitting) * above)
 
 
