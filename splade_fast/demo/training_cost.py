@@ -30,6 +30,7 @@ from splade_fast.demo.training import FINE_TUNING, train
 CONTENDERS = ("splade_fast", "pytorch")
 LENGTH = 128
 MAX_QUERY_LENGTH = 48
+_LEAP = 4
 _STEPS_TO_THE_PEAK = 3  # the first draws nothing from the cache, which is still empty
 
 
@@ -137,7 +138,8 @@ def largest_batch(
         if above - fitting <= max(1, fitting // 8):
             break
         batch = guess(known, limit_mib, fitting, above)
-        batch = min(max(batch, fitting + 1), above - 1)
+        # Small batches tell little of the slope: no leap by which memory could run out.
+        batch = min(max(batch, fitting + 1), above - 1, _LEAP * max(fitting, 1))
         known[batch] = peak_mib_of(batch)
     return fitting
 
@@ -150,12 +152,16 @@ def _on_the_line(known: dict[int, float], limit_mib: float, fitting: int, above:
 
 
 def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
-    """An eighth beside what was measured last: a lucky guess ends here."""
+    """An eighth beside what was measured last: a guess that was good ends here."""
     last = list(known)[-1]
+    if abs(known[last] - limit_mib) > limit_mib / 5:
+        return _on_the_line(known, limit_mib, fitting, above)
     return last + max(1, last // 8) if last == fitting else last - max(1, last // 9)
 
 
 def _between(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    if above not in known:
+        return _on_the_line(known, limit_mib, fitting, above)
     return math.isqrt(max(1, fitting) * above)
 
 
