@@ -13,33 +13,18 @@
 
 namespace splade_fast {
 
-#if defined(__CUDA_ARCH__)
-__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
-__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
-__device__ inline uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
-__device__ inline double float_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
-#else
-SPLADE_FAST_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
+template <typename To, typename From>
+SPLADE_FAST_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
 }
-SPLADE_FAST_INLINE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-SPLADE_FAST_INLINE uint64_t bits_of(double x) {
-  uint64_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-SPLADE_FAST_INLINE double float_of(uint64_t bits) {
-  double x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-#endif
+
+SPLADE_FAST_INLINE uint32_t bits_of(float x) { return same_bits<uint32_t>(x); }
+SPLADE_FAST_INLINE uint64_t bits_of(double x) { return same_bits<uint64_t>(x); }
+SPLADE_FAST_INLINE float float_of(uint32_t bits) { return same_bits<float>(bits); }
+SPLADE_FAST_INLINE double float_of(uint64_t bits) { return same_bits<double>(bits); }
 
 // Unsigned integers in the order of the values: -0 equals 0, and every NaN is above everything. No value has key 0.
 template <typename Acc>
