@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from splade_fast.data import DataError, Qrels, Texts, read_qrels, read_texts
 from splade_fast.evaluation import evaluate_run, run_of
@@ -25,6 +26,9 @@ class RetrievalEvaluator:
         batch_size: texts that go through a model together.
         document_top_k: keep at most so many entries of each document.
         query_top_k: keep at most so many entries of each query.
+        query_prompt: the name of the prompt before each query; None: "query" where the model has
+            it.
+        document_prompt: the name of the prompt before each document; None: likewise "document".
 
     Raises:
         DataError: no query is judged, or the judgements name queries or documents that are not
@@ -42,6 +46,8 @@ class RetrievalEvaluator:
         batch_size: int = 32,
         document_top_k: int | None = None,
         query_top_k: int | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
     ) -> None:
         if not qrels:
             raise DataError("qrels must judge at least one query, got none")
@@ -63,6 +69,8 @@ class RetrievalEvaluator:
         self.batch_size = batch_size
         self.document_top_k = document_top_k
         self.query_top_k = query_top_k
+        self.query_prompt = query_prompt
+        self.document_prompt = document_prompt
 
     @classmethod
     def from_files(
@@ -70,7 +78,7 @@ class RetrievalEvaluator:
         queries: str | os.PathLike[str],
         corpus: str | os.PathLike[str],
         qrels: str | os.PathLike[str],
-        **options: int | None,
+        **options: Any,
     ) -> RetrievalEvaluator:
         """Read with `splade_fast.data.read_texts` and `read_qrels`; options as in the constructor.
 
@@ -78,7 +86,7 @@ class RetrievalEvaluator:
             DataError: a file cannot be used.
         """
         found = read_texts(queries), read_texts(corpus), read_qrels(qrels)
-        return cls(*found, **options)  # type: ignore[arg-type]
+        return cls(*found, **options)
 
     def __call__(
         self,
@@ -121,11 +129,13 @@ class RetrievalEvaluator:
     def _encode(
         self, encoder: TextEncoder, role: str, texts: Texts, max_length: int, show_progress: bool
     ) -> SparseRows:
+        is_document = role == "document"
+        prompt = self.document_prompt if is_document else self.query_prompt
         return encoder.encode(
             texts.texts,
-            k=self.document_top_k if role == "document" else self.query_top_k,
+            k=self.document_top_k if is_document else self.query_top_k,
             batch_size=self.batch_size,
             max_length=max_length,
             show_progress=show_progress,
-            prompt_name=encoder.settings.prompt_for(role),
+            prompt_name=encoder.settings.prompt_for(role) if prompt is None else prompt,
         )

@@ -393,6 +393,8 @@ def _load_evaluator(
         batch_size=training.per_device_eval_batch_size,
         document_top_k=training.document_top_k,
         query_top_k=training.query_top_k,
+        query_prompt=training.query_prompt,
+        document_prompt=training.document_prompt,
     )
 
 

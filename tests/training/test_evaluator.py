@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.checkpoints import EncoderSettings
 from splade_fast.data import DataError, Texts
 from splade_fast.model import SpladeEncoder
 from splade_fast.training import RetrievalEvaluator
@@ -54,6 +55,27 @@ def test_figures_are_those_of_a_search_by_hand():
     ranks = 1 + (scores > scores.gather(1, own[:, None])).sum(1)
     expected = torch.where(ranks <= 10, 1 / ranks, 0).mean().item()
     assert metrics["MRR@10"] == pytest.approx(expected)
+
+
+def test_prompts_by_name_or_by_role():
+    prompts = {"query": "old ", "ask": "tree ", "passage": "under "}
+    settings = EncoderSettings(prompts=prompts)
+    encoder = SpladeEncoder(make_model(masked_lm_configs()["bert"]), make_tokenizer(), settings)
+
+    def dims(query_prompt: str | None, document_prompt: str | None) -> tuple[float, float]:
+        found = RetrievalEvaluator(
+            QUERIES, CORPUS, QRELS, query_prompt=query_prompt, document_prompt=document_prompt
+        )(encoder)
+        return found["query_active_dims"], found["document_active_dims"]
+
+    def encoded(texts: list[str], prompt: str) -> float:
+        rows = encoder.encode([prompt + text for text in texts], show_progress=False)
+        return rows.lengths.float().mean().item()
+
+    queries, documents = QUERIES.texts[:2], CORPUS.texts
+    assert dims(None, None) == (encoded(queries, "old "), encoded(documents, ""))
+    assert dims("ask", "passage") == (encoded(queries, "tree "), encoded(documents, "under "))
+    assert len({encoded(queries, prompt) for prompt in ("", "old ", "tree ")}) == 3
 
 
 def test_the_mode_of_the_encoder_stays():
