@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -47,9 +49,7 @@ def _first_entries(tables: Tables) -> Tables:
 
 def _integers(table: Tensor) -> Tensor:
     """(N, entries) of the same bits."""
-    return table.reshape(len(table), table[:1].numel() if len(table) else -1).view(
-        _INTEGERS[table.element_size()]
-    )
+    return table.reshape(len(table), prod(table.shape[1:])).view(_INTEGERS[table.element_size()])
 
 
 def _fingerprints(tables: Tables, device: torch.device) -> Tensor:
