@@ -19,6 +19,7 @@ from splade_fast.demo.bm25 import bm25_run
 from splade_fast.demo.checkpoint import CheckpointError, demo_checkpoint
 from splade_fast.demo.contenders import CONTENDERS
 from splade_fast.demo.measure import Measurement, measure_in_subprocess
+from splade_fast.demo.tables import quality_table
 from splade_fast.demo.task import Task, docstring_task, file_task
 from splade_fast.demo.tradeoff import plot, trade_offs
 from splade_fast.demo.training import FINE_TUNING, train
@@ -229,17 +230,8 @@ def _fine_tune(
         plot_training(progress, plot_file)
     with _stage(f"Encoding {len(task.documents)} documents again"):
         after = evaluator(encoder, show_progress=True)
-    table = Table(
-        "", *after, title=f"{len(evaluator.queries)} queries of held-out modules, see {plot_file}"
-    )
-    table.columns[0].no_wrap = True
-    for name, metrics in (results | {"SPLADE, after": after}).items():
-        table.add_row(name, *(_figure(metrics.get(column)) for column in after))
-    console.print(table)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if value <= 1 else f"{value:.1f}"
+    title = f"{len(evaluator.queries)} queries of held-out modules, see {plot_file}"
+    console.print(quality_table(title, results | {"SPLADE, after": after}))
 
 
 def _compare_training(

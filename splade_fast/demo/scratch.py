@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from splade_fast.data import DataError, Texts
 from splade_fast.demo.bm25 import bm25_run
 from splade_fast.demo.checkpoint import demo_checkpoint
 from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs
+from splade_fast.demo.tables import quality_table
 from splade_fast.demo.training import plot, split_pairs, train
 from splade_fast.evaluation import evaluate_run
 from splade_fast.model import SpladeEncoder
@@ -109,17 +109,11 @@ def demo(
     results["trained"] = evaluator(encoder)
     run = bm25_run(evaluator.corpus, evaluator.queries, 100)
     results["BM25"] = evaluate_run(evaluator.qrels, run)
-    columns = list(results["trained"])
-    table = Table(
-        "",
-        *columns,
-        title=f"{len(evaluator.queries)} queries, {len(evaluator.corpus)} documents, at most "
-        f"{_KEPT} entries kept, see {plot_file}",
+    title = (
+        f"{len(evaluator.queries)} queries, {len(evaluator.corpus)} documents, at most "
+        f"{_KEPT} entries kept, see {plot_file}"
     )
-    table.columns[0].no_wrap = True
-    for name, metrics in results.items():
-        table.add_row(name, *(f"{metrics[c]:.3f}" if c in metrics else "" for c in columns))
-    console.print(table)
+    console.print(quality_table(title, results))
 
 
 if __name__ == "__main__":
