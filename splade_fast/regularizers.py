@@ -117,7 +117,7 @@ def l1_loss(pooled: Tensor, *, across_ranks: bool = True) -> Tensor:
         TypeError, ValueError: pooled is no floating-point matrix.
     """
     _check_pooled(pooled)
-    return mean_over_ranks(pooled.abs().sum(1), across_ranks)
+    return mean_over_ranks(_absolute_sums(pooled, 1), across_ranks)
 
 
 def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2, across_ranks: bool = True) -> Tensor:
@@ -139,7 +139,7 @@ def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2, across_ranks: bool 
     _check_pooled(pooled)
     if not epsilon > 0:
         raise ValueError(f"epsilon must be greater than 0, got {epsilon}")
-    return mean_over_ranks((pooled.abs().sum(1) + epsilon).pow(-2), across_ranks)
+    return mean_over_ranks((_absolute_sums(pooled, 1) + epsilon).pow(-2), across_ranks)
 
 
 def active_dims(pooled: Tensor) -> Tensor:
@@ -187,9 +187,15 @@ class LinearSchedule(_Schedule):
     _power = 1
 
 
+def _absolute_sums(pooled: Tensor, dim: int) -> Tensor:
+    """Σ |pooled| in one pass, without the absolute values in memory."""
+    sums: Tensor = torch.linalg.vector_norm(pooled, 1, dim=dim)
+    return sums
+
+
 def _mean_of_columns(pooled: Tensor, across_ranks: bool) -> Tensor:
     """(V,) mean of |pooled| over rows."""
-    sums = pooled.abs().sum(0)
+    sums = _absolute_sums(pooled, 0)
     if not across_ranks or world_size() == 1:
         return sums / max(1, len(pooled))
     # A scalar of more precision than the sums: bfloat16 cannot count.
