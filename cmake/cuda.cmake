@@ -55,7 +55,9 @@ if(CMAKE_CUDA_COMPILER)
   set_target_properties(torch_cuda_name PROPERTIES OUTPUT_NAME torch_cuda
                         LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda")
   target_link_options(ops_cuda PRIVATE "LINKER:--no-as-needed")
-  target_link_libraries(ops_cuda PRIVATE torch_stable torch_cuda_name)
+  # By its file: a target would have to be installed with the library.
+  add_dependencies(ops_cuda torch_cuda_name)
+  target_link_libraries(ops_cuda PRIVATE torch_stable "$<TARGET_FILE:torch_cuda_name>")
   set_target_properties(ops_cuda PROPERTIES PREFIX "" OUTPUT_NAME _ops_cuda SUFFIX ".so" INSTALL_RPATH ""
                         CUDA_RUNTIME_LIBRARY Static)
   list(APPEND installed ops_cuda)
