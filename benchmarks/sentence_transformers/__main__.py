@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.sentence_transformers", description=__doc__
     )
     parser.add_argument("works", nargs="*", metavar="WORKS", help=f"of {WORKS}; none: all")
-    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=["demo", "xlm-roberta"])
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=9)

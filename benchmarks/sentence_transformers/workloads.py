@@ -46,6 +46,8 @@ class Setting:
 
 SETTINGS = {
     "demo": Setting("BERT, 2 layers, V 30,522", 128, None, 64, 32, 16, 256),
+    # Of the size of mMiniLMv2-L6, and of the base model.
+    "xlm-roberta-small": Setting("XLM-R, 6 layers, V 250,002", 384, 6, 16, 8, 4, 128),
     "xlm-roberta": Setting("XLM-R, 12 layers, V 250,002", 768, 12, 16, 8, 4, 128),
 }
 
