@@ -65,11 +65,10 @@ def prune(draws: Draws) -> Call:
     if k is not None and draws.boolean():
         return sf.prune_topk, (x, k), {}
     options = {
-        "threshold": draws.choice((0.0, 0.5, -1.0)) if k is None else 0.0,
+        "threshold": draws.choice((0.0, 0.5, 1.0)),
         "max_ratio": draws.choice((None, 0.0, 0.5, 1.0)),
         "mass": draws.choice((None, 0.0, 0.5, 1.0)),
     }
-    options["threshold"] = abs(options["threshold"])
     return sf.SparseRows.from_dense, (x, k), options
 
 

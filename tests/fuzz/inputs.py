@@ -33,9 +33,6 @@ class Draws:
     def boolean(self) -> bool:
         return self._data.draw(st.booleans())
 
-    def floating(self) -> float:
-        return self._data.draw(st.sampled_from((0.0, -0.0, 0.5, 1.0, -1.0, 3e38, 1e-40)))
-
     def dtype(self) -> torch.dtype:
         return self.choice(DTYPES)
 
