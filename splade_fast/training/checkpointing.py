@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from splade_fast.distributed import world_size
 from splade_fast.negative_cache.negative_cache import NegativeCache
-from splade_fast.whole_folders import flush_folder, flush_to_disk
+from splade_fast.whole_folders import finish_files, flush_folder
 
 MODEL_FILE = "training_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -76,7 +76,7 @@ def new_checkpoint(folder: Path, *, writer: bool, device: torch.device) -> Itera
     def finish() -> None:
         if writer:
             _write_manifest(partial)
-            flush_to_disk(partial)
+            finish_files(partial)
             _put_in_place(partial, folder)
 
     problem: Exception | None = None
