@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from splade_fast.ops._checks import check_floating
+from splade_fast.ops._checks import check_count, check_floating
 from splade_fast.ops.head import check_sequences, splade_head
 from splade_fast.sparse_rows import SparseRows
 
@@ -46,6 +46,7 @@ def splade_head_topk(
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
+    k = None if k is None else check_count("k", k, 0)  # as from_dense does, after the head
     # Of the whole: a block alone could not tell that a mask has too many rows. The decoder is
     # checked by splade_head, which knows what autocast makes of it.
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
