@@ -479,7 +479,7 @@ def _num_cols_of(path: str | os.PathLike[str], header: str) -> int:
     """
     try:
         facts = json.loads(header)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ValueError(f"{path} must hold saved SparseRows, got the header {header[:60]!r}")

@@ -282,6 +282,13 @@ def test_other_sentence_transformers_folders_are_refused(bert, kinds):
         SpladeEncoder.from_pretrained(bert)
 
 
+@pytest.mark.parametrize("modules", [{"type": "x"}, [{"type": "x.Transformer"}], ["x"]])
+def test_malformed_sentence_transformers_folders_are_refused(bert, modules):
+    (bert / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"modules.json of .* with a type and a path, got"):
+        SpladeEncoder.from_pretrained(bert)
+
+
 def test_activations_that_cannot_be_saved_leave_nothing_behind(bert, tmp_path):
     plain = SpladeEncoder.from_pretrained(bert)
     encoder = SpladeEncoder(plain.model, plain.tokenizer, EncoderSettings(activation="relu"))

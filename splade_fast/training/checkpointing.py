@@ -184,7 +184,10 @@ def load_tree(path: Path) -> Any:
         tree = (file.metadata() or {}).get(_TREE)
         if tree is None:
             raise CheckpointError(f"{path} must hold a state written by splade_fast")
-        return _restored(json.loads(tree), file.get_tensor)
+        try:
+            return _restored(json.loads(tree), file.get_tensor)
+        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise CheckpointError(f"the state in {path} is damaged: {error}") from error
 
 
 @contextmanager
@@ -325,11 +328,14 @@ def _missing(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {_MANIFEST}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{_MANIFEST} is damaged ({error})"
     if not isinstance(manifest, dict) or manifest.get("format_version") != _FORMAT_VERSION:
         return f"{_MANIFEST} must have format version {_FORMAT_VERSION}"
-    for name, size in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return f"{_MANIFEST} is damaged (it lists no files)"
+    for name, size in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
