@@ -133,7 +133,9 @@ class SparseRows:
                 float64.
 
         Raises:
-            TypeError: matrix is nothing of scipy.sparse, or not floating point without `dtype`.
+            TypeError: matrix is nothing of scipy.sparse, or not floating point without `dtype`, or
+                dtype is none.
+            ValueError: matrix has not two dimensions.
             ImportError: scipy is not installed.
         """
         from scipy.sparse import csr_array, issparse
@@ -146,7 +148,10 @@ class SparseRows:
         csr.sum_duplicates()  # and sorts
         values = torch.from_numpy(csr.data).to(dtype)
         if not values.is_floating_point():
-            raise TypeError(f"matrix must be floating point without dtype, got {values.dtype}")
+            name = "matrix must be floating point without dtype" if dtype is None else (
+                "dtype must be floating point"
+            )
+            raise TypeError(f"{name}, got {values.dtype}")
         lengths = torch.from_numpy(csr.indptr).diff()
         return cls._from_entries(lengths, torch.from_numpy(csr.indices), values, csr.shape[1])
 
