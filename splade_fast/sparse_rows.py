@@ -133,8 +133,8 @@ class SparseRows:
                 float64.
 
         Raises:
-            TypeError: matrix is nothing of scipy.sparse, or not floating point without `dtype`, or
-                dtype is none.
+            TypeError: matrix is nothing of scipy.sparse; its dtype, or `dtype`, is not floating
+                point.
             ValueError: matrix has not two dimensions.
             ImportError: scipy is not installed.
         """
@@ -148,8 +148,10 @@ class SparseRows:
         csr.sum_duplicates()  # and sorts
         values = torch.from_numpy(csr.data).to(dtype)
         if not values.is_floating_point():
-            name = "matrix must be floating point without dtype" if dtype is None else (
-                "dtype must be floating point"
+            name = (
+                "matrix must be floating point without dtype"
+                if dtype is None
+                else ("dtype must be floating point")
             )
             raise TypeError(f"{name}, got {values.dtype}")
         lengths = torch.from_numpy(csr.indptr).diff()
