@@ -192,7 +192,8 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         )
         candidates = self._candidates(positives, hard)
         with torch.no_grad():
-            others = self._candidate_scores(queries, candidates, items, hard_items)
+            with source.together("score_transform"):
+                others = self._candidate_scores(queries, candidates, items, hard_items)
             found, weights = self._draw(source, others)
             drawn = found.indices[:, : weights.shape[1]]
         schema = next(iter(cache.values())).data
@@ -462,9 +463,10 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
     """The loss over the caches of all ranks as one: each rank keeps a part.
 
     All ranks call it together. Batches and caches may differ in size; whatever else differs, or a
-    wrong argument on one rank, or a document network that fails there, raises on all of them. The
-    noise of the first rank counts: the draws are those of one process with all caches, in the order
-    of the ranks, and all queries. Refreshed embeddings return to the rank that owns them.
+    wrong argument on one rank, or a document network, score_transform or retrieval_fn that fails
+    there, raises on all of them. The noise of the first rank counts: the draws are those of one
+    process with all caches, in the order of the ranks, and all queries. Refreshed embeddings return
+    to the rank that owns them.
 
     Args:
         process_group: whose ranks; None: all.
