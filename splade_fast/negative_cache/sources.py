@@ -191,7 +191,7 @@ class ShardedCaches:
             else:
                 share, more = divmod(top_k.k, self._ranks.count)
                 k = share + (self._ranks.rank < more)
-                kept = keep_top_k(*self._scored, top_k._replace(k=k), self._cache.size)
+                kept = keep_top_k(*self._scored, top_k._replace(k=k))
             of_all = choose_from(kept, fn, None, self.total)
             if of_all.indices.shape[1] != 1:
                 raise ValueError(

@@ -186,6 +186,24 @@ def sharded_with_other_options(rank: int, count: int) -> None:
     best = (queries @ whole.t()).topk(3).indices
     for features, slots in zip(result.topk_features, best, strict=True):
         assert torch.equal(features["ids"], all_ids[slots])
+    # A function of scores chooses of the highest of groups: every rank's best, whatever the groups.
+    of_ranks = (queries @ whole.t()).view(len(ids), count, -1).argmax(2)
+    candidates = all_ids.view(count, -1, 4)[torch.arange(count), of_ranks]
+    seen = []
+
+    def watched(features):
+        seen.append(features["ids"])
+        return network(features)
+
+    for method in ("grouped", "exact"):
+        loss = DistributedCacheClassificationLoss(
+            **KEYS,
+            top_k=2 * count + 1,
+            top_k_method=method,
+            retrieval_fn=lambda scores: scores.argmax(1, keepdim=True),
+        )
+        loss(watched, queries, positives, {"cache": cache})
+        assert (seen.pop().unsqueeze(1) == candidates).all(2).any(1).all()
 
 
 def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
