@@ -14,6 +14,7 @@ LAST = (
     "kernels.md",
     "screening.md",
     "numerics.md",
+    "measured.md",
     "benchmarks.md",
     "limits.md",
     "compatibility.md",

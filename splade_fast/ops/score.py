@@ -277,43 +277,53 @@ def _sparse_scores_backward(
     """
     acc = accumulation_dtype(torch.promote_types(query_values.dtype, doc_values.dtype))
     docs = SparseRows(doc_indices, doc_values, doc_lengths, num_cols)
-    doc_rows, doc_columns, doc_entries = docs.coordinates()
+    queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
     by_doc = grad.t().to(acc).contiguous()
-    grad_query, grad_doc = query_values.new_empty(0), doc_values.new_empty(0)
-    if needs_doc:
-        queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
-        grad_doc = torch.zeros_like(doc_values)
-        if len(doc_rows) > 0 and len(query_values) > 0:
-            # The dot product of a table row with a row of the gradient, for each entry.
-            dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                by_doc,
-                _query_table(queries, acc),
-                doc_columns,
-                doc_lengths.long().cumsum(0) - doc_lengths,
-                doc_rows,
-                0,
-            )
-            grad_doc[doc_indices >= 0] = dots.to(grad_doc.dtype)
-    if needs_query:
-        table = by_doc.new_zeros(num_cols, len(query_values))
-        if table.numel() > 0 and len(doc_rows) > 0:
-            order = doc_columns.argsort(stable=True)
-            counts = torch.bincount(doc_columns, minlength=num_cols)
-            table = embedding_bag(
-                doc_rows[order],
-                by_doc,
-                counts.cumsum(0) - counts,
-                per_sample_weights=doc_entries[order].to(acc),
-                mode="sum",
-            )
-        dense = table.t().to(query_values.dtype)
-        if query_indices is None:
-            grad_query = dense.contiguous()
-        else:
-            grad_query = torch.zeros_like(query_values)
-            rows, slots = (query_indices >= 0).nonzero(as_tuple=True)
-            grad_query[rows, slots] = dense[rows, query_indices[rows, slots].long()]
-    return grad_query, grad_doc
+    return (
+        _query_gradient(by_doc, queries, docs) if needs_query else query_values.new_empty(0),
+        _doc_gradient(by_doc, queries, docs) if needs_doc else doc_values.new_empty(0),
+    )
+
+
+def _doc_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Of docs.values, from the (N, Q) gradient of the scores in the accumulation dtype."""
+    gradient = torch.zeros_like(docs.values)
+    rows, columns, _ = docs.coordinates()
+    if len(rows) > 0 and len(queries) > 0:
+        # The dot product of a table row with a row of the gradient, for each entry.
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            by_doc,
+            _query_table(queries, by_doc.dtype),
+            columns,
+            docs.lengths.long().cumsum(0) - docs.lengths,
+            rows,
+            0,
+        )
+        gradient[docs.indices >= 0] = dots.to(gradient.dtype)
+    return gradient
+
+
+def _query_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Of queries, or their values, from the (N, Q) gradient of the scores, likewise."""
+    table = by_doc.new_zeros(docs.num_cols, len(queries))
+    rows, columns, entries = docs.coordinates()
+    if table.numel() > 0 and len(rows) > 0:
+        order = columns.argsort(stable=True)
+        counts = torch.bincount(columns, minlength=docs.num_cols)
+        table = embedding_bag(
+            rows[order],
+            by_doc,
+            counts.cumsum(0) - counts,
+            per_sample_weights=entries[order].to(by_doc.dtype),
+            mode="sum",
+        )
+    dense = table.t().to(queries.dtype)
+    if not isinstance(queries, SparseRows):
+        return dense.contiguous()
+    gradient = torch.zeros_like(queries.values)
+    rows, slots = (queries.indices >= 0).nonzero(as_tuple=True)
+    gradient[rows, slots] = dense[rows, queries.indices[rows, slots].long()]
+    return gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
