@@ -58,6 +58,9 @@ inline Tensor with_whole_rows(const Tensor& tensor) {
   return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Elements from one row of a matrix to the next. Without elements its data is null, from where there is no way on.
+inline int64_t row_stride(const Tensor& rows) { return rows.numel() == 0 ? 0 : rows.stride(0); }
+
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
 }

@@ -174,7 +174,7 @@ template <typename T>
 std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
   const int64_t batch = x.size(0), columns = x.size(1), parts = parts_of_a_row(batch, columns);
   const int64_t places = capacity<T>(criteria, (columns + parts - 1) / parts);
-  const auto row = [&](int64_t b) { return const_data<T>(x) + b * x.stride(0); };
+  const auto row = [&](int64_t b) { return const_data<T>(x) + b * row_stride(x); };
   std::vector<Row<T>> found(batch * parts);
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     Buffer<Accumulator<T>> buffer(places);
