@@ -94,9 +94,9 @@ def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]
     """Whether these rows can be stored in a table as they are."""
     return (
         isinstance(value, Tensor)
+        and value.dtype is like.dtype
         and value.shape[1:] == like.shape[1:]
         and value.ndim == like.ndim
-        and value.dtype is like.dtype
         and value.device == device
         and not value.requires_grad
     )
