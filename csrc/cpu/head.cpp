@@ -36,9 +36,8 @@ HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const
   const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
   const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, empty{0};
   const std::vector<int64_t>&pooled = none ? empty : shape, &saved = save && pooling == Pooling::kMax ? pooled : empty;
-  return {torch::stable::new_empty(hidden, pooled, float_output ? acc : dtype),
-          torch::stable::new_empty(hidden, saved, acc),
-          torch::stable::new_empty(hidden, saved, head_position_type(hidden, cu_seqlens))};
+  return {new_tensor(hidden, pooled, float_output ? acc : dtype), new_tensor(hidden, saved, acc),
+          new_tensor(hidden, saved, head_position_type(hidden, cu_seqlens))};
 }
 
 namespace {
@@ -60,7 +59,7 @@ HeadGradients new_gradients(const Tensor& hidden, const Tensor& weight, bool nee
                             bool needs_bias) {
   const std::vector<int64_t> none{0}, entries{weight.size(0)};
   const auto empty = [](const Tensor& like, const torch::headeronly::IntHeaderOnlyArrayRef& shape) {
-    const Tensor gradient = torch::stable::new_empty(like, shape);
+    const Tensor gradient = new_tensor(like, shape);
     prefer_huge_pages(gradient);
     return gradient;
   };
@@ -167,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   const Tensor tokens =
       aten::index_select(torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.depth()}), 0, rows);
   SumGradients sums;
-  if (needs_hidden) sums.hidden = torch::stable::new_empty(tokens, tokens.sizes());
+  if (needs_hidden) sums.hidden = new_tensor(tokens, tokens.sizes());
   if (needs_weight) sums.weight = gradients.weight;
   if (needs_bias) sums.bias = gradients.bias;
   dispatch_floating(hidden.scalar_type(), [&](auto type) {

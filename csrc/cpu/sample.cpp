@@ -19,7 +19,7 @@ constexpr int64_t kTilesAtOnce = 4;        // register tiles of slots
 constexpr int64_t kMaxDenseQueries = 256;  // of a block: their packed panels fit the second-level cache
 
 philox::State read_state(const Tensor& state) {
-  const Tensor words = torch::stable::contiguous(state);
+  const Tensor words = as_contiguous(state);
   return philox::unpack_state(const_data<int64_t>(words)[0], const_data<int64_t>(words)[1]);
 }
 
