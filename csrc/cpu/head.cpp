@@ -12,8 +12,6 @@
 
 namespace splade_fast::cpu {
 
-using torch::stable::contiguous;
-
 namespace {
 
 ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
@@ -27,7 +25,7 @@ HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
   return {
-      contiguous(hidden), contiguous(weight), contiguous_or_none(bias),
+      as_contiguous(hidden), as_contiguous(weight), contiguous_or_none(bias),
       cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0)) : padded_sequences(shape.batch, shape.length, mask)};
 }
 
@@ -95,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   check_saved(grad, max_logits, argmax, shape.batch, weight.size(0), head_position_type(hidden, cu_seqlens));
   const SequenceRows sequences = sequence_rows(hidden, cu_seqlens);
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  head_backward_max(contiguous(grad), contiguous(max_logits), contiguous(argmax), contiguous(hidden),
-                    contiguous(weight), sequences, activation, gradients);
+  head_backward_max(as_contiguous(grad), as_contiguous(max_logits), as_contiguous(argmax), as_contiguous(hidden),
+                    as_contiguous(weight), sequences, activation, gradients);
   return {gradients.hidden, gradients.weight, gradients.bias};
 }
 
@@ -156,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   check_size("grad", grad, 0, input.sequences.batch());
   check_size("grad", grad, 1, weight.size(0));
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  const Tensor dense_grad = contiguous(torch::stable::to(grad, hidden.scalar_type()));
+  const Tensor dense_grad = as_contiguous(torch::stable::to(grad, hidden.scalar_type()));
 
   // The real tokens side by side; their gradients go back to their rows, all other rows are zero.
   const Sequences& sequences = input.sequences;

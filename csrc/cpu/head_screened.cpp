@@ -338,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
   check_mean(mean, weight);
-  const PreparedWeight prepared{contiguous(mean), contiguous(packed), contiguous(rows)};
+  const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows)};
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&
