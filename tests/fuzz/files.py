@@ -69,4 +69,8 @@ def load_index_or_refuse(files: dict[str, bytes]) -> Index | None:
                 raise
             return None
         assert len(loaded.ids) == len(loaded.rows)
+        meta = loaded.meta
+        assert isinstance(meta.model, str)
+        assert isinstance(meta.max_length, int)
+        assert meta.k is None or isinstance(meta.k, int)
         return loaded

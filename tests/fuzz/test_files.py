@@ -76,6 +76,7 @@ def test_any_tensor(name, data):
 
 @given(json_values, st.sampled_from(["ids.json", "meta.json"]), st.booleans())
 @example({"format_version": 1}, "meta.json", True)
+@example({"model": 1, "max_length": 256, "k": None, "format_version": 1}, "meta.json", True)
 def test_any_part_of_an_index(content, name, well_formed):
     text = json.dumps(content) if well_formed else repr(content)
     load_index_or_refuse({**SOUND_INDEX, name: text.encode("utf-8", "surrogatepass")})
