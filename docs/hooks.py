@@ -16,6 +16,7 @@ LAST = (
     "numerics.md",
     "benchmarks.md",
     "limits.md",
+    "robustness.md",
     "compatibility.md",
     "contributing.md",
 )
