@@ -60,7 +60,7 @@ def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
     modules = read_json(name_or_path, "modules.json", hub)
     if modules is None:
         return EncoderSettings()
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    kinds = _kinds(modules, name_or_path)
     if len(kinds) != 2 or kinds[0] not in _TRANSFORMER_MODULES or kinds[1] != "SpladePooling":
         raise ValueError(
             f"modules.json of {name_or_path} must list a Transformer and a SpladePooling, "
@@ -128,7 +128,7 @@ def static_embedding_settings(
         ValueError: the folder describes something other than a SparseStaticEmbedding.
     """
     modules = read_json(name_or_path, "modules.json", hub) or []
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    kinds = _kinds(modules, name_or_path)
     if not subfolder and kinds != ["SparseStaticEmbedding"]:
         raise ValueError(
             f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
@@ -150,6 +150,18 @@ def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str,
         "config_sentence_transformers.json": _model_file(settings),
         "config.json": {"frozen": frozen},
     }
+
+
+def _kinds(modules: Any, name_or_path: str) -> list[str]:
+    """The class names of the modules that modules.json lists."""
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+    ):
+        raise ValueError(
+            f"modules.json of {name_or_path} must list modules with a type and a path, "
+            f"got {modules!r}"
+        )
+    return [str(module["type"]).rpartition(".")[2] for module in modules]
 
 
 def _model_file(settings: EncoderSettings) -> dict[str, Any]:
@@ -258,9 +270,18 @@ def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
 
 
 def read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
-    """The content of one JSON file of a checkpoint; None where it has no such file."""
+    """The content of one JSON file of a checkpoint; None where it has no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     path = find_file(name_or_path, file, hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} of {name_or_path} must be JSON: {error}") from error
 
 
 def write_json_files(folder: Path, files: dict[str, Any]) -> None:

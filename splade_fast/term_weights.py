@@ -107,7 +107,10 @@ class TermWeightEncoder(TextEncoder):
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
-        settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+        try:
+            settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+        except TypeError as error:
+            raise ValueError(f"{_SETTINGS_FILE} of {name} must hold settings: {error}") from error
         state = None
         if (weights := find_file(name, _WEIGHTS_FILE, hub)) is not None:
             state = load_file(weights)

@@ -120,7 +120,7 @@ class TextEncoder(nn.Module):
         prompt = self.prompt_text(prompt_name)
         # Texts of one length together: a batch costs as much as its longest text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        parts = [self._no_rows()]
+        parts: list[SparseRows] = []
         was_training = self.training
         self.eval()
         try:
@@ -134,7 +134,7 @@ class TextEncoder(nn.Module):
             self.train(was_training)
         positions = torch.empty(len(texts), dtype=torch.int64)
         positions[order] = torch.arange(len(texts))
-        return SparseRows.cat(parts)[positions]
+        return SparseRows.cat(parts or [self._no_rows()])[positions]
 
     def top_terms(self, rows: SparseRows, count: int | None = None) -> list[dict[str, float]]:
         """{token: weight} of the `count` heaviest entries of each row, heaviest first."""

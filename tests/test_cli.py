@@ -137,6 +137,8 @@ def test_bad_corpora_exit_with_2(tmp_path, model, content, message):
     [
         ("{", "line 2: expected a JSON object"),
         ("[1]", "line 2: expected a JSON object, got '[1]'"),
+        pytest.param("[" * 100_000, "line 2: expected a JSON object", id="deep"),
+        pytest.param('{"id": ' + "1" * 5000, "line 2: expected a JSON object", id="long"),
         ('{"id": "d2"}', r"line 2: expected the keys id (or _id) and text"),
     ],
 )

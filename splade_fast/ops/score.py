@@ -10,6 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from splade_fast import _library
 from splade_fast.ops._autograd import accumulation_dtype, refuse_double_backward
+from splade_fast.ops._checks import check_count
 from splade_fast.sparse_rows import SparseRows
 
 # Where search goes by tiles, not on the CPU: queries at a time, and the scores of a tile.
@@ -36,12 +37,12 @@ def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
         TypeError, ValueError: queries and docs differ in their columns or devices.
         RuntimeError: on the CPU, a length or a used index is out of its range.
     """
-    _check_same_space(queries, docs)
+    check_same_space(queries, docs)
     if _library.has_kernels(docs.device):
-        scores: Tensor = torch.ops.splade_fast.sparse_scores(*_tensors(queries, docs))
+        scores: Tensor = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, docs))
         return scores
     dtype = torch.promote_types(queries.dtype, docs.dtype)
-    return _plain_scores(queries, docs).to(dtype)
+    return plain_scores(queries, docs).to(dtype)
 
 
 @torch.no_grad()
@@ -63,21 +64,21 @@ def sparse_search(queries: SparseRows | Tensor, docs: SparseRows, k: int) -> tup
         Ranked before the scores are rounded to their dtype.
 
     Raises:
-        TypeError, ValueError: queries and docs differ in their columns or devices; k < 1.
+        TypeError, ValueError: queries and docs differ in their columns or devices; k is no
+            integer of at least 1.
         RuntimeError: on the CPU, a length or a used index is out of its range.
     """
-    _check_same_space(queries, docs, docs_on_host=True)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_same_space(queries, docs, docs_on_host=True)
+    k = check_count("k", k, 1)
     if _library.has_kernels(queries.device):
         result: tuple[Tensor, Tensor] = torch.ops.splade_fast.sparse_search(
-            *_tensors(queries, docs), k
+            *op_tensors(queries, docs), k
         )
         return result
     return _search_by_tiles(queries, docs, k)
 
 
-def _tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
+def op_tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
     """The arguments that all ops here share."""
     ours = (
         (queries.indices, queries.values, queries.lengths)
@@ -90,7 +91,7 @@ def _tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
 def _from_tensors(
     indices: Tensor | None, values: Tensor, lengths: Tensor | None, num_cols: int
 ) -> Any:
-    """The inverse of `_tensors` for one side."""
+    """The inverse of `op_tensors` for one side."""
     if indices is None or lengths is None:
         return values
     return SparseRows(indices, values, lengths, num_cols)
@@ -127,9 +128,9 @@ def _search_at_once(
     for start in range(0, len(docs), tile_docs):
         tile = docs[start : start + tile_docs].to(device, non_blocking=True)
         if has_kernels:
-            scores = torch.ops.splade_fast.sparse_scores(*_tensors(queries, tile))
+            scores = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, tile))
         else:
-            scores = _plain_scores(queries, tile)
+            scores = plain_scores(queries, tile)
         ids = torch.arange(start, start + len(tile), device=device).expand_as(scores)
         best_scores, best_ids = _best(
             torch.cat([best_scores, scores], dim=1), torch.cat([best_ids, ids], dim=1), k
@@ -157,7 +158,7 @@ def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, taken), ids.gather(1, taken)
 
 
-def _plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+def plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
     """(Q, N) in the accumulation dtype: each document sums the rows of the table it names."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
     table = _query_table(queries, acc)
@@ -181,11 +182,16 @@ def _num_cols(queries: SparseRows | Tensor) -> int:
     return queries.num_cols if isinstance(queries, SparseRows) else queries.shape[1]
 
 
-def _check_same_space(
-    queries: SparseRows | Tensor, docs: SparseRows, *, docs_on_host: bool = False
+def check_same_space(
+    queries: SparseRows | Tensor,
+    docs: SparseRows,
+    *,
+    docs_name: str = "docs",
+    docs_on_host: bool = False,
 ) -> None:
+    """Both are what they should be, over the same columns and on the same device."""
     if not isinstance(docs, SparseRows):
-        raise TypeError(f"docs must be SparseRows, got {type(docs).__name__}")
+        raise TypeError(f"{docs_name} must be SparseRows, got {type(docs).__name__}")
     if not isinstance(queries, SparseRows | Tensor):
         raise TypeError(f"queries must be SparseRows or a tensor, got {type(queries).__name__}")
     if isinstance(queries, Tensor) and not (queries.dim() == 2 and queries.is_floating_point()):
@@ -195,12 +201,15 @@ def _check_same_space(
         )
     if _num_cols(queries) != docs.num_cols:
         raise ValueError(
-            f"queries must have docs.num_cols = {docs.num_cols} columns, got {_num_cols(queries)}"
+            f"queries must have {docs_name}.num_cols = {docs.num_cols} columns, "
+            f"got {_num_cols(queries)}"
         )
     if docs_on_host and docs.device.type == "cpu" and queries.device.type == "cuda":
         return
     if queries.device != docs.device:
-        raise ValueError(f"queries must be on {docs.device} as docs are, got {queries.device}")
+        raise ValueError(
+            f"queries must be on {docs.device} as {docs_name} are, got {queries.device}"
+        )
 
 
 def _fake_scores(
