@@ -17,6 +17,7 @@ LAST = (
     "measured.md",
     "benchmarks.md",
     "limits.md",
+    "robustness.md",
     "compatibility.md",
     "contributing.md",
 )

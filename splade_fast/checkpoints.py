@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 # SpladePooling names the activation before its own log1p; splade_fast names the whole function.
 ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
 _SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in ACTIVATION_OF_SPLADE_POOLING.items()}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_TRUST_REMOTE_CODE = False  # without it transformers asks whoever sits before the terminal
 _TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
 _POOLING_FOLDER = "1_SpladePooling"
 
@@ -183,9 +193,56 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
 
 
+def load_config(name_or_path: str, hub: dict[str, Any]) -> PreTrainedConfig:
+    """The checkpoint's configuration, without running code of its own.
+
+    Raises:
+        ValueError: it needs such code.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+    )
+    return config
+
+
+def load_model(
+    auto_class: Any, name_or_path: str, config: PreTrainedConfig, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """The checkpoint's model, without running code of its own or what a pickle says.
+
+    Raises:
+        ValueError: it needs such code, or a pickle holds more than weights.
+    """
+    kwargs = kwargs | {"trust_remote_code": _TRUST_REMOTE_CODE}
+    with weights_only(name_or_path):
+        model: PreTrainedModel = auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+    return model
+
+
+@contextmanager
+def weights_only(name_or_path: str) -> Iterator[None]:
+    """A block that reads pickles by rules which refuse everything but tensors.
+
+    Raises:
+        ValueError: instead of torch's error, which says how to switch the rules off.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{name_or_path} must hold weights alone, got a pickle that is damaged or runs code"
+        ) from error
+
+
 def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, able to pad."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **hub)
+    """The checkpoint's tokenizer, able to pad, without running code of its own.
+
+    Raises:
+        ValueError: it needs such code.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

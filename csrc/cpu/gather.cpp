@@ -70,12 +70,12 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
-    sources.push_back(has_whole_rows(table) ? table : torch::stable::contiguous(table));
+    sources.push_back(has_whole_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
     // A new tensor of a pinned table is not pinned.
-    gathered.push_back(torch::stable::new_empty(source, shape));
+    gathered.push_back(new_tensor(source, shape));
     copies.push_back({const_data<uint8_t>(source), mutable_data<uint8_t>(gathered.back()), row_stride_bytes(source),
                       row_bytes(source), row_bytes(source)});
   }
