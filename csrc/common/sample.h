@@ -90,6 +90,12 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> result_of(const Samples& sampl
   return {samples.scores, samples.perturbed, samples.logsumexp, samples.indices};
 }
 
+// sum * exp(difference), the part of a logsumexp by another reference. An infinite sum has no maximum to go by: it stays
+// infinite however far it seems to be below the others.
+SPLADE_FAST_INLINE double scaled_sum(double sum, double difference) {
+  return sum - sum == 0 ? sum * ::exp(difference) : sum;
+}
+
 // Group g of `groups` contiguous ones whose sizes differ by at most one starts here; the longer ones come first.
 SPLADE_FAST_INLINE int64_t group_start(int64_t group, int64_t groups, int64_t slots) {
   const int64_t extra = slots % groups;
