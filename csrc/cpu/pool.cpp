@@ -145,6 +145,7 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
                          int64_t activation_code) {
   const Activation activation = check_activation(activation_code);
   check_floating("grad", grad, 2);
+  STD_TORCH_CHECK(length >= 0, "length must not be negative, got ", length);
   check_saved(grad, max_logits, argmax, grad.size(0), grad.size(1), position_type(length));
   Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{grad.size(0), length, grad.size(1)});
   if (grad_logits.numel() == 0) return grad_logits;
