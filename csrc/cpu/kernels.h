@@ -165,8 +165,7 @@ const AllKernels& kernels_avx512();
 const AllKernels& kernels_avx512bf16();
 #endif
 
-// The best set that this machine runs; SPLADE_FAST_ISA lowers it to one of those in
-// instruction_set.cpp.
+// The best set that this machine runs; SPLADE_FAST_ISA lowers it to one of those in instruction_set.cpp.
 const AllKernels& all_kernels();
 
 template <typename T>
