@@ -12,7 +12,6 @@
 
 namespace splade_fast::cpu {
 
-
 HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
