@@ -14,8 +14,10 @@ LAST = (
     "kernels.md",
     "screening.md",
     "numerics.md",
+    "measured.md",
     "benchmarks.md",
     "limits.md",
+    "robustness.md",
     "compatibility.md",
     "contributing.md",
 )
@@ -26,6 +28,7 @@ INTERNAL = {
     "demo",
     "distributed",
     "hidden_states",
+    "sparse_rows_files",
     "text_encoder",
     "whole_folders",
 }

@@ -80,10 +80,10 @@ struct Samples {
   Tensor scores, perturbed, logsumexp, indices;
 
   Samples(const Tensor& like, ScalarType dtype, int64_t queries, int64_t num_samples)
-      : scores(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, dtype)),
-        perturbed(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, dtype)),
-        logsumexp(torch::stable::new_empty(like, std::vector<int64_t>{queries}, dtype)),
-        indices(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
+      : scores(new_tensor(like, std::vector<int64_t>{queries, num_samples}, dtype)),
+        perturbed(new_tensor(like, std::vector<int64_t>{queries, num_samples}, dtype)),
+        logsumexp(new_tensor(like, std::vector<int64_t>{queries}, dtype)),
+        indices(new_tensor(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
 };
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> result_of(const Samples& samples) {

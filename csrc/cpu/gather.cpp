@@ -21,6 +21,16 @@ struct Copy {
   int64_t source_stride, target_stride, bytes;  // of a row
 };
 
+// Rows lie anywhere: the processor foresees the lines of a row from the first few on, but not where the next row is.
+// Measured from 1 to 8 rows and from 1 line to all 48 of a row ahead, C = 131,072, D = 768, random places: these read
+// 8,192 rows 1.8 times and write them 1.25 times as fast as none; whole rows are no better than none.
+constexpr int64_t kRowsAhead = 4, kBytesAhead = 8 * 64;
+
+template <bool kToWrite>
+void prefetch_row(const uint8_t* row, int64_t bytes) {
+  for (int64_t byte = 0; byte < std::min(bytes, kBytesAhead); byte += 64) __builtin_prefetch(row + byte, kToWrite);
+}
+
 // Row from(i) of every source to row to(i) of its target, for 0 <= i < count.
 template <typename From, typename To>
 void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to) {
@@ -29,8 +39,14 @@ void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to)
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kBytesOfAThread / bytes), [&](int64_t begin, int64_t end) {
     for (const Copy& copy : copies) {
       if (copy.bytes == 0) continue;  // its tensors may have no memory
+      const auto source = [&](int64_t i) { return copy.source + from(i) * copy.source_stride; };
+      const auto target = [&](int64_t i) { return copy.target + to(i) * copy.target_stride; };
       for (int64_t i = begin; i < end; ++i) {
-        std::memcpy(copy.target + to(i) * copy.target_stride, copy.source + from(i) * copy.source_stride, copy.bytes);
+        if (i + kRowsAhead < end) {
+          prefetch_row<false>(source(i + kRowsAhead), copy.bytes);
+          prefetch_row<true>(target(i + kRowsAhead), copy.bytes);
+        }
+        std::memcpy(target(i), source(i), copy.bytes);
       }
     }
   });
@@ -54,12 +70,12 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
-    sources.push_back(has_whole_rows(table) ? table : torch::stable::contiguous(table));
+    sources.push_back(has_whole_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
     // A new tensor of a pinned table is not pinned.
-    gathered.push_back(torch::stable::new_empty(source, shape));
+    gathered.push_back(new_tensor(source, shape));
     copies.push_back({const_data<uint8_t>(source), mutable_data<uint8_t>(gathered.back()), row_stride_bytes(source),
                       row_bytes(source), row_bytes(source)});
   }

@@ -918,7 +918,12 @@ def test_bad_options_are_refused_before_a_step(options, error, message):
             TypeError,
             "queries must be a tensor beside a dense cache, got SparseRows",
         ),
-        (torch.ones(3, 2), SparseRows.from_dense(torch.ones(7, 3)), ValueError, "num_cols = 3"),
+        (
+            torch.ones(3, 2),
+            SparseRows.from_dense(torch.ones(7, 3)),
+            ValueError,
+            r"cache\.num_cols = 3",
+        ),
     ],
 )
 def test_bad_operands_are_refused(queries, cache, error, message):
