@@ -80,13 +80,8 @@ Acc merge_logsumexp(const std::vector<Acc>& maximum, const std::vector<Acc>& sum
     if (sum[at] != 0) largest = std::max(largest, reference(at));
   }
   if (largest == -kInf) return static_cast<Acc>(largest);
-<<<<<<< HEAD
   for (int64_t at = query; at < end; at += stride) {
-    if (sum[at] != 0) total += sum[at] * std::exp(reference(at) - largest);
-=======
-  for (int64_t part = 0; part < parts; ++part) {
-    if (sum[part * stride] != 0) total += scaled_sum(sum[part * stride], reference(part) - largest);
->>>>>>> read-c
+    if (sum[at] != 0) total += scaled_sum(sum[at], reference(at) - largest);
   }
   return static_cast<Acc>(largest + std::log(total));
 }

@@ -595,12 +595,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   check_saved(grad, max_logits, argmax, input.batch, input.vocabulary(), head_position_type(hidden, cu_seqlens));
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-<<<<<<< HEAD
-  const Tensor dense_grad = as_contiguous(grad), logits = as_contiguous(max_logits);
-  const Tensor positions = as_contiguous(argmax);
-=======
-  const Tensor dense_grad = torch::stable::contiguous(grad);
->>>>>>> read-c
+  const Tensor dense_grad = as_contiguous(grad);
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Pairs<T> pairs{dense_grad.const_data_ptr(),

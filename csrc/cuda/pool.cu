@@ -325,12 +325,7 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   const OnDevice device(grad, op);
   const Tensor grad_logits = new_tensor(grad, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
-<<<<<<< HEAD
-  const Tensor dense = as_contiguous(grad), logits = as_contiguous(max_logits);
-  const Tensor positions = as_contiguous(argmax);
-=======
-  const Tensor dense = torch::stable::contiguous(grad);
->>>>>>> read-c
+  const Tensor dense = as_contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = mutable_data<T>(grad_logits);

@@ -116,6 +116,17 @@ def test_sizes(device, pooling, batch, length, dim, vocabulary):
     compare(hidden, weight, bias, mask, pooling=pooling)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_of_long_sequences(device, seed):
+    """Sum pooling adds up thousands of weights: rounding must not grow with their number."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((1, 8192, 16), (64, 16), 64)
+    )
+    compare(hidden, weight / 4, bias, None, pooling="sum")
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_strides(device, pooling):
     hidden = torch.randn(20, 9, 6, device=device).permute(2, 1, 0)
