@@ -50,7 +50,8 @@ if [ "$kind" = coverage ]; then
   cd "$tree"
   fuzz() {
     # Memory that is asked for and cannot be had is an exception here too; memory that is used counts.
-    sanitized_python -m tests.fuzz.guided "$@" -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=1000000000000
+    sanitized_python -m tests.fuzz.guided "$@" -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=1000000000000 \
+      -len_control=0
   }
   if [ "$#" != 0 ]; then
     fuzz "$@"
