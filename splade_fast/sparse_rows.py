@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "splade_fast.SparseRows"
 _FORMAT_VERSION = 1
-_MAX_COLS = 2**31
+_MAX_COLS = 2**31 - 2  # as the ops take
 _CHECKED_ENTRIES = 2**20  # at a time: what checking needs beside the rows themselves
 
 
@@ -33,7 +33,7 @@ class SparseRows:
         indices: (B, K) int32, ascending within a row; the unused slots at its end hold -1.
         values: (B, K) floating point; unused slots hold 0.
         lengths: (B,) int32, how many slots of each row are used.
-        num_cols: V, the size of the vocabulary, at most 2^31.
+        num_cols: V, the size of the vocabulary, at most 2^31 - 2.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape or device. What the tensors
@@ -541,7 +541,8 @@ def _check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: in
             )
     if not 0 <= num_cols <= _MAX_COLS:
         raise ValueError(
-            f"num_cols must be at least 0 and at most 2^31, as columns are int32, got {num_cols}"
+            "num_cols must be at least 0 and at most 2^31 - 2, as columns are int32, "
+            f"got {num_cols}"
         )
 
 

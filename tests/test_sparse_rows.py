@@ -362,7 +362,7 @@ LENGTHS = torch.tensor([2, 1], dtype=torch.int32)
         ((INDICES, VALUES[:1], LENGTHS, 3), ValueError, r"values .* \(2, 2\), got \(1, 2\)"),
         ((INDICES, VALUES, LENGTHS[:1], 3), ValueError, r"lengths .* \(2,\), got \(1,\)"),
         ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0 .* got -1"),
-        ((INDICES, VALUES, LENGTHS, 2**31 + 1), ValueError, "num_cols must be .* at most 2.31,"),
+        ((INDICES, VALUES, LENGTHS, 2**31 - 1), ValueError, "num_cols must be .* 2.31 - 2,"),
         ((INDICES, VALUES.to("meta"), LENGTHS, 3), ValueError, "values must be on cpu .*got meta"),
     ],
 )

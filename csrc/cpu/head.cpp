@@ -12,14 +12,6 @@
 
 namespace splade_fast::cpu {
 
-namespace {
-
-ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
-  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
-}
-
-}  // namespace
-
 HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
@@ -90,11 +82,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   const Activation activation = check_activation(activation_code);
   const SequenceShape shape = check_sequences(hidden, std::nullopt, cu_seqlens);
   check_decoder(hidden, weight, std::nullopt);
+  check_head_grad(grad, hidden, shape.batch, weight.size(0));
   check_saved(grad, max_logits, argmax, shape.batch, weight.size(0), head_position_type(hidden, cu_seqlens));
   const SequenceRows sequences = sequence_rows(hidden, cu_seqlens);
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  head_backward_max(as_contiguous(grad), as_contiguous(max_logits), as_contiguous(argmax), as_contiguous(hidden),
-                    as_contiguous(weight), sequences, activation, gradients);
+  head_backward_max(as_contiguous(grad), max_logits, argmax, as_contiguous(hidden), as_contiguous(weight), sequences,
+                    activation, gradients);
   return {gradients.hidden, gradients.weight, gradients.bias};
 }
 
@@ -150,9 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   constexpr int64_t kChunkBytes = int64_t{8} << 20;
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
-  check_floating("grad", grad, 2);
-  check_size("grad", grad, 0, input.sequences.batch());
-  check_size("grad", grad, 1, weight.size(0));
+  check_head_grad(grad, hidden, input.sequences.batch(), weight.size(0));
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = as_contiguous(torch::stable::to(grad, hidden.scalar_type()));
 

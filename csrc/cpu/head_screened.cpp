@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "compensated.h"
 #include "positions.h"
 #include "rounded.h"
 
@@ -239,13 +240,14 @@ class Screened {
       kernels<Acc>().finish_max(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
                                 head_.activation_, weights.data());
       for (size_t e = 0; e < entries_.size(); ++e) {
-        Acc total = 0, run = 0;
+        Acc total = 0, lost = 0, run = 0;
         for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
           run += weights[p];
           if (p + 1 < pairs_end(e) && head_.runs_[pairs_[p + 1]] == head_.runs_[pairs_[p]]) continue;
-          total += run;
+          add_part(total, lost, run);
           run = 0;
         }
+        total = whole_sum(total, lost);
         kernels<Out>().store(mutable_data<Out>(outputs_->pooled) + place(e), &total, 1);
       }
     }

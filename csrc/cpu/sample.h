@@ -81,7 +81,7 @@ Acc merge_logsumexp(const std::vector<Acc>& maximum, const std::vector<Acc>& sum
   }
   if (largest == -kInf) return static_cast<Acc>(largest);
   for (int64_t at = query; at < end; at += stride) {
-    if (sum[at] != 0) total += sum[at] * std::exp(reference(at) - largest);
+    if (sum[at] != 0) total += scaled_sum(sum[at], reference(at) - largest);
   }
   return static_cast<Acc>(largest + std::log(total));
 }
@@ -240,7 +240,12 @@ class BlockSampler {
     if (score == -kInf) return;
     const float noise = philox::gumbel_of_word(state_, word, static_cast<uint32_t>(first_query_ + q),
                                                static_cast<uint64_t>(options_.slot_offset + slot));
-    draws.add({philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot});
+    add_drawable(philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot, draws);
+  }
+
+  // A product with inv_temp may have left the range of the type: that is out like a score of -inf.
+  static void add_drawable(Acc perturbed, Acc score, int64_t slot, Draws<Acc>& draws) {
+    if (perturbed != -kInf) draws.add({perturbed, score, slot});
   }
 
   template <typename MakeSource>
@@ -292,7 +297,7 @@ class BlockSampler {
       if (score == -kInf || philox::perturb(score, inv_temp, kAboveNoise) < draws.bound()) continue;
       const float noise =
           philox::gumbel_of_slot(state_, static_cast<uint32_t>(first_query_ + q), static_cast<uint64_t>(number));
-      draws.add({philox::perturb(score, inv_temp, noise), score, slot});
+      add_drawable(philox::perturb(score, inv_temp, noise), score, slot, draws);
     }
   }
 

@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
   const int rows = static_cast<int>(min(static_cast<int64_t>(rows_per_block), count - first));
   if (threadIdx.x < rows) {
-    own[threadIdx.x] = indices[first + threadIdx.x];
-    left_out[threadIdx.x] = mask != nullptr && !mask[first + threadIdx.x];
+    const bool written = mask == nullptr || mask[first + threadIdx.x];
+    own[threadIdx.x] = written ? indices[first + threadIdx.x] : -1;  // an index that is masked may be unset memory
+    left_out[threadIdx.x] = !written;
   }
   __syncthreads();
   bool all_in_range = true;
@@ -310,9 +311,10 @@ uint8_t* device_address(const Tensor& table, const Tensor& indices, const char* 
     STD_TORCH_CHECK(table.device() == indices.device(), "tables must be on the device of indices or in pinned memory");
     return mutable_data<uint8_t>(table);
   }
+  if (table.numel() == 0) return nullptr;  // it may have no address to ask for, and nothing is copied
   cudaPointerAttributes attributes{};
   check_cuda(cudaPointerGetAttributes(&attributes, table.const_data_ptr()), op);
-  STD_TORCH_CHECK(table.numel() == 0 || attributes.type == cudaMemoryTypeHost,
+  STD_TORCH_CHECK(attributes.type == cudaMemoryTypeHost,
                   "tables must be on the device of indices or in pinned memory, got one in pageable host memory");
   return static_cast<uint8_t*>(attributes.devicePointer);
 }

@@ -31,8 +31,4 @@ inline HeadInput check_input(const Tensor& hidden, const Tensor& weight, const s
           shape.length};
 }
 
-inline ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
-  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
-}
-
 }  // namespace splade_fast::cuda

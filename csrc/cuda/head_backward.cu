@@ -398,11 +398,13 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
   constexpr int64_t kMaxSegments = 64, kMinSegmentEntries = 256, kWarpsPerMultiprocessor = 32;
   const int64_t rows = input.rows(), depth = input.depth(), vocabulary = pairs.vocabulary, batch = pairs.batch;
   if (grad_hidden.numel() == 0) return;
-  if (batch == 0 || vocabulary == 0) {
+  const bool no_pairs = batch == 0 || vocabulary == 0;
+  // Packed tokens may be of no sequence, which only the device could find out: the kernels leave those out.
+  if (no_pairs || input.cu_seqlens) {
     Tensor target = grad_hidden;
     torch::stable::zero_(target);
-    return;
   }
+  if (no_pairs) return;
   const int64_t pair_bytes = static_cast<int64_t>(sizeof(int32_t) + sizeof(Acc));
   const int64_t sequences = std::max<int64_t>(std::min(kPairBytes / (vocabulary * pair_bytes), batch), 1);
   const int64_t wanted = std::min({ceil_div(device.multiprocessors() * kWarpsPerMultiprocessor, sequences),
@@ -582,17 +584,6 @@ Gradients new_gradients(const Tensor& hidden, const Tensor& weight, bool needs_h
           new_tensor(weight, needs_bias ? entries : none)};
 }
 
-void check_grad(const Tensor& grad, const HeadInput& input) {
-  check_floating("grad", grad, 2);
-  check_size("grad", grad, 0, input.batch);
-  check_size("grad", grad, 1, input.vocabulary());
-  check_device("grad", grad, input.weight);
-  const ScalarType dtype = input.weight.scalar_type();
-  STD_TORCH_CHECK(grad.scalar_type() == dtype || grad.scalar_type() == accumulation_type(dtype),
-                  "grad must have the dtype of hidden or its accumulation type, got ",
-                  torch::headeronly::toString(grad.scalar_type()));
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax,
                                                 const Tensor& hidden, const Tensor& weight,
                                                 const std::optional<Tensor>& cu_seqlens, int64_t activation_code,
@@ -600,19 +591,18 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   const char* op = "head_backward_max";
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_input(hidden, weight, std::nullopt, std::nullopt, cu_seqlens);
-  check_grad(grad, input);
+  check_head_grad(grad, hidden, input.batch, input.vocabulary());
   check_saved(grad, max_logits, argmax, input.batch, input.vocabulary(), head_position_type(hidden, cu_seqlens));
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  const Tensor dense_grad = as_contiguous(grad), logits = as_contiguous(max_logits);
-  const Tensor positions = as_contiguous(argmax);
+  const Tensor dense_grad = as_contiguous(grad);
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Pairs<T> pairs{dense_grad.const_data_ptr(),
                          grad.scalar_type() != hidden.scalar_type(),
-                         const_data<Accumulator<T>>(logits),
-                         positions.const_data_ptr(),
-                         static_cast<int>(positions.element_size()),
+                         const_data<Accumulator<T>>(max_logits),
+                         argmax.const_data_ptr(),
+                         static_cast<int>(argmax.element_size()),
                          activation,
                          input.batch,
                          input.vocabulary(),
@@ -636,7 +626,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   constexpr int64_t kChunkBytes = int64_t{32} << 20;
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
-  check_grad(grad, input);
+  check_head_grad(grad, hidden, input.batch, input.vocabulary());
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = as_contiguous(grad);

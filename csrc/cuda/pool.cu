@@ -325,8 +325,7 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   const OnDevice device(grad, op);
   const Tensor grad_logits = new_tensor(grad, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
-  const Tensor dense = as_contiguous(grad), logits = as_contiguous(max_logits);
-  const Tensor positions = as_contiguous(argmax);
+  const Tensor dense = as_contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = mutable_data<T>(grad_logits);
@@ -334,8 +333,8 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
       constexpr int kVec = decltype(vec)::value;
       const Walk walk(batch, length, vocabulary / kVec, device.multiprocessors());
       pool_backward_max_kernel<T, kVec><<<grid_size(walk.blocks(batch)), kThreads, 0, device.stream()>>>(
-          const_data<T>(dense), const_data<Accumulator<T>>(logits), positions.const_data_ptr(),
-          static_cast<int>(positions.element_size()), activation, target, length, vocabulary, walk);
+          const_data<T>(dense), const_data<Accumulator<T>>(max_logits), argmax.const_data_ptr(),
+          static_cast<int>(argmax.element_size()), activation, target, length, vocabulary, walk);
     });
   });
   check_launch(op);

@@ -260,7 +260,9 @@ __global__ void __launch_bounds__(kThreads)
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
         sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_of_slot(state, query_number, number));
       } else {
-        if (!may_be_drawn(static_cast<float>(value * drawing.inv_temp - bound), words.word[j])) continue;
+        // The product rounded as perturb() rounds it: contracted with the difference it could be less.
+        const Acc tempered = philox::multiply(value, drawing.inv_temp);
+        if (!may_be_drawn(static_cast<float>(tempered - bound), words.word[j])) continue;
         const uint64_t number = static_cast<uint64_t>(first_number + start + j);
         sum = philox::perturb(value, drawing.inv_temp,
                               philox::gumbel_of_word(state, words.word[j], query_number, number));
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kThreads)
     if (part == 0) continue;
     const double of_part = finite_or_zero(segments.maximum[query * segments.count + segment]);
     const double larger = total != 0 ? ::fmax(reference, of_part) : of_part;
-    total = (total != 0 ? total * ::exp(reference - larger) : 0.0) + part * ::exp(of_part - larger);
+    total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part, of_part - larger);
     reference = larger;
   }
   maximum[query] = static_cast<Acc>(reference);
