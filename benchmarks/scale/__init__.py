@@ -1,4 +1,4 @@
-"""How time and memory grow with size: each study at five sizes or more, and a power law through them.
+"""How time and memory grow with size: five sizes or more, and a power law through them.
 
 `python -m benchmarks.scale [STUDIES...]` measures the studies below, each size in a process of its
 own, and keeps the numbers in one CSV, where a new run of a size replaces its old numbers; the

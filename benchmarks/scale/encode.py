@@ -65,9 +65,8 @@ class EncodeWork(Work):
         ]
 
     def _encode(self, corpus: Path, index: Path) -> None:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            with redirect_stderr(nowhere):
-                cli.encode(corpus, index, self.model, self.k, self.batch_size, self.max_length)
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            cli.encode(corpus, index, self.model, self.k, self.batch_size, self.max_length)
 
     def _check(self, index: Index) -> None:
         """Some documents of all parts of the index, against what encoding them alone gives."""

@@ -1,4 +1,4 @@
-"""Tables of the studies in Markdown: a row for each variant and size, a column for each quantity."""
+"""Tables of the studies in Markdown: a row for each size, a column for each quantity."""
 
 from collections.abc import Sequence
 
