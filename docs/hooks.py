@@ -26,6 +26,7 @@ INTERNAL = {
     "demo",
     "distributed",
     "hidden_states",
+    "sparse_rows_files",
     "text_encoder",
     "whole_folders",
 }

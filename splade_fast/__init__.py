@@ -36,6 +36,7 @@ from splade_fast.sparse_rows import SparseRows
 if TYPE_CHECKING:
     from splade_fast import export, negative_cache
     from splade_fast.bag_of_words import BagOfWordsQueryEncoder
+    from splade_fast.corpus import encode_corpus
     from splade_fast.model import SpladeEncoder
     from splade_fast.pooled_forward import accelerate, restore
     from splade_fast.term_weights import TermWeightEncoder
@@ -46,6 +47,7 @@ _LAZY = {
     "SpladeEncoder": "model",
     "TermWeightEncoder": "term_weights",
     "accelerate": "pooled_forward",
+    "encode_corpus": "corpus",
     "restore": "pooled_forward",
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "build_info",
     "df_flops_loss",
     "document_frequencies",
+    "encode_corpus",
     "export",
     "flops_loss",
     "gather_rows",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Literal
 
+import torch
 import typer
 
 from splade_fast._library import build_info
+from splade_fast.corpus import encode_corpus
 from splade_fast.data import DataError, Texts, read_qrels, read_texts
+from splade_fast.distributed import OtherRankError, ranks_of_torchrun, together
 from splade_fast.export.command import EmptyDocuments, ExportFormat, export_index
-from splade_fast.index import Index, IndexMeta
+from splade_fast.index import Index, IndexMeta, lasting_name
 from splade_fast.model import SpladeEncoder
 from splade_fast.ops.score import sparse_search
 from splade_fast.sparse_rows import SparseRows
@@ -30,6 +36,8 @@ KeptEntries = Annotated[
     int | None, typer.Option("--k", min=1, help="Keep only the k largest entries of a vector.")
 ]
 
+Device = Literal["cpu", "cuda"]
+
 
 @app.command()
 def encode(
@@ -39,16 +47,28 @@ def encode(
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Documents in memory at a time.")] = 4096,
+    device: Annotated[Device, typer.Option(help="Under torchrun a GPU for each process.")] = "cpu",
 ) -> None:
-    """Encode a corpus into an index folder."""
-    with _bad_input_exits_with_2():
-        if index.exists():
-            raise FileExistsError(f"{index} must not exist yet")
-        texts = read_texts(corpus)
-        encoder = SpladeEncoder.from_pretrained(model)
-        built = _build_index(encoder, texts, model, k, batch_size, max_length)
-        built.save(index)
-    typer.echo(f"{index}: {len(built.ids)} documents, {built.rows.nbytes / 2**20:.1f} MiB")
+    """Encode a corpus into an index folder; several processes: torchrun -m splade_fast encode …"""
+    with _bad_input_exits_with_2(), _leaving_nothing_behind(), ranks_of_torchrun() as rank:
+        with together("loading the model"):
+            if index.exists():
+                raise FileExistsError(f"{index} must not exist yet")
+            encoder = SpladeEncoder.from_pretrained(model).to(_device_of_rank(device))
+        count = encode_corpus(
+            encoder,
+            corpus,
+            index,
+            model=model,
+            k=k,
+            batch_size=batch_size,
+            max_length=max_length,
+            chunk_size=chunk_size,
+        )
+    if rank == 0:
+        size = sum(file.stat().st_size for file in index.iterdir())
+        typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB")
 
 
 @app.command()
@@ -162,9 +182,35 @@ def info() -> None:
 def _bad_input_exits_with_2() -> Iterator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _leaving_nothing_behind() -> Iterator[None]:
+    """A SIGTERM, such as torchrun sends when a process has died, ends the program as errors do."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _device_of_rank(kind: Device) -> torch.device:
+    """The CPU, or the GPU of this process among those of its machine."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"--device cuda must have a GPU for each process, got {count} for LOCAL_RANK {number}"
+        )
+    return torch.device("cuda", number)
 
 
 def _build_index(
@@ -182,9 +228,7 @@ def _build_index(
         max_length=max_length,
         prompt_name=encoder.settings.prompt_for("document"),
     )
-    # A folder is remembered by its full path: the index may be searched from elsewhere.
-    name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return Index(rows, texts.ids, IndexMeta(model=name, max_length=max_length, k=k))
+    return Index(rows, texts.ids, IndexMeta(lasting_name(model), max_length, k))
 
 
 def _encoder_for(index: Index, model: str | None) -> SpladeEncoder:

@@ -40,15 +40,32 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
     Raises:
         DataError: no such file, no texts in it, a malformed line or a repeated id.
     """
-    parse = _parse_json_line if is_json_lines(path) else _parse_tsv_line
-    found: dict[str, str] = {}
-    for where, (text_id, text) in parsed_lines(Path(path), parse):
-        if text_id in found:
+    found = Texts([], [])
+    for text_id, text in checked_texts(path):
+        found.ids.append(text_id)
+        found.texts.append(text)
+    return found
+
+
+def checked_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """(id, text) of what `read_texts` reads, one after the other; only the ids are kept.
+
+    Raises:
+        DataError: as there, on reaching the line; no texts, at the end.
+    """
+    seen: set[str] = set()
+    for where, (text_id, text) in _parsed_texts(path):
+        if text_id in seen:
             raise DataError(f"{where}: id {text_id!r} appears a second time")
-        found[text_id] = text
-    if not found:
+        seen.add(text_id)
+        yield text_id, text
+    if not seen:
         raise DataError(f"{path} must hold at least one text, got none")
-    return Texts(list(found), list(found.values()))
+
+
+def each_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """As `checked_texts`, of a file whose ids have been checked before; nothing is kept."""
+    return (parsed for _, parsed in _parsed_texts(path))
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
@@ -88,6 +105,11 @@ def parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T
 def is_json_lines(path: str | os.PathLike[str]) -> bool:
     """Whether a file's name says that every line is a JSON object."""
     return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+
+
+def _parsed_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    parse = _parse_json_line if is_json_lines(path) else _parse_tsv_line
+    return parsed_lines(Path(path), parse)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -8,8 +8,9 @@ joined batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from torch.autograd.function import once_differentiable
 def world_size() -> int:
     """How many ranks there are; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class OtherRankError(RuntimeError):
+    """What all ranks do together has failed on another one, which has the reason."""
 
 
 class Ranks:
@@ -69,7 +74,7 @@ class Ranks:
 
         Raises:
             Exception: the error inside, on the rank that has it.
-            RuntimeError: on all others.
+            OtherRankError: on all others.
         """
         error: Exception | None = None
         try:
@@ -80,7 +85,7 @@ class Ranks:
         if error is not None:
             raise error
         if bool(failed.any()):
-            raise RuntimeError(f"{what} failed on rank {int(failed.int().argmax())}, see there")
+            raise OtherRankError(f"{what} failed on rank {int(failed.int().argmax())}, see there")
 
     def _as_bytes(
         self, tensors: Sequence[Tensor], rank_dims: int, run: Callable[[Tensor], Tensor]
@@ -104,6 +109,31 @@ class Ranks:
         if backend == "nccl":
             return device if device.type == "cuda" else torch.device("cuda")
         return torch.device("cpu") if backend == "gloo" else device
+
+
+def together(what: str, group: dist.ProcessGroup | None = None) -> AbstractContextManager[None]:
+    """`Ranks.together` of the group; without torch.distributed nothing but what is inside."""
+    return Ranks(group).together(what) if world_size() > 1 else nullcontext()
+
+
+@contextmanager
+def ranks_of_torchrun() -> Iterator[int]:
+    """The processes that `torchrun` has started are the ranks of a gloo group inside.
+
+    Yields:
+        This process's rank; 0 without torchrun.
+
+    Raises:
+        ValueError: the environment has the WORLD_SIZE of torchrun, but lacks the rest.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 class _SumOverRanks(torch.autograd.Function):

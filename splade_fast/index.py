@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from splade_fast.sparse_rows import SparseRows
+from splade_fast.sparse_rows_files import join_files
 from splade_fast.whole_folders import new_folder
 
 _FORMAT_VERSION = 1
@@ -41,8 +43,7 @@ class Index:
         """
         with new_folder(path) as folder:
             self.rows.save(folder / _VECTORS)
-            (folder / _IDS).write_text(json.dumps(self.ids), encoding="utf-8")
-            (folder / _META).write_text(json.dumps(asdict(self.meta)), encoding="utf-8")
+            _write_description(folder, self.ids, self.meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Index:
@@ -70,6 +71,32 @@ class Index:
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
         return cls(rows, ids, described)
+
+
+def join_index(folder: Path, pieces: Sequence[Path], ids: list[str], meta: IndexMeta) -> None:
+    """Write into `folder` what `Index.save` would of all rows of the pieces, to the byte.
+
+    Args:
+        folder: exists, and has nothing of an index in it.
+        pieces: files of `SparseRows.save`, deleted one by one as they are copied.
+        ids: one for each row.
+        meta: how the rows were made.
+
+    Raises:
+        OSError, ValueError: as `join_files`.
+    """
+    join_files(pieces, folder / _VECTORS)
+    _write_description(folder, ids, meta)
+
+
+def lasting_name(model: str | os.PathLike[str]) -> str:
+    """A hub name as it is, a folder by its full path: the index may be searched from elsewhere."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else os.fspath(model)
+
+
+def _write_description(folder: Path, ids: list[str], meta: IndexMeta) -> None:
+    (folder / _IDS).write_text(json.dumps(ids), encoding="utf-8")
+    (folder / _META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
 
 
 def _json_of(path: Path) -> Any:

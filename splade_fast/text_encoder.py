@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,17 @@ def token_tensors(
         return_tensors="np",  # torch takes three times as long to read the lists
     )
     return {name: torch.from_numpy(array) for name, array in encoding.items()}
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Refuse the arguments, given by name, that are less than 1; None is none.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 class TextEncoder(nn.Module):
@@ -79,7 +90,6 @@ class TextEncoder(nn.Module):
         )
         return {name: tensor.to(self.device) for name, tensor in tokens.items()}
 
-    @torch.inference_mode()
     def encode(
         self,
         texts: str | Sequence[str],
@@ -112,24 +122,39 @@ class TextEncoder(nn.Module):
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{position}] must be a str, got {type(text).__name__}")
-        for name, number in (("batch_size", batch_size), ("max_length", max_length)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if k is not None and k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        check_positive(batch_size=batch_size, max_length=max_length, k=k)
         prompt = self.prompt_text(prompt_name)
+        with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
+            return self.encode_batches(texts, prompt, k, batch_size, max_length, progress.update)
+
+    @torch.inference_mode()
+    def encode_batches(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        k: int | None,
+        batch_size: int,
+        max_length: int,
+        after_batch: Callable[[int], object],
+    ) -> SparseRows:
+        """What `encode` does, of checked arguments: it depends on nothing but them, to the bit.
+
+        Args:
+            texts, k, batch_size, max_length: as of `encode`.
+            prompt: goes before each text.
+            after_batch: called with the number of texts of each batch that is through.
+        """
         # Texts of one length together: a batch costs as much as its longest text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         parts = [self._no_rows()]
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
-                for start in range(0, len(texts), batch_size):
-                    batch = [prompt + texts[i] for i in order[start : start + batch_size]]
-                    rows = self.sparse_rows(self.tokenize(batch, max_length), k)
-                    parts.append(rows.to("cpu"))
-                    progress.update(len(batch))
+            for start in range(0, len(texts), batch_size):
+                batch = [prompt + texts[i] for i in order[start : start + batch_size]]
+                rows = self.sparse_rows(self.tokenize(batch, max_length), k)
+                parts.append(rows.to("cpu"))
+                after_batch(len(batch))
         finally:
             self.train(was_training)
         positions = torch.empty(len(texts), dtype=torch.int64)

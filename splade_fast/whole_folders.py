@@ -36,10 +36,9 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder = Path(path).resolve()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{path} must be a folder, got a file")
-    # Inside a folder that is there: what is beside it may be another file system.
-    parent = folder if folder.exists() else folder.parent
+    temporary = partial_folder(path)
+    parent = temporary.parent
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{folder.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)  # of a program that was killed
     temporary.mkdir()
     try:
@@ -65,6 +64,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileExistsError(f"{path} must not exist yet")
     with whole_folder(path) as folder:
         yield folder
+
+
+def partial_folder(path: str | os.PathLike[str]) -> Path:
+    """The temporary folder of `whole_folder`, which other processes may write to as well."""
+    folder = Path(path).resolve()
+    # Inside a folder that is there: what is beside it may be another file system.
+    parent = folder if folder.exists() else folder.parent
+    return parent / f".{folder.name}.partial"
 
 
 def flush_to_disk(folder: Path) -> None:
