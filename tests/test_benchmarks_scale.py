@@ -120,7 +120,7 @@ def in_this_process(monkeypatch):
 
 
 TINY = {
-    "encode": ((20, 40, 80), {"documents/s", encode.INDEX, encode.LOADED}),
+    "encode": ((20, 40, 80), {"documents/s", encode.INDEX, encode.KEPT}),
     "search": ((100, 200, 400), {"queries/s", search.ROWS, search.LOAD}),
     "cache": ((256, 512, 1024), {CACHE}),
     "vocabulary": ((300, 600, 1200), set()),
@@ -193,7 +193,7 @@ def test_a_wrong_update_is_not_kept(monkeypatch):
 
 @pytest.mark.usefixtures("tiny_corpus")
 def test_a_wrong_index_is_not_kept(tmp_path):
-    (work,) = encode.of_documents(40, tmp_path).values()
+    work = encode.of_documents(40, tmp_path)[encode.COMMAND]
     with pytest.raises(WrongError, match="has 40 documents, not 41"):
         replace(work, documents=41).measure(ROUNDS)
 

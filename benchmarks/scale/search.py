@@ -15,6 +15,7 @@ from benchmarks.memory import peak_growth
 from benchmarks.scale.findings import EXTRA_MEMORY, Quantity
 from benchmarks.scale.work import Rounds, Work, WrongError, mebibytes, per_second, timed
 from splade_fast import SparseRows
+from splade_fast.sparse_rows_files import join_files
 
 DOCUMENTS = (312_500, 625_000, 1_250_000, 2_500_000, 5_000_000)
 QUERIES = (1, 64)
@@ -77,8 +78,12 @@ def _parts(count: int) -> Iterator[SparseRows]:
 
 
 def of_documents(documents: int, folder: Path) -> dict[str, Work]:
+    parts = []
+    for number, rows in enumerate(_parts(documents)):
+        parts.append(folder / f"{number}.safetensors")
+        rows.save(parts[-1])
     path = folder / "rows.safetensors"
-    SparseRows.cat(list(_parts(documents))).save(path)
+    join_files(parts, path)
     return {variant_of(queries): SearchWork(path, queries) for queries in QUERIES}
 
 
