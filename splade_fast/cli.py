@@ -192,6 +192,7 @@ def _leaving_nothing_behind() -> Iterator[None]:
     """A SIGTERM, such as torchrun sends when a process has died, ends the program as errors do."""
 
     def leave(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleaning up
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)

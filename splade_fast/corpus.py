@@ -196,8 +196,14 @@ def _all_ranks() -> Iterator[tuple[dist.ProcessGroup | None, int, int]]:
         yield None, 0, 1
         return
     group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    ranks = Ranks(group)
     try:
-        yield group, dist.get_rank(group), dist.get_world_size(group)
+        yield group, ranks.rank, ranks.count
+    except Exception:
+        # None leaves before the first one has cleaned up: torchrun ends all when one has left.
+        with suppress(RuntimeError):
+            ranks.all_gather(torch.tensor(True))
+        raise
     finally:
         dist.destroy_process_group(group)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splade_fast.sparse_rows import SparseRows
@@ -29,11 +29,20 @@ class _Contents:
 
     @classmethod
     def of(cls, path: Path) -> _Contents:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            count, width = slices["indices"].get_shape()
-            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
-            return cls(file.metadata(), dtypes, count, width)
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes = {name: file.get_slice(name).get_dtype() for name in _names(path)}
+                count, width = file.get_slice("indices").get_shape()
+                return cls(file.metadata(), dtypes, count, width)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _names(path: Path) -> list[str]:
+    """The tensors of a sound file in its order, also of those that have no bytes."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return [name for name in json.loads(file.read(size)) if name != "__metadata__"]
 
 
 def join_files(parts: Sequence[Path], target: Path) -> None:

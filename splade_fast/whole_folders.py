@@ -50,7 +50,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.rename(folder)
         flush_folder(parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 @contextmanager
@@ -92,6 +92,14 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder even if a signal, whose handler raises, comes in the middle."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_files(source: Path, target: Path) -> None:
