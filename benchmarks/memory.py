@@ -63,12 +63,17 @@ def peak_extra_here(case: Case, contender: str, workload: Workload) -> int:
 
 def peak_growth(run: Callable[[], object]) -> int:
     """Bytes by which this process is larger, at its largest, while run() runs; Linux only."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # peak := current
     before = resident_bytes("VmHWM")
     run()
     return resident_bytes("VmHWM") - before
+
+
+def return_freed_memory() -> None:
+    """What the allocator keeps for later is the system's again; Linux only."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(field: str) -> int:

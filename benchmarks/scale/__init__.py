@@ -5,6 +5,7 @@ own, and keeps the numbers in one CSV, where a new run of a size replaces its ol
 fitted exponents are in a second one, and a plot beside them.
 
 - encode: real docstrings to an index folder, against the number of documents.
+- load: an index folder opened, against the number of documents.
 - search: exact search of synthetic SPLADE rows in a memory-mapped file, against their number.
 - cache: a draw from the negative cache and an update of it, against its slots.
 - vocabulary: the head's forward and backward, against V.

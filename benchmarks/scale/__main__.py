@@ -13,7 +13,7 @@ import torch
 from benchmarks.case import UnavailableError
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
-from benchmarks.scale import cache, encode, head, on_paper, search
+from benchmarks.scale import cache, encode, head, load, on_paper, search
 from benchmarks.scale.findings import Fact, Finding, format_findings, merged, recorded
 from benchmarks.scale.power_law import Exponent, exponents, format_exponents
 from benchmarks.scale.work import Rounds, Work, measured_alone
@@ -30,6 +30,7 @@ class Study:
 
 STUDIES = {
     "encode": Study("documents", encode.DOCUMENTS, encode.of_documents),
+    "load": Study("documents", load.DOCUMENTS, load.of_documents),
     "search": Study("documents", search.DOCUMENTS, search.of_documents),
     "cache": Study("slots", cache.SLOTS, lambda slots, _: cache.of_slots(slots)),
     "vocabulary": Study("entries", head.VOCABULARIES, lambda vocab, _: head.of_vocabulary(vocab)),
@@ -100,7 +101,7 @@ def _report(path: Path) -> None:
     facts = read_csv(Fact, path)
     found = exponents(facts)
     print(format_exponents(found))
-    if {"encode", "search", "cache"} <= {exponent.study for exponent in found}:
+    if {"encode", "load", "search", "cache"} <= {exponent.study for exponent in found}:
         print(on_paper.section(facts))
     write_csv(found, Exponent, path.with_name(f"scale_exponents{path.stem[5:]}.csv"))
     if importlib.util.find_spec("matplotlib") is None:

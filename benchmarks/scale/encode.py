@@ -1,7 +1,6 @@
 """`splade-fast encode`: real docstrings, again and again with other ids, to an index folder."""
 
 import functools
-import gc
 import os
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,9 +12,9 @@ import torch
 
 from benchmarks.case import UnavailableError
 from benchmarks.checks import relative_error
-from benchmarks.memory import peak_growth, resident_bytes
+from benchmarks.memory import peak_growth
 from benchmarks.scale.findings import EXTRA_MEMORY, TIME, Quantity
-from benchmarks.scale.work import Rounds, Work, WrongError, mebibytes, per_second, timed
+from benchmarks.scale.work import Rounds, Work, WrongError, mebibytes, per_second
 from benchmarks.trained import fetched
 from splade_fast import SpladeEncoder, cli
 from splade_fast.demo.checkpoint import DEMO
@@ -23,8 +22,7 @@ from splade_fast.demo.corpus import PACKAGES, docstring_pairs
 from splade_fast.index import Index
 
 DOCUMENTS = (12_500, 25_000, 50_000, 100_000, 200_000)
-COMMAND, LOADING = "splade-fast encode", "Index.load"
-INDEX, KEPT = "index on disk", "private memory"
+COMMAND, INDEX = "splade-fast encode", "index on disk"
 
 _WARM_UP = 64  # documents
 _CHECKED = 32
@@ -86,24 +84,6 @@ class EncodeWork(Work):
             raise WrongError(f"index of {self.documents} documents: error {error:.2e}")
 
 
-@dataclass(frozen=True)
-class LoadWork(Work):
-    """The index that was encoded before: its rows are mapped, its ids take private memory."""
-
-    index: Path
-
-    def measure(self, rounds: Rounds) -> list[Quantity]:
-        gc.collect()
-        before = resident_bytes("RssAnon")
-        index = Index.load(self.index)
-        growth = resident_bytes("RssAnon") - before
-        del index
-        return [
-            timed(lambda: Index.load(self.index), rounds),
-            mebibytes(KEPT, max(0, growth)),
-        ]
-
-
 def _index_of(corpus: Path) -> Path:
     return corpus.with_suffix(".index")
 
@@ -121,7 +101,4 @@ def of_documents(documents: int, folder: Path) -> dict[str, Work]:
     with corpus.open("w", encoding="utf-8") as file:
         for number, text in enumerate(islice(cycle(_documents()), documents)):
             file.write(f"{number}\t{text}\n")
-    return {
-        COMMAND: EncodeWork(str(fetched(DEMO)), corpus, documents),
-        LOADING: LoadWork(_index_of(corpus)),
-    }
+    return {COMMAND: EncodeWork(str(fetched(DEMO)), corpus, documents)}

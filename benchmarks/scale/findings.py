@@ -21,11 +21,18 @@ class Quantity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding(Quantity):
+class Size:
+    """What was measured."""
+
     study: str
     variant: str
     axis: str  # what grows, e.g. "documents"
     size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(Quantity, Size):
+    """A number, and what it is of."""
 
     @property
     def curve(self) -> tuple[str, str, str]:

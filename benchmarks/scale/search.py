@@ -21,7 +21,7 @@ DOCUMENTS = (312_500, 625_000, 1_250_000, 2_500_000, 5_000_000)
 QUERIES = (1, 64)
 ROWS, LOAD = "rows", "load and check"
 
-_ROWS = ScoreCase(direction="forward", dtype=torch.float32, device="cpu", queries=0, docs=0)
+SYNTHETIC = ScoreCase(direction="forward", dtype=torch.float32, device="cpu", queries=0, docs=0)
 _ROWS_AT_ONCE = 1 << 15
 
 
@@ -32,7 +32,7 @@ class SearchWork(Work):
     k: int = 10
 
     def measure(self, rounds: Rounds) -> list[Quantity]:
-        queries = _ROWS.rows(self.queries, _ROWS.query_terms, 0)
+        queries = SYNTHETIC.rows(self.queries, SYNTHETIC.query_terms, 0)
         start = time.perf_counter()
         docs = SparseRows.load(self.path)  # every page of it is then in memory
         load = Quantity(quantity=LOAD, value=(time.perf_counter() - start) * 1e3, unit="ms")
@@ -74,7 +74,7 @@ class SearchWork(Work):
 def _parts(count: int) -> Iterator[SparseRows]:
     """The same rows for all counts, as far as they go."""
     for seed, start in enumerate(range(0, count, _ROWS_AT_ONCE), start=1):
-        yield _ROWS.rows(min(_ROWS_AT_ONCE, count - start), _ROWS.doc_terms, seed)
+        yield SYNTHETIC.rows(min(_ROWS_AT_ONCE, count - start), SYNTHETIC.doc_terms, seed)
 
 
 def of_documents(documents: int, folder: Path) -> dict[str, Work]:
