@@ -209,3 +209,21 @@ def test_curves_are_extended(wanted):
     assert rows == pytest.approx(0.25e8 * 2**20)
     with pytest.raises(KeyError):
         on_paper.extended(findings, "search", "2 queries", "time", 10**8)
+
+
+def test_the_committed_exponents_are_those_of_the_committed_facts():
+    fitted = exponents(read_csv(Fact, RESULTS / "scale-cpu.csv"))
+    kept = read_csv(Exponent, RESULTS / "scale_exponents-cpu.csv")
+    assert [replace(e, prefactor=0.0, exponent=0.0, standard_error=0.0) for e in fitted] == [
+        replace(e, prefactor=0.0, exponent=0.0, standard_error=0.0) for e in kept
+    ]
+    # To the digits of the CSV.
+    numbers = [(e.prefactor, e.exponent, e.standard_error) for e in fitted]
+    assert np.array([(e.prefactor, e.exponent, e.standard_error) for e in kept]) == pytest.approx(
+        np.array(numbers), rel=1e-5, abs=1e-9
+    )
+    assert min(e.sizes for e in fitted) >= 5
+
+
+def test_the_page_says_what_is_computed_from_the_committed_facts():
+    assert on_paper.section(read_csv(Fact, RESULTS / "scale-cpu.csv")) in PAGE.read_text()

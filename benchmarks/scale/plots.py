@@ -1,10 +1,11 @@
-"""Plot of the studies: time above and memory below, against size, with the fitted power laws."""
+"""Plot of the studies, one below the other: time and memory against size, with power laws."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.plots import save
 from benchmarks.scale.findings import EXTRA_MEMORY, TIME, Fact
@@ -15,23 +16,23 @@ _COLOURS = ("#1b7837", "#b2182b", "#2166ac", "#e08214", "#762a83", "#999999")
 
 def draw(facts: Sequence[Fact], path: Path) -> None:
     studies = list(dict.fromkeys(fact.study for fact in facts))
-    figure = Figure(figsize=(4.5 * len(studies), 8), layout="constrained")
-    axes = figure.subplots(2, len(studies), squeeze=False)
-    for study, (times, memory) in zip(studies, axes.T, strict=True):
+    figure = Figure(figsize=(14, 1 + 3.5 * len(studies)), layout="constrained")
+    axes = figure.subplots(len(studies), 2, squeeze=False)
+    for study, (times, memory) in zip(studies, axes, strict=True):
         chosen = [fact for fact in facts if fact.study == study]
-        _panel(times, chosen, (TIME,), "ms")
+        _panel(times, chosen, (TIME,))
         others = {f.quantity for f in chosen if f.unit == "MiB"} - {EXTRA_MEMORY}
-        _panel(memory, chosen, (EXTRA_MEMORY, *sorted(others)), "MiB")
-        times.set_title(study)
-        memory.set_xlabel(chosen[0].axis)
-    axes[0, 0].set_ylabel("median time, ms")
-    axes[1, 0].set_ylabel("memory, MiB")
+        _panel(memory, chosen, (EXTRA_MEMORY, *sorted(others)))
+        times.set_ylabel(f"{study}: median time, ms")
+        memory.set_ylabel("memory, MiB")
+        for panel in (times, memory):
+            panel.set_xlabel(chosen[0].axis)
     title = f"growth with size on {facts[0].cpu}, {facts[0].threads} threads; exponents fitted"
     figure.suptitle(title, x=0.01, ha="left")
     save(figure, path)
 
 
-def _panel(axes: Axes, facts: Sequence[Fact], quantities: Sequence[str], unit: str) -> None:
+def _panel(axes: Axes, facts: Sequence[Fact], quantities: Sequence[str]) -> None:
     found = curves([fact for fact in facts if fact.quantity in quantities])
     variants = list(dict.fromkeys(variant for _, variant, _ in found))
     for (_, variant, quantity), points in found.items():
@@ -44,7 +45,10 @@ def _panel(axes: Axes, facts: Sequence[Fact], quantities: Sequence[str], unit: s
             axes.plot(sizes, [law.at(size) for size in sizes], ":", color=colour, linewidth=1)
             label += f" ({law.exponent:.2f} ± {law.standard_error:.2f})"
         axes.plot(sizes, values, marker, color=colour, markersize=4, label=label)
+    sizes = sorted({fact.size for fact in facts})
     axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yscale("log")
     axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
