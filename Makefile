@@ -9,7 +9,8 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python lint format docs sanitize fuzz bench bench-compare clean
+.PHONY: env build demo demo-scratch test test-cpp test-python lint format docs sanitize fuzz fuzz-drawn fuzz-guided \
+	kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
 build: $(VENV)/.built
@@ -65,10 +66,29 @@ sanitize: build
 	tests/sanitize.sh address $(ARGS)
 	tests/sanitize.sh thread $(ARGS)
 
-# Other inputs in every round, with the library under AddressSanitizer and UBSan.
+# Other inputs in every round, with the library under AddressSanitizer and UBSan: what hypothesis draws, and for each
+# target what libFuzzer finds by coverage, which needs Clang 15 or later.
 FUZZ_MINUTES ?= 10
-fuzz: build
-	FUZZ_PROFILE=long FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh address tests/fuzz
+CLANG ?= $(notdir $(firstword $(shell which $(foreach version,22 21 20 19 18 17 16 15,clang++-$(version)) clang++)))
+fuzz: fuzz-drawn $(if $(CLANG),fuzz-guided)
+	@test -n "$(CLANG)" || echo "Left out: make fuzz-guided, which needs Clang (Debian 12: clang-19, libclang-rt-19-dev)."
+
+fuzz-drawn: build
+	FUZZ_PROFILE=long FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh address tests/fuzz $(ARGS)
+
+fuzz-guided: build
+	pip install --quiet --no-build-isolation -e ".[fuzz]"
+	CLANG=$(CLANG) FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh coverage $(ARGS)
+
+# Training killed at random times has to resume to the bytes of a run that was not.
+kill-test: build
+	python -m tests.training.kill $(ARGS)
+
+# A wheel for every Linux whose C library is as old as this machine's; torch's libraries stay torch's.
+wheel: build
+	rm -rf dist
+	python -m build --no-isolation --outdir dist/here
+	auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/here/*.whl
 
 bench: build
 	python -m benchmarks $(ARGS)

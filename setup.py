@@ -25,9 +25,8 @@ class CMakeBuild(build_ext):
         # An editable install is given a temporary folder; ours makes the next one incremental.
         build = ROOT / "build" / "editable" if self._inplace() else Path(self.build_temp).resolve()
         package = self._package_folder()
-        for stale in self._libraries(
-            package
-        ):  # a build without CUDA must not keep an old CUDA library
+        # A build without CUDA must not keep an old CUDA library.
+        for stale in self._libraries(package):
             stale.unlink()
         cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         if self._is_of_another_environment(build / "CMakeCache.txt"):

@@ -1,7 +1,6 @@
 """python -m benchmarks [CASES...]: check, time in turns, and keep the results."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from benchmarks import cases
 from benchmarks.case import UnavailableError
+from benchmarks.drawing import draw_if_possible
 from benchmarks.driver import CONTENDERS, Options, run_case
 from benchmarks.machine import Machine
 from benchmarks.results import Row, write_csv
@@ -89,7 +89,7 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
         rows += found
         write_csv(rows, Row, path)
     if rows:
-        _draw(rows, path)
+        draw_if_possible("benchmarks.plots", rows, path.with_suffix(".svg"))
     return complete and all(row.correct for row in rows)
 
 
@@ -99,15 +99,6 @@ def _report(results: Path, page: Path) -> int:
     write_report(results, page)
     print(page)
     return 0
-
-
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed")
-        return
-    from benchmarks.plots import draw
-
-    draw(rows, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

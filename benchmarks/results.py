@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.machine import Machine
+
 AnyRow = TypeVar("AnyRow")  # a dataclass of texts, numbers and truth values
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     op: str
     shape: str
     layout: str
@@ -33,15 +35,11 @@ class Row:
     share_of_floor: float | None  # median of the floor over this median
     peak_extra_mib: float | None
     verdict: str
-    date: str
-    commit: str
-    dirty: str
-    torch: str
-    cpu: str
-    cores: int
-    threads: int
-    gpu: str
-    kernels: str
+
+
+@dataclass(frozen=True)
+class Row(Machine, Measured):
+    """What was measured, and where."""
 
     @property
     def case(self) -> tuple[str, ...]:

@@ -14,8 +14,10 @@ LAST = (
     "kernels.md",
     "screening.md",
     "numerics.md",
+    "measured.md",
     "benchmarks.md",
     "limits.md",
+    "robustness.md",
     "compatibility.md",
     "contributing.md",
 )

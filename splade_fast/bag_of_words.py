@@ -129,7 +129,10 @@ class BagOfWordsQueryEncoder(TextEncoder):
             path = find_file(name, _WEIGHTS_FILE, hub)
             if path is None:
                 raise OSError(f"{name} must hold a {_WEIGHTS_FILE}, got none")
-            weight = load_file(path)["weight"]
+            tensors = load_file(path)
+            if "weight" not in tensors:
+                raise ValueError(f"{path} must hold weight, got {', '.join(tensors) or 'nothing'}")
+            weight = tensors["weight"]
         return cls(tokenizer, weight, settings, frozen=frozen).eval()
 
     @property

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 # SpladePooling names the activation before its own log1p; splade_fast names the whole function.
 ACTIVATION_OF_SPLADE_POOLING = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
 _SPLADE_POOLING_OF_ACTIVATION = {v: k for k, v in ACTIVATION_OF_SPLADE_POOLING.items()}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_TRUST_REMOTE_CODE = False  # without it transformers asks whoever sits before the terminal
 _TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
 _POOLING_FOLDER = "1_SpladePooling"
 
@@ -50,7 +60,7 @@ def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
     modules = read_json(name_or_path, "modules.json", hub)
     if modules is None:
         return EncoderSettings()
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    kinds = _kinds(modules, name_or_path)
     if len(kinds) != 2 or kinds[0] not in _TRANSFORMER_MODULES or kinds[1] != "SpladePooling":
         raise ValueError(
             f"modules.json of {name_or_path} must list a Transformer and a SpladePooling, "
@@ -118,7 +128,7 @@ def static_embedding_settings(
         ValueError: the folder describes something other than a SparseStaticEmbedding.
     """
     modules = read_json(name_or_path, "modules.json", hub) or []
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    kinds = _kinds(modules, name_or_path)
     if not subfolder and kinds != ["SparseStaticEmbedding"]:
         raise ValueError(
             f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
@@ -140,6 +150,18 @@ def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str,
         "config_sentence_transformers.json": _model_file(settings),
         "config.json": {"frozen": frozen},
     }
+
+
+def _kinds(modules: Any, name_or_path: str) -> list[str]:
+    """The class names of the modules that modules.json lists."""
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+    ):
+        raise ValueError(
+            f"modules.json of {name_or_path} must list modules with a type and a path, "
+            f"got {modules!r}"
+        )
+    return [str(module["type"]).rpartition(".")[2] for module in modules]
 
 
 def _model_file(settings: EncoderSettings) -> dict[str, Any]:
@@ -171,9 +193,56 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
 
 
+def load_config(name_or_path: str, hub: dict[str, Any]) -> PreTrainedConfig:
+    """The checkpoint's configuration, without running code of its own.
+
+    Raises:
+        ValueError: it needs such code.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+    )
+    return config
+
+
+def load_model(
+    auto_class: Any, name_or_path: str, config: PreTrainedConfig, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """The checkpoint's model, without running code of its own or what a pickle says.
+
+    Raises:
+        ValueError: it needs such code, or a pickle holds more than weights.
+    """
+    kwargs = kwargs | {"trust_remote_code": _TRUST_REMOTE_CODE}
+    with weights_only(name_or_path):
+        model: PreTrainedModel = auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+    return model
+
+
+@contextmanager
+def weights_only(name_or_path: str) -> Iterator[None]:
+    """A block that reads pickles by rules which refuse everything but tensors.
+
+    Raises:
+        ValueError: instead of torch's error, which says how to switch the rules off.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{name_or_path} must hold weights alone, got a pickle that is damaged or runs code"
+        ) from error
+
+
 def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, able to pad."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **hub)
+    """The checkpoint's tokenizer, able to pad, without running code of its own.
+
+    Raises:
+        ValueError: it needs such code.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -201,9 +270,18 @@ def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
 
 
 def read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
-    """The content of one JSON file of a checkpoint; None where it has no such file."""
+    """The content of one JSON file of a checkpoint; None where it has no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
     path = find_file(name_or_path, file, hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} of {name_or_path} must be JSON: {error}") from error
 
 
 def write_json_files(folder: Path, files: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def encode_corpus(
         ValueError: an argument is out of range, or the corpus is damaged (`data.DataError`).
         FileExistsError: `index` exists already.
         OSError: of the file system; the ranks share none.
-        OtherRankError: another rank raised one of these.
+        RuntimeError: `distributed.OtherRankError`: another rank raised one of these.
     """
     check_positive(batch_size=batch_size, max_length=max_length, k=k, chunk_size=chunk_size)
     prompt = encoder.prompt_text(encoder.settings.prompt_for("document"))

@@ -138,7 +138,7 @@ def json_object(line: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise DataError(f"expected a JSON object, got {shortened(line)} ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got {shortened(line)}")

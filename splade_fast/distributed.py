@@ -228,8 +228,4 @@ def _total(x: Tensor) -> Tensor:
 def _bytes(tensor: Tensor, rank_dims: int) -> Tensor:
     """(bytes,), or (ranks, bytes)."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return (
-        flat.view(tensor.shape[0], -1)
-        if rank_dims and flat.numel()
-        else (flat.new_empty(tensor.shape[0], 0) if rank_dims else flat)
-    )
+    return flat.view(len(tensor), flat.numel() // len(tensor)) if rank_dims else flat

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from splade_fast.data import Qrels
 
-MEASURES = ("RR@10", "nDCG@10", "R@100")
 _SHOWN_AS = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
 
 Run = dict[str, dict[str, float]]
@@ -37,6 +36,6 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
 
     A judged query without any hit counts as 0.
     """
-    measures = [ir_measures.parse_measure(name) for name in MEASURES]
+    measures = [ir_measures.parse_measure(name) for name in _SHOWN_AS]
     results = ir_measures.calc_aggregate(measures, qrels, run)
     return {_SHOWN_AS[str(measure)]: float(results[measure]) for measure in measures}

@@ -14,6 +14,7 @@ from splade_fast.sparse_rows_files import join_files
 from splade_fast.whole_folders import new_folder
 
 _FORMAT_VERSION = 1
+_META_TYPES = {"model": (str,), "max_length": (int,), "k": (int, type(None))}
 _VECTORS, _IDS, _META = "vectors.safetensors", "ids.json", "meta.json"
 
 
@@ -67,6 +68,9 @@ class Index:
             described = IndexMeta(**meta)
         except TypeError as error:
             raise ValueError(f"{path / _META} is damaged: {error}") from error
+        for name, kinds in _META_TYPES.items():
+            if type(value := getattr(described, name)) not in kinds:
+                raise ValueError(f"{path / _META} is damaged: {name} cannot be {value!r}")
         rows = SparseRows.load(path / _VECTORS)
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")

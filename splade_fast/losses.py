@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from splade_fast.distributed import gather_rows_of_ranks, mean_over_ranks
-from splade_fast.ops._checks import check_floating
+from splade_fast.ops._checks import check_floating, check_tensor
 
 
 def pointwise_loss(
@@ -35,8 +35,10 @@ def pointwise_loss(
     """
     check_floating("scores", scores)
     _check_shape("labels", labels, scores)
-    if check_labels and bool(((labels < 0) | (labels > 1)).any()):
-        raise ValueError("labels must be between 0 and 1")
+    if check_labels:
+        outside = labels[~((labels >= 0) & (labels <= 1))]  # NaN as well
+        if len(outside):
+            raise ValueError(f"labels must be between 0 and 1, got {outside[0].item()}")
     values = functional.binary_cross_entropy_with_logits(
         scores, labels.to(scores.dtype), reduction="none"
     )
@@ -69,10 +71,13 @@ def in_batch_loss(
             positive.
     """
     check_floating("queries", queries)
+    if queries.ndim != 2:
+        raise ValueError(f"queries must be (batch, vocabulary), got {tuple(queries.shape)}")
     _check_shape("documents", documents, queries)
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     if negatives is not None:
+        check_tensor("negatives", negatives)
         if negatives.ndim != 2 or negatives.shape[1] != documents.shape[1]:
             raise ValueError(
                 f"negatives must be (negatives, vocabulary) with vocabulary = "
@@ -131,9 +136,9 @@ def margin_mse_loss(
     Raises:
         TypeError, ValueError: scores are not floating point, or their shapes do not go together.
     """
+    student = _margins(positive, negative)
     _check_shape("teacher_positive", teacher_positive, positive)
     _check_shape("teacher_negative", teacher_negative, negative)
-    student = _margins(positive, negative)
     teacher = _margins(teacher_positive, teacher_negative).to(student.dtype)
     return mean_over_ranks((student - teacher).square(), across_ranks)
 
@@ -186,5 +191,6 @@ def _margins(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _check_shape(name: str, tensor: Tensor, like: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.shape != like.shape:
         raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")

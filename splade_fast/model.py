@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedConfig,
@@ -21,6 +20,8 @@ from splade_fast.checkpoints import (
     EncoderSettings,
     adapted_checkpoint,
     hub_arguments,
+    load_config,
+    load_model,
     load_tokenizer,
     lower_case_inputs,
     read_settings,
@@ -78,14 +79,15 @@ class SpladeEncoder(TextEncoder):
 
         Raises:
             OSError: nothing of that name was found.
-            ValueError: the checkpoint needs code of its own, or is no plain SPLADE model.
+            ValueError: the checkpoint needs code of its own, pickles hold more than weights, or it
+                is no plain SPLADE model.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         settings = read_settings(name, hub)
         hub["subfolder"] = kwargs["subfolder"] = settings.subfolder
-        config = AutoConfig.from_pretrained(adapted_checkpoint(name, hub) or name, **hub)
-        model = _auto_class(config).from_pretrained(name, config=config, **kwargs)
+        config = load_config(adapted_checkpoint(name, hub) or name, hub)
+        model = load_model(_auto_class(config), name, config, kwargs)
         tokenizer = load_tokenizer(name, hub)
         if settings.lower_case:
             lower_case_inputs(tokenizer)

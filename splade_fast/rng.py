@@ -54,6 +54,9 @@ class Philox(nn.Module):
 
         Args:
             stream: at least 0 and below 2^64; equal streams of equal seeds are equal.
+
+        Raises:
+            ValueError: stream is out of range.
         """
         if not 0 <= stream < 2**64:
             raise ValueError(f"stream must be at least 0 and below 2^64, got {stream}")

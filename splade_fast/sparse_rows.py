@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from splade_fast.ops._checks import check_count
 from splade_fast.ops.prune import dense_rows, prune_rows
+from splade_fast.whole_folders import whole_file
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 _FORMAT = "splade_fast.SparseRows"
 _FORMAT_VERSION = 1
+_MAX_COLS = 2**31 - 2  # as the ops take
 _CHECKED_ENTRIES = 2**20  # at a time: what checking needs beside the rows themselves
 
 
@@ -31,7 +33,7 @@ class SparseRows:
         indices: (B, K) int32, ascending within a row; the unused slots at its end hold -1.
         values: (B, K) floating point; unused slots hold 0.
         lengths: (B,) int32, how many slots of each row are used.
-        num_cols: V, the size of the vocabulary.
+        num_cols: V, the size of the vocabulary, at most 2^31 - 2.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape or device. What the tensors
@@ -86,8 +88,7 @@ class SparseRows:
             raise ValueError(f"x must be (rows, columns), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point, got {x.dtype}")
-        if k is not None and k < 0:
-            raise ValueError(f"k must be at least 0, got {k}")
+        k = None if k is None else check_count("k", k, 0)
         if not threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {threshold}")
         for name, ratio in (("max_ratio", max_ratio), ("mass", mass)):
@@ -132,7 +133,9 @@ class SparseRows:
                 float64.
 
         Raises:
-            TypeError: matrix is nothing of scipy.sparse, or not floating point without `dtype`.
+            TypeError: matrix is nothing of scipy.sparse; its dtype, or `dtype`, is not floating
+                point.
+            ValueError: matrix has not two dimensions.
             ImportError: scipy is not installed.
         """
         from scipy.sparse import csr_array, issparse
@@ -145,7 +148,12 @@ class SparseRows:
         csr.sum_duplicates()  # and sorts
         values = torch.from_numpy(csr.data).to(dtype)
         if not values.is_floating_point():
-            raise TypeError(f"matrix must be floating point without dtype, got {values.dtype}")
+            name = (
+                "matrix must be floating point without dtype"
+                if dtype is None
+                else ("dtype must be floating point")
+            )
+            raise TypeError(f"{name}, got {values.dtype}")
         lengths = torch.from_numpy(csr.indptr).diff()
         return cls._from_entries(lengths, torch.from_numpy(csr.indices), values, csr.shape[1])
 
@@ -414,20 +422,13 @@ class SparseRows:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; an existing file is replaced only by a complete one."""
-        path = Path(path)
         header = {"format": _FORMAT, "version": _FORMAT_VERSION, "num_cols": self.num_cols}
         tensors = {
             name: getattr(self, name).detach().cpu().contiguous()
             for name in ("indices", "values", "lengths")
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={"sparse_rows": json.dumps(header)})
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(
@@ -485,7 +486,7 @@ def _num_cols_of(path: str | os.PathLike[str], header: str) -> int:
     """
     try:
         facts = json.loads(header)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ValueError(f"{path} must hold saved SparseRows, got the header {header[:60]!r}")
@@ -538,8 +539,11 @@ def _check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: in
             raise ValueError(
                 f"{name} must be on {indices.device} as indices are, got {tensor.device}"
             )
-    if num_cols < 0:
-        raise ValueError(f"num_cols must be at least 0, got {num_cols}")
+    if not 0 <= num_cols <= _MAX_COLS:
+        raise ValueError(
+            "num_cols must be at least 0 and at most 2^31 - 2, as columns are int32, "
+            f"got {num_cols}"
+        )
 
 
 def _widen(tensor: Tensor, width: int, fill: int) -> Tensor:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
-    AutoConfig,
     AutoModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,8 +21,11 @@ from splade_fast.checkpoints import (
     EncoderSettings,
     find_file,
     hub_arguments,
+    load_config,
+    load_model,
     load_tokenizer,
     read_json,
+    weights_only,
     write_json_files,
 )
 from splade_fast.hidden_states import has_cache
@@ -100,25 +102,30 @@ class TermWeightEncoder(TextEncoder):
 
         Raises:
             OSError: nothing of that name was found.
-            ValueError: the checkpoint needs code of its own, or its files do not fit together.
+            ValueError: the checkpoint needs code of its own, pickles hold more than weights, or
+                its files do not fit together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
-        settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+        try:
+            settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+        except TypeError as error:
+            raise ValueError(f"{_SETTINGS_FILE} of {name} must hold settings: {error}") from error
         state = None
         if (weights := find_file(name, _WEIGHTS_FILE, hub)) is not None:
             state = load_file(weights)
         elif (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            with weights_only(name):
+                state = torch.load(weights, map_location="cpu", weights_only=True)
             settings.activation = "relu"
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = load_config(name, hub)
         # A pooler would be a parameter that never gets a gradient.
         model_class = MODEL_MAPPING.get(type(config), None)
         if isinstance(model_class, type) and (  # a few configurations have several
             "add_pooling_layer" in inspect.signature(model_class).parameters
         ):
             kwargs["add_pooling_layer"] = False
-        model = AutoModel.from_pretrained(name, config=config, **kwargs)
+        model = load_model(AutoModel, name, config, kwargs)
         tokenizer = load_tokenizer(name, hub)
         encoder = cls(model, tokenizer, settings)
         if state is not None:

@@ -137,7 +137,7 @@ class TextEncoder(nn.Module):
         max_length: int,
         after_batch: Callable[[int], object],
     ) -> SparseRows:
-        """What `encode` does, of checked arguments: it depends on nothing but them, to the bit.
+        """What `encode` does once it has checked its arguments.
 
         Args:
             texts, k, batch_size, max_length: as of `encode`.
@@ -146,7 +146,7 @@ class TextEncoder(nn.Module):
         """
         # Texts of one length together: a batch costs as much as its longest text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-        parts = [self._no_rows()]
+        parts: list[SparseRows] = []
         was_training = self.training
         self.eval()
         try:
@@ -159,7 +159,7 @@ class TextEncoder(nn.Module):
             self.train(was_training)
         positions = torch.empty(len(texts), dtype=torch.int64)
         positions[order] = torch.arange(len(texts))
-        return SparseRows.cat(parts)[positions]
+        return SparseRows.cat(parts or [self._no_rows()])[positions]
 
     def top_terms(self, rows: SparseRows, count: int | None = None) -> list[dict[str, float]]:
         """{token: weight} of the `count` heaviest entries of each row, heaviest first."""

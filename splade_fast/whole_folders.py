@@ -1,8 +1,9 @@
-"""Folders that appear whole or not at all, whatever ends the program that writes them."""
+"""Folders and files that appear whole or not at all, whatever ends the program that writes them."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ _DESCRIBE_WEIGHTS = (
     "model.safetensors",
     "model-*-of-*.safetensors",
 )
+
+_READ_WRITE = 0o666  # what a program asks for; the user's mask takes some of it away
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        flush_to_disk(temporary)
+        finish_files(temporary)
         if folder.exists():
             _move_files(temporary, folder)
         else:
@@ -74,12 +77,38 @@ def partial_folder(path: str | os.PathLike[str]) -> Path:
     return parent / f".{folder.name}.partial"
 
 
-def flush_to_disk(folder: Path) -> None:
-    """Wait until everything in the folder would survive a loss of power."""
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a file to write, which becomes `path` when the block is through.
+
+    An error in the block leaves `path` as it was.
+
+    Args:
+        path: the file, in a folder that is there.
+    """
+    path = Path(path)
+    # A name of its own: another program may be writing the same file.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode & _READ_WRITE
+    try:
+        yield temporary
+        _finish_file(temporary, permissions)
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finish_files(folder: Path) -> None:
+    """Give the files of a new folder the permissions of any new file, and flush them.
+
+    They would survive a loss of power then.
+    """
+    permissions = folder.stat().st_mode & _READ_WRITE
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _finish_file(path, permissions)
         elif path.is_dir():
             flush_folder(path)
     flush_folder(folder)
@@ -92,6 +121,12 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _finish_file(path: Path, permissions: int) -> None:
+    path.chmod(permissions)  # safetensors 0.8 writes for the owner alone
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import splade_fast as sf
 from splade_fast.bag_of_words import BagOfWordsQueryEncoder
@@ -129,5 +130,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got dtype"):
         BagOfWordsQueryEncoder.from_pretrained(tmp_path, dtype=torch.float32)
     encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "saved")
+    weights = next((tmp_path / "saved").rglob("model.safetensors"))
+    save_file({"bias": torch.ones(2)}, weights)
+    with pytest.raises(ValueError, match=r"model.safetensors must hold weight, got bias"):
+        BagOfWordsQueryEncoder.from_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"attention_mask must be \(batch, length\) = \(1, 2\)"):
         encoder(torch.tensor([[5, 6]]), torch.ones(1, 3))

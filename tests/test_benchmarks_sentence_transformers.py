@@ -39,6 +39,8 @@ def test_all_works_are_measured(tmp_path):
     exact = [f for f in facts if f.quantity == "largest difference" and f.dtype == "float32"]
     assert len(exact) == 1
     assert exact[0].value < 1e-5
+    faster = {(f.study, f.variant) for f in facts if f.quantity == "times faster"}
+    assert faster == {(w, v) for w in study.WORKS for v in (workloads.OURS, workloads.BODY)}
 
 
 def test_random_model_is_as_sparse_as_a_trained_one():

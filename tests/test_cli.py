@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from splade_fast.cli import app
+from splade_fast.cli import _device_of_rank, app
 from splade_fast.index import Index
 from splade_fast.model import SpladeEncoder
 from tests.tiny_models import masked_lm_configs, save_checkpoint
@@ -137,6 +137,8 @@ def test_bad_corpora_exit_with_2(tmp_path, model, content, message):
     [
         ("{", "line 2: expected a JSON object"),
         ("[1]", "line 2: expected a JSON object, got '[1]'"),
+        pytest.param("[" * 100_000, "line 2: expected a JSON object", id="deep"),
+        pytest.param('{"id": ' + "1" * 5000, "line 2: expected a JSON object", id="long"),
         ('{"id": "d2"}', r"line 2: expected the keys id (or _id) and text"),
     ],
 )
@@ -181,6 +183,20 @@ def test_missing_and_contradictory_arguments_exit_with_2(files, index, model):
         result = invoke(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.output
+    assert not (files / "new").exists()
+
+
+def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for number, device in (("0", "cuda:0"), ("1", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        assert _device_of_rank("cuda") == torch.device(device)
+    assert _device_of_rank("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
+    result = invoke(*arguments, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "must have a GPU for each process, got 2 for LOCAL_RANK 2" in result.output
     assert not (files / "new").exists()
 
 

@@ -217,6 +217,17 @@ def test_arguments_out_of_range(tmp_path, name):
         )
 
 
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
+    left = tmp_path / ".index.partial" / "pieces"
+    left.mkdir(parents=True)
+    for name in ("0.safetensors", "9.safetensors", "failed"):
+        (left / name).write_text("cut short")
+    sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    assert len(Index.load(tmp_path / "index").rows) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.tsv", "index"]
+
+
 def test_an_index_that_exists_is_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(2))
     (tmp_path / "index").mkdir()
@@ -279,7 +290,7 @@ def _bad_batch(rank, folder):
 
 
 def _bad_batches(rank, folder):
-    return WordCounts(fail(ValueError("bad batch"), at=2 - rank)), folder / "corpus.tsv"
+    return WordCounts(fail(ValueError("bad batch"), at=0)), folder / "corpus.tsv"
 
 
 def _missing_corpus(rank, folder):

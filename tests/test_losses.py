@@ -122,7 +122,17 @@ def test_kl_distillation():
         (
             lambda: losses.pointwise_loss(torch.ones(2), torch.tensor([0.0, 1.5])),
             ValueError,
-            "labels must be between 0 and 1",
+            "labels must be between 0 and 1, got 1.5",
+        ),
+        (
+            lambda: losses.pointwise_loss(torch.ones(2), torch.tensor([0.0, math.nan])),
+            ValueError,
+            "labels must be between 0 and 1, got nan",
+        ),
+        (
+            lambda: losses.pointwise_loss(torch.ones(2), [0.0, 1.0]),
+            TypeError,
+            "labels must be a tensor, got list",
         ),
         (
             lambda: losses.pointwise_loss(torch.ones(2), torch.ones(3)),
@@ -138,6 +148,11 @@ def test_kl_distillation():
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(3, 3)),
             ValueError,
             r"documents must be \(2, 3\), got \(3, 3\)",
+        ),
+        (
+            lambda: losses.in_batch_loss(torch.ones(2, 2, 3), torch.ones(2, 2, 3)),
+            ValueError,
+            r"queries must be \(batch, vocabulary\), got \(2, 2, 3\)",
         ),
         (
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)),

@@ -120,6 +120,15 @@ def test_a_string_is_one_text_and_no_text_is_no_row(bert):
     assert (len(none), none.num_cols, none.dtype) == (0, VOCAB_SIZE, torch.float32)
 
 
+def test_encode_under_autocast_has_the_dtype_of_forward(bert):
+    encoder = SpladeEncoder.from_pretrained(bert, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = encoder.encode(TEXTS, show_progress=False)
+        vectors = encoder(**encoder.tokenize(TEXTS))
+    assert rows.dtype == vectors.dtype == torch.float32
+    assert encoder.encode([], show_progress=False).dtype == torch.bfloat16
+
+
 def test_max_length_truncates(bert):
     encoder = SpladeEncoder.from_pretrained(bert, **DOUBLE)
     long, short = encoder.encode(
@@ -279,6 +288,13 @@ def test_other_sentence_transformers_folders_are_refused(bert, kinds):
     modules = [{"idx": i, "path": "", "type": f"x.{kind}"} for i, kind in enumerate(kinds)]
     (bert / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match=f"SpladePooling, got {', '.join(kinds)}"):
+        SpladeEncoder.from_pretrained(bert)
+
+
+@pytest.mark.parametrize("modules", [{"type": "x"}, [{"type": "x.Transformer"}], ["x"]])
+def test_malformed_sentence_transformers_folders_are_refused(bert, modules):
+    (bert / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"modules.json of .* with a type and a path, got"):
         SpladeEncoder.from_pretrained(bert)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from splade_fast.ops.score import sparse_scores
+from splade_fast.ops.score import sparse_scores, sparse_search
 from splade_fast.sparse_rows import SparseRows
 
 
@@ -361,7 +361,8 @@ LENGTHS = torch.tensor([2, 1], dtype=torch.int32)
         ((INDICES[0], VALUES, LENGTHS, 3), ValueError, r"indices must be \(rows, slots\)"),
         ((INDICES, VALUES[:1], LENGTHS, 3), ValueError, r"values .* \(2, 2\), got \(1, 2\)"),
         ((INDICES, VALUES, LENGTHS[:1], 3), ValueError, r"lengths .* \(2,\), got \(1,\)"),
-        ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0, got -1"),
+        ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0 .* got -1"),
+        ((INDICES, VALUES, LENGTHS, 2**31 - 1), ValueError, "num_cols must be .* 2.31 - 2,"),
         ((INDICES, VALUES.to("meta"), LENGTHS, 3), ValueError, "values must be on cpu .*got meta"),
     ],
 )
@@ -388,6 +389,28 @@ def test_from_dense_refuses(arguments, message):
 def test_criteria_out_of_range_are_refused(criterion, value):
     with pytest.raises(ValueError, match=f"{criterion} must be .* got {value}"):
         SparseRows.from_dense(torch.ones(2, 2), **{criterion: value})
+
+
+def test_wider_spaces_than_indices_can_name_are_refused():
+    """Rather than columns that wrap around."""
+    with pytest.raises(ValueError, match=r"num_cols must be .* got 4294967301"):
+        SparseRows.from_dicts([{2**32 + 3: 1.0}], 2**32 + 5)
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3"])
+def test_k_must_be_an_integer(k):
+    x = torch.ones(2, 2)
+    message = f"k must be an integer, got {type(k).__name__}"
+    with pytest.raises(TypeError, match=message):
+        SparseRows.from_dense(x, k)
+    with pytest.raises(TypeError, match=message):
+        sparse_search(x, SparseRows.from_dense(x), k)
+
+
+def test_k_of_another_integer_type_is_taken():
+    x = random_dense()
+    for k in (np.int64(3), torch.tensor(3)):
+        assert SparseRows.from_dense(x, k).equal(SparseRows.from_dense(x, 3))
 
 
 def test_integers_are_refused():

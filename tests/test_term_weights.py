@@ -170,6 +170,12 @@ def test_bad_masks_and_checkpoints_are_refused(bert, tmp_path):
         encoder(ids, torch.ones(4, 1))
     with pytest.raises(ValueError, match="trust_remote_code must be False"):
         TermWeightEncoder.from_pretrained(bert, trust_remote_code=True)
+    (bert / "term_weights.json").write_text('{"pruning": 1}')
+    with pytest.raises(ValueError, match=r"term_weights.json of .* must hold settings: .*pruning"):
+        TermWeightEncoder.from_pretrained(bert)
+    (bert / "term_weights.json").write_text("{")
+    with pytest.raises(ValueError, match=r"term_weights.json of .* must be JSON"):
+        TermWeightEncoder.from_pretrained(bert)
     with pytest.raises(OSError, match="no_such_model"):
         TermWeightEncoder.from_pretrained(tmp_path / "no_such_model")
     assert encoder.vocab_size == VOCAB_SIZE

@@ -74,6 +74,7 @@ def _eager(problem: _Problem) -> Tensor:
     fresh = problem.embed({"ids": ids[slots]})
     own = _SCALE * (queries * problem.positives).sum(1)
     log_p = torch.cat([own[:, None], scores], 1).log_softmax(1)[:, 0]
+    # The loss of a training, which is part of a step's time and memory; nothing is trained here.
     (-torch.expm1(log_p) * (_SCALE * (queries * fresh).sum(1) - own)).mean()
     young = torch.full((len(slots), 1), -1, dtype=torch.int32, device=slots.device)
     assign_rows(embeddings, slots, fresh)

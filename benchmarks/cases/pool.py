@@ -10,6 +10,7 @@ from torch import Tensor
 
 import splade_fast
 from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.floors import one_read
 from benchmarks.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
 from benchmarks.peer import PeerPool
 from splade_fast import reference
@@ -103,15 +104,7 @@ class PoolCase(Case):
             read_bytes = real_tokens * self.vocab * logits.element_size()
             written_bytes = written.numel() * logits.element_size()
             return {"copy of as many bytes": _copy_moving(read_bytes + written_bytes)}
-        # Any reduction at memory speed will do, and the one over 32-bit words serves all dtypes.
-        elements = real_tokens * self.vocab * logits.element_size() // 4 * 4
-        real = logits.flatten()[: elements // logits.element_size()]
-        integers, floats = real.view(torch.int32), real.view(torch.float32)
-        reads: dict[str, Callable[[], object]] = {
-            "read by integer maximum": integers.amax,
-            "read by maximum": floats.amax,
-            "read by sum": floats.sum,
-        }
+        reads = one_read(logits.flatten()[: real_tokens * self.vocab])
         if not backward:
             return reads
         gradient = torch.zeros_like(logits)

@@ -4,7 +4,7 @@ The peer is torch.topk, for dense output with its values scattered into zeros.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import splade_fast
 from benchmarks.case import Case, Implementation, Target, Workload
+from benchmarks.floors import one_read
 from benchmarks.inputs import seeded
 from splade_fast import reference
 
@@ -83,7 +84,7 @@ class PruneCase(Case):
             leaves={"x": x},
             upstream=upstream,
             exact=lambda: self._exact(x, upstream),
-            floors=_one_read(x.detach()) if floors else {},
+            floors=one_read(x.detach()) if floors else {},
         )
 
     def _exact(self, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -94,17 +95,6 @@ class PruneCase(Case):
         output.backward(upstream.double())
         assert x64.grad is not None
         return {"output": output.detach(), "x": x64.grad}
-
-
-def _one_read(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Any reduction at memory speed will do, and the one over 32-bit words serves all dtypes."""
-    words = x.flatten()[: x.numel() * x.element_size() // 4 * 4 // x.element_size()]
-    integers, floats = words.view(torch.int32), words.view(torch.float32)
-    return {
-        "read by integer maximum": integers.amax,
-        "read by maximum": floats.amax,
-        "read by sum": floats.sum,
-    }
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[PruneCase]:

@@ -1,7 +1,6 @@
 """python -m benchmarks.scale [STUDIES...]: measure, and keep the numbers."""
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import UnavailableError
+from benchmarks.drawing import draw_if_possible
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.scale import cache, encode, head, load, on_paper, search
@@ -104,12 +104,7 @@ def _report(path: Path) -> None:
     if {"encode", "load", "search", "cache"} <= {exponent.study for exponent in found}:
         print(on_paper.section(facts))
     write_csv(found, Exponent, path.with_name(f"scale_exponents{path.stem[5:]}.csv"))
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed")
-    else:
-        from benchmarks.scale.plots import draw
-
-        draw(facts, path.with_suffix(".svg"))
+    draw_if_possible("benchmarks.scale.plots", facts, path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """python -m benchmarks.screening [STUDIES...]: measure, and keep the numbers."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import UnavailableError
+from benchmarks.drawing import draw_if_possible
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.screening import encode, prepare, sizes, survivors, sweep
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         facts = read_csv(Fact, path)
         print(format_findings(facts))
-        _draw(facts, path)
+        draw_if_possible("benchmarks.screening.plots", facts, path)
         return 0
     torch.set_num_threads(options.threads)
     machine = Machine.current("cpu")
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old = read_csv(Fact, path) if path.exists() else []
         write_csv(merged(old, recorded(found, machine)), Fact, path)
     if path.exists():
-        _draw(read_csv(Fact, path), path)
+        draw_if_possible("benchmarks.screening.plots", read_csv(Fact, path), path)
     return 0 if complete else 1
 
 
@@ -145,15 +145,6 @@ def _encode(rounds: int, seconds: float) -> list[Finding]:
         rounds=rounds,
         seconds=seconds,
     )
-
-
-def _draw(facts: Sequence[Fact], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed")
-        return
-    from benchmarks.screening.plots import draw
-
-    draw(facts, path)
 
 
 if __name__ == "__main__":

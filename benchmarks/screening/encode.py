@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.screening.facts import Finding
-from benchmarks.timing import Contender, garbage_collection_off, time_in_turns
+from benchmarks.timing import WARM_UPS, Contender, garbage_collection_off, time_in_turns
 from splade_fast.demo.contenders import as_sparse_rows, load_contender
 from splade_fast.hidden_states import decoder_of, hidden_before_decoder
 from splade_fast.model import SpladeEncoder
@@ -25,8 +25,6 @@ ALGORITHMS = {"before: dense head": "dense", "after: screened head": "auto"}
 OURS, PEER = "splade_fast", "sentence-transformers"
 MIN_TIMES_PEER = 8.0
 MAX_DIFFERENCE = 1e-5
-
-_WARM_UPS = 2
 
 
 def study(
@@ -94,13 +92,13 @@ def _profile(
     """Median milliseconds of each stage over all batches, in turns."""
     samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in ALGORITHMS}
     with garbage_collection_off():
-        for turn in range(_WARM_UPS + rounds):
+        for turn in range(WARM_UPS + rounds):
             for variant in list(ALGORITHMS)[:: 1 if turn % 2 else -1]:
                 stages = dict.fromkeys(STAGES, 0.0)
                 for start in range(0, len(texts), batch_size):
                     batch = texts[start : start + batch_size]
                     _add_batch(encoder, batch, k, max_length, ALGORITHMS[variant], stages)
-                if turn >= _WARM_UPS:
+                if turn >= WARM_UPS:
                     samples[variant].append(stages)
     return {
         variant: {stage: statistics.median(s[stage] for s in found) for stage in STAGES}

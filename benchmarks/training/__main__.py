@@ -1,7 +1,6 @@
 """python -m benchmarks.training: measure, and keep the numbers."""
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.drawing import draw_if_possible
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.training.facts import Fact, Finding, findings_of, format_findings, recorded
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         facts = read_csv(Fact, path)
         print(format_findings(facts))
-        _draw(facts, path)
+        draw_if_possible("benchmarks.training.plots", facts, path)
         return 0
     torch.set_num_threads(options.threads)
     machine = Machine.current("cpu")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_findings(found), flush=True)
         facts += recorded(found, machine)
         write_csv(facts, Fact, path)
-    _draw(facts, path)
+    draw_if_possible("benchmarks.training.plots", facts, path)
     return 0
 
 
@@ -88,15 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         "--report", action="store_true", help="measure nothing: print and plot the CSV in OUT"
     )
     return parser
-
-
-def _draw(facts: Sequence[Fact], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: matplotlib is not installed")
-        return
-    from benchmarks.training.plots import draw
-
-    draw(facts, path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.plots import COLOURS
+from benchmarks.plots import COLOURS, save
 from benchmarks.training.facts import LOSS, PEAK, SECONDS, Fact
 from splade_fast.demo.training_cost import CONTENDERS
 
@@ -43,4 +43,4 @@ def draw(facts: Sequence[Fact], path: Path) -> None:
         row[1].set(ylabel="seconds per step")
         row[2].set(ylabel="peak MiB above the model")
     figure.suptitle(f"training on {facts[0].cpu}, {facts[0].threads} threads", x=0.01, ha="left")
-    figure.savefig(path.with_suffix(".svg"))
+    save(figure, path.with_suffix(".svg"))

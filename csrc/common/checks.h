@@ -41,6 +41,15 @@ inline Activation check_activation(int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
+// A tensor as error messages name it: Float (3, 4).
+inline std::string described(const Tensor& tensor) {
+  std::string text = std::string(torch::headeronly::toString(tensor.scalar_type())) + " (";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    text += (dim > 0 ? ", " : "") + std::to_string(tensor.size(dim));
+  }
+  return text + ")";
+}
+
 inline void check_floating(const char* name, const Tensor& tensor, int64_t dims) {
   STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name, " must be float32, float64, bfloat16 or float16, got ",
                   torch::headeronly::toString(tensor.scalar_type()));
@@ -61,10 +70,9 @@ inline void check_size(const char* name, const Tensor& tensor, int64_t dim, int6
 
 inline void check_mask(const std::optional<Tensor>& mask, const Tensor& other, int64_t batch, int64_t length) {
   if (!mask) return;
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attention_mask must be bool, got ",
-                  torch::headeronly::toString(mask->scalar_type()));
-  STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length,
-                  "attention_mask must be (batch, length) = (", batch, ", ", length, ")");
+  STD_TORCH_CHECK(
+      mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length,
+      "attention_mask must be bool (batch, length) = (", batch, ", ", length, "), got ", described(*mask));
   STD_TORCH_CHECK(mask->device() == other.device(), "attention_mask must be on the device of the other tensors");
 }
 
@@ -89,19 +97,20 @@ inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<T
                                      const std::optional<Tensor>& cu_seqlens) {
   check_floating("hidden", hidden, cu_seqlens ? 2 : 3);
   if (!cu_seqlens) {
+    STD_TORCH_CHECK(hidden.size(0) <= INT32_MAX, "hidden must be at most 2^31 - 1 sequences, got ", hidden.size(0));
     check_mask(mask, hidden, hidden.size(0), hidden.size(1));
     return {hidden.size(0), hidden.size(1)};
   }
   STD_TORCH_CHECK(!mask, "attention_mask must be None with cu_seqlens");
   STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                  "cu_seqlens must be int32 (batch + 1,)");
+                  "cu_seqlens must be int32 (batch + 1,), got ", described(*cu_seqlens));
   STD_TORCH_CHECK(cu_seqlens->device() == hidden.device(), "cu_seqlens must be on the device of hidden");
   return {cu_seqlens->size(0) - 1, hidden.size(0)};
 }
 
 inline void check_row_values(const std::string& prefix, const Tensor& values) {
   STD_TORCH_CHECK(is_supported(values.scalar_type()) && values.dim() == 2, prefix,
-                  "values must be a matrix of float32, float64, bfloat16 or float16");
+                  "values must be a matrix of float32, float64, bfloat16 or float16, got ", described(values));
 }
 
 // Sparse rows (rows, slots); the prefix stands before the names of the three tensors.
@@ -111,9 +120,10 @@ inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, 
   check_row_values(prefix, values);
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.dim() == 2 && indices.size(0) == values.size(0) &&
                       indices.size(1) == values.size(1),
-                  prefix, "indices must be int32 and have the shape of ", prefix, "values");
+                  prefix, "indices must be int32 and have the shape of ", prefix, "values, (", values.size(0), ", ",
+                  values.size(1), "), got ", described(indices));
   STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int && lengths.dim() == 1 && lengths.size(0) == values.size(0),
-                  prefix, "lengths must be int32 (", values.size(0), ",)");
+                  prefix, "lengths must be int32 (", values.size(0), ",), got ", described(lengths));
   STD_TORCH_CHECK(indices.device() == values.device() && lengths.device() == values.device(), prefix, "indices and ",
                   prefix, "lengths must be on the device of ", prefix, "values");
 }
@@ -143,20 +153,38 @@ inline ScalarType wider_type(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Of the head's argmax. A packed sequence may have any length.
+inline ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
+  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
+}
+
+// The gradient of what the head gave, which is in the dtype of hidden or in its accumulation type.
+inline void check_head_grad(const Tensor& grad, const Tensor& hidden, int64_t batch, int64_t vocabulary) {
+  check_floating("grad", grad, 2);
+  check_size("grad", grad, 0, batch);
+  check_size("grad", grad, 1, vocabulary);
+  STD_TORCH_CHECK(grad.device() == hidden.device(), "grad must be on the device of hidden");
+  const ScalarType dtype = hidden.scalar_type();
+  STD_TORCH_CHECK(grad.scalar_type() == dtype || grad.scalar_type() == accumulation_type(dtype),
+                  "grad must have the dtype of hidden or its accumulation type, got ",
+                  torch::headeronly::toString(grad.scalar_type()));
+}
+
 // What the max backward gets from its forward.
 inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, int64_t batch,
                         int64_t vocabulary, ScalarType position) {
   check_floating("grad", grad, 2);
   STD_TORCH_CHECK(grad.size(0) == batch && grad.size(1) == vocabulary, "grad must be (batch, vocabulary) = (", batch,
-                  ", ", vocabulary, ")");
+                  ", ", vocabulary, "), got ", described(grad));
   STD_TORCH_CHECK(max_logits.dim() == 2 && max_logits.size(0) == batch && max_logits.size(1) == vocabulary &&
                       max_logits.scalar_type() == accumulation_type(grad.scalar_type()),
-                  "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it");
+                  "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it, got ",
+                  described(max_logits));
   STD_TORCH_CHECK(max_logits.is_contiguous() && argmax.is_contiguous(),
                   "max_logits and argmax must be contiguous, as the forward saved them");
   STD_TORCH_CHECK(
       argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary && argmax.scalar_type() == position,
-      "argmax must be (batch, vocabulary) in the position type, from a forward that saved it");
+      "argmax must be (batch, vocabulary) in the position type, from a forward that saved it, got ", described(argmax));
   STD_TORCH_CHECK(grad.device() == max_logits.device() && grad.device() == argmax.device(),
                   "grad, max_logits and argmax must be on one device");
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
+#include "new_tensor.h"
 
 namespace splade_fast {
 
@@ -41,22 +42,20 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Itself where it is contiguous, without asking the dispatcher.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return as_contiguous(tensor);
-  Tensor converted = torch::stable::new_empty(tensor, tensor.sizes(), dtype);
+  Tensor converted = new_tensor(tensor, tensor.sizes(), dtype);
   torch::stable::copy_(converted, tensor);
   return converted;
 }
 
 // Rows, which run along the last dimension, are read in place wherever they start, as long as each is in one piece.
 inline Tensor with_whole_rows(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : as_contiguous(tensor);
 }
+
+// Elements from one row of a matrix to the next. Without elements its data is null, from where there is no way on.
+inline int64_t row_stride(const Tensor& rows) { return rows.numel() == 0 ? 0 : rows.stride(0); }
 
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;

@@ -170,6 +170,8 @@ inline void check_update(const CacheUpdate& update) {
       check_on(label, rows[t], "age", age);
     }
   };
+  // With a mask fewer may count, which a GPU cannot look at without being waited for.
+  STD_TORCH_CHECK(update.new_mask || added <= slots, "new_rows must be at most the ", slots, " slots, got ", added);
   check_rows("new_rows", update.new_rows, added);
   check_rows("refreshed_rows", update.refreshed_rows, refreshed);
   check_row_mask("new_mask", update.new_mask, added);

@@ -51,7 +51,7 @@ void head_sum_backward(const Tensor& tokens, const Tensor& weight, int64_t max_c
     chunk = torch::stable::narrow(chunk, 0, token, count);
     std::optional<Tensor> hidden_sum;
     if (gradients.hidden) {
-      hidden_sum = torch::stable::new_zeros(tokens, std::vector<int64_t>{count, depth}, acc);
+      hidden_sum = new_zeros_tensor(tokens, std::vector<int64_t>{count, depth}, acc);
     }
     for (int64_t column = 0; column < vocabulary; column += chunks.columns) {
       const int64_t columns = std::min(chunks.columns, vocabulary - column);

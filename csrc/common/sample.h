@@ -33,7 +33,7 @@ inline void check_mask_of(const char* name, const Tensor& mask, int64_t queries,
   const bool per_query = mask.dim() == 2;
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (per_query || mask.dim() == 1) &&
                       mask.size(mask.dim() - 1) == slots && (!per_query || mask.size(0) == queries),
-                  name, " must be bool (", slots, ",) or (", queries, ", ", slots, ")");
+                  name, " must be bool (", slots, ",) or (", queries, ", ", slots, "), got ", described(mask));
 }
 
 inline void check_sample(const SampleOptions& options, const SampleMasks& masks, const Tensor& state,
@@ -48,7 +48,7 @@ inline void check_sample(const SampleOptions& options, const SampleMasks& masks,
   STD_TORCH_CHECK(options.query_offset >= 0 && options.query_offset <= philox::kMaxQueries - queries,
                   "query_offset must be at least 0 and leave the queries below 2^32, got ", options.query_offset);
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Long && state.dim() == 1 && state.size(0) == 2,
-                  "state must be int64 (2,)");
+                  "state must be int64 (2,), got ", described(state));
   STD_TORCH_CHECK(state.device() == like.device(), "state must be on the device of the scores");
   if (masks.valid) {
     check_mask_of("valid", *masks.valid, queries, slots);
@@ -58,7 +58,7 @@ inline void check_sample(const SampleOptions& options, const SampleMasks& masks,
     const Tensor& exclude = *masks.exclude;
     STD_TORCH_CHECK(exclude.device() == like.device(), "exclude must be on the device of the scores");
     STD_TORCH_CHECK(exclude.dim() == 2 && exclude.size(0) == queries, "exclude must be (queries, slots to exclude) = (",
-                    queries, ", any)");
+                    queries, ", any), got ", described(exclude));
     if (exclude.scalar_type() == ScalarType::Bool) {
       check_mask_of("exclude", exclude, queries, slots);
     } else {
@@ -80,14 +80,20 @@ struct Samples {
   Tensor scores, perturbed, logsumexp, indices;
 
   Samples(const Tensor& like, ScalarType dtype, int64_t queries, int64_t num_samples)
-      : scores(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, dtype)),
-        perturbed(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, dtype)),
-        logsumexp(torch::stable::new_empty(like, std::vector<int64_t>{queries}, dtype)),
-        indices(torch::stable::new_empty(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
+      : scores(new_tensor(like, std::vector<int64_t>{queries, num_samples}, dtype)),
+        perturbed(new_tensor(like, std::vector<int64_t>{queries, num_samples}, dtype)),
+        logsumexp(new_tensor(like, std::vector<int64_t>{queries}, dtype)),
+        indices(new_tensor(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
 };
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> result_of(const Samples& samples) {
   return {samples.scores, samples.perturbed, samples.logsumexp, samples.indices};
+}
+
+// sum * exp(difference), the part of a logsumexp by another reference. An infinite sum has no maximum to go by: it
+// stays infinite however far it seems to be below the others.
+SPLADE_FAST_INLINE double scaled_sum(double sum, double difference) {
+  return sum - sum == 0 ? sum * ::exp(difference) : sum;
 }
 
 // Group g of `groups` contiguous ones whose sizes differ by at most one starts here; the longer ones come first.

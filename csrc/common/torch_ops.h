@@ -8,6 +8,8 @@
 #include <array>
 #include <vector>
 
+#include "new_tensor.h"
+
 namespace splade_fast::aten {
 
 using torch::stable::Tensor;
@@ -32,7 +34,7 @@ inline void mm_in_type_of(const Tensor& out, const Tensor& a, const Tensor& b) {
 }
 
 inline Tensor mm(const Tensor& a, const Tensor& b) {
-  const Tensor out = torch::stable::new_empty(a, std::vector<int64_t>{a.size(0), b.size(1)});
+  const Tensor out = new_tensor(a, std::vector<int64_t>{a.size(0), b.size(1)});
   mm_out(out, a, b);
   return out;
 }

@@ -12,22 +12,12 @@
 
 namespace splade_fast::cpu {
 
-using torch::stable::contiguous;
-
-namespace {
-
-ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
-  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
-}
-
-}  // namespace
-
 HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
   return {
-      contiguous(hidden), contiguous(weight), contiguous_or_none(bias),
+      as_contiguous(hidden), as_contiguous(weight), contiguous_or_none(bias),
       cu_seqlens ? packed_sequences(*cu_seqlens, hidden.size(0)) : padded_sequences(shape.batch, shape.length, mask)};
 }
 
@@ -36,9 +26,8 @@ HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const
   const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
   const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, empty{0};
   const std::vector<int64_t>&pooled = none ? empty : shape, &saved = save && pooling == Pooling::kMax ? pooled : empty;
-  return {torch::stable::new_empty(hidden, pooled, float_output ? acc : dtype),
-          torch::stable::new_empty(hidden, saved, acc),
-          torch::stable::new_empty(hidden, saved, head_position_type(hidden, cu_seqlens))};
+  return {new_tensor(hidden, pooled, float_output ? acc : dtype), new_tensor(hidden, saved, acc),
+          new_tensor(hidden, saved, head_position_type(hidden, cu_seqlens))};
 }
 
 namespace {
@@ -60,7 +49,7 @@ HeadGradients new_gradients(const Tensor& hidden, const Tensor& weight, bool nee
                             bool needs_bias) {
   const std::vector<int64_t> none{0}, entries{weight.size(0)};
   const auto empty = [](const Tensor& like, const torch::headeronly::IntHeaderOnlyArrayRef& shape) {
-    const Tensor gradient = torch::stable::new_empty(like, shape);
+    const Tensor gradient = new_tensor(like, shape);
     prefer_huge_pages(gradient);
     return gradient;
   };
@@ -93,11 +82,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   const Activation activation = check_activation(activation_code);
   const SequenceShape shape = check_sequences(hidden, std::nullopt, cu_seqlens);
   check_decoder(hidden, weight, std::nullopt);
+  check_head_grad(grad, hidden, shape.batch, weight.size(0));
   check_saved(grad, max_logits, argmax, shape.batch, weight.size(0), head_position_type(hidden, cu_seqlens));
   const SequenceRows sequences = sequence_rows(hidden, cu_seqlens);
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  head_backward_max(contiguous(grad), contiguous(max_logits), contiguous(argmax), contiguous(hidden),
-                    contiguous(weight), sequences, activation, gradients);
+  head_backward_max(as_contiguous(grad), max_logits, argmax, as_contiguous(hidden), as_contiguous(weight), sequences,
+                    activation, gradients);
   return {gradients.hidden, gradients.weight, gradients.bias};
 }
 
@@ -153,11 +143,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   constexpr int64_t kChunkBytes = int64_t{8} << 20;
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
-  check_floating("grad", grad, 2);
-  check_size("grad", grad, 0, input.sequences.batch());
-  check_size("grad", grad, 1, weight.size(0));
+  check_head_grad(grad, hidden, input.sequences.batch(), weight.size(0));
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  const Tensor dense_grad = contiguous(torch::stable::to(grad, hidden.scalar_type()));
+  const Tensor dense_grad = as_contiguous(torch::stable::to(grad, hidden.scalar_type()));
 
   // The real tokens side by side; their gradients go back to their rows, all other rows are zero.
   const Sequences& sequences = input.sequences;
@@ -167,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   const Tensor tokens =
       aten::index_select(torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.depth()}), 0, rows);
   SumGradients sums;
-  if (needs_hidden) sums.hidden = torch::stable::new_empty(tokens, tokens.sizes());
+  if (needs_hidden) sums.hidden = new_tensor(tokens, tokens.sizes());
   if (needs_weight) sums.weight = gradients.weight;
   if (needs_bias) sums.bias = gradients.bias;
   dispatch_floating(hidden.scalar_type(), [&](auto type) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "blocks.h"
+#include "compensated.h"
 #include "head.h"
 #include "kernels.h"
 #include "memory.h"
@@ -64,6 +65,7 @@ class Forward {
   void allocate_carried() {
     carried_value_ = std::make_unique<Scratch<Acc>>(panels_ * columns_);
     carried_argmax_ = std::make_unique<Scratch<Position<Acc>>>(panels_ * columns_);
+    carried_lost_ = std::make_unique<Scratch<Acc>>(panels_ * columns_);
   }
 
   void pack_tokens(const Block& block, char* packed, int64_t tile_bytes) const {
@@ -83,7 +85,7 @@ class Forward {
     const bool carried = !(block.opens && block.closes);
     const int64_t rows = carried ? 0 : block.last - block.first;
     const Scratch<char> packed_weight(kernel.packed_bytes(columns_, input_.depth()));
-    const Scratch<Acc> value(rows * columns_), bias(columns_);
+    const Scratch<Acc> value(rows * columns_), lost(rows * columns_), bias(columns_);
     const Scratch<Position<Acc>> argmax(rows * columns_);
     // State rows count from the first sequence of the block.
     std::vector<int32_t> sequence(block.end - block.begin);
@@ -94,10 +96,12 @@ class Forward {
       const int64_t first_column = panel * columns_;
       const int64_t count = std::min(columns_, input_.vocabulary() - first_column);
       Acc* state = carried ? carried_value_->get() + first_column : value.get();
+      Acc* state_lost = carried ? carried_lost_->get() + first_column : lost.get();
       Position<Acc>* positions = carried ? carried_argmax_->get() + first_column : argmax.get();
       if (block.opens) {
         const Acc start = pooling_ == Pooling::kMax ? -std::numeric_limits<Acc>::infinity() : Acc(0);
         std::fill_n(state, std::max<int64_t>(rows, 1) * columns_, start);
+        if (pooling_ == Pooling::kSum) std::fill_n(state_lost, std::max<int64_t>(rows, 1) * columns_, Acc(0));
         std::fill_n(positions, std::max<int64_t>(rows, 1) * columns_, Position<Acc>(0));
       }
       std::fill_n(bias.get(), columns_, Acc(0));
@@ -113,6 +117,7 @@ class Forward {
                             input_.sequences.position.data() + block.begin,
                             state,
                             save_ ? positions : nullptr,
+                            state_lost,
                             columns_,
                             bias.get(),
                             activation_,
@@ -122,16 +127,17 @@ class Forward {
       if (!block.closes) continue;
       for (int64_t b = block.first; b < block.last; ++b) {
         const int64_t row = (b - block.first) * columns_;
-        finish(b, first_column, count, state + row, positions + row, bias.get());
+        finish(b, first_column, count, state + row, state_lost + row, positions + row, bias.get());
       }
     }
   }
 
-  void finish(int64_t b, int64_t first_column, int64_t count, Acc* state, const Position<Acc>* positions,
-              const Acc* bias) const {
+  void finish(int64_t b, int64_t first_column, int64_t count, Acc* state, const Acc* lost,
+              const Position<Acc>* positions, const Acc* bias) const {
     const int64_t offset = b * input_.vocabulary() + first_column;
     Out* pooled = mutable_data<Out>(outputs_.pooled) + offset;
     if (pooling_ == Pooling::kSum) {
+      for (int64_t i = 0; i < count; ++i) state[i] = whole_sum(state[i], lost[i]);
       kernels<Out>().store(pooled, state, count);
       return;
     }
@@ -149,7 +155,7 @@ class Forward {
   const HeadOutputs& outputs_;
   const bool save_;
   const int64_t columns_, panels_;
-  std::unique_ptr<Scratch<Acc>> carried_value_;
+  std::unique_ptr<Scratch<Acc>> carried_value_, carried_lost_;
   std::unique_ptr<Scratch<Position<Acc>>> carried_argmax_;
 };
 

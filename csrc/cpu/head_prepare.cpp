@@ -16,11 +16,10 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean) {
   const int64_t vocabulary = weight.size(0), depth = weight.size(1), columns = kernel.panel_columns;
   STD_TORCH_CHECK(depth <= kScreenMaxDepth, "weight must have at most ", kScreenMaxDepth, " columns, got ", depth);
   const int64_t panels = (vocabulary + columns - 1) / columns, padded_depth = screen_padded_depth(depth);
-  const Tensor dense = torch::stable::contiguous(weight), dense_mean = torch::stable::contiguous(mean);
+  const Tensor dense = as_contiguous(weight), dense_mean = as_contiguous(mean);
   const PreparedWeight prepared{
-      dense_mean,
-      torch::stable::new_empty(mean, std::vector<int64_t>{panels, padded_depth / 4, columns}, ScalarType::Int),
-      torch::stable::new_empty(mean, std::vector<int64_t>{panels, 4, columns})};
+      dense_mean, new_tensor(mean, std::vector<int64_t>{panels, padded_depth / 4, columns}, ScalarType::Int),
+      new_tensor(mean, std::vector<int64_t>{panels, 4, columns})};
   const std::vector<float> sign = rotation_signs(padded_depth);
   dispatch_floating(weight.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "compensated.h"
 #include "positions.h"
 #include "rounded.h"
 
@@ -239,13 +240,14 @@ class Screened {
       kernels<Acc>().finish_max(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
                                 head_.activation_, weights.data());
       for (size_t e = 0; e < entries_.size(); ++e) {
-        Acc total = 0, run = 0;
+        Acc total = 0, lost = 0, run = 0;
         for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
           run += weights[p];
           if (p + 1 < pairs_end(e) && head_.runs_[pairs_[p + 1]] == head_.runs_[pairs_[p]]) continue;
-          total += run;
+          add_part(total, lost, run);
           run = 0;
         }
+        total = whole_sum(total, lost);
         kernels<Out>().store(mutable_data<Out>(outputs_->pooled) + place(e), &total, 1);
       }
     }
@@ -338,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
   check_mean(mean, weight);
-  const PreparedWeight prepared{contiguous(mean), contiguous(packed), contiguous(rows)};
+  const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows)};
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&
@@ -346,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
                       rows.dim() == 3 && rows.size(0) == panels && rows.size(1) == 4 && rows.size(2) == columns,
                   "packed and rows must be what head_prepare made of weight");
   // declined, tokens compared, pairs multiplied
-  const Tensor report = torch::stable::new_empty(hidden, std::vector<int64_t>{3}, ScalarType::Long);
+  const Tensor report = new_tensor(hidden, std::vector<int64_t>{3}, ScalarType::Long);
   int64_t* facts = mutable_data<int64_t>(report);
   HeadOutputs outputs;
   dispatch_floating(hidden.scalar_type(), [&](auto type) {

@@ -11,7 +11,7 @@
 namespace splade_fast::cpu {
 
 // One panel of vocabulary entries against packed tokens. A token's product lands in the state row of its
-// sequence: value (sequences, state_stride), and for max also position, both initialised by the caller.
+// sequence: value (sequences, state_stride), for max also argmax and for sum lost, all initialised by the caller.
 template <typename Acc>
 struct Panel {
   const void* tokens;  // packed by pack(): tiles of tile_tokens
@@ -22,6 +22,7 @@ struct Panel {
   const int32_t* position;  // (num_tokens,) what the argmax records
   Acc* value;
   Position<Acc>* argmax;  // nullptr: not wanted
+  Acc* lost;              // sum only: what value has lost to rounding, see compensated.h
   int64_t state_stride;
   const Acc* bias;  // (panel_columns,), sum only: there it goes in before the activation
   Activation activation;
@@ -165,8 +166,7 @@ const AllKernels& kernels_avx512();
 const AllKernels& kernels_avx512bf16();
 #endif
 
-// The best set that this machine runs; SPLADE_FAST_ISA lowers it to one of those in
-// instruction_set.cpp.
+// The best set that this machine runs; SPLADE_FAST_ISA lowers it to one of those in instruction_set.cpp.
 const AllKernels& all_kernels();
 
 template <typename T>

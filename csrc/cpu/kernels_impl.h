@@ -1,6 +1,7 @@
 // The CPU kernels, written once in vector extensions and compiled once per instruction set.
 #pragma once
 
+#include "compensated.h"
 #include "gather_impl.h"
 #include "isa.h"
 #include "kernels.h"
@@ -86,8 +87,12 @@ void head_sum(const Panel<Accumulator<T>>& panel) {
       const Vec<Acc> bias = load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
       Vec<Acc> sum = {};  // of the run first: summing by parts rounds less
       for (int64_t t = 0; t < count; ++t) sum += activate<Acc>(products[t][j] + bias, panel.activation);
-      Acc* total = panel.value + state + j * kLanes<Acc>;
-      store_bits(total, load_bits<Vec<Acc>>(total) + sum);
+      Acc* const value = panel.value + state + j * kLanes<Acc>;
+      Acc* const value_lost = panel.lost + state + j * kLanes<Acc>;
+      Vec<Acc> total = load_bits<Vec<Acc>>(value), lost = load_bits<Vec<Acc>>(value_lost);
+      add_part(total, lost, sum);
+      store_bits(value, total);
+      store_bits(value_lost, lost);
     }
   });
 }

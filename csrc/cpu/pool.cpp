@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std:
   const ScalarType dtype = logits.scalar_type();
   const bool saved = save && pooling == Pooling::kMax;
   const std::vector<int64_t> shape{batch, vocabulary}, none{0};
-  Tensor pooled = torch::stable::new_empty(logits, shape);
-  Tensor max_logits = torch::stable::new_empty(logits, saved ? shape : none, accumulation_type(dtype));
-  Tensor argmax = torch::stable::new_empty(logits, saved ? shape : none, position_type(length));
+  Tensor pooled = new_tensor(logits, shape);
+  Tensor max_logits = new_tensor(logits, saved ? shape : none, accumulation_type(dtype));
+  Tensor argmax = new_tensor(logits, saved ? shape : none, position_type(length));
   const Tensor dense = with_whole_rows(logits);
   const Sequences sequences = padded_sequences(batch, length, mask);
   dispatch_floating(dtype, [&](auto type) {
@@ -145,11 +145,12 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
                          int64_t activation_code) {
   const Activation activation = check_activation(activation_code);
   check_floating("grad", grad, 2);
+  STD_TORCH_CHECK(length >= 0, "length must not be negative, got ", length);
   check_saved(grad, max_logits, argmax, grad.size(0), grad.size(1), position_type(length));
-  Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{grad.size(0), length, grad.size(1)});
+  Tensor grad_logits = new_tensor(grad, std::vector<int64_t>{grad.size(0), length, grad.size(1)});
   if (grad_logits.numel() == 0) return grad_logits;
   prefer_huge_pages(grad_logits);
-  const Tensor dense = torch::stable::contiguous(grad);
+  const Tensor dense = as_contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
     backward_max<typename decltype(type)::type>(dense, max_logits, argmax, activation, grad_logits);
   });
@@ -165,9 +166,9 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   check_size("grad", grad, 0, logits.size(0));
   check_size("grad", grad, 1, logits.size(2));
   check_mask(mask, logits, logits.size(0), logits.size(1));
-  const Tensor dense = with_whole_rows(logits), dense_grad = torch::stable::contiguous(grad);
+  const Tensor dense = with_whole_rows(logits), dense_grad = as_contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
-  Tensor grad_logits = torch::stable::new_empty(dense, logits.sizes());
+  Tensor grad_logits = new_tensor(dense, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;
   prefer_huge_pages(grad_logits);
   dispatch_floating(dense.scalar_type(), [&](auto type) {

@@ -174,7 +174,7 @@ template <typename T>
 std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
   const int64_t batch = x.size(0), columns = x.size(1), parts = parts_of_a_row(batch, columns);
   const int64_t places = capacity<T>(criteria, (columns + parts - 1) / parts);
-  const auto row = [&](int64_t b) { return const_data<T>(x) + b * x.stride(0); };
+  const auto row = [&](int64_t b) { return const_data<T>(x) + b * row_stride(x); };
   std::vector<Row<T>> found(batch * parts);
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     Buffer<Accumulator<T>> buffer(places);
@@ -225,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
     int64_t width = criteria.every_row_is_full() ? criteria.width(columns) : 0;
     for (const Row<T>& row : rows) width = std::max(width, static_cast<int64_t>(row.columns.size()));
     const std::vector<int64_t> shape{batch, width};
-    outputs = {torch::stable::new_empty(x, shape), torch::stable::new_empty(x, shape, ScalarType::Int),
-               torch::stable::new_empty(x, std::vector<int64_t>{batch}, ScalarType::Int)};
+    outputs = {new_tensor(x, shape), new_tensor(x, shape, ScalarType::Int),
+               new_tensor(x, std::vector<int64_t>{batch}, ScalarType::Int)};
     write_rows(rows, std::get<1>(*outputs), std::get<0>(*outputs), std::get<2>(*outputs));
   });
   return *outputs;
@@ -266,11 +266,10 @@ void write_dense(const int32_t* indices, const T* values, const int32_t* lengths
 
 Tensor dense_rows(const Tensor& values, const Tensor& indices, const Tensor& lengths, int64_t num_cols) {
   check_sparse_rows("", indices, values, lengths, num_cols);
-  const Tensor entries = torch::stable::contiguous(values), columns = torch::stable::contiguous(indices),
-               sizes = torch::stable::contiguous(lengths);
+  const Tensor entries = as_contiguous(values), columns = as_contiguous(indices), sizes = as_contiguous(lengths);
   const int64_t batch = values.size(0), width = values.size(1);
   check_entries(const_data<int32_t>(columns), const_data<int32_t>(sizes), batch, width, num_cols);
-  const Tensor dense = torch::stable::new_empty(values, std::vector<int64_t>{batch, num_cols});
+  const Tensor dense = new_tensor(values, std::vector<int64_t>{batch, num_cols});
   prefer_huge_pages(dense);
   dispatch_floating(values.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -25,7 +25,7 @@ inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {
 template <typename Acc>
 inline void append(Candidates<Acc>& found, Vec<Acc> x, int32_t column, unsigned lanes) {
 #if defined(__AVX512F__)
-  // Compressed in a register: a compressing store is slow on any machines.
+  // Compressed in a register: a compressing store is slow on some machines.
   if constexpr (sizeof(Acc) == 4) {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __mmask16 mask = static_cast<__mmask16>(lanes);

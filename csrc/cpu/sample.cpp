@@ -19,7 +19,7 @@ constexpr int64_t kTilesAtOnce = 4;        // register tiles of slots
 constexpr int64_t kMaxDenseQueries = 256;  // of a block: their packed panels fit the second-level cache
 
 philox::State read_state(const Tensor& state) {
-  const Tensor words = torch::stable::contiguous(state);
+  const Tensor words = as_contiguous(state);
   return philox::unpack_state(const_data<int64_t>(words)[0], const_data<int64_t>(words)[1]);
 }
 
@@ -31,7 +31,7 @@ void convert_rows(const Tensor& cache, int64_t first, int64_t count, T* rows) {
   const int64_t depth = cache.size(1);
   const Scratch<Accumulator<Stored>> row(depth);
   for (int64_t n = 0; n < count; ++n) {
-    kernels<Stored>().load(row.get(), const_data<Stored>(cache) + (first + n) * cache.stride(0), depth);
+    kernels<Stored>().load(row.get(), const_data<Stored>(cache) + (first + n) * row_stride(cache), depth);
     std::copy_n(row.get(), depth, rows + n * depth);
   }
 }
@@ -52,7 +52,7 @@ class DenseBlock {
     for (int64_t panel = 0; panel * columns < lanes_; ++panel) {
       const int64_t begin = std::min(panel * columns, count);
       kernels<T>().pack(packed_.get() + panel * panel_bytes(), columns,
-                        const_data<T>(queries) + (first + begin) * queries.stride(0), queries.stride(0), nullptr,
+                        const_data<T>(queries) + (first + begin) * row_stride(queries), row_stride(queries), nullptr,
                         std::min(columns, count - begin), depth_);
     }
   }
@@ -75,7 +75,7 @@ class DenseBlock {
       const T* rows = rows_.get();
       int64_t stride = block_.depth_;
       if (block_.is_stored_as_t()) {
-        stride = block_.cache_.stride(0);
+        stride = row_stride(block_.cache_);
         rows = const_data<T>(block_.cache_) + begin * stride;
       } else {
         block_.convert(begin, end - begin, rows_.get());
@@ -107,12 +107,12 @@ class DenseBlock {
   bool is_stored_as_t() const { return sizeof(T) == cache_.element_size(); }
 
   const char* row(int64_t slot) const { return static_cast<const char*>(cache_.const_data_ptr()) + slot * row_bytes(); }
-  int64_t row_bytes() const { return cache_.stride(0) * static_cast<int64_t>(cache_.element_size()); }
+  int64_t row_bytes() const { return row_stride(cache_) * static_cast<int64_t>(cache_.element_size()); }
 
   // Of the next tile, as far as rows follow each other.
   int64_t bytes_after(int64_t slot) const {
     const int64_t tile = kTilesAtOnce * kernels<T>().tile_tokens;
-    return cache_.stride(0) == depth_ ? std::min(tile, cache_.size(0) - slot) * row_bytes() : 0;
+    return row_stride(cache_) == depth_ ? std::min(tile, cache_.size(0) - slot) * row_bytes() : 0;
   }
 
   void convert(int64_t first, int64_t count, T* rows) const {
@@ -226,7 +226,7 @@ class GivenSource {
 
   Acc* scores(int64_t begin, int64_t end) {
     for (int64_t q = 0; q < queries_; ++q) {
-      kernels<T>().load(rows_.get() + q * kSlots, const_data<T>(scores_) + (first_ + q) * scores_.stride(0) + begin,
+      kernels<T>().load(rows_.get() + q * kSlots, const_data<T>(scores_) + (first_ + q) * row_stride(scores_) + begin,
                         end - begin);
     }
     kernels<Acc>().store_scores(tile_.get(), lanes_, rows_.get(), kSlots, end - begin, queries_);

@@ -65,20 +65,23 @@ class Draws {
   std::vector<Draw<Acc>> heap_;
 };
 
-// Sums of exp(score - maximum) of parts of a query's scores; the order of the parts is fixed.
+// Sums of exp(score - maximum) of parts of a query's scores, (parts, stride) of all queries; the order of the parts is
+// fixed. Of no slots there are no parts.
 template <typename Acc>
-Acc merge_logsumexp(const Acc* maximum, const Acc* sum, int64_t parts, int64_t stride) {
-  const auto reference = [&](int64_t part) {
-    return std::isfinite(maximum[part * stride]) ? static_cast<double>(maximum[part * stride]) : 0.0;
+Acc merge_logsumexp(const std::vector<Acc>& maximum, const std::vector<Acc>& sum, int64_t query, int64_t parts,
+                    int64_t stride) {
+  const auto reference = [&](int64_t at) {
+    return std::isfinite(maximum[at]) ? static_cast<double>(maximum[at]) : 0.0;
   };
   constexpr double kInf = std::numeric_limits<double>::infinity();
+  const int64_t end = query + parts * stride;
   double largest = -kInf, total = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    if (sum[part * stride] != 0) largest = std::max(largest, reference(part));
+  for (int64_t at = query; at < end; at += stride) {
+    if (sum[at] != 0) largest = std::max(largest, reference(at));
   }
   if (largest == -kInf) return static_cast<Acc>(largest);
-  for (int64_t part = 0; part < parts; ++part) {
-    if (sum[part * stride] != 0) total += sum[part * stride] * std::exp(reference(part) - largest);
+  for (int64_t at = query; at < end; at += stride) {
+    if (sum[at] != 0) total += scaled_sum(sum[at], reference(at) - largest);
   }
   return static_cast<Acc>(largest + std::log(total));
 }
@@ -184,8 +187,7 @@ class BlockSampler {
         perturbed[i] = draws[i].perturbed;
         indices[i] = draws[i].slot;
       }
-      mutable_data<Acc>(samples.logsumexp)[first + q] =
-          merge_logsumexp(maximum_.data() + q, sum_.data() + q, parts_, lanes_);
+      mutable_data<Acc>(samples.logsumexp)[first + q] = merge_logsumexp(maximum_, sum_, q, parts_, lanes_);
     }
   }
 
@@ -238,7 +240,12 @@ class BlockSampler {
     if (score == -kInf) return;
     const float noise = philox::gumbel_of_word(state_, word, static_cast<uint32_t>(first_query_ + q),
                                                static_cast<uint64_t>(options_.slot_offset + slot));
-    draws.add({philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot});
+    add_drawable(philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot, draws);
+  }
+
+  // A product with inv_temp may have left the range of the type: that is out like a score of -inf.
+  static void add_drawable(Acc perturbed, Acc score, int64_t slot, Draws<Acc>& draws) {
+    if (perturbed != -kInf) draws.add({perturbed, score, slot});
   }
 
   template <typename MakeSource>
@@ -290,7 +297,7 @@ class BlockSampler {
       if (score == -kInf || philox::perturb(score, inv_temp, kAboveNoise) < draws.bound()) continue;
       const float noise =
           philox::gumbel_of_slot(state_, static_cast<uint32_t>(first_query_ + q), static_cast<uint64_t>(number));
-      draws.add({philox::perturb(score, inv_temp, noise), score, slot});
+      add_drawable(philox::perturb(score, inv_temp, noise), score, slot, draws);
     }
   }
 

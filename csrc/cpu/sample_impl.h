@@ -5,6 +5,8 @@
 // instructions, and the logarithms are left to the few slots that pass.
 #pragma once
 
+#include <limits>
+
 #include "../common/philox.h"
 #include "isa.h"
 #include "kernels.h"
@@ -149,6 +151,14 @@ inline void add_to_logsumexp(const SampleTile<Acc>& tile, int64_t lane) {
   store_bits(tile.maximum + lane, maximum);
 }
 
+// A little below the bound: the compiler may contract the product with inv_temp and the difference to the bound, and
+// then it lacks the rounding that can lift the product by half an ulp.
+template <typename Acc>
+inline Vec<Acc> relaxed(Vec<Acc> bound) {
+  constexpr Acc kUlp = std::numeric_limits<Acc>::epsilon();
+  return bound < 0 ? bound * (1 + kUlp) : bound * (1 - kUlp);
+}
+
 template <typename Acc>
 int64_t sample_tile(const SampleTile<Acc>& tile) {
   const RoundKeys keys(tile.state);
@@ -159,7 +169,7 @@ int64_t sample_tile(const SampleTile<Acc>& tile) {
     Vec<Acc> bound[kParts<Acc>];
     for (int p = 0; p < kParts<Acc>; ++p) {
       add_to_logsumexp(tile, lane + p * kLanes<Acc>);
-      bound[p] = load_bits<Vec<Acc>>(tile.bounds + lane + p * kLanes<Acc>);
+      bound[p] = relaxed<Acc>(load_bits<Vec<Acc>>(tile.bounds + lane + p * kLanes<Acc>));
     }
     for (uint64_t slot = tile.first_slot; slot < end;) {
       const uint64_t block = slot / philox::kSlotsPerBlock;

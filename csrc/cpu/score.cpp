@@ -93,7 +93,7 @@ Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& q
   check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
   const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
   const std::vector<int64_t> shape{query_values.size(0), doc_values.size(0)};
-  Tensor scores = torch::stable::new_empty(query_values, shape, result);
+  Tensor scores = new_tensor(query_values, shape, result);
   prefer_huge_pages(scores);
   for_each_block(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols, result,
                  [&](const auto& block, const auto& documents, auto type) {
@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor> sparse_search(const std::optional<Tensor>& query_indi
   STD_TORCH_CHECK(documents <= kMaxDocuments, "doc_values must have at most ", kMaxDocuments, " rows, got ", documents);
   const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
   const std::vector<int64_t> shape{query_values.size(0), taken};
-  Tensor scores = torch::stable::new_empty(query_values, shape, result);
-  Tensor ids = torch::stable::new_empty(query_values, shape, ScalarType::Long);
+  Tensor scores = new_tensor(query_values, shape, result);
+  Tensor ids = new_tensor(query_values, shape, ScalarType::Long);
   if (scores.numel() == 0) return {scores, ids};
   for_each_block(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols, result,
                  [&](const auto& block, const auto& rows, auto type) {

@@ -125,8 +125,8 @@ void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& qu
                     const Tensor& doc_lengths, int64_t num_cols, ScalarType result, Body body) {
   const std::optional<Tensor> query_columns = contiguous_or_none(query_indices);
   const std::optional<Tensor> query_sizes = contiguous_or_none(query_lengths);
-  const Tensor query_entries = torch::stable::contiguous(query_values);
-  const Tensor columns = torch::stable::contiguous(doc_indices), sizes = torch::stable::contiguous(doc_lengths);
+  const Tensor query_entries = as_contiguous(query_values);
+  const Tensor columns = as_contiguous(doc_indices), sizes = as_contiguous(doc_lengths);
   // Documents meet float64 queries as float64; otherwise they are read as they are.
   const Tensor entries = contiguous_as(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
   const SparseQueries queries{query_columns ? const_data<int32_t>(*query_columns) : nullptr,

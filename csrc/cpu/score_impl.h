@@ -28,12 +28,14 @@ inline bool any_nonfinite(const T* values, int64_t count) {
   return any;
 }
 
-// Entries [first, length) of a row to hits, one by one. Returns the number of hits, -1 for a column outside.
+// The entries of a row to hits, one by one; `every`: also where no query has the column. Returns the number of hits, -1
+// for a column outside.
 template <typename T>
-inline int64_t collect_hits(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t first,
-                            int64_t length, bool every, int64_t hits) {
+inline int64_t collect_hits(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t length,
+                            bool every) {
+  int64_t hits = 0;
   bool outside = false;
-  for (int64_t j = first; j < length; ++j) {
+  for (int64_t j = 0; j < length; ++j) {
     const uint32_t column = static_cast<uint32_t>(indices[j]);
     const bool inside = column < static_cast<uint64_t>(task.num_cols);
     outside |= !inside;
@@ -69,7 +71,7 @@ inline int64_t collect_hits_by_vector(const ScoreTask<T>& task, const int32_t* i
     hits += __builtin_popcount(hit);
   }
   if (outside) return -1;
-  return nonfinite ? collect_hits(task, indices, values, 0, length, true, 0) : hits;
+  return nonfinite ? collect_hits(task, indices, values, length, true) : hits;
 }
 #endif
 
@@ -78,7 +80,7 @@ inline int64_t collect_row(const ScoreTask<T>& task, const int32_t* indices, con
 #if defined(__AVX512F__)
   if constexpr (sizeof(Accumulator<T>) == 4) return collect_hits_by_vector(task, indices, values, length);
 #endif
-  return collect_hits(task, indices, values, 0, length, any_nonfinite(values, length), 0);
+  return collect_hits(task, indices, values, length, any_nonfinite(values, length));
 }
 
 template <typename T, int kVectors>

@@ -42,7 +42,7 @@ inline Sequences padded_sequences(int64_t batch, int64_t length, const std::opti
 }
 
 inline std::vector<int64_t> packed_starts(const Tensor& cu_seqlens, int64_t tokens) {
-  const Tensor dense = torch::stable::contiguous(cu_seqlens);
+  const Tensor dense = as_contiguous(cu_seqlens);
   const int32_t* starts = const_data<int32_t>(dense);
   std::vector<int64_t> bounds(starts, starts + dense.numel());
   STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == tokens && std::is_sorted(bounds.begin(), bounds.end()),

@@ -20,6 +20,7 @@ void dispatch_floating(ScalarType dtype, Body body) {
 // Device and launches --------------------------------------------------------------------------------------------
 
 inline void check_cuda(cudaError_t error, const char* op) {
+  if (error != cudaSuccess) cudaGetLastError();  // so that the next launch is not blamed for it
   STD_TORCH_CHECK(error == cudaSuccess, "splade_fast::", op, ": ", cudaGetErrorString(error));
 }
 
@@ -59,10 +60,6 @@ inline unsigned grid_size(int64_t blocks) {
 
 inline Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(tensor, dim, start, length);
-}
-
-inline void check_device(const char* name, const Tensor& tensor, const Tensor& other) {
-  STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of the other tensors");
 }
 
 }  // namespace splade_fast::cuda

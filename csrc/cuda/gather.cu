@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
   const int rows = static_cast<int>(min(static_cast<int64_t>(rows_per_block), count - first));
   if (threadIdx.x < rows) {
-    own[threadIdx.x] = indices[first + threadIdx.x];
-    left_out[threadIdx.x] = mask != nullptr && !mask[first + threadIdx.x];
+    const bool written = mask == nullptr || mask[first + threadIdx.x];
+    own[threadIdx.x] = written ? indices[first + threadIdx.x] : -1;  // an index that is masked may be unset memory
+    left_out[threadIdx.x] = !written;
   }
   __syncthreads();
   bool all_in_range = true;
@@ -310,9 +311,10 @@ uint8_t* device_address(const Tensor& table, const Tensor& indices, const char* 
     STD_TORCH_CHECK(table.device() == indices.device(), "tables must be on the device of indices or in pinned memory");
     return mutable_data<uint8_t>(table);
   }
+  if (table.numel() == 0) return nullptr;  // it may have no address to ask for, and nothing is copied
   cudaPointerAttributes attributes{};
   check_cuda(cudaPointerGetAttributes(&attributes, table.const_data_ptr()), op);
-  STD_TORCH_CHECK(table.numel() == 0 || attributes.type == cudaMemoryTypeHost,
+  STD_TORCH_CHECK(attributes.type == cudaMemoryTypeHost,
                   "tables must be on the device of indices or in pinned memory, got one in pageable host memory");
   return static_cast<uint8_t*>(attributes.devicePointer);
 }
@@ -343,11 +345,11 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
     STD_TORCH_CHECK(table.is_cuda() || has_whole_rows(table), "tables in pinned memory must have contiguous rows");
-    sources.push_back(has_whole_rows(table) ? table : torch::stable::contiguous(table));
+    sources.push_back(has_whole_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
-    gathered.push_back(torch::stable::new_empty(indices, shape, source.scalar_type()));
+    gathered.push_back(new_tensor(indices, shape, source.scalar_type()));
     copies.push_back({device_address(source, indices, op), mutable_data<uint8_t>(gathered.back()),
                       row_stride_bytes(source), row_bytes(source), row_bytes(source), 0});
   }
@@ -399,8 +401,6 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   check_update(update);
   STD_TORCH_CHECK(age.is_cuda(), "age must be on the GPU of the tables");
   const int64_t slots = update.slots(), new_count = update.new_count();
-  // With a mask fewer may count: the caller has looked, which this cannot without waiting for the GPU.
-  STD_TORCH_CHECK(new_mask || new_count <= slots, "new_rows must be at most the ", slots, " slots, got ", new_count);
   const OnDevice device(age, op);
   if (slots == 0) return;
   const Tensors written = update.written();
@@ -414,9 +414,9 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
 
   AgeTask task{};
   task.wanted = std::min(new_count, slots);
-  const Tensor found = torch::stable::new_empty(age, std::vector<int64_t>{2, task.wanted}, ScalarType::Long);
-  const Tensor found_age = torch::stable::new_empty(age, std::vector<int64_t>{task.wanted});
-  const Tensor new_places = torch::stable::new_empty(age, std::vector<int64_t>{new_count}, ScalarType::Long);
+  const Tensor found = new_tensor(age, std::vector<int64_t>{2, task.wanted}, ScalarType::Long);
+  const Tensor found_age = new_tensor(age, std::vector<int64_t>{task.wanted});
+  const Tensor new_places = new_tensor(age, std::vector<int64_t>{new_count}, ScalarType::Long);
   task.age = mutable_data<int32_t>(age);
   task.valid = mutable_data<bool>(valid);
   task.slots = slots;

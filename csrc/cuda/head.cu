@@ -74,8 +74,8 @@ class Carries {
   Carries(const HeadInput& input, bool needed) {
     if (!needed) return;
     const std::vector<int64_t> shape{2, input.vocabulary()};
-    value_ = torch::stable::new_empty(input.weight, shape, accumulation_type(input.weight.scalar_type()));
-    position_ = torch::stable::new_empty(input.weight, shape, ScalarType::Int);
+    value_ = new_tensor(input.weight, shape, accumulation_type(input.weight.scalar_type()));
+    position_ = new_tensor(input.weight, shape, ScalarType::Int);
   }
 
   PoolCarry at(int64_t block, int64_t column) const {
@@ -94,7 +94,7 @@ void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activati
   const ScalarType dtype = input.weight.scalar_type();
   const int64_t rows = input.rows(), vocabulary = input.vocabulary(), block_rows = std::min(rows, kChunkRows);
   const int64_t width = chunk_columns(block_rows, vocabulary, static_cast<int64_t>(input.weight.element_size()));
-  const Tensor chunk = torch::stable::new_empty(input.weight, std::vector<int64_t>{block_rows, width});
+  const Tensor chunk = new_tensor(input.weight, std::vector<int64_t>{block_rows, width});
   const Carries carries(input, rows > block_rows);
 
   PoolTask task{};
@@ -148,13 +148,13 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
                 const char* op) {
   const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
   const auto new_ints = [&](int64_t count) {
-    return torch::stable::new_empty(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
+    return new_tensor(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
   };
   const Tensor starts = new_ints(shape.batch + 1), first_sequences = new_ints(sm90::token_tiles(shape));
   const Tensor source_rows = new_ints(input.mask ? shape.rows : 0);
-  const Tensor packed = input.mask ? torch::stable::new_empty(input.tokens, input.tokens.sizes()) : input.tokens;
-  const Tensor keys = torch::stable::new_empty(
-      input.weight, std::vector<int64_t>{sm90::key_bytes(shape, outputs.saved)}, ScalarType::Byte);
+  const Tensor packed = input.mask ? new_tensor(input.tokens, input.tokens.sizes()) : input.tokens;
+  const Tensor keys =
+      new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(shape, outputs.saved)}, ScalarType::Byte);
 
   PackTask pack{};
   pack.sequences = input.sequences();
@@ -203,10 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
   const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
   const bool saved = save && pooling == Pooling::kMax;
   const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
-  const Outputs outputs{torch::stable::new_empty(hidden, shape, float_output ? acc : dtype),
-                        torch::stable::new_empty(hidden, saved ? shape : none, acc),
-                        torch::stable::new_empty(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)),
-                        saved};
+  const Outputs outputs{new_tensor(hidden, shape, float_output ? acc : dtype),
+                        new_tensor(hidden, saved ? shape : none, acc),
+                        new_tensor(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)), saved};
   if (outputs.pooled.numel() > 0) {
     if (runs_fused(input, pooling, device)) {
       head_fused(input, activation, outputs, device, op);

@@ -22,17 +22,13 @@ inline HeadInput check_input(const Tensor& hidden, const Tensor& weight, const s
   const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
   check_decoder(hidden, weight, bias);
   const int64_t rows = cu_seqlens ? hidden.size(0) : shape.batch * shape.length;
-  return {torch::stable::view(torch::stable::contiguous(hidden), std::vector<int64_t>{rows, weight.size(1)}),
-          torch::stable::contiguous(weight),
+  return {torch::stable::view(as_contiguous(hidden), std::vector<int64_t>{rows, weight.size(1)}),
+          as_contiguous(weight),
           contiguous_or_none(bias),
           contiguous_or_none(mask),
           contiguous_or_none(cu_seqlens),
           shape.batch,
           shape.length};
-}
-
-inline ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
-  return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
 }
 
 }  // namespace splade_fast::cuda

@@ -398,11 +398,13 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
   constexpr int64_t kMaxSegments = 64, kMinSegmentEntries = 256, kWarpsPerMultiprocessor = 32;
   const int64_t rows = input.rows(), depth = input.depth(), vocabulary = pairs.vocabulary, batch = pairs.batch;
   if (grad_hidden.numel() == 0) return;
-  if (batch == 0 || vocabulary == 0) {
+  const bool no_pairs = batch == 0 || vocabulary == 0;
+  // Packed tokens may be of no sequence, which only the device could find out: the kernels leave those out.
+  if (no_pairs || input.cu_seqlens) {
     Tensor target = grad_hidden;
     torch::stable::zero_(target);
-    return;
   }
+  if (no_pairs) return;
   const int64_t pair_bytes = static_cast<int64_t>(sizeof(int32_t) + sizeof(Acc));
   const int64_t sequences = std::max<int64_t>(std::min(kPairBytes / (vocabulary * pair_bytes), batch), 1);
   const int64_t wanted = std::min({ceil_div(device.multiprocessors() * kWarpsPerMultiprocessor, sequences),
@@ -410,10 +412,9 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
   const int64_t segment_entries = ceil_div(ceil_div(vocabulary, std::max<int64_t>(wanted, 1)), kWarp) * kWarp;
   const int64_t segments = ceil_div(vocabulary, segment_entries);
   const std::vector<int64_t> offset_shape{segments, rows}, pair_shape{sequences, vocabulary};
-  const Tensor offsets = torch::stable::new_empty(input.weight, offset_shape, ScalarType::Int);
-  const Tensor entry = torch::stable::new_empty(input.weight, pair_shape, ScalarType::Int);
-  const Tensor coefficient =
-      torch::stable::new_empty(input.weight, pair_shape, accumulation_type(input.weight.scalar_type()));
+  const Tensor offsets = new_tensor(input.weight, offset_shape, ScalarType::Int);
+  const Tensor entry = new_tensor(input.weight, pair_shape, ScalarType::Int);
+  const Tensor coefficient = new_tensor(input.weight, pair_shape, accumulation_type(input.weight.scalar_type()));
 
   // Several tokens per block only where there are plenty. Packed sequences may be longer than the mean: blocks go on.
   const int64_t plenty = ceil_div(rows, device.multiprocessors()) / 16;
@@ -561,7 +562,7 @@ struct SumDevice {
 template <typename T>
 Tensor counted_tokens(const HeadInput& input, const OnDevice& device, const char* op) {
   if (!input.mask || input.tokens.numel() == 0) return input.tokens;
-  const Tensor counted = torch::stable::new_empty(input.tokens, input.tokens.sizes());
+  const Tensor counted = new_tensor(input.tokens, input.tokens.sizes());
   counted_rows_kernel<T><<<grid_size(input.rows()), kThreads, 0, device.stream()>>>(
       const_data<T>(input.tokens), const_data<bool>(*input.mask), mutable_data<T>(counted), input.depth());
   check_launch(op);
@@ -578,20 +579,9 @@ struct Gradients {
 Gradients new_gradients(const Tensor& hidden, const Tensor& weight, bool needs_hidden, bool needs_weight,
                         bool needs_bias) {
   const std::vector<int64_t> none{0}, entries{weight.size(0)};
-  return {needs_hidden ? torch::stable::new_empty(hidden, hidden.sizes()) : torch::stable::new_empty(hidden, none),
-          needs_weight ? torch::stable::new_empty(weight, weight.sizes()) : torch::stable::new_empty(weight, none),
-          torch::stable::new_empty(weight, needs_bias ? entries : none)};
-}
-
-void check_grad(const Tensor& grad, const HeadInput& input) {
-  check_floating("grad", grad, 2);
-  check_size("grad", grad, 0, input.batch);
-  check_size("grad", grad, 1, input.vocabulary());
-  check_device("grad", grad, input.weight);
-  const ScalarType dtype = input.weight.scalar_type();
-  STD_TORCH_CHECK(grad.scalar_type() == dtype || grad.scalar_type() == accumulation_type(dtype),
-                  "grad must have the dtype of hidden or its accumulation type, got ",
-                  torch::headeronly::toString(grad.scalar_type()));
+  return {needs_hidden ? new_tensor(hidden, hidden.sizes()) : new_tensor(hidden, none),
+          needs_weight ? new_tensor(weight, weight.sizes()) : new_tensor(weight, none),
+          new_tensor(weight, needs_bias ? entries : none)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax,
@@ -601,19 +591,18 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   const char* op = "head_backward_max";
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_input(hidden, weight, std::nullopt, std::nullopt, cu_seqlens);
-  check_grad(grad, input);
+  check_head_grad(grad, hidden, input.batch, input.vocabulary());
   check_saved(grad, max_logits, argmax, input.batch, input.vocabulary(), head_position_type(hidden, cu_seqlens));
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  const Tensor dense_grad = torch::stable::contiguous(grad), logits = torch::stable::contiguous(max_logits);
-  const Tensor positions = torch::stable::contiguous(argmax);
+  const Tensor dense_grad = as_contiguous(grad);
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const Pairs<T> pairs{dense_grad.const_data_ptr(),
                          grad.scalar_type() != hidden.scalar_type(),
-                         const_data<Accumulator<T>>(logits),
-                         positions.const_data_ptr(),
-                         static_cast<int>(positions.element_size()),
+                         const_data<Accumulator<T>>(max_logits),
+                         argmax.const_data_ptr(),
+                         static_cast<int>(argmax.element_size()),
                          activation,
                          input.batch,
                          input.vocabulary(),
@@ -637,14 +626,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   constexpr int64_t kChunkBytes = int64_t{32} << 20;
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
-  check_grad(grad, input);
+  check_head_grad(grad, hidden, input.batch, input.vocabulary());
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
-  const Tensor dense_grad = torch::stable::contiguous(grad);
+  const Tensor dense_grad = as_contiguous(grad);
   // Sums over blocks of tokens in the accumulation type, rounded once.
   const auto wide = [](const Tensor& gradient) {
     const ScalarType acc = accumulation_type(gradient.scalar_type());
-    return gradient.scalar_type() == acc ? gradient : torch::stable::new_empty(gradient, gradient.sizes(), acc);
+    return gradient.scalar_type() == acc ? gradient : new_tensor(gradient, gradient.sizes(), acc);
   };
   const auto round_to = [](Tensor target, const Tensor& sum) {
     if (target.scalar_type() != sum.scalar_type()) torch::stable::copy_(target, sum);

@@ -290,9 +290,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std:
   const ScalarType dtype = logits.scalar_type();
   const bool saved = save && pooling == Pooling::kMax;
   const std::vector<int64_t> shape{batch, vocabulary}, none{0};
-  const Tensor pooled = torch::stable::new_empty(logits, shape);
-  const Tensor max_logits = torch::stable::new_empty(logits, saved ? shape : none, accumulation_type(dtype));
-  const Tensor argmax = torch::stable::new_empty(logits, saved ? shape : none, position_type(length));
+  const Tensor pooled = new_tensor(logits, shape);
+  const Tensor max_logits = new_tensor(logits, saved ? shape : none, accumulation_type(dtype));
+  const Tensor argmax = new_tensor(logits, saved ? shape : none, position_type(length));
   if (pooled.numel() == 0) return {pooled, max_logits, argmax};
   const Tensor dense = with_whole_rows(logits);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
@@ -323,10 +323,9 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
   const int64_t batch = grad.size(0), vocabulary = grad.size(1);
   check_saved(grad, max_logits, argmax, batch, vocabulary, position_type(length));
   const OnDevice device(grad, op);
-  const Tensor grad_logits = torch::stable::new_empty(grad, std::vector<int64_t>{batch, length, vocabulary});
+  const Tensor grad_logits = new_tensor(grad, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
-  const Tensor dense = torch::stable::contiguous(grad), logits = torch::stable::contiguous(max_logits);
-  const Tensor positions = torch::stable::contiguous(argmax);
+  const Tensor dense = as_contiguous(grad);
   dispatch_floating(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     T* target = mutable_data<T>(grad_logits);
@@ -334,8 +333,8 @@ Tensor pool_backward_max(const Tensor& grad, const Tensor& max_logits, const Ten
       constexpr int kVec = decltype(vec)::value;
       const Walk walk(batch, length, vocabulary / kVec, device.multiprocessors());
       pool_backward_max_kernel<T, kVec><<<grid_size(walk.blocks(batch)), kThreads, 0, device.stream()>>>(
-          const_data<T>(dense), const_data<Accumulator<T>>(logits), positions.const_data_ptr(),
-          static_cast<int>(positions.element_size()), activation, target, length, vocabulary, walk);
+          const_data<T>(dense), const_data<Accumulator<T>>(max_logits), argmax.const_data_ptr(),
+          static_cast<int>(argmax.element_size()), activation, target, length, vocabulary, walk);
     });
   });
   check_launch(op);
@@ -354,9 +353,9 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   check_size("grad", grad, 1, vocabulary);
   check_mask(mask, logits, batch, length);
   const OnDevice device(logits, op);
-  const Tensor grad_logits = torch::stable::new_empty(logits, std::vector<int64_t>{batch, length, vocabulary});
+  const Tensor grad_logits = new_tensor(logits, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
-  const Tensor dense = with_whole_rows(logits), dense_grad = torch::stable::contiguous(grad);
+  const Tensor dense = with_whole_rows(logits), dense_grad = as_contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   dispatch_floating(logits.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -265,9 +265,9 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
   const int64_t batch = x.size(0), columns = x.size(1), width = criteria.width(columns);
   const OnDevice device(x, op);
   const std::vector<int64_t> shape{batch, width};
-  const Tensor values = torch::stable::new_empty(x, shape);
-  const Tensor indices = torch::stable::new_empty(x, shape, ScalarType::Int);
-  Tensor lengths = torch::stable::new_empty(x, std::vector<int64_t>{batch}, ScalarType::Int);
+  const Tensor values = new_tensor(x, shape);
+  const Tensor indices = new_tensor(x, shape, ScalarType::Int);
+  Tensor lengths = new_tensor(x, std::vector<int64_t>{batch}, ScalarType::Int);
   if (values.numel() == 0) {
     torch::stable::zero_(lengths);
     return {values, indices, lengths};

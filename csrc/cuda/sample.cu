@@ -260,7 +260,9 @@ __global__ void __launch_bounds__(kThreads)
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
         sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_of_slot(state, query_number, number));
       } else {
-        if (!may_be_drawn(static_cast<float>(value * drawing.inv_temp - bound), words.word[j])) continue;
+        // The product rounded as perturb() rounds it: contracted with the difference it could be less.
+        const Acc tempered = philox::multiply(value, drawing.inv_temp);
+        if (!may_be_drawn(static_cast<float>(tempered - bound), words.word[j])) continue;
         const uint64_t number = static_cast<uint64_t>(first_number + start + j);
         sum = philox::perturb(value, drawing.inv_temp,
                               philox::gumbel_of_word(state, words.word[j], query_number, number));
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kThreads)
     if (part == 0) continue;
     const double of_part = finite_or_zero(segments.maximum[query * segments.count + segment]);
     const double larger = total != 0 ? ::fmax(reference, of_part) : of_part;
-    total = (total != 0 ? total * ::exp(reference - larger) : 0.0) + part * ::exp(of_part - larger);
+    total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part, of_part - larger);
     reference = larger;
   }
   maximum[query] = static_cast<Acc>(reference);
@@ -366,7 +368,7 @@ template <typename Acc>
 constexpr ScalarType kScalarType = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
 
 Tensor matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{rows, columns}, dtype);
+  return new_tensor(like, std::vector<int64_t>{rows, columns}, dtype);
 }
 
 // Slots of a tile, in whole segments.
@@ -382,7 +384,7 @@ class Sampler {
   Sampler(const SampleOptions& options, int64_t num_samples, Noise noise, const Tensor& state, const Tensor& like,
           int64_t queries, const OnDevice& device)
       : noise_(noise),
-        state_(torch::stable::contiguous(state)),
+        state_(as_contiguous(state)),
         drawing_{const_data<int64_t>(state_), options.slot_offset, options.query_offset,
                  static_cast<Acc>(options.inv_temp), num_samples},
         like_(like),
@@ -390,8 +392,8 @@ class Sampler {
         device_(device),
         current_(like, kScalarType<Acc>, queries, num_samples),
         next_(like, kScalarType<Acc>, queries, num_samples),
-        maximum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, kScalarType<Acc>)),
-        sum_(torch::stable::new_zeros(like, std::vector<int64_t>{queries}, ScalarType::Double)) {
+        maximum_(new_zeros_tensor(like, std::vector<int64_t>{queries}, kScalarType<Acc>)),
+        sum_(new_zeros_tensor(like, std::vector<int64_t>{queries}, ScalarType::Double)) {
     const double nothing = -std::numeric_limits<double>::infinity();
     torch::stable::fill_(current_.scores, nothing);
     torch::stable::fill_(current_.perturbed, nothing);
@@ -468,8 +470,8 @@ Samples sample_kept(const SampleOptions& options, const Tensor& state, const Ten
   const int64_t columns = scores.size(1);
   for (int64_t first = 0; first < columns; first += kMaxSegments * kSegment) {
     const int64_t count = std::min(kMaxSegments * kSegment, columns - first);
-    const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
-    const Tensor numbers = torch::stable::contiguous(narrowed(slots, 1, first, count));
+    const Tensor part = as_contiguous(narrowed(scores, 1, first, count));
+    const Tensor numbers = as_contiguous(narrowed(slots, 1, first, count));
     sampler.add(
         Tile<Acc>{const_data<Acc>(part), count, 0, const_data<int64_t>(numbers), Acc(1), nullptr, nullptr, 0, 0});
   }
@@ -636,7 +638,7 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
     const int64_t most = (kMaxSegments - 1) * kSegment;
     for (int64_t first = 0; first < columns; first += most) {
       const int64_t count = std::min(most, columns - first);
-      const Tensor part = torch::stable::contiguous(narrowed(scores, 1, first, count));
+      const Tensor part = as_contiguous(narrowed(scores, 1, first, count));
       Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0};
       set_masks(tile, masks);
       sampler.add(tile);

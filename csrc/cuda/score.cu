@@ -103,8 +103,8 @@ void score_block(const Entries& queries, const Query* query_values, int64_t firs
   const int64_t count = std::min<int64_t>(queries.rows - first, kMaxQueries);
   const int lanes = count > kWarp ? 2 * kWarp : kWarp;
   const ScalarType acc = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor table = torch::stable::new_zeros(like, std::vector<int64_t>{documents.num_cols, lanes}, acc);
-  const Tensor used = torch::stable::new_zeros(like, std::vector<int64_t>{documents.num_cols}, ScalarType::Byte);
+  const Tensor table = new_zeros_tensor(like, std::vector<int64_t>{documents.num_cols, lanes}, acc);
+  const Tensor used = new_zeros_tensor(like, std::vector<int64_t>{documents.num_cols}, ScalarType::Byte);
   if (queries.width > 0) {
     table_kernel<Query, Acc><<<grid_size(ceil_div(count * queries.width, kThreads)), kThreads, 0, device.stream()>>>(
         queries, query_values, first, count, lanes, mutable_data<Acc>(table), mutable_data<uint8_t>(used));
@@ -131,12 +131,12 @@ Tensor sparse_products(const SparseOperands& operands, ScalarType result, const 
   STD_TORCH_CHECK(query_values.size(1) <= INT32_MAX && doc_values.size(1) <= INT32_MAX,
                   "query_values and doc_values must have fewer than 2^31 slots");
   const Tensor scores =
-      torch::stable::new_empty(query_values, std::vector<int64_t>{query_values.size(0), doc_values.size(0)}, result);
+      new_tensor(query_values, std::vector<int64_t>{query_values.size(0), doc_values.size(0)}, result);
   if (scores.numel() == 0) return scores;
   const std::optional<Tensor> query_columns = contiguous_or_none(query_indices);
   const std::optional<Tensor> query_sizes = contiguous_or_none(query_lengths);
-  const Tensor query_entries = torch::stable::contiguous(query_values);
-  const Tensor columns = torch::stable::contiguous(doc_indices), sizes = torch::stable::contiguous(doc_lengths);
+  const Tensor query_entries = as_contiguous(query_values);
+  const Tensor columns = as_contiguous(doc_indices), sizes = as_contiguous(doc_lengths);
   // Documents meet float64 queries as float64; otherwise they are read as they are.
   const Tensor entries = contiguous_as(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
   const Entries queries{query_columns ? const_data<int32_t>(*query_columns) : nullptr,

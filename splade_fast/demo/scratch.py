@@ -7,6 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from splade_fast.data import DataError, Texts
 from splade_fast.demo.bm25 import bm25_run
 from splade_fast.demo.checkpoint import demo_checkpoint
-from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs
+from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs, spread
 from splade_fast.demo.tables import quality_table
 from splade_fast.demo.training import plot, split_pairs, train
 from splade_fast.evaluation import evaluate_run
@@ -68,7 +69,7 @@ def random_encoder(tokenizer_folder: str | Path) -> SpladeEncoder:
 def evaluator_of(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
     """Each of so many queries has to find its document among those of all pairs."""
     names = [f"{pair.name}#{number}" for number, pair in enumerate(pairs)]
-    asked = range(0, len(pairs), max(1, len(pairs) // num_queries))[:num_queries]
+    asked = spread(range(len(pairs)), num_queries)
     return RetrievalEvaluator(
         Texts([names[i] for i in asked], [pairs[i].query for i in asked]),
         Texts(names, [pair.document for pair in pairs]),
@@ -92,8 +93,9 @@ def demo(
     """Train a small random model on docstrings; measure it on those of held-out modules."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    pairs = docstring_pairs()
-    pairs = pairs[:: max(1, len(pairs) // limit)][:limit] if limit else pairs
+    pairs: Sequence[Pair] = docstring_pairs()
+    if limit:
+        pairs = spread(pairs, limit)
     split = split_pairs(pairs)
     if not split.held_out or not split.training:
         raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got too few pairs")

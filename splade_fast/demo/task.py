@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from splade_fast.data import DataError, Qrels, Texts, read_qrels, read_texts
-from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs
+from splade_fast.demo.corpus import PACKAGES, Pair, docstring_pairs, spread
 from splade_fast.demo.training import split_pairs
 
 DOCSTRING_QUESTIONS = (
@@ -39,16 +40,16 @@ def docstring_task(limit: int | None, num_queries: int) -> Task:
         DataError: none of the packages is installed, or the limit leaves none of their modules for
             one of the two.
     """
-    pairs = docstring_pairs()
+    pairs: Sequence[Pair] = docstring_pairs()
     if not pairs:
         raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got none")
-    # Every so many pairs, so that a limit takes from all packages.
-    pairs = pairs[:: max(1, len(pairs) // limit)][:limit] if limit else pairs
+    if limit:
+        pairs = spread(pairs, limit)  # of all packages
     split = split_pairs(pairs)
     if not split.held_out or not split.training:
         raise DataError(f"limit must leave pairs to train on and to ask for, got {limit}")
     names = {pair: f"{pair.name}#{number}" for number, pair in enumerate(pairs)}
-    asked = split.held_out[:: max(1, len(split.held_out) // num_queries)][:num_queries]
+    asked = spread(split.held_out, num_queries)
     ids = [str(number) for number in range(len(asked))]
     return Task(
         documents=Texts(list(names.values()), [pair.document for pair in pairs]),

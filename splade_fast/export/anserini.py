@@ -34,7 +34,7 @@ def write_anserini(
     (`-impact -pretokenized`): a token with white space in it goes by `[#column]`.
 
     Args:
-        rows: (N, V), weights of at least 0.
+        rows: (N, V), weights above 0.
         path: a folder to write, with `documents.jsonl` in it; must not exist.
         ids: of the documents, unique; the rows' numbers without.
         id_to_token: names of the columns; their numbers without.

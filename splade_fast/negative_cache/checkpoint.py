@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from splade_fast.distributed import Ranks
 from splade_fast.negative_cache.negative_cache import NegativeCache
+from splade_fast.whole_folders import whole_file
 
 _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
 
@@ -42,17 +42,13 @@ def save_sharded(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = _NAME.format(rank=rank, count=count)
-    if others := [p.name for p in folder.glob("shard-*") if not p.name.endswith(name[11:])]:
-        raise ValueError(f"folder must hold no checkpoint of other ranks, got {sorted(others)[0]}")
+    of_all = name.removeprefix(f"shard-{rank:05d}")
+    others = sorted(p.name for p in folder.glob("shard-*") if not p.name.endswith(of_all))
+    if others:
+        raise ValueError(f"folder must hold no checkpoint of other ranks, got {others[0]}")
     tensors = {key: tensor.cpu().contiguous() for key, tensor in module.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    os.close(handle)
-    try:
+    with whole_file(folder / name) as temporary:
         save_file(tensors, temporary)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_sharded(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,23 @@ from splade_fast.sparse_rows import SparseRows
 
 Tables = dict[str, Tensor]
 Value = Tensor | SparseRows
+_Any = TypeVar("_Any")
 
 # Table names of a sparse feature are its key with these behind it.
 _SPARSE = (":indices", ":values", ":lengths")
+
+
+def chosen(name: str, features: Mapping[str, _Any], keys: Iterable[str]) -> dict[str, _Any]:
+    """The features, or what else, of these keys.
+
+    Raises:
+        KeyError: one is not among them, in an argument called `name`.
+    """
+    keys = tuple(keys)
+    for key in keys:
+        if key not in features:
+            raise KeyError(f"{name} must have {key!r}, got {sorted(features)}")
+    return {key: features[key] for key in keys}
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,9 @@ def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]
     """Whether these rows can be stored in a table as they are."""
     return (
         isinstance(value, Tensor)
+        and value.dtype is like.dtype
         and value.shape[1:] == like.shape[1:]
         and value.ndim == like.ndim
-        and value.dtype is like.dtype
         and value.device == device
         and not value.requires_grad
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from splade_fast.distributed import Ranks, padded
-from splade_fast.negative_cache.features import Tables, Value
+from splade_fast.negative_cache.features import Tables, Value, chosen
 from splade_fast.negative_cache.losses import AbstractCacheClassificationLoss, CacheLossReturn
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache
 
@@ -84,6 +84,14 @@ class _Handler(nn.Module):
         if not all(cache.is_on(device) for cache in caches.values()):
             self.to(device)
         return caches
+
+    def _new_items(
+        self, name: str, embeddings: Value, argument: str, features: Features
+    ) -> dict[str, Value]:
+        """What a cache stores of new items; `argument` is what the caller knows features by."""
+        specs = self.cache_managers[name].specs
+        others = chosen(argument, features, (key for key in specs if key != self.embedding_key))
+        return {key: embeddings if key == self.embedding_key else others[key] for key in specs}
 
     @torch.no_grad()
     def _update(
@@ -194,17 +202,13 @@ class CacheLossHandler(_Handler):
             item_network,
             query_embeddings,
             pos_item_embeddings,
-            {_ONLY: self._items(features, pos_item_embeddings)},
+            {_ONLY: self._new_items(_ONLY, pos_item_embeddings, "features", features)},
             features,
             writer,
             return_topk,
             hard_negatives,
             hard_features,
         )
-
-    def _items(self, features: Features, embeddings: Value) -> dict[str, Value]:
-        keys = self.cache_manager.specs
-        return {key: embeddings if key == self.embedding_key else features[key] for key in keys}
 
 
 class MultiCacheLossHandler(_Handler):
@@ -255,14 +259,16 @@ class MultiCacheLossHandler(_Handler):
             features: (B, ...), those of the positives; needed for losses with `exclude`.
             others: as there.
         """
+        chosen("new_item_embeddings", new_item_embeddings, self.cache_managers)
+        chosen("new_item_features", new_item_features, self.cache_managers)
         new_items = {
-            name: {
-                key: new_item_embeddings[name]
-                if key == self.embedding_key
-                else new_item_features[name][key]
-                for key in manager.specs
-            }
-            for name, manager in self.cache_managers.items()
+            name: self._new_items(
+                name,
+                new_item_embeddings[name],
+                f"new_item_features[{name!r}]",
+                new_item_features[name],
+            )
+            for name in self.cache_managers
         }
         return self._step(
             item_network,

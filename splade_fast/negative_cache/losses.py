@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from splade_fast.distributed import Ranks
-from splade_fast.negative_cache.features import Tables, Value, as_dense
+from splade_fast.negative_cache.features import Tables, Value, as_dense, chosen
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
 from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
-from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, agree
+from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, Updates, agree
 from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops._checks import check_choice, check_count
 from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
 
 Features = Mapping[str, Value]
@@ -48,6 +49,14 @@ class HardNegatives(NamedTuple):
     features: Features | None  # (N, ...), needed for `exclude`
 
 
+class _Refreshed(NamedTuple):
+    """What follows from the present embeddings of the drawn documents; no gradient."""
+
+    staleness: Tensor  # (B,)
+    updates: Updates
+    topk_features: list[dict[str, Value]] | None
+
+
 class CacheLoss(metaclass=abc.ABCMeta):
     """Any callable of this form works with the handlers."""
 
@@ -62,7 +71,7 @@ class CacheLoss(metaclass=abc.ABCMeta):
     ) -> CacheLossReturn: ...
 
 
-class AbstractCacheClassificationLoss(nn.Module):
+class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
     """What the losses over the caches of one process and over those of all ranks share."""
 
     retrieval_fn: nn.Module
@@ -88,10 +97,11 @@ class AbstractCacheClassificationLoss(nn.Module):
             data_keys: the cached features that the document network takes.
             score_transform: T, applied to q · d elementwise. `Scale` keeps scoring and drawing one
                 pass; any other callable goes by tiles of the cache, with the same draws.
-            top_k: count and draw only so many cached documents of each query; None: all.
+            top_k: count and draw only so many cached documents of each query, at least 1; None:
+                all.
             reducer: of the (B,) results; None: none.
-            num_negatives: m, drawn without replacement. Their weights make the gradient's
-                expectation that of the full cross entropy for every m.
+            num_negatives: m, at least 1, drawn without replacement. Their weights make the
+                gradient's expectation that of the full cross entropy for every m.
             in_batch: the other positives of this process's batch count and are drawn as well.
             exclude: features in which a document that equals the query's own positive, bit for bit,
                 is neither counted nor drawn: the name of an id feature, or of several features.
@@ -99,19 +109,18 @@ class AbstractCacheClassificationLoss(nn.Module):
             count_empty_slots: slots that hold nothing yet count as documents of zeros.
             retrieval_fn: (B, N) scores -> (B, m) indices; None: `GumbelMaxRetrievalFn()`. Others
                 than that are shown all scores.
+
+        Raises:
+            TypeError, ValueError: a count is no integer of at least 1, or top_k_method is unknown.
         """
         super().__init__()
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
-        if top_k_method not in TOP_K_METHODS:
-            expected = ", ".join(repr(method) for method in TOP_K_METHODS)
-            raise ValueError(f"top_k_method must be one of {expected}, got {top_k_method!r}")
+        check_choice("top_k_method", top_k_method, TOP_K_METHODS)
         self.embedding_key = embedding_key
         self.data_keys = tuple(data_keys)
         self.score_transform = score_transform
-        self.top_k = top_k
+        self.top_k = None if top_k is None else check_count("top_k", top_k, 1)
         self.reducer = reducer
-        self.num_negatives = num_negatives
+        self.num_negatives = check_count("num_negatives", num_negatives, 1)
         self.in_batch = in_batch
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
         self.top_k_method = top_k_method
@@ -183,51 +192,83 @@ class AbstractCacheClassificationLoss(nn.Module):
         )
         candidates = self._candidates(positives, hard)
         with torch.no_grad():
-            others = self._candidate_scores(queries, candidates, items, hard_items)
+            with source.together("score_transform"):
+                others = self._candidate_scores(queries, candidates, items, hard_items)
             found, weights = self._draw(source, others)
-            count = weights.shape[1]
-            slots = found.indices[:, :count]
-            cached = (slots >= 0) & (slots < source.total)
-            slots = torch.where(cached, slots, -1)
-            any_cache = next(iter(cache.values())).data
-            rows = source.rows(slots, *self.data_keys, self.embedding_key)
-            stale = any_cache.values_of(rows, self.embedding_key)[self.embedding_key]
-        with source.together("doc_network"):
-            with torch.no_grad():
-                data = self._network_input(any_cache, rows, cached, pos_features)
-            fresh = as_dense(doc_network(dict(data)))
-            name = "the output of doc_network"
-            if fresh.shape != (expected := (slots.numel(), queries.shape[1])):
-                raise ValueError(f"{name} must be {expected}, got {tuple(fresh.shape)}")
-            tables = any_cache.rows(name, {self.embedding_key: fresh}, slots.device)
-        with torch.no_grad():
-            staleness = _mean_where(cached, _staleness(as_dense(stale), fresh).view(cached.shape))
-            updates = source.updates(slots, tables)
-            topk_features = self._topk_features(source, any_cache, data, cached, return_topk)
+            drawn = found.indices[:, : weights.shape[1]]
+        schema = next(iter(cache.values())).data
+        fresh, refreshed = self._refreshed(
+            source, schema, drawn, doc_network, pos_features, queries.shape[1], return_topk
+        )
         negatives = fresh
         if candidates is not None and len(candidates):
-            other = (found.indices[:, :count] - source.total).flatten()
-            drawn_others = (other >= 0).unsqueeze(1)
-            negatives = torch.where(drawn_others, candidates[other.clamp(min=0)], fresh)
-        positive_scores = self._score(queries, positives)
-        repeated = queries.repeat_interleave(count, 0)
-        negative_scores = self._score(repeated, negatives).view(-1, count)
-        # log p = -softplus(log Σ exp S - s_pos), which neither underflows nor overflows.
-        gap = found.logsumexp - positive_scores.detach()
-        differences = negative_scores - positive_scores.unsqueeze(1)
-        training = torch.sigmoid(gap) * torch.where(
-            found.indices[:, :count] >= 0, weights * differences, 0
-        ).sum(1)
-        interpretable = nn.functional.softplus(gap)
+            other = (drawn - source.total).flatten()
+            negatives = torch.where(
+                (other >= 0).unsqueeze(1), candidates[other.clamp(min=0)], fresh
+            )
+        training, interpretable = self._losses(queries, positives, negatives, found, weights)
+        updates = refreshed.updates
         return CacheLossReturn(
             training_loss=self._reduced(training),
             interpretable_loss=self._reduced(interpretable),
             updated_item_data={name: data for name, (data, _, _) in updates.items()},
             updated_item_indices={name: indices for name, (_, indices, _) in updates.items()},
             updated_item_mask={name: mask for name, (_, _, mask) in updates.items()},
-            staleness=self._reduced(staleness),
-            topk_features=topk_features,
+            staleness=self._reduced(refreshed.staleness),
+            topk_features=refreshed.topk_features,
         )
+
+    def _refreshed(
+        self,
+        source: Source,
+        schema: CacheData,
+        drawn: Tensor,
+        doc_network: DocNetwork,
+        pos_features: Features | None,
+        depth: int,
+        return_topk: int,
+    ) -> tuple[Tensor, _Refreshed]:
+        """Embeddings (B * m, depth) of the drawn documents by the present network."""
+        with torch.no_grad():
+            cached = (drawn >= 0) & (drawn < source.total)
+            slots = torch.where(cached, drawn, -1)
+            rows = source.rows(slots, *self.data_keys, self.embedding_key)
+            stale = schema.values_of(rows, self.embedding_key)[self.embedding_key]
+        with source.together("doc_network"):
+            with torch.no_grad():
+                data = self._network_input(schema, rows, cached, pos_features)
+            fresh = as_dense(doc_network(dict(data)))
+            name = "the output of doc_network"
+            if fresh.shape != (expected := (slots.numel(), depth)):
+                raise ValueError(f"{name} must be {expected}, got {tuple(fresh.shape)}")
+            tables = schema.rows(name, {self.embedding_key: fresh}, slots.device)
+        with torch.no_grad():
+            moved = _staleness(as_dense(stale), fresh).view(cached.shape)
+            return fresh, _Refreshed(
+                staleness=_mean_where(cached, moved),
+                updates=source.updates(slots, tables),
+                topk_features=self._topk_features(source, schema, data, cached, return_topk),
+            )
+
+    def _losses(
+        self,
+        queries: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        found: NegativeSamples,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The training loss and the cross entropy, both (B,), of negatives (B * m, D)."""
+        count = weights.shape[1]
+        positive_scores = self._score(queries, positives)
+        repeated = queries.repeat_interleave(count, 0)
+        negative_scores = self._score(repeated, negatives).view(-1, count)
+        # log p = -softplus(log Σ exp S - s_pos), which neither underflows nor overflows.
+        gap = found.logsumexp - positive_scores.detach()
+        differences = negative_scores - positive_scores.unsqueeze(1)
+        drawn = found.indices[:, :count] >= 0
+        training = torch.sigmoid(gap) * torch.where(drawn, weights * differences, 0).sum(1)
+        return training, nn.functional.softplus(gap)
 
     def _score(self, queries: Tensor, documents: Tensor) -> Tensor:
         acc = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
@@ -238,7 +279,7 @@ class AbstractCacheClassificationLoss(nn.Module):
         return values if self.reducer is None else self.reducer(values)
 
     def _top_k(self) -> TopK | None:
-        return TopK(self.top_k, self.top_k_method) if self.top_k else None
+        return None if self.top_k is None else TopK(self.top_k, self.top_k_method)
 
     def _draw(self, source: Source, in_batch: Tensor | None) -> tuple[NegativeSamples, Tensor]:
         """The negatives of each query, and their weights (B, m)."""
@@ -287,7 +328,9 @@ class AbstractCacheClassificationLoss(nn.Module):
         """The features of the drawn documents; of the positive where none was drawn."""
         tables = self._tables(schema, rows)
         if pos_features is not None:
-            own = schema.rows("features", _chosen(pos_features, self.data_keys), drawn.device)
+            own = schema.rows(
+                "pos_features", chosen("pos_features", pos_features, self.data_keys), drawn.device
+            )
             count = drawn.shape[1]
             from_cache = drawn.flatten()
             for name, table in tables.items():
@@ -309,9 +352,9 @@ class AbstractCacheClassificationLoss(nn.Module):
     ) -> list[dict[str, Value]] | None:
         if count < 1:
             return None
-        if count == 1 and self.top_k:
-            return [drawn]
-        if self.top_k:
+        if self.top_k is not None:
+            if count == 1:
+                return [drawn]
             count = min(count, self.top_k)
         slots = source.highest(min(count, source.total), self._top_k()).slots
         rows = self._tables(schema, source.rows(slots, *self.data_keys))
@@ -330,15 +373,7 @@ class AbstractCacheClassificationLoss(nn.Module):
         """The features by which documents are told apart."""
         if not self.exclude:
             return None
-        if pos_features is None:
-            raise ValueError(
-                f"pos_features must hold {', '.join(self.exclude)} for exclude, got None"
-            )
-        items = schema.rows("pos_features", _chosen(pos_features, self.exclude), device)
-        counts = {len(table) for table in items.values()}
-        if counts != {batch}:
-            raise ValueError(f"pos_features must be ({batch}, ...), got {sorted(counts)} items")
-        return items
+        return self._told_apart("pos_features", pos_features, schema, batch, device)
 
     def _hard_items(
         self, schema: CacheData, hard: HardNegatives | None, queries: Tensor
@@ -354,14 +389,23 @@ class AbstractCacheClassificationLoss(nn.Module):
             )
         if not self.exclude:
             return None
-        if hard.features is None:
-            raise ValueError(
-                f"hard_features must hold {', '.join(self.exclude)} for exclude, got None"
-            )
-        items = schema.rows("hard_features", _chosen(hard.features, self.exclude), queries.device)
+        return self._told_apart("hard_features", hard.features, schema, shape[0], queries.device)
+
+    def _told_apart(
+        self,
+        name: str,
+        features: Features | None,
+        schema: CacheData,
+        count: int,
+        device: torch.device,
+    ) -> Tables:
+        """The tables of `exclude` of `count` documents; raises where the features do not fit."""
+        if features is None:
+            raise ValueError(f"{name} must hold {', '.join(self.exclude)} for exclude, got None")
+        items = schema.rows(name, chosen(name, features, self.exclude), device)
         counts = {len(table) for table in items.values()}
-        if counts != {shape[0]}:
-            raise ValueError(f"hard_features must be ({shape[0]}, ...), got {sorted(counts)} items")
+        if counts != {count}:
+            raise ValueError(f"{name} must be ({count}, ...), got {sorted(counts)} items")
         return items
 
     def _joined(
@@ -419,9 +463,10 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
     """The loss over the caches of all ranks as one: each rank keeps a part.
 
     All ranks call it together. Batches and caches may differ in size; whatever else differs, or a
-    wrong argument on one rank, or a document network that fails there, raises on all of them. The
-    noise of the first rank counts: the draws are those of one process with all caches, in the order
-    of the ranks, and all queries. Refreshed embeddings return to the rank that owns them.
+    wrong argument on one rank, or a document network, score_transform or retrieval_fn that fails
+    there, raises on all of them. The noise of the first rank counts: the draws are those of one
+    process with all caches, in the order of the ranks, and all queries. Refreshed embeddings return
+    to the rank that owns them.
 
     Args:
         process_group: whose ranks; None: all.
@@ -495,13 +540,6 @@ class _Function(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         return self.function(scores)
-
-
-def _chosen(features: Features, keys: Iterable[str]) -> dict[str, Value]:
-    missing = [key for key in keys if key not in features]
-    if missing:
-        raise KeyError(f"features must have {missing[0]!r}, got {sorted(features)}")
-    return {key: features[key] for key in keys}
 
 
 def _staleness(cached: Tensor, fresh: Tensor) -> Tensor:

@@ -90,6 +90,14 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
+    @property
+    def device(self) -> torch.device | None:
+        """Of all tables; None: there are none, or they stay in host memory."""
+        if self.storage == "device":
+            for table in self._buffers.values():
+                return None if table is None else table.device
+        return None
+
     def tables(self, keys: Iterable[str] | None = None) -> Tables:
         """The tensors behind some features; None: behind all."""
         if keys is None:
@@ -118,7 +126,8 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             default = self._defaults.get(key)
             kept = stored(f"{name}[{key!r}]", value, self[key], device, default)
             tables.update(sparse_tables(key, kept) if isinstance(kept, SparseRows) else {key: kept})
-        if len({table.shape[0] for table in tables.values()}) > 1:
+        lengths = [table.shape[0] for table in tables.values()]
+        if lengths and lengths.count(lengths[0]) < len(lengths):
             counts = {key: len(value) for key, value in items.items()}
             raise ValueError(f"{name} must have as many items for every key, got {counts}")
         return tables
@@ -179,11 +188,7 @@ class NegativeCache(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where draws and updates happen; pinned features stay in host memory."""
-        data = self.data
-        if data.storage == "device":
-            for table in data.tables().values():
-                return table.device
-        return self.age.device
+        return self.data.device or self.age.device
 
     def is_on(self, device: torch.device) -> bool:
         """Whether everything that does not stay in host memory is there."""
@@ -275,10 +280,13 @@ class CacheManager:
                 than slots.
             RuntimeError: a slot is out of range, see `scatter_rows_`.
         """
-        data, age, valid = cache.data, cache.age, cache.valid
+        # Looking up an attribute in a module takes as long as writing ten rows.
+        parts: Any = {**cache._modules, **cache._buffers}
+        data: CacheData = parts["data"]
+        age, valid = parts["age"], parts["valid"]
         if age.shape != valid.shape:
             raise ValueError(f"cache.age must be {tuple(valid.shape)}, got {tuple(age.shape)}")
-        device = cache.device
+        device = data.device or age.device
         new: Tables | None = None
         new_mask: Tensor | None = None
         if new_items is not None:

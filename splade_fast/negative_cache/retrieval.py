@@ -275,8 +275,8 @@ def keep_top_k(
     """The scores that count: the highest of every group, or the highest of all.
 
     Args:
-        total: slots of all shards, which the groups divide; None: the cache is whole. Slots count
-            from the first of all shards.
+        total: slots of all shards, which the groups divide; None: they divide those of this cache.
+            Slots count from the first of all shards.
     """
     tiles = score_tiles(queries, cache, transform, exclude)
     if top_k.method == "exact":
@@ -288,18 +288,20 @@ def keep_top_k(
         assert kept is not None
         return by_slot(kept)
     groups = _Groups(cache.size if total is None else total, top_k.k)
+    offset = 0 if total is None else cache.offset
     best: Kept | None = None
     for start, scores in tiles:
         if best is None:
             empty = scores.new_full((len(scores), groups.count), -torch.inf)
             best = Kept(empty, torch.full_like(empty, -1, dtype=torch.int64))
-        first = cache.offset + start
+        first = offset + start
+        last = first + scores.shape[1]
         group = groups.of(first)
-        while first < cache.offset + start + scores.shape[1]:
-            stop = min(groups.start(group + 1), cache.offset + start + scores.shape[1])
-            piece = scores[:, first - cache.offset - start : stop - cache.offset - start]
+        while first < last:
+            stop = min(groups.start(group + 1), last)
+            piece = scores[:, first - offset - start : stop - offset - start]
             value, place = piece.max(1)
-            _keep_better(best, group, value, place + first)
+            _keep_better(best, group, value, place + first - offset + cache.offset)
             first, group = stop, group + 1
     assert best is not None
     return best

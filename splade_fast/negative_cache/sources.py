@@ -173,7 +173,8 @@ class ShardedCaches:
         if top_k is not None:
             found = draw_from_kept(self._keep(top_k), mine)
         else:
-            of_all = draw(*self._scored, mine._replace(query_offset=0))
+            with self.together("score_transform"):
+                of_all = draw(*self._scored, mine._replace(query_offset=0))
             parts = self._to_owners_of_queries(*of_all)
             found = merge_draws(NegativeSamples(*part) for part in parts)
         found = _with_in_batch(found, in_batch, self.total, mine)
@@ -184,25 +185,27 @@ class ShardedCaches:
         self, fn: torch.nn.Module, top_k: TopK | None, in_batch: Tensor | None
     ) -> NegativeSamples:
         """First a slot of every rank, then a rank by the logsumexp of its scores."""
-        if top_k is None:
-            kept = all_scores(*self._scored)
-        else:
-            share, more = divmod(top_k.k, self._ranks.count)
-            k = share + (self._ranks.rank < more)
-            kept = keep_top_k(*self._scored, top_k._replace(k=k), self._cache.size)
-        of_all = choose_from(kept, fn, None, self.total)
-        if of_all.indices.shape[1] != 1:
-            raise ValueError(
-                "retrieval_fn must choose one negative of a query over ranks, got "
-                f"{of_all.indices.shape[1]}"
-            )
+        with self.together("score_transform or retrieval_fn"):
+            if top_k is None:
+                kept = all_scores(*self._scored)
+            else:
+                share, more = divmod(top_k.k, self._ranks.count)
+                k = share + (self._ranks.rank < more)
+                kept = keep_top_k(*self._scored, top_k._replace(k=k))
+            of_all = choose_from(kept, fn, None, self.total)
+            if of_all.indices.shape[1] != 1:
+                raise ValueError(
+                    "retrieval_fn must choose one negative of a query over ranks, got "
+                    f"{of_all.indices.shape[1]}"
+                )
         parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*of_all)]
-        if in_batch is not None:
-            slots = torch.arange(in_batch.shape[1], device=in_batch.device) + self.total
-            others = Kept(in_batch, slots.expand_as(in_batch))
-            parts.append(choose_from(others, fn, None, self.total))
-        weights = torch.stack([part.logsumexp for part in parts], 1)
-        chosen = fn(weights)[:, :1]
+        with self.together("retrieval_fn"):
+            if in_batch is not None:
+                slots = torch.arange(in_batch.shape[1], device=in_batch.device) + self.total
+                others = Kept(in_batch, slots.expand_as(in_batch))
+                parts.append(choose_from(others, fn, None, self.total))
+            weights = torch.stack([part.logsumexp for part in parts], 1)
+            chosen = fn(weights)[:, :1]
         return NegativeSamples(
             torch.cat([part.indices[:, :1] for part in parts], 1).gather(1, chosen),
             torch.cat([part.scores[:, :1] for part in parts], 1).gather(1, chosen),
@@ -235,7 +238,8 @@ class ShardedCaches:
 
     def _keep(self, top_k: TopK) -> Kept:
         """The scores that count of the queries of this rank, from the slots of all."""
-        of_all = keep_top_k(*self._scored, top_k, self.total)
+        with self.together("score_transform"):
+            of_all = keep_top_k(*self._scored, top_k, self.total)
         if top_k.method == "exact":
             missing = (0, min(top_k.k, self.total) - of_all.scores.shape[1])
             of_all = Kept(

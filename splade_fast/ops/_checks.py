@@ -1,6 +1,8 @@
 """Checks of arguments: each raises before anything is computed; expected and got are named."""
 
+import operator
 from itertools import pairwise
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -38,6 +40,20 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
         )
+
+
+def check_count(name: str, value: SupportsIndex, least: int) -> int:
+    """The count as an int: numpy's integers and tensors of one integer are taken too."""
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    elif isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got bool")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def check_choice(name: str, value: object, choices: dict[str, int]) -> int:

@@ -147,15 +147,14 @@ def update_cache_(
             use_lru=use_lru,
         )
         return
-    # The op takes the refreshed tables first.
-    names = list(refreshed_rows or ())
-    names += [name for name in tables if name not in names]
-    written = [tables[name] for name in names]
+    if refreshed_rows:
+        tables = {**refreshed_rows, **tables}  # in the order of the op: the refreshed ones first
+    written = list(tables.values())
     torch.ops.splade_fast.update_cache_.default(
         written,
         age,
         valid,
-        [] if new_rows is None else [new_rows[name] for name in names],
+        [] if new_rows is None else [new_rows[name] for name in tables],
         new_mask,
         [] if refreshed_rows is None else list(refreshed_rows.values()),
         refreshed_slots,

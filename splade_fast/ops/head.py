@@ -70,9 +70,9 @@ def splade_head(
         (B, V) in the dtype of hidden; a sequence without counted positions is all zero.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: cu_seqlens does not rise from 0 to T (CPU), or a gradient of the gradient is
-            asked for.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU
+            also cu_seqlens that do not rise from 0 to T (a RuntimeError where it is compiled).
+        RuntimeError: a gradient of the gradient is asked for.
         NotImplementedError: "screened" on a GPU, or for more than 65,536 dimensions.
     """
     check_floating("hidden", hidden)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from splade_fast.ops._checks import check_floating
+from splade_fast.ops._checks import check_count, check_floating
 from splade_fast.ops.head import check_sequences, splade_head
 from splade_fast.sparse_rows import SparseRows
 
@@ -26,15 +26,16 @@ def splade_head_topk(
 ) -> SparseRows:
     """SparseRows.from_dense(splade_head(…), k), a block of sequences at a time; for inference.
 
-    On the CPU equal to that to the bit with max pooling, and with sum pooling where one block
-    holds the batch.
+    Follows SPLADE (Formal et al., SIGIR 2021) with pruning to the largest entries. On the CPU equal
+    to that to the bit with max pooling, and with sum pooling where one block holds the batch.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens.
         weight: (V, D), the decoder's weight.
         bias: (V,) or None.
         attention_mask: (B, L), nonzero = counts. None: all count.
-        k: keep at most the k largest entries of a row; None keeps all that are positive.
+        k: keep at most the k largest entries of a row, at least 0; None keeps all that are
+            positive.
         cu_seqlens: (B + 1,) int32; its values are read, which waits for a GPU.
         pooling, activation, algorithm: as in splade_head.
 
@@ -46,6 +47,7 @@ def splade_head_topk(
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
+    k = None if k is None else check_count("k", k, 0)  # as from_dense does, after the head
     # Of the whole: a block alone could not tell that a mask has too many rows. The decoder is
     # checked by splade_head, which knows what autocast makes of it.
     mask = check_sequences(hidden, attention_mask, cu_seqlens)

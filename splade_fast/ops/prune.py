@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
-from splade_fast.ops._checks import DTYPES, check_floating
+from splade_fast.ops._checks import DTYPES, check_count, check_floating
 from splade_fast.reference.prune import keep_largest
 
 
@@ -30,10 +30,7 @@ def prune_topk(x: Tensor, k: int) -> Tensor:
     check_floating("x", x)
     if x.ndim != 2:
         raise ValueError(f"x must be (rows, columns), got {tuple(x.shape)}")
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
+    k = check_count("k", k, 0)
     if k >= x.shape[1]:
         return x.clone()
     if not _library.has_kernels(x.device):

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from splade_fast import _library, reference
 from splade_fast.ops._autograd import accumulation_dtype
-from splade_fast.ops._checks import check_choice, check_device, check_floating, check_tensor
-from splade_fast.ops.score import _check_same_space, _plain_scores, _tensors
+from splade_fast.ops._checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_floating,
+    check_tensor,
+)
+from splade_fast.ops.score import check_same_space, op_tensors, plain_scores
 from splade_fast.rng import Philox
 from splade_fast.sparse_rows import SparseRows
 
@@ -65,7 +71,7 @@ def gumbel_max(
     if scores.ndim != 2:
         raise ValueError(f"scores must be (queries, slots), got {tuple(scores.shape)}")
     batch, num_slots = scores.shape
-    _check_draw(num_samples, inv_temp)
+    num_samples = _check_draw(num_samples, inv_temp)
     _check_offsets(batch, num_slots, 0, 0)
     if valid is not None:
         per_query = isinstance(valid, Tensor) and valid.ndim == 2
@@ -138,11 +144,11 @@ def sample_negatives(
     _check_scored(queries, cache)
     batch, num_slots = len(queries), len(cache)
     like = cache if isinstance(cache, Tensor) else cache.values
-    _check_draw(num_samples, inv_temp)
+    num_samples = _check_draw(num_samples, inv_temp)
     if not isinstance(scale, int | float) or not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if top_k is not None:
-        _check_count("top_k", top_k)
+        top_k = check_count("top_k", top_k, 1)
     exact = check_choice("top_k_method", top_k_method, TOP_K_METHODS) == TOP_K_METHODS["exact"]
     if valid is not None:
         _check_bool("valid", valid, (num_slots,), like)
@@ -220,7 +226,7 @@ def _sample(
     if not _library.has_kernels(state.device):
         return _sample_plainly(queries, cache, state, draw)
     if isinstance(cache, SparseRows):
-        found = torch.ops.splade_fast.sample_sparse(*_tensors(queries, cache), state, *draw)
+        found = torch.ops.splade_fast.sample_sparse(*op_tensors(queries, cache), state, *draw)
     else:
         found = torch.ops.splade_fast.sample_dense(queries, cache, state, *draw)
     scores, perturbed, logsumexp, indices = found
@@ -260,7 +266,7 @@ def _state(rng: Philox | None, device: torch.device) -> Tensor:
 def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) -> Tensor:
     """(B, C) in the accumulation dtype, where there are no kernels."""
     if isinstance(cache, SparseRows):
-        return _plain_scores(queries, cache)
+        return plain_scores(queries, cache)
     assert isinstance(queries, Tensor)
     acc = accumulation_dtype(torch.promote_types(queries.dtype, cache.dtype))
     with torch.autocast(cache.device.type, enabled=False):
@@ -269,7 +275,7 @@ def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) ->
 
 def _check_scored(queries: Any, cache: Any) -> None:
     if isinstance(cache, SparseRows):
-        _check_same_space(queries, cache)
+        check_same_space(queries, cache, docs_name="cache")
         return
     if not isinstance(cache, Tensor):
         raise TypeError(f"cache must be a tensor or SparseRows, got {type(cache).__name__}")
@@ -287,17 +293,12 @@ def _check_scored(queries: Any, cache: Any) -> None:
     check_device("queries", queries, "cache", cache)
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _check_draw(num_samples: object, inv_temp: object) -> None:
-    _check_count("num_samples", num_samples)
+def _check_draw(num_samples: int, inv_temp: object) -> int:
+    """The number of samples."""
+    num_samples = check_count("num_samples", num_samples, 1)
     if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < _INFINITY:
         raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
+    return num_samples
 
 
 def _check_bool(name: str, mask: object, shape: tuple[int, ...], like: Tensor) -> None:

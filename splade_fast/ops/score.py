@@ -10,6 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from splade_fast import _library
 from splade_fast.ops._autograd import accumulation_dtype, refuse_double_backward
+from splade_fast.ops._checks import check_count
 from splade_fast.sparse_rows import SparseRows
 
 # Where search goes by tiles, not on the CPU: queries at a time, and the scores of a tile.
@@ -36,12 +37,12 @@ def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
         TypeError, ValueError: queries and docs differ in their columns or devices.
         RuntimeError: on the CPU, a length or a used index is out of its range.
     """
-    _check_same_space(queries, docs)
+    check_same_space(queries, docs)
     if _library.has_kernels(docs.device):
-        scores: Tensor = torch.ops.splade_fast.sparse_scores(*_tensors(queries, docs))
+        scores: Tensor = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, docs))
         return scores
     dtype = torch.promote_types(queries.dtype, docs.dtype)
-    return _plain_scores(queries, docs).to(dtype)
+    return plain_scores(queries, docs).to(dtype)
 
 
 @torch.no_grad()
@@ -63,21 +64,21 @@ def sparse_search(queries: SparseRows | Tensor, docs: SparseRows, k: int) -> tup
         Ranked before the scores are rounded to their dtype.
 
     Raises:
-        TypeError, ValueError: queries and docs differ in their columns or devices; k < 1.
+        TypeError, ValueError: queries and docs differ in their columns or devices; k is no
+            integer of at least 1.
         RuntimeError: on the CPU, a length or a used index is out of its range.
     """
-    _check_same_space(queries, docs, docs_on_host=True)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_same_space(queries, docs, docs_on_host=True)
+    k = check_count("k", k, 1)
     if _library.has_kernels(queries.device):
         result: tuple[Tensor, Tensor] = torch.ops.splade_fast.sparse_search(
-            *_tensors(queries, docs), k
+            *op_tensors(queries, docs), k
         )
         return result
     return _search_by_tiles(queries, docs, k)
 
 
-def _tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
+def op_tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
     """The arguments that all ops here share."""
     ours = (
         (queries.indices, queries.values, queries.lengths)
@@ -90,7 +91,7 @@ def _tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
 def _from_tensors(
     indices: Tensor | None, values: Tensor, lengths: Tensor | None, num_cols: int
 ) -> Any:
-    """The inverse of `_tensors` for one side."""
+    """The inverse of `op_tensors` for one side."""
     if indices is None or lengths is None:
         return values
     return SparseRows(indices, values, lengths, num_cols)
@@ -127,9 +128,9 @@ def _search_at_once(
     for start in range(0, len(docs), tile_docs):
         tile = docs[start : start + tile_docs].to(device, non_blocking=True)
         if has_kernels:
-            scores = torch.ops.splade_fast.sparse_scores(*_tensors(queries, tile))
+            scores = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, tile))
         else:
-            scores = _plain_scores(queries, tile)
+            scores = plain_scores(queries, tile)
         ids = torch.arange(start, start + len(tile), device=device).expand_as(scores)
         best_scores, best_ids = _best(
             torch.cat([best_scores, scores], dim=1), torch.cat([best_ids, ids], dim=1), k
@@ -157,7 +158,7 @@ def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, taken), ids.gather(1, taken)
 
 
-def _plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+def plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
     """(Q, N) in the accumulation dtype: each document sums the rows of the table it names."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
     table = _query_table(queries, acc)
@@ -181,11 +182,16 @@ def _num_cols(queries: SparseRows | Tensor) -> int:
     return queries.num_cols if isinstance(queries, SparseRows) else queries.shape[1]
 
 
-def _check_same_space(
-    queries: SparseRows | Tensor, docs: SparseRows, *, docs_on_host: bool = False
+def check_same_space(
+    queries: SparseRows | Tensor,
+    docs: SparseRows,
+    *,
+    docs_name: str = "docs",
+    docs_on_host: bool = False,
 ) -> None:
+    """Both are what they should be, over the same columns and on the same device."""
     if not isinstance(docs, SparseRows):
-        raise TypeError(f"docs must be SparseRows, got {type(docs).__name__}")
+        raise TypeError(f"{docs_name} must be SparseRows, got {type(docs).__name__}")
     if not isinstance(queries, SparseRows | Tensor):
         raise TypeError(f"queries must be SparseRows or a tensor, got {type(queries).__name__}")
     if isinstance(queries, Tensor) and not (queries.dim() == 2 and queries.is_floating_point()):
@@ -195,12 +201,15 @@ def _check_same_space(
         )
     if _num_cols(queries) != docs.num_cols:
         raise ValueError(
-            f"queries must have docs.num_cols = {docs.num_cols} columns, got {_num_cols(queries)}"
+            f"queries must have {docs_name}.num_cols = {docs.num_cols} columns, "
+            f"got {_num_cols(queries)}"
         )
     if docs_on_host and docs.device.type == "cpu" and queries.device.type == "cuda":
         return
     if queries.device != docs.device:
-        raise ValueError(f"queries must be on {docs.device} as docs are, got {queries.device}")
+        raise ValueError(
+            f"queries must be on {docs.device} as {docs_name} are, got {queries.device}"
+        )
 
 
 def _fake_scores(
@@ -268,43 +277,53 @@ def _sparse_scores_backward(
     """
     acc = accumulation_dtype(torch.promote_types(query_values.dtype, doc_values.dtype))
     docs = SparseRows(doc_indices, doc_values, doc_lengths, num_cols)
-    doc_rows, doc_columns, doc_entries = docs.coordinates()
+    queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
     by_doc = grad.t().to(acc).contiguous()
-    grad_query, grad_doc = query_values.new_empty(0), doc_values.new_empty(0)
-    if needs_doc:
-        queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
-        grad_doc = torch.zeros_like(doc_values)
-        if len(doc_rows) > 0 and len(query_values) > 0:
-            # The dot product of a table row with a row of the gradient, for each entry.
-            dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                by_doc,
-                _query_table(queries, acc),
-                doc_columns,
-                doc_lengths.long().cumsum(0) - doc_lengths,
-                doc_rows,
-                0,
-            )
-            grad_doc[doc_indices >= 0] = dots.to(grad_doc.dtype)
-    if needs_query:
-        table = by_doc.new_zeros(num_cols, len(query_values))
-        if table.numel() > 0 and len(doc_rows) > 0:
-            order = doc_columns.argsort(stable=True)
-            counts = torch.bincount(doc_columns, minlength=num_cols)
-            table = embedding_bag(
-                doc_rows[order],
-                by_doc,
-                counts.cumsum(0) - counts,
-                per_sample_weights=doc_entries[order].to(acc),
-                mode="sum",
-            )
-        dense = table.t().to(query_values.dtype)
-        if query_indices is None:
-            grad_query = dense.contiguous()
-        else:
-            grad_query = torch.zeros_like(query_values)
-            rows, slots = (query_indices >= 0).nonzero(as_tuple=True)
-            grad_query[rows, slots] = dense[rows, query_indices[rows, slots].long()]
-    return grad_query, grad_doc
+    return (
+        _query_gradient(by_doc, queries, docs) if needs_query else query_values.new_empty(0),
+        _doc_gradient(by_doc, queries, docs) if needs_doc else doc_values.new_empty(0),
+    )
+
+
+def _doc_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Of docs.values, from the (N, Q) gradient of the scores in the accumulation dtype."""
+    gradient = torch.zeros_like(docs.values)
+    rows, columns, _ = docs.coordinates()
+    if len(rows) > 0 and len(queries) > 0:
+        # The dot product of a table row with a row of the gradient, for each entry.
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            by_doc,
+            _query_table(queries, by_doc.dtype),
+            columns,
+            docs.lengths.long().cumsum(0) - docs.lengths,
+            rows,
+            0,
+        )
+        gradient[docs.indices >= 0] = dots.to(gradient.dtype)
+    return gradient
+
+
+def _query_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Of queries, or their values, from the (N, Q) gradient of the scores, likewise."""
+    table = by_doc.new_zeros(docs.num_cols, len(queries))
+    rows, columns, entries = docs.coordinates()
+    if table.numel() > 0 and len(rows) > 0:
+        order = columns.argsort(stable=True)
+        counts = torch.bincount(columns, minlength=docs.num_cols)
+        table = embedding_bag(
+            rows[order],
+            by_doc,
+            counts.cumsum(0) - counts,
+            per_sample_weights=entries[order].to(by_doc.dtype),
+            mode="sum",
+        )
+    dense = table.t().to(queries.dtype)
+    if not isinstance(queries, SparseRows):
+        return dense.contiguous()
+    gradient = torch.zeros_like(queries.values)
+    rows, slots = (queries.indices >= 0).nonzero(as_tuple=True)
+    gradient[rows, slots] = dense[rows, queries.indices[rows, slots].long()]
+    return gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from splade_fast.training.objective import ObjectiveArguments
+from splade_fast.training.objective_arguments import check_choices
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +77,7 @@ class ModelArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("query_weights", QUERY_WEIGHTS),
-            ("architecture", ARCHITECTURES),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_choices(self, ModelArguments)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if not 0 <= self.lora_dropout < 1:

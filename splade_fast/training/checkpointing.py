@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from splade_fast.distributed import world_size
 from splade_fast.negative_cache.negative_cache import NegativeCache
-from splade_fast.whole_folders import flush_folder, flush_to_disk
+from splade_fast.whole_folders import finish_files, flush_folder
 
 MODEL_FILE = "training_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -76,7 +76,7 @@ def new_checkpoint(folder: Path, *, writer: bool, device: torch.device) -> Itera
     def finish() -> None:
         if writer:
             _write_manifest(partial)
-            flush_to_disk(partial)
+            finish_files(partial)
             _put_in_place(partial, folder)
 
     problem: Exception | None = None
@@ -184,7 +184,10 @@ def load_tree(path: Path) -> Any:
         tree = (file.metadata() or {}).get(_TREE)
         if tree is None:
             raise CheckpointError(f"{path} must hold a state written by splade_fast")
-        return _restored(json.loads(tree), file.get_tensor)
+        try:
+            return _restored(json.loads(tree), file.get_tensor)
+        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise CheckpointError(f"the state in {path} is damaged: {error}") from error
 
 
 @contextmanager
@@ -325,11 +328,14 @@ def _missing(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {_MANIFEST}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{_MANIFEST} is damaged ({error})"
     if not isinstance(manifest, dict) or manifest.get("format_version") != _FORMAT_VERSION:
         return f"{_MANIFEST} must have format version {_FORMAT_VERSION}"
-    for name, size in manifest["files"].items():
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return f"{_MANIFEST} is damaged (it lists no files)"
+    for name, size in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

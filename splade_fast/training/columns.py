@@ -217,7 +217,7 @@ def _numbers(value: Any, part: str) -> list[float]:
     for given in values:
         try:
             number = float(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{part} must be numbers, got {given!r}") from None
         if not math.isfinite(number):
             raise DataError(f"{part} must be finite, got {number}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from splade_fast.negative_cache.negative_cache import STORAGES
@@ -107,13 +107,7 @@ class ObjectiveArguments:
 
     def check_objective(self) -> None:
         """Raises ValueError where a field is out of range, or two do not go together."""
-        _check_choices(self, "loss", LOSSES)
-        _check_choices(self, "regularizer_schedule", SCHEDULES)
-        _check_choices(self, "cache_embeddings", CACHE_EMBEDDINGS)
-        _check_choices(self, "cache_dtype", CACHE_DTYPES)
-        _check_choices(self, "cache_top_k_method", tuple(TOP_K_METHODS))
-        _check_choices(self, "cache_sharing", CACHE_SHARINGS)
-        _check_choices(self, "cache_storage", STORAGES)
+        check_choices(self, ObjectiveArguments)
         for name in ("lambda_query", "lambda_document", "lambda_anti_zero"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
@@ -184,7 +178,13 @@ def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
     return terms
 
 
-def _check_choices(arguments: ObjectiveArguments, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(arguments, name)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def check_choices(arguments: Any, kind: type) -> None:
+    """The fields of the dataclass `kind` that have choices are among them.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for option in fields(kind):
+        choices, value = option.metadata.get("choices"), getattr(arguments, option.name)
+        if choices is not None and value not in choices:
+            raise ValueError(f"{option.name} must be one of {', '.join(choices)}, got {value!r}")

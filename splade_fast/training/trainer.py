@@ -281,7 +281,8 @@ class SpladeTrainer(Trainer):
         ]
         if not transformers:
             raise ValueError(
-                "gradient_checkpointing must be off for encoders without a transformer"
+                "activation_checkpointing must be False for encoders without a transformer, "
+                "got True"
             )
 
         def enable(**kwargs: Any) -> None:

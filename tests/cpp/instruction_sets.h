@@ -1,9 +1,20 @@
-// The kernel tables of every instruction set that this machine runs.
+// The kernel tables of every instruction set that this machine runs, by the conditions of instruction_set.cpp.
 #pragma once
 
 #include <cstdio>
 
 #include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+inline bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+inline bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+inline bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 
 template <typename Body>
 void for_each_instruction_set(Body body) {
@@ -14,8 +25,8 @@ void for_each_instruction_set(Body body) {
   };
   run(kernels_portable());
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run(kernels_avx2());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) run(kernels_avx512());
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) run(kernels_avx512bf16());
+  if (runs_avx2()) run(kernels_avx2());
+  if (runs_avx512()) run(kernels_avx512());
+  if (runs_avx512vnni() && __builtin_cpu_supports("avx512bf16")) run(kernels_avx512bf16());
 #endif
 }

@@ -70,7 +70,7 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
   std::vector<Acc> value(rows * stride, -std::numeric_limits<Acc>::infinity());
   std::vector<Position<Acc>> argmax(rows * stride, 0);
   kernel.head_max({packed_tokens.data(), packed_weight.data(), depth, tokens, sequence.data(), position.data(),
-                   value.data(), argmax.data(), stride, nullptr, Activation::kRelu, weight.data(), 0});
+                   value.data(), argmax.data(), nullptr, stride, nullptr, Activation::kRelu, weight.data(), 0});
   for (int64_t row = 0; row * 5 < tokens; ++row) {
     for (int64_t v = 0; v < columns; ++v) {
       double best = -kInf;
@@ -343,7 +343,7 @@ static void test_multiply_pairs(const Kernels<T>& kernel, int64_t count, int64_t
     kernel.pack(packed_token.data(), kernel.tile_tokens, tokens[i], depth, nullptr, 1, depth);
     kernel.pack(packed_entry.data(), kernel.panel_columns, entries[i], depth, nullptr, 1, depth);
     std::vector<Acc> value(kernel.panel_columns, -std::numeric_limits<Acc>::infinity());
-    kernel.head_max({packed_token.data(), packed_entry.data(), depth, 1, &zero, &zero, value.data(), nullptr,
+    kernel.head_max({packed_token.data(), packed_entry.data(), depth, 1, &zero, &zero, value.data(), nullptr, nullptr,
                      kernel.panel_columns, nullptr, Activation::kRelu, entries[i], 0});
     EXPECT(products[i] == value[0], "pair %ld of depth %ld: %g, not %g", static_cast<long>(i), static_cast<long>(depth),
            static_cast<double>(products[i]), static_cast<double>(value[0]));

@@ -136,6 +136,41 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
   }
 }
 
+// Just beyond a power of two the product with inv_temp is rounded in coarser steps than its sum with the noise, so that
+// rounding can lift a perturbed score above a bound that the exact one misses. Such a score must be found all the same.
+static void test_rounded_products(const Kernels<float>& kernel) {
+  constexpr int64_t kCount = 200, kLanes = 48;
+  constexpr float kInvTemp = 2.7f;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> below(-9, 0);
+  std::vector<float> scores(kCount * kLanes), bounds(kLanes), maximum(kLanes), sum(kLanes);
+  std::vector<int32_t> places(scores.size());
+  std::vector<uint32_t> words(scores.size());
+  for (int64_t step = 0; step < 100; ++step) {
+    for (float& score : scores) score = static_cast<float>((below(random) - 0x1p21) / kInvTemp);
+    const philox::State state = philox::unpack_state(1, step);
+    const auto perturbed = [&](int64_t place) {
+      const uint32_t query = static_cast<uint32_t>(place % kLanes);
+      return philox::perturb(scores[place], kInvTemp, philox::gumbel_of_slot(state, query, place / kLanes));
+    };
+    // The bound is just below the perturbed score of one of the highest slots.
+    for (int64_t q = 0; q < kLanes; ++q) {
+      std::vector<float> all;
+      for (int64_t n = 0; n < kCount; ++n) all.push_back(perturbed(n * kLanes + q));
+      std::sort(all.begin(), all.end(), std::greater<float>());
+      bounds[q] = std::nextafter(all[random() % 20], -std::numeric_limits<float>::max());
+    }
+    const int64_t found = kernel.sample_tile({scores.data(), kCount, kLanes, state, 0, 0, kInvTemp, bounds.data(),
+                                              maximum.data(), sum.data(), places.data(), words.data()});
+    std::vector<char> passes(scores.size(), 0);
+    for (int64_t i = 0; i < found; ++i) passes[places[i]] = 1;
+    for (int64_t place = 0; place < kCount * kLanes; ++place) {
+      EXPECT(passes[place] || perturbed(place) <= bounds[place % kLanes], "lost: perturbed %.9g, bound %.9g",
+             static_cast<double>(perturbed(place)), static_cast<double>(bounds[place % kLanes]));
+    }
+  }
+}
+
 template <typename Acc>
 static void test_group_maximum(const Kernels<Acc>& kernel) {
   constexpr int64_t kLanes = 16, kSlots = 50;
@@ -204,6 +239,7 @@ static void test_type(const Kernels<Acc>& kernel) {
 static void test_all(const AllKernels& kernels) {
   test_type(kernels.f32);
   test_type(kernels.f64);
+  test_rounded_products(kernels.f32);
   for (const int64_t slots : {1, 14, 29}) {
     for (const int64_t depth : {1, 16, 31, 64}) test_multiply_slots(kernels.f32, slots, depth);
   }

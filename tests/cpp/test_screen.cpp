@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/screen.h"
 #include "expect.h"
+#include "instruction_sets.h"
 
 namespace splade_fast::cpu {
 const Screen& screen_amx_emulated();  // screen_amx_emulated.cpp
@@ -224,14 +225,10 @@ static void test_all(const Screen& screen) {
 int main() {
   test_all(screen_portable());
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) test_all(screen_avx2());
-  if (avx2 && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
-  if (avx512) test_all(screen_avx512());
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) {
+  if (runs_avx2()) test_all(screen_avx2());
+  if (runs_avx2() && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
+  if (runs_avx512()) test_all(screen_avx512());
+  if (runs_avx512vnni()) {
     test_all(screen_avx512vnni());
     test_all(screen_amx_emulated());
   }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import splade_fast as sf
+from splade_fast.ops.gather import update_cache_
 from tests.fuzz.inputs import Draws
 from tests.ops.inputs import DTYPES, POOLINGS
 
@@ -151,6 +152,17 @@ def _places(draws: Draws, rows: int) -> Tensor:
     return torch.randint(0, max(rows, 1), (count,), generator=draws.generator())
 
 
+def _rows(draws: Draws, count: int, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For places in the tables."""
+    generator = draws.generator()
+    return {
+        name: draws.layout(
+            torch.randint(0, 2, (count, *table.shape[1:]), generator=generator).to(table.dtype)
+        )
+        for name, table in tables.items()
+    }
+
+
 def gather(draws: Draws) -> Call:
     rows = draws.integer(0, 20)
     tables = {name: draws.layout(table) for name, table in _tables(draws, rows).items()}
@@ -160,17 +172,27 @@ def gather(draws: Draws) -> Call:
 def scatter(draws: Draws) -> Call:
     tables = _tables(draws, draws.integer(0, 20))
     places = _places(draws, len(tables["0"]))
-    generator = draws.generator()
-    rows = {
-        name: draws.layout(
-            torch.randint(0, 2, (len(places), *table.shape[1:]), generator=generator).to(
-                table.dtype
-            )
-        )
-        for name, table in tables.items()
-    }
+    rows = _rows(draws, len(places), tables)
     mask = draws.mask(len(places)) if draws.boolean() else None
     return sf.scatter_rows_, (tables, places, rows), {"mask": mask}
+
+
+def cache_step(draws: Draws) -> Call:
+    slots = draws.integer(0, 20)
+    tables = _tables(draws, slots)
+    age = torch.randint(-1, 5, (slots,), generator=draws.generator()).int()
+    options: dict[str, Any] = {"use_lru": draws.boolean()}
+    if draws.boolean():
+        count = draws.integer(0, slots)
+        options["new_rows"] = _rows(draws, count, tables)
+        options["new_mask"] = draws.mask(count) if draws.boolean() else None
+    if draws.boolean():
+        places = _places(draws, slots)
+        options["refreshed_rows"] = _rows(draws, len(places), {"0": tables["0"]})
+        options["refreshed_slots"] = places
+        options["refreshed_mask"] = draws.mask(len(places)) if draws.boolean() else None
+    valid = torch.rand(slots, generator=draws.generator()) < 0.5
+    return update_cache_, (tables, age, valid), options
 
 
 CALLS: dict[str, Callable[[Draws], Call]] = {
@@ -187,5 +209,6 @@ CALLS: dict[str, Callable[[Draws], Call]] = {
         gumbel_max,
         gather,
         scatter,
+        cache_step,
     )
 }

@@ -10,14 +10,28 @@ import torch
 from safetensors.torch import save
 
 import splade_fast as sf
+from splade_fast.index import Index, IndexMeta
+
+INDEX_FILES = ("meta.json", "ids.json", "vectors.safetensors")
 
 
 def sound_file(rows: int = 3, num_cols: int = 9) -> bytes:
-    dense = torch.arange(rows * num_cols).view(rows, num_cols) % 4 / 2
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
-        sf.SparseRows.from_dense(dense).save(path)
+        _sound_rows(rows, num_cols).save(path)
         return path.read_bytes()
+
+
+def sound_index() -> dict[str, bytes]:
+    """The files of an index."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index"
+        Index(_sound_rows(3, 9), ["a", "b", "c"], IndexMeta("model", 256, None)).save(path)
+        return {name: (path / name).read_bytes() for name in INDEX_FILES}
+
+
+def _sound_rows(rows: int, num_cols: int) -> sf.SparseRows:
+    return sf.SparseRows.from_dense(torch.arange(rows * num_cols).view(rows, num_cols) % 4 / 2)
 
 
 def file_of(tensors: dict[str, torch.Tensor], header: object) -> bytes:
@@ -41,3 +55,22 @@ def load_or_refuse(content: bytes) -> sf.SparseRows | None:
         assert sf.sparse_scores(rows, rows).shape == (len(rows), len(rows))
         assert len(rows.to_dicts()) == len(rows)
         return rows
+
+
+def load_index_or_refuse(files: dict[str, bytes]) -> Index | None:
+    """None: refused, with a message that names the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            loaded = Index.load(folder)
+        except ValueError as error:
+            if folder not in str(error):
+                raise
+            return None
+        assert len(loaded.ids) == len(loaded.rows)
+        meta = loaded.meta
+        assert isinstance(meta.model, str)
+        assert isinstance(meta.max_length, int)
+        assert meta.k is None or isinstance(meta.k, int)
+        return loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,20 +19,18 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0)
 
 
-class Draws:
-    """Values that hypothesis chooses and shrinks."""
+class Draws(ABC):
+    """Values that a fuzzer chooses."""
 
-    def __init__(self, data: st.DataObject) -> None:
-        self._data = data
-
+    @abstractmethod
     def integer(self, low: int, high: int) -> int:
-        return self._data.draw(st.integers(low, high))
+        """One of low, …, high."""
 
     def choice(self, options: Sequence[T]) -> T:
-        return self._data.draw(st.sampled_from(options))
+        return options[self.integer(0, len(options) - 1)]
 
     def boolean(self) -> bool:
-        return self._data.draw(st.booleans())
+        return self.choice((False, True))
 
     def dtype(self) -> torch.dtype:
         return self.choice(DTYPES)
@@ -90,3 +89,27 @@ class Draws:
         inner = torch.randint(0, tokens + 1, (sequences - 1,), generator=self.generator())
         ends = (torch.zeros(1).long(), inner.sort()[0], torch.tensor([tokens]))
         return torch.cat(ends).int()
+
+
+class DrawsOfHypothesis(Draws):
+    """Values that hypothesis chooses and shrinks."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self._data = data
+
+    def integer(self, low: int, high: int) -> int:
+        return self._data.draw(st.integers(low, high))
+
+
+class DrawsOfBytes(Draws):
+    """Values that a string of bytes says; after its end all are the lowest."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._place = 0
+
+    def integer(self, low: int, high: int) -> int:
+        options = high - low + 1
+        end = self._place + (options - 1).bit_length() // 8 + 1
+        taken, self._place = self._content[self._place : end], end
+        return low + int.from_bytes(taken, "little") % options

@@ -186,6 +186,24 @@ def sharded_with_other_options(rank: int, count: int) -> None:
     best = (queries @ whole.t()).topk(3).indices
     for features, slots in zip(result.topk_features, best, strict=True):
         assert torch.equal(features["ids"], all_ids[slots])
+    # A function of scores chooses of the highest of groups: every rank's best, whatever the groups.
+    of_ranks = (queries @ whole.t()).view(len(ids), count, -1).argmax(2)
+    candidates = all_ids.view(count, -1, 4)[torch.arange(count), of_ranks]
+    seen = []
+
+    def watched(features):
+        seen.append(features["ids"])
+        return network(features)
+
+    for method in ("grouped", "exact"):
+        loss = DistributedCacheClassificationLoss(
+            **KEYS,
+            top_k=2 * count + 1,
+            top_k_method=method,
+            retrieval_fn=lambda scores: scores.argmax(1, keepdim=True),
+        )
+        loss(watched, queries, positives, {"cache": cache})
+        assert (seen.pop().unsqueeze(1) == candidates).all(2).any(1).all()
 
 
 def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
@@ -251,6 +269,45 @@ def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
                 assert torch.equal(tensor, before[name]), name
             # And the group still works.
             handler.update_cache_and_compute_loss(network, queries, queries, features)
+
+
+def failing_scores_fail_on_all_ranks(rank: int, count: int) -> None:
+    cache = {"cache": shard(9, rank)}
+    network = tower()
+    queries = network({"ids": words(2, rank)})
+    last = rank == count - 1
+    error, message = (
+        (LookupError, "on purpose") if last else (RuntimeError, f"failed on rank {count - 1}")
+    )
+
+    class Failing:
+        """A function of scores that fails on the last rank, when it is called for that time."""
+
+        def __init__(self, call, chooses):
+            self.call, self.chooses, self.calls = call, chooses, 0
+
+        def __call__(self, scores):
+            self.calls += 1
+            if last and self.calls == self.call:
+                raise LookupError("on purpose")
+            return scores.topk(1).indices if self.chooses else scores
+
+    for argument, call, options in (
+        ("score_transform", 1, {}),
+        ("score_transform", 1, {"in_batch": True}),
+        ("score_transform", 2, {"in_batch": True}),
+        ("score_transform", 1, {"top_k": count}),
+        ("score_transform", 1, {"top_k": count, "top_k_method": "exact"}),
+        ("retrieval_fn", 1, {}),
+        ("retrieval_fn", 2, {}),
+        ("retrieval_fn", 3, {"in_batch": True}),
+        ("retrieval_fn", 1, {"top_k": count}),
+    ):
+        options[argument] = Failing(call, argument == "retrieval_fn")
+        loss = DistributedCacheClassificationLoss(**KEYS, **options)
+        with pytest.raises(error, match=message):
+            loss(network, queries, queries, cache)
+        loss(network, queries, queries, cache)  # and the group still works
 
 
 def replicas_stay_the_same(rank: int, count: int) -> None:
@@ -381,6 +438,7 @@ SCENARIOS = (
     sharded_with_other_options,
     wrong_arguments_raise_on_all_ranks,
     a_failing_network_fails_on_all_ranks,
+    failing_scores_fail_on_all_ranks,
     replicas_stay_the_same,
     queries_of_ranks_draw_independently,
     encoder_in_ddp,

@@ -156,6 +156,14 @@ def test_several_caches():
             {name: {"ids": of_name} for name, of_name in ids.items()},
             features={"ids": ids["web"]},
         )  # fmt: skip
+    with pytest.raises(KeyError, match=r"new_item_features must have 'books', got \['web'\]"):
+        handler.update_cache_and_compute_loss(
+            network, torch.randn(2, 8), embeddings["web"], embeddings, {"web": {"ids": ids["web"]}}
+        )
+    with pytest.raises(KeyError, match=r"new_item_features\['web'\] must have 'ids', got \[\]"):
+        handler.update_cache_and_compute_loss(
+            network, torch.randn(2, 8), embeddings["web"], embeddings, {"web": {}, "books": {}}
+        )
     loss.backward()
     assert {name: int(cache.valid.sum()) for name, cache in handler.cache.items()} == {
         "web": 6,
@@ -243,6 +251,6 @@ def test_pinned_storage_gives_the_same_steps():
 def test_missing_features():
     handler, network = tower_handler()
     embeddings = torch.zeros(2, 8)
-    with pytest.raises(KeyError, match="ids"):
-        handler.update_cache_and_compute_loss(network, embeddings, embeddings, {})
+    with pytest.raises(KeyError, match=r"features must have 'ids', got \['id'\]"):
+        handler.update_cache_and_compute_loss(network, embeddings, embeddings, {"id": embeddings})
     assert not handler.cache.valid.any()

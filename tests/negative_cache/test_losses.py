@@ -179,7 +179,8 @@ def test_any_callable_draws_what_the_fused_way_draws(
         )  # fmt: skip
         for _ in range(3):
             result = loss(identity, queries, positives, cache, pos_features={"data": positives})
-            assert not any(m.any() for m in [*result.updated_item_mask.values()][2:])
+            for name, mask in result.updated_item_mask.items():
+                assert cache[name].valid[result.updated_item_indices[name][mask]].all()
         results.append(result)
     for result in results[1:]:
         for name in ("training_loss", "interpretable_loss", "staleness"):
@@ -270,19 +271,19 @@ def test_expected_gradient_is_that_of_the_cross_entropy(num_negatives, in_batch,
         weights.append(gradient / copies_of_one)
     exact_table = documents.clone().requires_grad_()
     pool = exact_table
-    exact = 0
-    for row in range(copies_of_one if in_batch else 1):
+    exact, tempered = 0, 0
+    rows = copies_of_one if in_batch else 1
+    for row in range(rows):
         if in_batch:
             rest = torch.cat([mine[:row], mine[row + 1 :]]).detach()
             pool = torch.cat([exact_table, rest])
-        exact = exact + plain_cross_entropy(query[None], mine[row : row + 1].detach(), pool).sum()
-    expected = torch.autograd.grad(exact / (copies_of_one if in_batch else 1), exact_table)[0]
+        cross_entropy = plain_cross_entropy(query[None], mine[row : row + 1].detach(), pool).sum()
+        exact = exact + cross_entropy
+        drawn = (inv_temp * (pool @ query)).softmax(0)[:slots]
+        tempered = tempered + (1 - torch.exp(-cross_entropy)) * drawn[:, None] * query
+    expected = torch.autograd.grad(exact / rows, exact_table)[0]
     if num_negatives == 1 and inv_temp != 1:
-        p = torch.exp(-plain_cross_entropy(query[None], positive[None], documents))
-        tempered = (inv_temp * (documents @ query)).softmax(0)
-        if in_batch:
-            return
-        expected = (1 - p) * tempered[:, None] * query
+        expected = tempered.detach() / rows
     # Of one query the gradient is a weight of at most about 1 times the query.
     error = 5 * query.abs().max() / (copies**0.5)
     assert_close(torch.stack(weights).mean(0), expected, rtol=0, atol=error.item())
@@ -632,5 +633,11 @@ def test_bad_arguments():
     other = {**caches, "other": cache_of(torch.zeros(3, 5))}
     with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 5\) as the cached"):
         loss_of()(identity, queries, positives, other)
+    for name, value, error in (
+        ("top_k", 0, "top_k must be at least 1, got 0"),
+        ("top_k", -3, "top_k must be at least 1, got -3"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            loss_of(**{name: value})
     with pytest.raises(KeyError, match="must have 'text'"):
         loss_of(data_keys=["text"])(identity, queries, positives, caches)

@@ -116,6 +116,17 @@ def test_sizes(device, pooling, batch, length, dim, vocabulary):
     compare(hidden, weight, bias, mask, pooling=pooling)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_of_long_sequences(device, seed):
+    """Sum pooling adds up thousands of weights: rounding must not grow with their number."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((1, 8192, 16), (64, 16), 64)
+    )
+    compare(hidden, weight / 4, bias, None, pooling="sum")
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_strides(device, pooling):
     hidden = torch.randn(20, 9, 6, device=device).permute(2, 1, 0)
@@ -388,6 +399,40 @@ def test_bad_arguments(device):
         ValueError, match="algorithm must be one of 'auto', 'dense', 'screened', got 'exact'"
     ):
         sf.splade_head(hidden, weight, algorithm="exact")
+
+
+def test_the_ops_check_gradients_for_callers_in_cpp(device):
+    """A gradient of another dtype would be read as one of these: it is refused."""
+    ops = torch.ops.splade_fast
+    hidden, weight = torch.randn(2, 5, 3, device=device), torch.randn(7, 3, device=device)
+    saved = ops.head_forward_dense(hidden, weight, None, None, None, 0, 1, True, False)[1:]
+    needs = (True, True, True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        grad = torch.ones(2, 7, dtype=dtype, device=device)
+        with pytest.raises(RuntimeError, match="grad must have the dtype of hidden"):
+            ops.head_backward_max(grad, *saved, hidden, weight, None, 1, *needs)
+        with pytest.raises(RuntimeError, match="grad must have the dtype of hidden"):
+            ops.head_backward_sum(grad, hidden, weight, None, None, None, 1, *needs)
+    with pytest.raises(RuntimeError, match="grad must have size 7 in dimension 1, got 6"):
+        ops.head_backward_sum(
+            torch.ones(2, 6, device=device), hidden, weight, None, None, None, 1, *needs
+        )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_packed_tokens_of_no_sequence_have_a_gradient_of_zero(pooling):
+    """The CPU refuses such cu_seqlens, a GPU would have to be waited for."""
+    hidden = torch.randn(40, 16, device="cuda")
+    weight = torch.randn(300, 16, device="cuda")
+    cu_seqlens = torch.tensor([0, 9, 25], dtype=torch.int32, device="cuda")
+    whole, cut = hidden.clone().requires_grad_(), hidden[:25].clone().requires_grad_()
+    torch.full_like(hidden, torch.nan)  # what the memory of the gradient may have held
+    for leaf in (whole, cut):
+        sf.splade_head(leaf, weight, cu_seqlens=cu_seqlens, pooling=pooling).sum().backward()
+    assert torch.equal(whole.grad[25:], torch.zeros_like(whole[25:]))
+    torch.testing.assert_close(whole.grad[:25], cut.grad)
 
 
 @pytest.mark.parametrize("bounds", [[1, 4, 10], [0, 4, 9], [0, 11, 10], [0, 6, 5, 10], [-1, 10]])

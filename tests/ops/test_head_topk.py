@@ -63,7 +63,7 @@ def test_it_is_for_inference():
     assert not rows.values.requires_grad
 
 
-def test_bad_arguments():
+def test_bad_arguments(monkeypatch):
     hidden, weight, bias = random_head(4, 5)
     with pytest.raises(ValueError, match=r"attention_mask must be .* = \(4, 5\), got \(9, 5\)"):
         sf.splade_head_topk(hidden, weight, bias, torch.ones(9, 5), k=4)
@@ -71,3 +71,7 @@ def test_bad_arguments():
         sf.splade_head_topk(hidden, weight, bias, k=-1)
     with pytest.raises(ValueError, match="pooling must be one of"):
         sf.splade_head_topk(hidden, weight, bias, k=4, pooling="mean")
+    # Before the head is computed: nobody waits for a block to hear of a bad k.
+    monkeypatch.setattr("splade_fast.ops.head_topk.splade_head", None)
+    with pytest.raises(TypeError, match="k must be an integer, got float"):
+        sf.splade_head_topk(hidden, weight, bias, k=2.5)

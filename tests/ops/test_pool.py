@@ -174,3 +174,7 @@ def test_bad_arguments(device):
         sf.splade_pool(logits, activation=3)
     with pytest.raises(TypeError, match="logits must be a dense tensor"):
         sf.splade_pool(logits.to_sparse())
+    grad, saved = torch.ones(2, 7, device=device), torch.ones(2, 7, device=device)
+    argmax = torch.zeros(2, 7, dtype=torch.uint8, device=device)
+    with pytest.raises(RuntimeError, match="length must not be negative, got -1"):
+        torch.ops.splade_fast.pool_backward_max(grad, saved, argmax, -1, 1)

@@ -482,6 +482,28 @@ def test_special_scores(kernels, device, sparse):
             assert found.logsumexp.isnan().item() == (3 not in dropped)
 
 
+def test_an_infinite_score_far_below_finite_ones(kernels, device):
+    """The part that has it knows no maximum, the others' may be beyond what exp takes."""
+    column = torch.zeros(12000, device=device)
+    column[3], column[9000] = INF, 2000.0
+    for scores in (column, column.flip(0)):
+        found = sf.sample_negatives(
+            torch.ones(1, 1, device=device), scores.unsqueeze(1), rng=generator(device)
+        )
+        assert found.logsumexp.tolist() == found.perturbed.flatten().tolist() == [INF]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 3, "top_k_method": "exact"}])
+def test_what_leaves_the_range_of_the_type_is_not_drawn(kernels, device, options):
+    """inv_temp * score = -inf."""
+    cache = torch.tensor([[-3e38], [-1.0], [-3e38], [-2.0]], device=device)
+    queries = torch.ones(1, 1, device=device)
+    options = {**options, "num_samples": 4, "inv_temp": 10.0}
+    found = sf.sample_negatives(queries, cache, rng=generator(device), **options)
+    assert_same(found, expected(queries, cache, **options))
+    assert sorted(found.indices[0].tolist())[:2] == [-1, -1]
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 3, "top_k_method": "exact"}])
 def test_what_is_not_drawable_is_not_counted(kernels, device, options):
     """Garbage in invalid rows changes nothing, and places without a draw are -1."""
@@ -896,7 +918,12 @@ def test_bad_options_are_refused_before_a_step(options, error, message):
             TypeError,
             "queries must be a tensor beside a dense cache, got SparseRows",
         ),
-        (torch.ones(3, 2), SparseRows.from_dense(torch.ones(7, 3)), ValueError, "num_cols = 3"),
+        (
+            torch.ones(3, 2),
+            SparseRows.from_dense(torch.ones(7, 3)),
+            ValueError,
+            r"cache\.num_cols = 3",
+        ),
     ],
 )
 def test_bad_operands_are_refused(queries, cache, error, message):

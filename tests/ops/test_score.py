@@ -336,7 +336,7 @@ def test_any_rows(data):
 
 
 def op_arguments(queries: SparseRows | Tensor, docs: SparseRows) -> tuple:
-    return score_module._tensors(queries, docs)
+    return score_module.op_tensors(queries, docs)
 
 
 def test_opcheck(device):

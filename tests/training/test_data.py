@@ -253,6 +253,7 @@ BAD_ROWS = [
 BAD_LISTS = [
     ({**SCORED[0], "scores": [1.0]}, "expected 2 scores, one per document, got 1"),
     ({**SCORED[0], "scores": [1.0, math.inf]}, "scores must be finite, got inf"),
+    ({**SCORED[0], "scores": [1.0, 10**400]}, "scores must be numbers, got 1000"),
     ({**SCORED[0], "documents": ["d"], "scores": [1.0]}, "at least 2 scored documents, got 1"),
 ]
 

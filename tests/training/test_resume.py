@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -255,6 +256,9 @@ def test_incomplete_checkpoints_are_none(output):
     assert last_checkpoint(output) == output / "checkpoint-2"
     with pytest.raises(CheckpointError, match=r"model.safetensors must have \d+ bytes, got \d+"):
         check_checkpoint(output / "checkpoint-4", 1)
+    (output / "checkpoint-2" / "checkpoint.json").write_text('{"format_version": 1}')
+    with pytest.raises(CheckpointError, match=r"checkpoint.json is damaged \(it lists no files\)"):
+        check_checkpoint(output / "checkpoint-2", 1)
     (output / "checkpoint-2" / "checkpoint.json").unlink()
     assert last_checkpoint(output) is None
     with pytest.raises(CheckpointError, match=r"checkpoint-2: it has no checkpoint.json"):
@@ -290,6 +294,14 @@ def test_surplus_checkpoints_are_deleted(output, limit, best, left):
     shutil.copytree(output / "checkpoint-4", output / "checkpoint-6")
     keep_checkpoints(output, limit, None if best is None else str(output / f"checkpoint-{best}"))
     assert names(output) == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize("described", ["{", '{"tensor": "absent"}', '{"list": 1}', "{}"])
+def test_damaged_states_are_named(tmp_path, described):
+    path = tmp_path / "state.safetensors"
+    save_file({}, path, {"tree": described})
+    with pytest.raises(CheckpointError, match=r"the state in .*state.safetensors is damaged"):
+        load_tree(path)
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "model.safetensors"])
