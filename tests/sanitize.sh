@@ -58,9 +58,8 @@ if [ "$kind" = coverage ]; then
     exit
   fi
   for target in $(python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)'); do
-    mkdir -p "$found/$target"
-    fuzz "$target" -max_total_time="$seconds" -print_final_stats=1 -artifact_prefix="$found/$target-" \
-      "$found/$target" "tests/fuzz/seeds/$target"
+    python -m tests.fuzz.seed_files unpack "$target" "$found/$target"
+    fuzz "$target" -max_total_time="$seconds" -print_final_stats=1 -artifact_prefix="$found/$target-" "$found/$target"
   done
   exit
 fi
