@@ -3,7 +3,7 @@
 #   tests/sanitize.sh address|thread [pytest arguments]
 #     the tests of the ops; FUZZ_MINUTES: again, with other inputs, until so many have passed
 #   tests/sanitize.sh coverage [target [options and folders of libFuzzer]]
-#     libFuzzer, and AddressSanitizer, for FUZZ_MINUTES per target; needs Clang 15 or later, and atheris
+#     libFuzzer, and AddressSanitizer, for FUZZ_MINUTES (10) per target; needs Clang 15 or later, and atheris
 # The first fault ends the run with a report.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,6 +47,7 @@ seconds=$((${FUZZ_MINUTES:-0} * 60))
 
 if [ "$kind" = coverage ]; then
   found=$PWD/build/fuzz
+  seconds=$((${FUZZ_MINUTES:-10} * 60))
   cd "$tree"
   fuzz() {
     # Memory that is asked for and cannot be had is an exception here too; memory that is used counts.
