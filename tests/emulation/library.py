@@ -1,0 +1,96 @@
+"""Builds the CUDA ops with the emulator, and puts them in the place of the CPU's."""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulation.prepare import LIBRARY
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "emulation"
+
+# Of splade_fast's ops those with a CUDA kernel.
+OPS = [
+    "pool_forward",
+    "pool_backward_max",
+    "pool_backward_sum",
+    "head_forward_dense",
+    "head_backward_max",
+    "head_backward_sum",
+    "prune_rows",
+    "sparse_scores",
+    "sample_dense",
+    "sample_sparse",
+    "sample_scores",
+    "gather_rows",
+    "scatter_rows_",
+    "update_cache_",
+]
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+
+
+def build() -> None:
+    """Every library of the emulation, as far as it is not up to date."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"the emulation needs a C++ compiler, and there is no {compiler}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several workers builds
+        run(
+            "cmake",
+            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DSPLADE_FAST_EMULATION=ON"),
+            *("-DSPLADE_FAST_CUDA=0", f"-DPython_EXECUTABLE={sys.executable}"),
+        )
+        jobs = len(os.sched_getaffinity(0))
+        run("cmake", "--build", str(BUILD), "--target", "emulation", "--parallel", str(jobs))
+
+
+class Emulator:
+    """The emulated ops of one library; a process can load one."""
+
+    def __init__(self, name: str = LIBRARY) -> None:
+        build()
+        path = BUILD / f"{name}.so"
+        torch.ops.load_library(path)
+        self.ops = getattr(torch.ops, LIBRARY)
+        self._library = ctypes.CDLL(str(path))
+        # The product of bfloat16 or float16 in float32, which torch has on CUDA alone.
+        self._aten = torch.library.Library("aten", "IMPL")
+        self._aten.impl("mm.dtype_out", _product_in_dtype, "CPU")
+
+    def configure(self, seed: int, multiprocessors: int, clusters: int) -> None:
+        """The order of threads and copies, and the size of the GPU."""
+        self._library.emulation_configure(seed, multiprocessors, clusters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """splade_fast's functions run the emulated ops."""
+        library = torch.library.Library("splade_fast", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for name in OPS:
+                library.impl(name, getattr(self.ops, name).default, "CPU", allow_override=True)
+        try:
+            yield
+        finally:
+            library._destroy()
+
+
+def _product_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
