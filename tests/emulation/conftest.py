@@ -9,7 +9,7 @@ import torch
 from tests.emulation.library import Emulator
 from tests.emulation.prepare import LIBRARY
 
-CASES = int(os.environ.get("EMULATION_CASES", "12"))
+CASES = int(os.environ.get("EMULATION_CASES", "20"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

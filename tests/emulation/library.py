@@ -52,11 +52,12 @@ def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several workers builds
-        run(
-            "cmake",
-            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DSPLADE_FAST_EMULATION=ON"),
-            *("-DSPLADE_FAST_CUDA=0", f"-DPython_EXECUTABLE={sys.executable}"),
-        )
+        if not (BUILD / "build.ninja").exists():  # from then on the build looks after it
+            run(
+                *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+                *("-DSPLADE_FAST_EMULATION=ON", "-DSPLADE_FAST_CUDA=0"),
+                f"-DPython_EXECUTABLE={sys.executable}",
+            )
         jobs = len(os.sched_getaffinity(0))
         run("cmake", "--build", str(BUILD), "--target", "emulation", "--parallel", str(jobs))
 

@@ -35,6 +35,7 @@ def test_sabotage_is_found(name):
         check=False,
     )
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
+    assert "1 failed" in result.stdout, result.stdout  # and no error outside of the test
     assert "AssertionError" in result.stdout or "emulated GPU:" in result.stdout, result.stdout
 
 
