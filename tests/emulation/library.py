@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,23 +21,11 @@ from tests.emulation.prepare import LIBRARY
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulation"
 
-# Of splade_fast's ops those with a CUDA kernel.
-OPS = [
-    "pool_forward",
-    "pool_backward_max",
-    "pool_backward_sum",
-    "head_forward_dense",
-    "head_backward_max",
-    "head_backward_sum",
-    "prune_rows",
-    "sparse_scores",
-    "sample_dense",
-    "sample_sparse",
-    "sample_scores",
-    "gather_rows",
-    "scatter_rows_",
-    "update_cache_",
-]
+
+def ops_with_kernels() -> list[str]:
+    """Of splade_fast's ops those with a CUDA kernel."""
+    sources = (path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    return re.findall(r'm\.impl\("(\w+)"', "".join(sources))
 
 
 def run(*command: str) -> None:
@@ -85,7 +74,7 @@ class Emulator:
         library = torch.library.Library("splade_fast", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for name in OPS:
+            for name in ops_with_kernels():
                 library.impl(name, getattr(self.ops, name).default, "CPU", allow_override=True)
         try:
             yield

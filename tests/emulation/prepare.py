@@ -58,6 +58,7 @@ REPLACEMENTS = [
 
 # Mistakes that the tests have to find: name -> what makes one.
 SABOTAGES = {
+    "pool_without_barrier": Replacement("cuda/pool.cu", "__syncthreads_or(counted)", "counted"),
     "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
     "head_without_wait": Replacement(
         "cuda/head_sm90.cu", "wait(full + ring.stage * 8, ring.parity);", ""
@@ -101,6 +102,8 @@ def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
     for replacement in replacements:
         texts[replacement.file] = replaced(texts[replacement.file], replacement)
     for name, text in texts.items():
+        if "STABLE_TORCH_LIBRARY_IMPL(splade_fast," in text:
+            raise PreparationError(f"{name}: registers ops, and has no replacement for that")
         path = target / name
         prepared = launches_as_calls(text, name) if name.endswith(".cu") else text
         if not path.exists() or path.read_text() != prepared:

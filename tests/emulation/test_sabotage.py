@@ -16,6 +16,7 @@ from tests.emulation.prepare import (
 )
 
 TEST_OF_FILE = {
+    "cuda/pool.cu": "test_pool.py::test_matches_reference",
     "cuda/score.cu": "test_score.py::test_is_that_of_the_cpu",
     "cuda/head_sm90.cu": "test_head.py::test_fused_is_that_of_the_cpu",
 }
@@ -28,7 +29,7 @@ def test_sabotage_is_found(name):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/emulation/{test}"],
         cwd=ROOT,
-        env={**os.environ, "EMULATION_LIBRARY": name, "EMULATION_CASES": "20"},
+        env={**os.environ, "EMULATION_LIBRARY": name, "EMULATION_CASES": "60"},
         capture_output=True,
         text=True,
         timeout=300,
