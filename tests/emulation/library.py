@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,9 +36,10 @@ def run(*command: str) -> None:
 
 def build() -> None:
     """Every library of the emulation, as far as it is not up to date."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"the emulation needs a C++ compiler, and there is no {compiler}")
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    compilers = chosen or ["c++", "g++", "clang++"]  # where CMake looks
+    if not any(map(shutil.which, compilers)):
+        pytest.skip(f"the emulation needs a C++ compiler, and there is no {' or '.join(compilers)}")
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several workers builds
@@ -71,15 +73,12 @@ class Emulator:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """splade_fast's functions run the emulated ops."""
-        library = torch.library.Library("splade_fast", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")
-            for name in ops_with_kernels():
-                library.impl(name, getattr(self.ops, name).default, "CPU", allow_override=True)
-        try:
+        with torch.library._scoped_library("splade_fast", "IMPL") as library:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                for name in ops_with_kernels():
+                    library.impl(name, getattr(self.ops, name).default, "CPU", allow_override=True)
             yield
-        finally:
-            library._destroy()
 
 
 def _product_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
