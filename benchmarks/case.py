@@ -50,9 +50,13 @@ class Workload:
     floors: dict[str, Callable[[], object]] = field(default_factory=dict)
 
     def run(self, implementation: Implementation, direction: Direction) -> Tensor:
+        with torch.set_grad_enabled(direction != "forward"):
+            return self.run_in_mode(implementation, direction)
+
+    def run_in_mode(self, implementation: Implementation, direction: Direction) -> Tensor:
+        """Where gradients are recorded or not as the direction needs it."""
         if direction == "forward":
-            with torch.no_grad():
-                return implementation(*self.arguments, **self.options)
+            return implementation(*self.arguments, **self.options)
         output = implementation(*self.arguments, **self.options)
         output.backward(self.upstream)
         return output.detach()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from benchmarks.case import Case, Implementation, Target, Workload
 from benchmarks.checks import Check, check
 from benchmarks.machine import Machine
@@ -36,16 +38,18 @@ def run_case(case: Case, options: Options, machine: Machine) -> list[Row]:
     implementations = _available(case, workload, names)
     contenders = {
         name: Contender(
-            partial(workload.run, implementation, case.direction), workload.clear_gradients
+            partial(workload.run_in_mode, implementation, case.direction), workload.clear_gradients
         )
         for name, implementation in implementations.items()
     }
     details = {name: case.detail(name, workload) for name in implementations}
     details["floor"] = fastest(workload.floors, device=case.device)
     contenders["floor"] = Contender(workload.floors[details["floor"]])
-    times = time_in_turns(
-        contenders, rounds=options.rounds, seconds=options.seconds, device=case.device
-    )
+    # Outside: some runs are so short that switching the mode would be a part of them.
+    with torch.set_grad_enabled(case.direction != "forward"):
+        times = time_in_turns(
+            contenders, rounds=options.rounds, seconds=options.seconds, device=case.device
+        )
     # An index that another library builds is no part of what a run needs.
     measured = {name: found for name, found in implementations.items() if name in CONTENDERS}
     peaks = _peaks(case, workload, measured) if options.memory else {}

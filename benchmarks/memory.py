@@ -44,28 +44,40 @@ def _peak_on_cuda(case: Case, implementation: Implementation, workload: Workload
 def _peak_on_cpu(case: Case, contender: str, threads: int) -> int:
     """Runs in a fresh process; Linux only."""
     torch.set_num_threads(threads)
+    return peak_extra_here(case, contender, case.build(floors=False))
+
+
+def peak_extra_here(case: Case, contender: str, workload: Workload) -> int:
+    """In this process, which has to be a fresh one, on the CPU; Linux only."""
     implementation = case.implementation(contender)
-    workload = case.build(floors=False)
     # Libraries, threads and their workspaces do not count, nor does compiling for this shape.
     warm_up = workload if contender == "compile" else case.tiny().build(floors=False)
     warm_up.run(implementation, case.direction)
     warm_up.clear_gradients()
     outputs: list[Tensor] = []
     growth = peak_growth(lambda: outputs.append(workload.run(implementation, case.direction)))
-    return max(0, growth - _bytes([*outputs, *workload.gradients().values()]))
+    extra = max(0, growth - _bytes([*outputs, *workload.gradients().values()]))
+    workload.clear_gradients()
+    return extra
 
 
 def peak_growth(run: Callable[[], object]) -> int:
     """Bytes by which this process is larger, at its largest, while run() runs; Linux only."""
+    return_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # peak := current
+    before = resident_bytes("VmHWM")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def return_freed_memory() -> None:
+    """What the allocator keeps for later is the system's again; Linux only."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # peak := current
-    before = _resident_bytes("VmHWM")
-    run()
-    return _resident_bytes("VmHWM") - before
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """VmHWM, the peak of this process, or another of its fields that count kB; Linux only."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise RuntimeError(f"/proc/self/status has no {field}; peak memory needs Linux")

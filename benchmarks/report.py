@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, plots
+from benchmarks import cases, plots, scale
 from benchmarks.results import Row, by_case, read_csv
+from benchmarks.scale import plots as scale_plots
+from benchmarks.scale.findings import Fact as ScaleFact
+from benchmarks.scale.tables import study_tables
 from benchmarks.screening import plots as screening_plots
 from benchmarks.screening.facts import Fact
 from benchmarks.tables import markdown_table
@@ -53,6 +56,8 @@ def _section(path: Path, folder: Path) -> str:
         body, images = _rows_section(path, folder)
     elif header == _fields(Fact):
         body, images = _facts_section(path, folder)
+    elif header == _fields(ScaleFact):
+        body, images = _scale_section(path, folder)
     else:
         body, images = _plain_section(lines), _copied(path, folder)
     pictures = [f"![{image.stem}]({folder.name}/{image.name})\n" for image in images]
@@ -117,6 +122,15 @@ def _facts_section(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
     return body, sorted(folder.glob("screening-*.svg"))
 
 
+def _scale_section(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
+    facts = read_csv(ScaleFact, path)
+    body = [f"{scale.__doc__}\n", _provenance(facts)]
+    body += [f"### {study}\n\n{table}" for study, table in study_tables(facts).items()]
+    image = folder / f"{path.stem}.svg"
+    scale_plots.draw(facts, image)
+    return body, [image]
+
+
 def _plain_section(lines: Sequence[Sequence[str]]) -> list[str]:
     """Any other table: what is the same in all of its rows is said once."""
     if len(lines) < 2:
@@ -148,7 +162,7 @@ def _description(op: str) -> str:
     return f"{importlib.import_module(f'benchmarks.cases.{op}').__doc__}\n"
 
 
-def _provenance(rows: Sequence[Row] | Sequence[Fact]) -> str:
+def _provenance(rows: Sequence[Row] | Sequence[Fact] | Sequence[ScaleFact]) -> str:
     def all_of(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
 

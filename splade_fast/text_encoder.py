@@ -137,7 +137,7 @@ class TextEncoder(nn.Module):
         max_length: int,
         after_batch: Callable[[int], object],
     ) -> SparseRows:
-        """What `encode` does, of checked arguments: it depends on nothing but them, to the bit.
+        """What `encode` does once it has checked its arguments.
 
         Args:
             texts, k, batch_size, max_length: as of `encode`.

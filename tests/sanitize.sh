@@ -50,16 +50,16 @@ if [ "$kind" = coverage ]; then
   cd "$tree"
   fuzz() {
     # Memory that is asked for and cannot be had is an exception here too; memory that is used counts.
-    sanitized_python -m tests.fuzz.guided "$@" -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=1000000000000
+    sanitized_python -m tests.fuzz.guided "$@" -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=1000000000000 \
+      -len_control=0
   }
   if [ "$#" != 0 ]; then
     fuzz "$@"
     exit
   fi
   for target in $(python -c 'from tests.fuzz.targets import TARGETS; print(*TARGETS)'); do
-    mkdir -p "$found/$target"
-    fuzz "$target" -max_total_time="$seconds" -print_final_stats=1 -artifact_prefix="$found/$target-" \
-      "$found/$target" "tests/fuzz/seeds/$target"
+    python -m tests.fuzz.seed_files unpack "$target" "$found/$target"
+    fuzz "$target" -max_total_time="$seconds" -print_final_stats=1 -artifact_prefix="$found/$target-" "$found/$target"
   done
   exit
 fi

@@ -28,8 +28,8 @@ class _Problem:
 
     manager: CacheManager
     caches: Mapping[str, NegativeCache]
+    written: Mapping[str, Tensor]  # (1, D) of each cache, a view: a row that is written
     places: Tensor  # (N,), no duplicates
-    first_place: int
     fresh: Tensor  # (N, D), for these places
     new: Mapping[str, Tensor]  # N items
 
@@ -55,19 +55,14 @@ def _act(
     update: Callable[[NegativeCache, _Problem], None],
 ) -> Tensor:
     cache = problem.caches[contender if action != "read" else "ours"]
+    if action == "update":  # so short that nothing else may be done here
+        update(cache, problem)
+        return problem.written[contender]
     tables = cache.data.tables()
     if action == "read":
         return read(tables, problem.places)["embedding"]
-    if action == "write":
-        write(tables, problem.places, problem.new)
-    else:
-        update(cache, problem)
-    return _written(problem, tables["embedding"])
-
-
-def _written(problem: _Problem, table: Tensor) -> Tensor:
-    """One row of what was written, which is not read: that would be a part of a short run."""
-    return table.narrow(0, problem.first_place, 1)
+    write(tables, problem.places, problem.new)
+    return problem.written[contender]
 
 
 def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
@@ -105,7 +100,7 @@ def _update_by_plain_rows(problem: _Problem, action: Action) -> Tensor:
     for slot in slots:
         cache.age[slot] = -1
     cache.age += 1
-    return _written(problem, tables["embedding"])
+    return problem.written["plain rows"]
 
 
 def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -175,6 +170,8 @@ class GatherCase(InPlaceCase):
         }
         manager = CacheManager(specs, self.slots)
         generator = seeded("cpu")
+        # The places that are written are not those of the oldest items.
+        places = torch.randperm(self.slots // 2, generator=generator)[: self.rows] + self.slots // 2
         caches = {}
         contenders = {"read": ("ours",), "write": ("ours", "eager")}
         for contender in contenders.get(self.action, ("ours", "eager", "plain rows")):
@@ -183,8 +180,10 @@ class GatherCase(InPlaceCase):
                 table.fill_(1)  # all pages of it exist
             cache.age += torch.arange(self.slots, dtype=torch.int32).flip(0)
             caches[contender] = cache.to(self.device)
-        # The places that are written are not those of the oldest items.
-        places = torch.randperm(self.slots // 2, generator=generator)[: self.rows] + self.slots // 2
+        written = {
+            name: cache.data.tables()["embedding"].narrow(0, int(places[0]), 1)
+            for name, cache in caches.items()
+        }
         fresh = torch.randn(self.rows, self.depth, generator=generator).to(self.dtype)
         new = {
             "ids": torch.randint(30522, (self.rows, self.tokens), generator=generator).int(),
@@ -194,18 +193,18 @@ class GatherCase(InPlaceCase):
         problem = _Problem(
             manager,
             caches,
+            written,
             places.to(self.device),
-            int(places[0]),
             fresh.to(self.device),
             {name: rows.to(self.device) for name, rows in new.items()},
         )
-        written = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:1]
+        expected = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:1]
         return Workload(
             arguments=(problem, self.action),
             options={},
             leaves={},
             upstream=torch.empty(0),
-            exact=lambda: {"output": written.double().to(self.device)},
+            exact=lambda: {"output": expected.double().to(self.device)},
             floors=self._floors(problem) if floors else {},
         )
 

@@ -106,12 +106,17 @@ std::vector<Write> last_writes(const int64_t* places, const bool* mask, int64_t 
 }
 
 // To the first tables, one of each source.
-void write_to_tables(const Tensors& sources, const Tensors& tables, const std::vector<Write>& writes) {
+std::vector<Copy> copies_to_tables(const Tensors& sources, const Tensors& tables) {
   std::vector<Copy> copies;
+  copies.reserve(sources.size());
   for (size_t t = 0; t < sources.size(); ++t) {
     copies.push_back({const_data<uint8_t>(sources[t]), mutable_data<uint8_t>(tables[t]), row_bytes(tables[t]),
                       row_stride_bytes(tables[t]), row_bytes(tables[t])});
   }
+  return copies;
+}
+
+void copy_written(const std::vector<Copy>& copies, const std::vector<Write>& writes) {
   copy_rows(
       copies, static_cast<int64_t>(writes.size()), [&](int64_t i) { return writes[i].row; },
       [&](int64_t i) { return writes[i].place; });
@@ -126,7 +131,8 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
   const int64_t* place = const_data<int64_t>(places);
   const bool* written = whole_mask ? const_data<bool>(*whole_mask) : nullptr;
   check_range(place, written, count, table_rows);
-  write_to_tables(contiguous_sources(rows, tables), tables, last_writes(place, written, count));
+  const Tensors sources = contiguous_sources(rows, tables);
+  copy_written(copies_to_tables(sources, tables), last_writes(place, written, count));
 }
 
 struct Aged {
@@ -136,43 +142,55 @@ struct Aged {
   bool operator<(const Aged& other) const { return age != other.age ? age > other.age : slot < other.slot; }
 };
 
-// Every age grows by one; returns the count oldest by the ages before, from the oldest on.
-//
-// The pass over all ages notes the largest of each block. Then blocks are looked through from the one with the oldest
-// item on, until no item of the next can be older than the youngest of the oldest so far.
-std::vector<Aged> age_all(int32_t* age, int64_t slots, int64_t count) {
-  constexpr int64_t kBlock = 256;
-  const auto grow_older = all_kernels().grow_older;
-  std::vector<Aged> blocks;  // largest age, first slot
-  blocks.reserve(slots / kBlock + 1);
-  for (int64_t first = 0; first < slots; first += kBlock) {
-    blocks.push_back({grow_older(age + first, std::min(kBlock, slots - first)), first});
+// Looks for the oldest of a cache's slots. Its memory is taken before anything is written.
+class OldestSlots {
+ public:
+  OldestSlots(int64_t slots, int64_t count) : slots_(slots), count_(count) {
+    blocks_.reserve(slots / kBlock + 1);
+    if (count > 0) found_.reserve(2 * count + kBlock);
   }
-  std::vector<Aged> found;
-  if (count == 0) return found;
-  found.reserve(2 * count + kBlock);
-  Aged youngest{INT32_MIN, INT64_MAX};  // of the oldest so far
-  const auto keep_oldest = [&] {
-    std::nth_element(found.begin(), found.begin() + (count - 1), found.end());
-    found.resize(count);
-    youngest = found.back();
-  };
-  const auto younger = [](const Aged& a, const Aged& b) { return b < a; };
-  std::make_heap(blocks.begin(), blocks.end(), younger);
-  while (!blocks.empty() && blocks.front() < youngest) {
-    const int64_t first = blocks.front().slot, last = std::min(first + kBlock, slots);
-    std::pop_heap(blocks.begin(), blocks.end(), younger);
-    blocks.pop_back();
-    for (int64_t slot = first; slot < last; ++slot) {
-      const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
-      if (item < youngest) found.push_back(item);
+
+  // Every age grows by one; returns the count oldest by the ages before, from the oldest on.
+  //
+  // The pass over all ages notes the largest of each block. Then blocks are looked through from the one with the oldest
+  // item on, until no item of the next can be older than the youngest of the oldest so far.
+  const std::vector<Aged>& after_aging(int32_t* age) {
+    const auto grow_older = all_kernels().grow_older;
+    for (int64_t first = 0; first < slots_; first += kBlock) {
+      blocks_.push_back({grow_older(age + first, std::min(kBlock, slots_ - first)), first});
     }
-    if (static_cast<int64_t>(found.size()) >= 2 * count) keep_oldest();
+    if (count_ == 0) return found_;
+    const auto younger = [](const Aged& a, const Aged& b) { return b < a; };
+    std::make_heap(blocks_.begin(), blocks_.end(), younger);
+    while (!blocks_.empty() && blocks_.front() < youngest_) {
+      const int64_t first = blocks_.front().slot, last = std::min(first + kBlock, slots_);
+      std::pop_heap(blocks_.begin(), blocks_.end(), younger);
+      blocks_.pop_back();
+      for (int64_t slot = first; slot < last; ++slot) {
+        const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
+        if (item < youngest_) found_.push_back(item);
+      }
+      if (static_cast<int64_t>(found_.size()) >= 2 * count_) keep_oldest();
+    }
+    if (static_cast<int64_t>(found_.size()) > count_) keep_oldest();
+    std::sort(found_.begin(), found_.end());
+    return found_;
   }
-  if (static_cast<int64_t>(found.size()) > count) keep_oldest();
-  std::sort(found.begin(), found.end());
-  return found;
-}
+
+ private:
+  static constexpr int64_t kBlock = 256;
+
+  void keep_oldest() {
+    std::nth_element(found_.begin(), found_.begin() + (count_ - 1), found_.end());
+    found_.resize(count_);
+    youngest_ = found_.back();
+  }
+
+  int64_t slots_, count_;
+  std::vector<Aged> blocks_;  // largest age, first slot
+  std::vector<Aged> found_;
+  Aged youngest_{INT32_MIN, INT64_MAX};  // of the oldest so far
+};
 
 void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
                    const std::optional<Tensor>& new_mask, const Tensors& refreshed_rows,
@@ -192,28 +210,33 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
     refreshed = last_writes(place, written, update.refreshed_count());
   }
   const std::optional<Tensor> mask = contiguous_or_none(new_mask);
+  const bool* is_added = mask ? const_data<bool>(*mask) : nullptr;
   for (int64_t i = 0; i < new_count; ++i) {
-    if (is_written(mask ? const_data<bool>(*mask) : nullptr, i)) added.push_back({0, i});
+    if (is_written(is_added, i)) added.push_back({0, i});
   }
   const int64_t count = static_cast<int64_t>(added.size());
   STD_TORCH_CHECK(count <= slots, "new_rows must be at most the ", slots, " slots, got ", count);
   const Tensors written = update.written();
   const Tensors refreshed_sources = contiguous_sources(refreshed_rows, written);
   const Tensors new_sources = contiguous_sources(new_rows, written);
+  const std::vector<Copy> refreshing = copies_to_tables(refreshed_sources, tables);
+  const std::vector<Copy> adding = copies_to_tables(new_sources, tables);
+  OldestSlots search(slots, count);
 
+  // From here on nothing can fail.
   int32_t* ages = mutable_data<int32_t>(age);
   bool* is_valid = mutable_data<bool>(valid);
-  write_to_tables(refreshed_sources, tables, refreshed);
+  copy_written(refreshing, refreshed);
   if (use_lru) {
     for (const Write& write : refreshed) ages[write.place] = -1;
   }
-  const std::vector<Aged> oldest = age_all(ages, slots, count);
+  const std::vector<Aged>& oldest = search.after_aging(ages);
   for (int64_t i = 0; i < count; ++i) {
     added[i].place = oldest[i].slot;
     ages[oldest[i].slot] = 0;
     is_valid[oldest[i].slot] = true;
   }
-  write_to_tables(new_sources, tables, added);
+  copy_written(adding, added);
 }
 
 }  // namespace

@@ -15,9 +15,11 @@ with atheris.instrument_imports(include=["splade_fast"]):
 
 
 def main() -> None:
-    target = TARGETS[sys.argv.pop(1)]
+    name = sys.argv[1]
     torch.set_num_threads(1)
-    atheris.Setup(sys.argv, target)
+    # The first is what libFuzzer starts again by a shell, to merge what it has found.
+    again = f"{sys.executable} -m {__spec__.name} {name}"
+    atheris.Setup([again, *sys.argv[2:]], TARGETS[name])
     atheris.Fuzz()
 
 

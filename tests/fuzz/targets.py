@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.fuzz.calls import CALLS
 from tests.fuzz.files import INDEX_FILES, load_index_or_refuse, load_or_refuse
@@ -11,8 +10,6 @@ from tests.fuzz.inputs import DrawsOfBytes
 from tests.fuzz.refusals import call_with_arguments_that_do_not_fit
 from tests.fuzz.results import assert_same_as_plain_pytorch
 
-# Inputs that reached something new, one file each: where the fuzzer begins.
-SEEDS = Path(__file__).parent / "seeds"
 BETWEEN_FILES = b"\n----\n"
 
 
