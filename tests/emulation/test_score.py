@@ -22,8 +22,8 @@ def test_is_that_of_the_cpu(emulator, draw):
     )
 
 
-def test_disorder_stays_inside(emulator, draw):
-    """Whatever stands in indices and lengths."""
+def test_disorder_comes_to_an_end(emulator, draw):
+    """Whatever stands in indices and lengths, no thread diverges, waits for ever or crashes."""
     columns, rows, width = draw.choice([1, 64, 200]), 20, 7
     disordered = (
         torch.randint(-3, columns + 3, (rows, width)).int(),
