@@ -7,9 +7,9 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
-CPP := $(shell find csrc tests/cpp examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python lint format docs sanitize fuzz fuzz-drawn fuzz-guided \
+.PHONY: env build demo demo-scratch test test-cpp test-python emulate lint format docs sanitize fuzz fuzz-drawn fuzz-guided \
 	kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
@@ -45,6 +45,11 @@ test-cpp: env
 
 test-python: build
 	python -m pytest $(ARGS)
+
+# The CUDA kernels on the CPU, a fiber per thread: more cases of what make test runs a few of.
+EMULATION_CASES ?= 200
+emulate: build
+	EMULATION_CASES=$(EMULATION_CASES) python -m pytest tests/emulation $(ARGS)
 
 lint: build
 	ruff check .

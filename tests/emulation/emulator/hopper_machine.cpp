@@ -1,0 +1,142 @@
+#include "hopper_machine.h"
+
+namespace emulation::hopper {
+namespace {
+
+constexpr int kBoxDepth = 64;  // elements of a row of a tile: 128 bytes
+constexpr uint32_t kPatternBytes = 1024;
+
+Machine* running = nullptr;
+
+}  // namespace
+
+void MemoryBarrier::end_phase_if_complete() {
+  if (pending > 0 || bytes != 0) return;
+  pending = arrivals;
+  ++phase;
+}
+
+Machine::Machine(int blocks, size_t shared_bytes) : blocks_(blocks), shared_bytes_(shared_bytes) {
+  running = this;
+  set_engine(this);
+}
+
+Machine::~Machine() {
+  set_engine(nullptr);
+  running = nullptr;
+}
+
+Machine& Machine::current() { return *running; }
+
+uint32_t Machine::shared_start() { return SharedMemory::kStart; }
+
+void Machine::begin() {
+  const size_t blocks = static_cast<size_t>(blocks_);
+  memory_.assign(blocks, SharedMemory(shared_bytes_));
+  barriers_.assign(blocks, {});
+  warpgroups_.clear();
+  for (const SharedMemory& memory : memory_) {
+    for (int i = 0; i < threads_per_block() / kWarpgroupThreads; ++i) warpgroups_.emplace_back(memory);
+  }
+  copies_.clear();
+  cluster_arrived_ = 0;
+}
+
+bool Machine::step() {
+  if (copies_.empty()) return false;
+  const auto next = copies_.begin() + random_below(static_cast<uint32_t>(copies_.size()));
+  const Copy copy = *next;
+  copies_.erase(next);
+  run(copy);
+  return true;
+}
+
+void Machine::end() {
+  if (!copies_.empty()) fail("a block has ended before a copy to it");
+}
+
+// Barriers -------------------------------------------------------------------------------------------------------
+
+void Machine::init_barrier(uint32_t address, int arrivals) {
+  if (address % 8 != 0 || address + 8 > SharedMemory::kStart + shared_bytes_) fail("address of a barrier");
+  barriers_[static_cast<size_t>(current_block())][address] = {arrivals, arrivals, 0, 0};
+}
+
+MemoryBarrier& Machine::barrier(int block, uint32_t address) {
+  auto& barriers = barriers_.at(static_cast<size_t>(block));
+  const auto found = barriers.find(address);
+  if (found == barriers.end()) fail("a barrier that was not initialised");
+  return found->second;
+}
+
+void Machine::arrive(int block, uint32_t address, int bytes) {
+  MemoryBarrier& target = barrier(block, address);
+  target.bytes += bytes;
+  if (--target.pending < 0) fail("more arrivals than the barrier counts");
+  target.end_phase_if_complete();
+}
+
+void Machine::wait(uint32_t address, unsigned parity) {
+  const int block = current_block();
+  wait_until([this, block, address, parity] { return barrier(block, address).phase % 2 != parity; });
+}
+
+void Machine::cluster_barrier() {
+  const unsigned generation = cluster_generation_;
+  if (++cluster_arrived_ == blocks_ * threads_per_block()) {
+    cluster_arrived_ = 0;
+    ++cluster_generation_;
+  }
+  wait_until([this, generation] { return cluster_generation_ != generation; });
+}
+
+// Tensor copies --------------------------------------------------------------------------------------------------
+
+void Machine::copy(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier, unsigned blocks) {
+  for (int block = 0; block < kMaxBlocks; ++block) {
+    if (blocks >> block & 1) copies_.push_back({block, target, map, depth, row, barrier});
+  }
+}
+
+// With the 128-byte swizzle: of every 8 rows of 128 bytes, the 16-byte chunk c of row r lands at chunk c ^ r. What is
+// outside of the matrix reads as 0.
+void Machine::run(const Copy& copy) {
+  if (copy.target % kPatternBytes != 0) fail("a copy to where the swizzle's pattern does not begin");
+  SharedMemory& memory = memory_.at(static_cast<size_t>(copy.block));
+  for (int r = 0; r < copy.map.box_rows; ++r) {
+    for (int d = 0; d < kBoxDepth; ++d) {
+      const int64_t row = copy.row + r, depth = copy.depth + d;
+      uint16_t element = 0;
+      if (row >= 0 && row < copy.map.rows && depth >= 0 && depth < copy.map.depth) {
+        std::memcpy(&element, copy.map.data + row * copy.map.row_bytes + depth * 2, sizeof(element));
+      }
+      memory.store(copy.target + static_cast<uint32_t>(r * 128 + ((d / 8) ^ (r % 8)) * 16 + d % 8 * 2), element);
+    }
+  }
+  MemoryBarrier& done = barrier(copy.block, copy.barrier);
+  done.bytes -= copy.map.box_rows * kBoxDepth * 2;
+  done.end_phase_if_complete();
+}
+
+// Tensor cores ---------------------------------------------------------------------------------------------------
+
+Warpgroup& Machine::warpgroup() { return warpgroups_[static_cast<size_t>(current_thread() / kWarpgroupThreads)]; }
+
+}  // namespace emulation::hopper
+
+// The driver's function, with the limits that CUDA's manual gives for such maps.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* address,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  using namespace emulation::hopper;
+  constexpr cuuint64_t kMaxSize = cuuint64_t{1} << 32, kMaxStride = cuuint64_t{1} << 40;
+  const bool fits = rank == 2 && reinterpret_cast<uintptr_t>(address) % 16 == 0 && strides[0] % 16 == 0 &&
+                    strides[0] < kMaxStride && sizes[0] > 0 && sizes[0] <= kMaxSize && sizes[1] > 0 &&
+                    sizes[1] <= kMaxSize && box[0] == kBoxDepth && box[1] > 0 && box[1] <= 256 &&
+                    element_strides[0] == 1 && element_strides[1] == 1 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (!fits) return CUDA_ERROR_INVALID_VALUE;
+  *map = {static_cast<const uint8_t*>(address), static_cast<int64_t>(sizes[1]), static_cast<int64_t>(sizes[0]),
+          static_cast<int64_t>(strides[0]), static_cast<int>(box[1])};
+  return CUDA_SUCCESS;
+}

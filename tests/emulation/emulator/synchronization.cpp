@@ -1,0 +1,79 @@
+#include "synchronization.h"
+
+#include <vector>
+
+namespace emulation {
+namespace {
+
+constexpr int kLanes = 32;
+
+struct Barrier {
+  int arrived = 0, count = 0, result = 0;
+  unsigned generation = 0;
+  Site site{};
+};
+
+struct Exchange {
+  int arrived = 0;
+  unsigned generation = 0;
+  Site site{};
+  WarpWords given{}, result{};
+};
+
+std::vector<Barrier> barriers;    // of each block
+std::vector<Exchange> exchanges;  // of each warp
+
+// The first to come says where all have to come.
+template <typename Meeting>
+void come_to(Meeting& meeting, Site site) {
+  if (meeting.arrived == 0) meeting.site = site;
+  if (!(meeting.site == site)) fail("threads have diverged: " + meeting.site.text() + " and " + site.text());
+  ++meeting.arrived;
+}
+
+}  // namespace
+
+void reset_synchronization(int blocks, int warps) {
+  barriers.assign(static_cast<size_t>(blocks), {});
+  exchanges.assign(static_cast<size_t>(warps), {});
+}
+
+int block_barrier(bool value, Site site) {
+  Barrier& barrier = barriers[static_cast<size_t>(current_block())];
+  come_to(barrier, site);
+  barrier.count += value;
+  const unsigned generation = barrier.generation;
+  if (barrier.arrived == threads_per_block()) {
+    barrier.result = barrier.count;
+    barrier.arrived = barrier.count = 0;
+    ++barrier.generation;
+  }
+  wait_until([&barrier, generation] { return barrier.generation != generation; });
+  return barrier.result;
+}
+
+WarpWords exchange(unsigned mask, uint64_t word, Site site) {
+  if (mask != 0xffffffffu) fail("not all lanes of a warp: the emulation has no such exchange");
+  Exchange& meeting = exchanges[static_cast<size_t>(current_thread() / kLanes)];
+  come_to(meeting, site);
+  meeting.given[static_cast<size_t>(lane())] = word;
+  const unsigned generation = meeting.generation;
+  if (meeting.arrived == kLanes) {
+    // Stays until all have come again, and so have read it.
+    meeting.result = meeting.given;
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+  wait_until([&meeting, generation] { return meeting.generation != generation; });
+  return meeting.result;
+}
+
+int lane() { return current_thread() % kLanes; }
+
+unsigned lanes_with(uint64_t word, const WarpWords& words) {
+  unsigned lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<unsigned>(words[static_cast<size_t>(i)] == word) << i;
+  return lanes;
+}
+
+}  // namespace emulation

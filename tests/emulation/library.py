@@ -1,0 +1,85 @@
+"""Builds the CUDA ops with the emulator, and puts them in the place of the CPU's."""
+
+import ctypes
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulation.prepare import LIBRARY
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "emulation"
+
+
+def ops_with_kernels() -> list[str]:
+    """Of splade_fast's ops those with a CUDA kernel."""
+    sources = (path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    return re.findall(r'm\.impl\("(\w+)"', "".join(sources))
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+
+
+def build() -> None:
+    """Every library of the emulation, as far as it is not up to date."""
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    compilers = chosen or ["c++", "g++", "clang++"]  # where CMake looks
+    if not any(map(shutil.which, compilers)):
+        pytest.skip(f"the emulation needs a C++ compiler, and there is no {' or '.join(compilers)}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several workers builds
+        if not (BUILD / "build.ninja").exists():  # from then on the build looks after it
+            run(
+                *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+                *("-DSPLADE_FAST_EMULATION=ON", "-DSPLADE_FAST_CUDA=0"),
+                f"-DPython_EXECUTABLE={sys.executable}",
+            )
+        jobs = len(os.sched_getaffinity(0))
+        run("cmake", "--build", str(BUILD), "--target", "emulation", "--parallel", str(jobs))
+
+
+class Emulator:
+    """The emulated ops of one library; a process can load one."""
+
+    def __init__(self, name: str = LIBRARY) -> None:
+        build()
+        path = BUILD / f"{name}.so"
+        torch.ops.load_library(path)
+        self.ops = getattr(torch.ops, LIBRARY)
+        self._library = ctypes.CDLL(str(path))
+        # The product of bfloat16 or float16 in float32, which torch has on CUDA alone.
+        self._aten = torch.library.Library("aten", "IMPL")
+        self._aten.impl("mm.dtype_out", _product_in_dtype, "CPU")
+
+    def configure(self, seed: int, multiprocessors: int, clusters: int) -> None:
+        """The order of threads and copies, and the size of the GPU."""
+        self._library.emulation_configure(seed, multiprocessors, clusters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """splade_fast's functions run the emulated ops."""
+        with torch.library._scoped_library("splade_fast", "IMPL") as library:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                for name in ops_with_kernels():
+                    library.impl(name, getattr(self.ops, name).default, "CPU", allow_override=True)
+            yield
+
+
+def _product_in_dtype(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)

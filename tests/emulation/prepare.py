@@ -1,0 +1,118 @@
+"""Copies csrc with the CUDA sources as a host compiler takes them, for the emulator.
+
+    python tests/emulation/prepare.py csrc build/csrc [SABOTAGE]
+
+Kernels and host functions stay what they are, but for the few replacements below. Each has to find
+its text as often as it says: where a source has changed so that one does not, the build stops and
+says which.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+EMULATOR = Path(__file__).parent / "emulator"
+LIBRARY = "splade_fast_emulated"  # the ops' namespace; they are registered for CPU tensors
+
+
+class PreparationError(Exception):
+    """A source is not what its replacement expects."""
+
+
+class Replacement(NamedTuple):
+    file: str  # in csrc
+    old: str
+    new: str
+    times: int = 1
+
+
+def registration(file: str) -> Replacement:
+    implementation = "STABLE_TORCH_LIBRARY_IMPL({}, {}, m)"
+    return Replacement(
+        file,
+        implementation.format("splade_fast", "CUDA"),
+        implementation.format(LIBRARY, "CPU"),
+    )
+
+
+REPLACEMENTS = [
+    Replacement(
+        "ops.cpp", "STABLE_TORCH_LIBRARY(splade_fast, m)", f"STABLE_TORCH_LIBRARY({LIBRARY}, m)"
+    ),
+    *(
+        registration(f"cuda/{op}.cu")
+        for op in ("gather", "head", "head_backward", "pool", "prune", "sample", "score")
+    ),
+    # The order of the words that a host compiler takes once __shared__ is static.
+    Replacement("cuda/pool.cu", "__shared__ alignas(16)", "alignas(16) __shared__", 2),
+    # The tensors of the emulated GPU are the CPU's.
+    Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 5),
+    Replacement("cuda/gather.cu", "__assert_fail(", "device_assert("),
+    Replacement(
+        "cuda/head_sm90.cu",
+        "extern __shared__ uint8_t dynamic[];",
+        "const uint8_t* const dynamic = nullptr;",
+    ),
+]
+
+# Mistakes that the tests have to find: name -> what makes one.
+SABOTAGES = {
+    "pool_without_barrier": Replacement("cuda/pool.cu", "__syncthreads_or(counted)", "counted"),
+    "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
+    "head_without_wait": Replacement(
+        "cuda/head_sm90.cu", "wait(full + ring.stage * 8, ring.parity);", ""
+    ),
+    "head_with_early_release": Replacement("cuda/head_sm90.cu", "wgmma_wait<1>();", ""),
+    "head_with_wrong_tile": Replacement(
+        "cuda/head_sm90.cu", "token + rank * (kTileTokens / kCluster)", "token"
+    ),
+}
+
+LAUNCH = re.compile(r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<configuration>[^;]*?)>>>")
+
+
+def launches_as_calls(text: str, file: str) -> str:
+    """kernel<<<configuration>>>(…) as emulation::Launch(configuration).of(kernel)(…)."""
+    expected = text.count("<<<")
+    text, found = LAUNCH.subn(r"emulation::Launch(\g<configuration>).of(\g<kernel>)", text)
+    if found != expected:
+        raise PreparationError(f"{file}: {found} of {expected} launches have the expected form")
+    return text
+
+
+def replaced(text: str, replacement: Replacement) -> str:
+    found = text.count(replacement.old)
+    if found != replacement.times:
+        expected = f"expected {replacement.times} of {replacement.old!r}"
+        raise PreparationError(f"{replacement.file}: {expected}, found {found}")
+    return text.replace(replacement.old, replacement.new)
+
+
+def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
+    """Writes what has changed, so that nothing else is compiled again."""
+    replacements = REPLACEMENTS + ([SABOTAGES[sabotage]] if sabotage else [])
+    texts = {
+        path.relative_to(source).as_posix(): path.read_text()
+        for folder in ("common", "cuda")
+        for path in sorted((source / folder).iterdir())
+    }
+    texts["ops.cpp"] = (source / "ops.cpp").read_text()
+    texts["cuda/hopper.cuh"] = (EMULATOR / "hopper.cuh").read_text()
+    for replacement in replacements:
+        texts[replacement.file] = replaced(texts[replacement.file], replacement)
+    for name, text in texts.items():
+        if "STABLE_TORCH_LIBRARY_IMPL(splade_fast," in text:
+            raise PreparationError(f"{name}: registers ops, and has no replacement for that")
+        path = target / name
+        prepared = launches_as_calls(text, name) if name.endswith(".cu") else text
+        if not path.exists() or path.read_text() != prepared:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(prepared)
+
+
+if __name__ == "__main__":
+    try:
+        prepare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    except PreparationError as error:
+        sys.exit(f"tests/emulation/prepare.py: {error}")

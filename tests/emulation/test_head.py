@@ -1,0 +1,100 @@
+"""head on the emulated GPU: the kernels for every GPU, and the fused one of sm_90a."""
+
+import pytest
+import torch
+
+from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of
+from tests.ops.inputs import ACTIVATIONS, DTYPES, POOLINGS, lattice
+from tests.ops.test_head import HALF, compare
+
+CPU = torch.device("cpu")
+
+
+def drawn_sequences(draw, batch, length, dim, make):
+    """Padded hidden states with or without a mask, or packed ones: hidden, mask, cu_seqlens."""
+    if draw.random() < 0.5:
+        share = draw.choice([None, 0.0, 0.5, 0.9])
+        mask = None if share is None else torch.rand(batch, length) < share
+        return make(batch, length, dim), mask, None
+    lengths = [draw.choice([0, 1, 5, length, length]) for _ in range(batch)]
+    return make(sum(lengths), dim), None, starts_of(lengths)
+
+
+def test_matches_reference(monkeypatch, emulator, draw):
+    # The functions see CPU tensors, which may be screened.
+    monkeypatch.setattr("splade_fast.ops.head.is_candidate", lambda *_: False)
+    dtype = draw.choice(DTYPES)
+    dim, vocabulary = draw.choice([1, 3, 8, 16, 40, 130]), draw.choice([1, 2, 7, 64, 101, 260])
+
+    def make(*shape):
+        return lattice(*shape, dtype=dtype, device=CPU)
+
+    batch, length = draw.choice([1, 2, 5]), draw.choice([0, 1, 3, 17, 70])
+    hidden, mask, cu_seqlens = drawn_sequences(draw, batch, length, dim, make)
+    bias = draw.choice([None, make(vocabulary)])
+    for pooling in POOLINGS:
+        with emulator.in_place():
+            compare(
+                *(hidden, make(vocabulary, dim), bias, mask),
+                cu_seqlens=cu_seqlens,
+                pooling=pooling,
+                activation=draw.choice(ACTIVATIONS),
+            )
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setenv("SPLADE_FAST_HOPPER", "1")
+
+
+def test_fused_is_that_of_the_cpu(fused, emulator, draw):
+    """Whole and partial tiles on either side, sequences in one tile and in several."""
+    dtype = draw.choice(HALF)
+    dim, vocabulary = (
+        draw.choice([8, 40, 64, 136, 320]),
+        draw.choice([1, 100, 128, 130, 257, 300]),
+    )
+
+    def make(*shape):
+        return small_integers(*shape, dtype=dtype)
+
+    batch, length = draw.choice([(1, 600), (2, 300), (5, 70), (5, 17), (40, 3), (2, 1)])
+    hidden, mask, cu_seqlens = drawn_sequences(draw, batch, length, dim, make)
+    if mask is not None:
+        hidden[~mask] = NAN
+    weight = make(vocabulary, dim)
+    if draw.random() < 0.3:
+        weight[draw.randrange(vocabulary), 0] = draw.choice([NAN, torch.inf])
+    bias = draw.choice([None, make(vocabulary)])
+    for save in (True, False):
+        arguments = hidden, weight, bias, mask, cu_seqlens, 0, 0, save, draw.random() < 0.5
+        pooled, maximum, argmax = emulator.ops.head_forward_dense(*arguments)
+        expected = torch.ops.splade_fast.head_forward_dense(*arguments)
+        assert_same(pooled, expected[0])
+        assert_same(maximum, expected[1])
+        counted = expected[1] != -torch.inf
+        assert_same(argmax.where(counted, 0), expected[2].where(counted, 0))
+
+
+@pytest.mark.parametrize("hopper", ["0", "1"])
+def test_disorder_comes_to_an_end(monkeypatch, emulator, draw, hopper):
+    """Whatever stands in cu_seqlens and argmax, no thread diverges, waits for ever or crashes."""
+    monkeypatch.setenv("SPLADE_FAST_HOPPER", hopper)
+    batch, vocabulary, dim = draw.choice([1, 2, 6]), draw.choice([1, 64, 200]), draw.choice([8, 24])
+    rows, dtype = draw.choice([1, 20, 300, 700]), draw.choice(DTYPES)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden, weight = torch.randn(rows, dim).to(dtype), torch.randn(vocabulary, dim).to(dtype)
+    starts = torch.randint(-5, rows + 9, (batch + 1,)).int()
+    for pooling in (0, 1):
+        pooled, *_ = emulator.ops.head_forward_dense(
+            hidden, weight, None, None, starts, pooling, 1, True, False
+        )
+        assert pooled.shape == (batch, vocabulary)
+    grad, maximum = torch.randn(batch, vocabulary).to(dtype), torch.randn(batch, vocabulary).to(acc)
+    argmax = torch.randint(-9, rows + 9, (batch, vocabulary)).int()
+    needs = True, True, True
+    for gradients in (
+        emulator.ops.head_backward_max(grad, maximum, argmax, hidden, weight, starts, 1, *needs),
+        emulator.ops.head_backward_sum(grad, hidden, weight, None, None, starts, 1, *needs),
+    ):
+        assert [g.shape for g in gradients] == [hidden.shape, weight.shape, (vocabulary,)]

@@ -1,0 +1,56 @@
+"""The tests of this folder find mistakes: kernels with one each fail them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.emulation.library import ROOT, build
+from tests.emulation.prepare import (
+    SABOTAGES,
+    PreparationError,
+    Replacement,
+    launches_as_calls,
+    replaced,
+)
+
+TEST_OF_FILE = {
+    "cuda/pool.cu": "test_pool.py::test_matches_reference",
+    "cuda/score.cu": "test_score.py::test_is_that_of_the_cpu",
+    "cuda/head_sm90.cu": "test_head.py::test_fused_is_that_of_the_cpu",
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage_is_found(name):
+    build()
+    test = TEST_OF_FILE[SABOTAGES[name].file]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/emulation/{test}"],
+        cwd=ROOT,
+        env={**os.environ, "EMULATION_LIBRARY": name, "EMULATION_CASES": "60"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
+    assert "1 failed" in result.stdout, result.stdout  # and no error outside of the test
+    assert "AssertionError" in result.stdout or "emulated GPU:" in result.stdout, result.stdout
+
+
+def test_every_replacement_has_to_match():
+    replacement = Replacement("cuda/x.cu", "wait();", "", times=2)
+    assert replaced("wait(); wait();", replacement) == " "
+    with pytest.raises(PreparationError, match=r"cuda/x.cu: expected 2 of 'wait\(\);', found 1"):
+        replaced("wait();", replacement)
+
+
+def test_every_launch_has_to_match():
+    assert (
+        launches_as_calls("kernel<T, 4>\n    <<<grid, 128, 0, stream>>>(x);", "cuda/x.cu")
+        == "emulation::Launch(grid, 128, 0, stream).of(kernel<T, 4>)(x);"
+    )
+    with pytest.raises(PreparationError, match="cuda/x.cu: 0 of 1 launches"):
+        launches_as_calls("kernels[0]<<<grid, 128>>>(x);", "cuda/x.cu")
