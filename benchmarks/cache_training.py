@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.facts import recorded
 from benchmarks.machine import Machine
 from benchmarks.results import write_csv
-from benchmarks.screening.facts import Fact, Finding, format_findings, recorded
+from benchmarks.screening.facts import Fact, Finding, format_findings
 from benchmarks.timing import WARM_UPS, garbage_collection_off
 from benchmarks.trained import fetched
 from splade_fast.demo.checkpoint import DEMO
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch=options.batch, slots=options.slots, encoded=options.encoded, steps=options.steps
     )
     print(format_findings(findings))
-    write_csv(recorded(findings, machine), Fact, options.out / "cache_training-cpu.csv")
+    write_csv(recorded(findings, Fact, machine), Fact, options.out / "cache_training-cpu.csv")
     return 0
 
 

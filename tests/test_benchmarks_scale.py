@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import splade_fast
+from benchmarks.facts import merged, recorded
 from benchmarks.machine import Machine
 from benchmarks.report import write_report
 from benchmarks.results import read_csv, write_csv
 from benchmarks.scale import __main__ as study
 from benchmarks.scale import encode, load, on_paper, search
 from benchmarks.scale.cache import CACHE, UpdateWork
-from benchmarks.scale.findings import EXTRA_MEMORY, TIME, Fact, Finding, Quantity, merged, recorded
+from benchmarks.scale.findings import EXTRA_MEMORY, TIME, Fact, Finding, Quantity, in_order
 from benchmarks.scale.power_law import Exponent, exponents, power_law
 from benchmarks.scale.work import Rounds, Work, WrongError, measured_alone
 from splade_fast.demo.corpus import Pair
@@ -82,12 +83,12 @@ def test_exponents_of_times_and_memory_but_not_of_rates():
 
 def test_facts_come_back_and_new_ones_replace_the_old(tmp_path):
     machine = Machine.current("cpu")
-    old = recorded(curve([5.0, 4.0, 3.0, 2.0, 1.0]), machine)
+    old = recorded(curve([5.0, 4.0, 3.0, 2.0, 1.0]), Fact, machine)
     write_csv(old, Fact, tmp_path / "scale.csv")
     again = read_csv(Fact, tmp_path / "scale.csv")
     assert again == old
-    new = recorded(curve([9.0] * 5)[1:2], machine)
-    assert [fact.value for fact in merged(again, new)] == [5.0, 9.0, 3.0, 2.0, 1.0]
+    new = recorded(curve([9.0] * 5)[1:2], Fact, machine)
+    assert [fact.value for fact in merged(again, new, in_order)] == [5.0, 9.0, 3.0, 2.0, 1.0]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from benchmarks import trained
 from benchmarks.case import UnavailableError
 from benchmarks.cases.head_trained import TrainedHeadCase
+from benchmarks.facts import merged, recorded
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.screening import encode, prepare, sweep
 from benchmarks.screening.__main__ import main
 from benchmarks.screening.emulation import REMEDIES, rotated, rounded_inputs
-from benchmarks.screening.facts import Fact, Finding, merged, recorded
+from benchmarks.screening.facts import Fact, Finding, in_order
 from benchmarks.screening.kernel import screened
 from benchmarks.screening.survivors import survivors
 from benchmarks.trained import TrainedInputs, bias_for_share, largest_logits, random_inputs
@@ -222,9 +223,9 @@ def test_findings_say_whether_targets_are_met() -> None:
 def test_new_facts_replace_those_of_their_group(tmp_path: Path) -> None:
     machine = Machine.current("cpu")
     other = dataclasses.replace(FINDING, dtype="bfloat16", active=0.25)
-    old = recorded([FINDING, other, other], machine)
-    new = recorded([dataclasses.replace(FINDING, value=1.0)], machine)
-    facts = merged(old, new)
+    old = recorded([FINDING, other, other], Fact, machine)
+    new = recorded([dataclasses.replace(FINDING, value=1.0)], Fact, machine)
+    facts = merged(old, new, in_order)
     assert facts == [*new, *old[1:]]
     write_csv(facts, Fact, tmp_path / "facts.csv")
     assert read_csv(Fact, tmp_path / "facts.csv") == facts

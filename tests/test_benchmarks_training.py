@@ -2,10 +2,11 @@
 
 import pytest
 
+from benchmarks.facts import recorded
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.training import __main__ as study
-from benchmarks.training.facts import Fact, findings_of, format_findings, recorded
+from benchmarks.training.facts import Fact, findings_of, format_findings
 from benchmarks.training.plots import draw
 from splade_fast.demo.corpus import Pair
 from splade_fast.demo.training_cost import StepCost
@@ -33,7 +34,7 @@ def test_findings():
 
 
 def test_facts_come_back_and_are_drawn(tmp_path):
-    facts = recorded(findings_of("in_batch", COSTS, {}, 0), Machine.current("cpu"))
+    facts = recorded(findings_of("in_batch", COSTS, {}, 0), Fact, Machine.current("cpu"))
     write_csv(facts, Fact, tmp_path / "training-cpu.csv")
     again = read_csv(Fact, tmp_path / "training-cpu.csv")
     assert format_findings(again) == format_findings(facts)

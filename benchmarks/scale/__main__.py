@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.case import UnavailableError
 from benchmarks.drawing import draw_if_possible
+from benchmarks.facts import merge_into_csv, recorded
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
 from benchmarks.scale import cache, encode, head, load, on_paper, search
-from benchmarks.scale.findings import Fact, Finding, format_findings, merged, recorded
+from benchmarks.scale.findings import Fact, Finding, format_findings, in_order
 from benchmarks.scale.power_law import Exponent, exponents, format_exponents
 from benchmarks.scale.work import Rounds, Work, measured_alone
 
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 complete = False
                 continue
             print(format_findings(found), flush=True)
-            old = read_csv(Fact, path) if path.exists() else []
-            write_csv(merged(old, recorded(found, machine)), Fact, path)
+            merge_into_csv(recorded(found, Fact, machine), Fact, path, in_order)
     if path.exists():
         _report(path)
     return 0 if complete else 1

@@ -1,7 +1,7 @@
 """What the studies find, a number a row."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from benchmarks.machine import Machine
 
@@ -50,15 +50,8 @@ class Fact(Machine, Finding):
         return self.study, self.variant, self.size
 
 
-def recorded(findings: Sequence[Finding], machine: Machine) -> list[Fact]:
-    return [Fact(**asdict(finding), **asdict(machine)) for finding in findings]
-
-
-def merged(old: Sequence[Fact], new: Sequence[Fact]) -> list[Fact]:
-    """The new facts instead of the old ones of their groups, by study, variant and size."""
-    replaced = {fact.group for fact in new}
-    kept = [fact for fact in old if fact.group not in replaced]
-    return sorted([*kept, *new], key=lambda fact: (*fact.group, fact.quantity))
+def in_order(fact: Fact) -> tuple[str, str, int, str]:
+    return *fact.group, fact.quantity
 
 
 def format_findings(findings: Sequence[Finding]) -> str:

@@ -10,10 +10,11 @@ import torch
 
 from benchmarks.case import UnavailableError
 from benchmarks.drawing import draw_if_possible
+from benchmarks.facts import merge_into_csv, recorded
 from benchmarks.machine import Machine
-from benchmarks.results import read_csv, write_csv
+from benchmarks.results import read_csv
 from benchmarks.screening import encode, prepare, sizes, survivors, sweep
-from benchmarks.screening.facts import Fact, Finding, format_findings, merged, recorded
+from benchmarks.screening.facts import Fact, Finding, format_findings, in_order
 from benchmarks.trained import (
     DIMS,
     TrainedInputs,
@@ -58,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             complete = False
             continue
         print(format_findings(found), flush=True)
-        old = read_csv(Fact, path) if path.exists() else []
-        write_csv(merged(old, recorded(found, machine)), Fact, path)
+        merge_into_csv(recorded(found, Fact, machine), Fact, path, in_order)
     if path.exists():
         draw_if_possible("benchmarks.screening.plots", read_csv(Fact, path), path)
     return 0 if complete else 1

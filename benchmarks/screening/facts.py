@@ -1,7 +1,7 @@
 """What the studies find, a number a row."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from benchmarks.machine import Machine
 
@@ -42,17 +42,8 @@ class Fact(Machine, Finding):
         return self.study, self.model, self.dtype
 
 
-def recorded(findings: Sequence[Finding], machine: Machine) -> list[Fact]:
-    return [Fact(**asdict(finding), **asdict(machine)) for finding in findings]
-
-
-def merged(old: Sequence[Fact], new: Sequence[Fact]) -> list[Fact]:
-    """The new facts instead of the old ones of their groups."""
-    replaced = {fact.group for fact in new}
-    return sorted(
-        [fact for fact in old if fact.group not in replaced] + list(new),
-        key=lambda fact: (fact.study, fact.dim, fact.dtype != "float32"),
-    )
+def in_order(fact: Fact) -> tuple[str, int, bool]:
+    return fact.study, fact.dim, fact.dtype != "float32"
 
 
 def format_findings(findings: Sequence[Finding]) -> str:

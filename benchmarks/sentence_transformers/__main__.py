@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.facts import merge_into_csv, recorded
 from benchmarks.machine import Machine
-from benchmarks.results import read_csv, write_csv
-from benchmarks.screening.facts import Fact, Finding, format_findings, merged, recorded
+from benchmarks.screening.facts import Fact, Finding, format_findings, in_order
 from benchmarks.sentence_transformers.workloads import (
     BODY,
     OURS,
@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for work in options.works or WORKS:
                 found = measured(workload, work, options.rounds, options.seconds)
                 print(format_findings(found), flush=True)
-                old = read_csv(Fact, path) if path.exists() else []
-                write_csv(merged(old, recorded(found, machine)), Fact, path)
+                merge_into_csv(recorded(found, Fact, machine), Fact, path, in_order)
     return 0
 
 

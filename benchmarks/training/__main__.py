@@ -9,9 +9,10 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.drawing import draw_if_possible
+from benchmarks.facts import recorded
 from benchmarks.machine import Machine
 from benchmarks.results import read_csv, write_csv
-from benchmarks.training.facts import Fact, Finding, findings_of, format_findings, recorded
+from benchmarks.training.facts import Fact, Finding, findings_of, format_findings
 from splade_fast.demo.checkpoint import demo_checkpoint
 from splade_fast.demo.corpus import Pair, docstring_pairs
 from splade_fast.demo.training import split_pairs
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for loss in options.loss:
         found = _study(loss, model, pairs, options)
         print(format_findings(found), flush=True)
-        facts += recorded(found, machine)
+        facts += recorded(found, Fact, machine)
         write_csv(facts, Fact, path)
     draw_if_possible("benchmarks.training.plots", facts, path)
     return 0

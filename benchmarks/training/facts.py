@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from benchmarks.machine import Machine
 from splade_fast.demo.training_cost import StepCost, loss_difference
@@ -91,10 +91,6 @@ def findings_of(
         )
     )
     return found
-
-
-def recorded(findings: Sequence[Finding], machine: Machine) -> list[Fact]:
-    return [Fact(**asdict(finding), **asdict(machine)) for finding in findings]
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
