@@ -252,7 +252,3 @@ def _encode_queries(
         show_progress=False,
         prompt_name=encoder.settings.prompt_for("query"),
     )
-
-
-if __name__ == "__main__":
-    app()

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from splade_fast.checkpoints import EncoderSettings
+from splade_fast.ops._checks import check_count
 from splade_fast.sparse_rows import SparseRows
 
 
@@ -35,11 +36,12 @@ def check_positive(**numbers: int | None) -> None:
     """Refuse the arguments, given by name, that are less than 1; None is none.
 
     Raises:
-        ValueError: naming the first of them.
+        TypeError: naming the first that is no integer.
+        ValueError: naming the first that is less.
     """
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number is not None:
+            check_count(name, number, 1)
 
 
 class TextEncoder(nn.Module):

@@ -35,17 +35,15 @@ _POOL = PoolCase(
 
 
 def of_vocabulary(vocab: int) -> dict[str, Work]:
-    case = replace(_HEAD, vocab=vocab)
-    return {"head": CaseWork(case), "head, eager": CaseWork(case, "eager")}
+    return _beside_eager("head", replace(_HEAD, vocab=vocab))
 
 
 def of_length(length: int) -> dict[str, Work]:
     """One whole text: the tokens grow with L and nothing else does."""
     head = replace(_HEAD, batch=1, length=length, mean_fill=1.0)
     pool = replace(_POOL, length=length)
-    return {
-        "head": CaseWork(head),
-        "head, eager": CaseWork(head, "eager"),
-        "pool": CaseWork(pool),
-        "pool, eager": CaseWork(pool, "eager"),
-    }
+    return _beside_eager("head", head) | _beside_eager("pool", pool)
+
+
+def _beside_eager(name: str, case: HeadCase | PoolCase) -> dict[str, Work]:
+    return {name: CaseWork(case), f"{name}, eager": CaseWork(case, "eager")}
