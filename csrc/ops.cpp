@@ -28,14 +28,19 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "int pooling, int activation, bool save_for_backward, bool float_output) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
   // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
-  // mean of the hidden states that will come.
-  m.def("head_prepare(Tensor weight, Tensor mean) -> (Tensor packed, Tensor rows)");
+  // mean of the hidden states that will come. basis (2, D, padded D) float32, if any: matrices P and Q by which hidden
+  // states and rows of weight are multiplied, basis_error >= ‖P·Qᵀ - 1‖; order (V,) int32 goes with it, the entries in
+  // the order in which they are packed.
+  m.def(
+      "head_prepare(Tensor weight, Tensor mean, Tensor? basis=None, Tensor? order=None, float basis_error=0) "
+      "-> (Tensor packed, Tensor rows)");
   // report: declined (only if it may: nothing is computed then, the outputs have no elements), tokens compared, pairs
-  // multiplied in full precision.
+  // multiplied in full precision, percent of the int8 product that was made.
   m.def(
       "head_forward_screened(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, Tensor mean, Tensor packed, "
-      "Tensor rows, bool may_decline) -> (Tensor pooled, Tensor max_logits, Tensor argmax, Tensor report)");
+      "Tensor rows, Tensor? basis, Tensor? order, bool may_decline) -> (Tensor pooled, Tensor max_logits, Tensor "
+      "argmax, Tensor report)");
   // A gradient that is not needed comes back without elements.
   m.def(
       "head_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, Tensor hidden, Tensor weight, "

@@ -35,7 +35,9 @@ def screened(inputs: TrainedInputs) -> Report:
         False,
         False,
         *prepared(inputs),
+        None,
+        None,
         False,
     )
-    _, compared, pairs = report.tolist()
+    _, compared, pairs, _ = report.tolist()
     return Report(pooled, compared, pairs)

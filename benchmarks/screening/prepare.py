@@ -30,7 +30,9 @@ def study(inputs: TrainedInputs, dtype: torch.dtype, rounds: int, seconds: float
         dim=inputs.dim,
         dtype=str(dtype).removeprefix("torch."),
     )
-    prepared = Decoder().prepare(typed.weight, typed.weight, typed.hidden, typed.mask.bool())
+    prepared = Decoder().prepare(
+        typed.weight, typed.weight, typed.bias, typed.hidden, typed.mask.bool()
+    )
     tensors = (prepared.mean, prepared.packed, prepared.rows)
     memory = sum(tensor.nbytes for tensor in tensors) / inputs.weight.nbytes
     median = _median_ms({"preparation": partial(_prepare, typed)}, rounds, seconds)
@@ -94,7 +96,7 @@ def study_of_training(
 
 
 def _prepare(inputs: TrainedInputs) -> None:
-    Decoder().prepare(inputs.weight, inputs.weight, inputs.hidden, inputs.mask.bool())
+    Decoder().prepare(inputs.weight, inputs.weight, inputs.bias, inputs.hidden, inputs.mask.bool())
 
 
 def _step(encoder: SpladeEncoder, batch: dict[str, Tensor], upstream: Tensor) -> None:

@@ -24,8 +24,12 @@ constexpr float kScreenTiny = 0x1p-100f;
 // Relative to |bias| + |m·w|: the rounding of their sum.
 constexpr float kScreenShiftRounding = 0x1p-21f;
 
-// Rows whose largest entry is outside are not rounded at all: their squares would leave the range of float.
-constexpr float kScreenSmallest = 0x1p-50f, kScreenLargest = 0x1p50f;
+// Rows whose largest entry is outside are not rounded at all: their squares would leave the range of float, or those of
+// what rounding takes from them.
+constexpr float kScreenSmallest = 0x1p-40f, kScreenLargest = 0x1p50f;
+
+// Absolute, of the norm of a part of a row: the squares of its entries may all have gone below the smallest number.
+constexpr float kScreenTinyPart = 0x1p-58f;
 
 // Products of int8 over more than this could leave int32.
 constexpr int64_t kScreenMaxDepth = int64_t{1} << 16;
@@ -33,6 +37,21 @@ constexpr int64_t kScreenMaxDepth = int64_t{1} << 16;
 // Rows are rotated by a random sign flip and a Hadamard transform of blocks of so many entries, which spreads
 // outlier dimensions and keeps every dot product.
 constexpr int64_t kScreenDepthUnit = 64, kScreenMaxBlock = 1024;
+
+// Along a balanced basis the first depths tell most of a product: after each stage but the last, the pairs are looked
+// at that have not been ruled out.
+constexpr int64_t kScreenStages = 3;
+
+// A quarter, a half, and all of the depths.
+inline int64_t screen_stage_end(int64_t stage, int64_t padded_depth) {
+  return padded_depth >> (kScreenStages - 1 - stage);
+}
+inline int64_t screen_stage_begin(int64_t stage, int64_t padded_depth) {
+  return stage == 0 ? 0 : screen_stage_end(stage - 1, padded_depth);
+}
+
+// Relative to the norm of a row and that of the matrix by which it is multiplied.
+inline float screen_basis_rounding(int64_t depth) { return static_cast<float>(depth + 2) * 0x1p-23f; }
 
 // At least one unit.
 inline int64_t screen_padded_depth(int64_t depth) {

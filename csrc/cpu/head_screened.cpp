@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -25,6 +26,12 @@ constexpr size_t kMaxPairs = 4096;                  // gathered before they are 
 struct Survivors {
   std::atomic<int64_t> compared{0};  // pairs of token and entry whose bounds were looked at one by one
   std::atomic<int64_t> pairs{0};
+  std::atomic<int64_t> steps{0};      // of the int8 product that were made, and
+  std::atomic<int64_t> all_steps{0};  // that there were
+
+  double share_of_steps() const {
+    return all_steps == 0 ? 0.0 : static_cast<double>(steps) / static_cast<double>(all_steps);
+  }
 };
 
 template <typename T, typename Out>
@@ -41,6 +48,8 @@ class Screened {
         depth_(input.depth()),
         columns_(screen().panel_columns),
         panels_((vocabulary_ + columns_ - 1) / columns_),
+        stride_(about_a_third_coprime(panels_)),
+        entries_(entries_in_order(weight.order, input.vocabulary())),
         sign_(rotation_signs(screen_padded_depth(input.depth()))),
         bias_(input.bias ? input.vocabulary() : 0) {
     if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
@@ -69,8 +78,8 @@ class Screened {
       const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
       torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
         Worker worker(*this, *tokens, block, &outputs);
-        for (int64_t panel = begin; panel < end; ++panel) {
-          worker.screen_panel(panel);
+        for (int64_t i = begin; i < end; ++i) {
+          worker.screen_panel(scattered(i));
           worker.multiply_pairs_if(kMaxPairs);
         }
         worker.multiply_pairs_if(1);
@@ -102,6 +111,7 @@ class Screened {
           longest_(longest_sequence()),
           state_((block.last - block.first) * head.columns_),
           products_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) * head.columns_),
+          settled_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) / screen().tile_tokens),
           columns_(head.columns_),
           counts_(head.columns_),
           found_tokens_(head.columns_ * longest_),
@@ -110,10 +120,12 @@ class Screened {
 
     void screen_panel(int64_t panel) {
       const HeadInput& input = head_.input_;
-      const ScreenPanel weight{head_.weight_.units(panel), head_.weight_.row(panel, PreparedWeight::kScale),
+      const ScreenPanel weight{head_.weight_.units(panel),
+                               head_.weight_.row(panel, PreparedWeight::kScale),
                                head_.weight_.row(panel, PreparedWeight::kResidual),
                                head_.weight_.row(panel, PreparedWeight::kNorm),
-                               head_.threshold_.data() + panel * head_.columns_};
+                               head_.threshold_.data() + panel * head_.columns_,
+                               head_.weight_.row(panel, PreparedWeight::kRest)};
       const std::vector<int64_t>& offset = input.sequences.offset;
       for (int64_t first = block_.first, last = first; first < block_.last; first = last) {
         while (last < block_.last && (last == first || offset[last + 1] - offset[first] <= kProductTokens)) ++last;
@@ -144,6 +156,8 @@ class Screened {
     void count(Survivors& survivors) const {
       survivors.compared += found_.compared;
       survivors.pairs += multiplied_ + static_cast<int64_t>(pairs_.size());
+      survivors.steps += steps_;
+      survivors.all_steps += all_steps_;
     }
 
    private:
@@ -165,22 +179,25 @@ class Screened {
       float* state = state_.get() - tokens_.sequence[start] * head_.columns_;
       const int64_t states = last - block_.first - tokens_.sequence[start];
       std::fill_n(state_.get(), states * head_.columns_, -std::numeric_limits<float>::infinity());
-      screen().multiply(tokens_, weight, start, offset[last] - origin, products_.get(), state);
+      const int64_t end = offset[last] - origin, tile = screen().tile_tokens;
+      steps_ += screen().multiply(tokens_, weight, start, end, products_.get(), state, settled_.get());
+      all_steps_ += (end - start + tile - 1) / tile * tokens_.steps;
       for (int64_t sequence = first; sequence < last; ++sequence) {
         const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
         if (length == 0) continue;
         screen().find_pairs(
             weight,
             {products_.get() + (begin - start) * head_.columns_, state + (sequence - block_.first) * head_.columns_,
-             tokens_.residual + begin, tokens_.norm + begin, rounded_.largest_residual(sequence),
-             rounded_.largest_norm(sequence), length},
+             settled_.get(), begin - start, tokens_.residual + begin, tokens_.norm + begin,
+             rounded_.largest_residual(sequence), rounded_.largest_norm(sequence), length},
             head_.pooling_ == Pooling::kMax, found_);
         const int32_t* token = found_.tokens;
         for (int64_t e = 0; e < found_.entries; token += found_.counts[e++]) {
           // Columns past the vocabulary repeat its last entry.
           if (first_column + found_.columns[e] >= head_.vocabulary_) continue;
-          entries_.push_back({sequence, first_column + found_.columns[e], pairs_.size()});
-          for (int64_t i = 0; i < found_.counts[e]; ++i) pairs_.push_back(offset[sequence] + token[i]);
+          entries_.push_back({sequence, head_.entries_[first_column + found_.columns[e]], pairs_.size()});
+          for (int64_t i = 0; i < found_.counts[e]; ++i) pairs_.push_back(rounded_.token(begin + token[i]));
+          if (!rounded_.in_order()) std::sort(pairs_.end() - found_.counts[e], pairs_.end());
         }
       }
     }
@@ -259,30 +276,46 @@ class Screened {
     const HeadOutputs* outputs_;
     const int64_t longest_;
     const Scratch<float> state_, products_;
+    const Scratch<uint8_t> settled_;
     const Scratch<int32_t> columns_, counts_, found_tokens_, scratch_;
     ScreenedPairs found_;
     std::vector<Entry> entries_;
     std::vector<int64_t> pairs_;  // tokens
-    int64_t multiplied_ = 0;
+    int64_t multiplied_ = 0, steps_ = 0, all_steps_ = 0;
   };
 
   std::unique_ptr<RoundedTokens<T>> round(const SequenceRange& block) const {
     return std::make_unique<RoundedTokens<T>>(input_, weight_, sign_, block.first, block.last);
   }
 
+  // A permutation of the panels that gives all threads as many of the active ones, which lie together.
+  int64_t scattered(int64_t i) const { return i * stride_ % panels_; }
+
   void find_thresholds() {
     threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
-    for (int64_t v = 0; v < input_.vocabulary(); ++v) {
-      const float mean_dot = weight_.row(v / columns_, PreparedWeight::kMeanDot)[v % columns_];
-      const float bias = input_.bias ? static_cast<float>(bias_.get()[v]) : 0.0f;
-      if (bias == -std::numeric_limits<float>::infinity()) continue;
-      threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const float* mean_dots = weight_.row(panel, PreparedWeight::kMeanDot);
+      const int64_t first = panel * columns_;
+      for (int64_t v = first; v < std::min(first + columns_, vocabulary_); ++v) {
+        const float mean_dot = mean_dots[v - first];
+        const float bias = input_.bias ? static_cast<float>(bias_.get()[entries_[v]]) : 0.0f;
+        if (bias == -std::numeric_limits<float>::infinity()) continue;
+        threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
+      }
     }
+  }
+
+  static int64_t about_a_third_coprime(int64_t count) {
+    int64_t stride = count / 3 + 1;
+    while (std::gcd(stride, count) > 1) ++stride;
+    return stride;
   }
 
   void cut_into_blocks() {
     const std::vector<int64_t>& offset = input_.sequences.offset;
-    const int64_t most = std::max<int64_t>(kTokenBytes / screen_padded_depth(input_.depth()), 1);
+    // Along a basis there are floats as well, before they are rounded.
+    const int64_t bytes = weight_.basis ? 1 + sizeof(float) : 1;
+    const int64_t most = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_depth(input_.depth())), 1);
     for (int64_t first = 0; first < input_.sequences.batch();) {
       int64_t last = first + 1;
       while (last < input_.sequences.batch() && last - first < kMaxSequences &&
@@ -301,7 +334,7 @@ class Screened {
     constexpr double kStore = 8, kCompare = 30, kFetch = 2400, kMultiply = 14.5;
     const double all = static_cast<double>(screened), depth = static_cast<double>(depth_);
     const double steps = depth / kernels<T>().step_depth;
-    const double product = all * (depth / screen().speed + kStore);
+    const double product = all * (survivors.share_of_steps() * depth / screen().speed + kStore);
     return (product + kCompare * survivors.compared + (kFetch + kMultiply * steps) * survivors.pairs) / (all * steps);
   }
 
@@ -312,7 +345,8 @@ class Screened {
   const Pooling pooling_;
   const Activation activation_;
   const int64_t vocabulary_, depth_;  // asking the tensors goes through torch's library
-  const int64_t columns_, panels_;
+  const int64_t columns_, panels_, stride_;
+  const std::vector<int64_t> entries_;  // of the columns
   const std::vector<float> sign_;
   const Scratch<Acc> bias_;
   std::vector<float> threshold_;  // (panels * columns)
@@ -335,20 +369,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
                                                    const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
                                                    int64_t activation_code, bool save, bool float_output,
                                                    const Tensor& mean, const Tensor& packed, const Tensor& rows,
-                                                   bool may_decline) {
+                                                   const std::optional<Tensor>& basis,
+                                                   const std::optional<Tensor>& order, bool may_decline) {
   const Pooling pooling = check_pooling(pooling_code);
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
   check_mean(mean, weight);
-  const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows)};
+  check_basis(basis, order, weight);
+  const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows),
+                                contiguous_if_any(basis), contiguous_if_any(order)};
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&
                       packed.size(1) == screen_padded_depth(weight.size(1)) / 4 && packed.size(2) == columns &&
-                      rows.dim() == 3 && rows.size(0) == panels && rows.size(1) == 4 && rows.size(2) == columns,
+                      rows.dim() == 3 && rows.size(0) == panels && rows.size(2) == columns &&
+                      rows.size(1) == (basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows),
                   "packed and rows must be what head_prepare made of weight");
-  // declined, tokens compared, pairs multiplied
-  const Tensor report = new_tensor(hidden, std::vector<int64_t>{3}, ScalarType::Long);
+  // declined, tokens compared, pairs multiplied, percent of the int8 product
+  const Tensor report = new_tensor(hidden, std::vector<int64_t>{4}, ScalarType::Long);
   int64_t* facts = mutable_data<int64_t>(report);
   HeadOutputs outputs;
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
@@ -366,6 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
       }
       facts[1] = survivors.compared;
       facts[2] = survivors.pairs;
+      facts[3] = std::lround(100 * survivors.share_of_steps());
     };
     float_output ? compute(Type<Accumulator<T>>{}) : compute(Type<T>{});
   });

@@ -2,8 +2,10 @@
 // of the vocabulary are not positive and most tokens not their maximum. One table of functions per instruction set.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
+#include "../common/screen_bound.h"
 #include "dtypes.h"
 
 namespace splade_fast::cpu {
@@ -12,7 +14,7 @@ namespace splade_fast::cpu {
 // four depths; or, where Screen::token_rows is set, (groups, steps / 16, kScreenGroup, 16).
 constexpr int64_t kScreenGroup = 16;
 
-// Up to `lanes` rows to round.
+// Up to `lanes` rows to rotate and to round.
 template <typename T>
 struct RowsToRound {
   const T* base;
@@ -20,10 +22,20 @@ struct RowsToRound {
   const int64_t* row;  // (count,) rows of base; nullptr: they follow each other
   int64_t count;
   int64_t depth, padded_depth;
+  float* scratch;     // 2 * padded_depth * kMaxLanes, aligned to a vector
   const float* mean;  // (depth,)
-  const float* sign;  // (padded_depth,) times the norm of the rotation
   bool subtract;      // the mean from every row (tokens); if not, also return its products with them (entries)
-  float* scratch;     // padded_depth * kMaxLanes, aligned to a vector
+  // How they are rotated: by signs (padded_depth,), times the norm of the Hadamard transforms that follow; or
+  // multiplied by a basis (depth, padded_depth). Neither, and no mean: they have been.
+  const float *sign, *basis;
+  const float* largest;  // (lanes,) entry of every row that its scale is to be made for; nullptr: its own
+};
+
+// Rows that are rotated but not rounded. The norms are upper bounds.
+struct RotatedRows {
+  float* rows;            // (lanes, padded_depth)
+  float *largest, *norm;  // the largest entry; the norm before the rotation; both infinite if the row is not finite
+  float* rest;            // norm of the depths after the first stage
 };
 
 // Rounded rows: row ≈ scale * integers. residual and norm are upper bounds of ‖row - scale * integers‖ and of the
@@ -32,17 +44,28 @@ struct RoundedRows {
   uint32_t* units;      // four integers of a lane in a unit, consecutive depths `unit_stride` units apart
   int64_t unit_stride;  // 0: sixteen consecutive units of a lane side by side, lanes below each other
   float *scale, *residual, *norm;
-  int32_t* sum;     // of the integers
-  float* mean_dot;  // products with the mean, unless subtracted
+  float* own_norm;                             // norm before the rotation, likewise
+  std::array<float*, kScreenStages - 1> rest;  // norm of the depths after a stage, likewise
+  std::array<int32_t*, kScreenStages> sum;     // of the integers of a stage
+  float* mean_dot;                             // products with the mean, unless subtracted
+};
+
+// What is largest among the tokens of a tile, which have one scale.
+struct ScreenTile {
+  float scale = 0, residual = 0, norm = 0;
+  std::array<float, kScreenStages - 1> rest = {};
 };
 
 // Rounded tokens of a block of whole sequences.
 struct ScreenTokens {
   const uint32_t* units;
   const float *scale, *residual, *norm;  // residual with all that rounding may add
-  const int32_t* start;                  // where the product's sum starts: takes away the offset of the weight's bytes
-  const int32_t* sequence;               // (tokens,) row of the state
-  int64_t steps;                         // padded depth / 4
+  // Added to the sums when a stage begins: takes away the offset of the weight's bytes.
+  std::array<const int32_t*, kScreenStages> start;
+  const int32_t* sequence;  // (tokens,) row of the state
+  int64_t steps;            // padded depth / 4
+  int64_t stages;           // kScreenStages, or 1: a product in one go
+  const ScreenTile* tiles;  // (tokens / tile_tokens,) of several stages
 };
 
 // A panel of rounded vocabulary entries.
@@ -50,12 +73,15 @@ struct ScreenPanel {
   const uint32_t* units;  // (steps, columns)
   const float *scale, *residual, *norm;
   const float* threshold;  // what the product must reach for a positive logit
+  const float* rest;       // (stages - 1, columns) norms of the depths after a stage
 };
 
 // Products of the tokens of one sequence.
 struct ScreenedSequence {
   const float* products;         // (tokens, columns)
   const float* state;            // (columns,)
+  const uint8_t* settled;        // of the tiles, of which the sequence may start
+  int64_t first;                 // so many tokens later
   const float *residual, *norm;  // (tokens,)
   float largest_residual, largest_norm;
   int64_t tokens;
@@ -75,11 +101,17 @@ struct Screen {
   const char* name;
   int64_t lanes;  // rows rounded at a time
   int64_t panel_columns;
+  int64_t tile_tokens;                  // tokens that are settled together
   int64_t token_levels, weight_levels;  // integers go from -levels to levels
   int64_t weight_offset;                // the weight's bytes are that much larger
   // How much faster than the full-precision product of float32 the int8 one is: what the choice between them goes by.
   double speed;
   bool token_rows;  // the layout of the tokens, see kScreenGroup
+
+  void (*rotate_f32)(const RowsToRound<float>& rows, const RotatedRows& rotated);
+  void (*rotate_f64)(const RowsToRound<double>& rows, const RotatedRows& rotated);
+  void (*rotate_bf16)(const RowsToRound<bfloat16>& rows, const RotatedRows& rotated);
+  void (*rotate_f16)(const RowsToRound<float16>& rows, const RotatedRows& rotated);
 
   void (*round_f32)(const RowsToRound<float>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
   void (*round_f64)(const RowsToRound<double>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
@@ -87,9 +119,11 @@ struct Screen {
   void (*round_f16)(const RowsToRound<float16>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
 
   // products[token][column] = scale * integer product of tokens [begin, end), begin a multiple of kScreenGroup, and
-  // state[sequence][column] the largest of the sequence's tokens; the caller initialises it.
-  void (*multiply)(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
-                   float* state);
+  // state[sequence][column] the largest of the sequence's tokens; the caller initialises it. Except for the tiles that
+  // are settled before the last stage, since none of their products can reach its threshold. Returns the number of
+  // steps made, of all tiles.
+  int64_t (*multiply)(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+                      float* state, uint8_t* settled);
 
   // What of these products, of one sequence's tokens, may be a positive logit and, if only the largest is wanted, may
   // be that.
@@ -102,6 +136,14 @@ auto round_rows(const Screen& screen) {
   if constexpr (std::is_same_v<T, double>) return screen.round_f64;
   if constexpr (std::is_same_v<T, bfloat16>) return screen.round_bf16;
   if constexpr (std::is_same_v<T, float16>) return screen.round_f16;
+}
+
+template <typename T>
+auto rotate_rows(const Screen& screen) {
+  if constexpr (std::is_same_v<T, float>) return screen.rotate_f32;
+  if constexpr (std::is_same_v<T, double>) return screen.rotate_f64;
+  if constexpr (std::is_same_v<T, bfloat16>) return screen.rotate_bf16;
+  if constexpr (std::is_same_v<T, float16>) return screen.rotate_f16;
 }
 
 const Screen& screen_portable();

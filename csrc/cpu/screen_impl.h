@@ -71,8 +71,10 @@ inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
 
 #if defined(SPLADE_FAST_AMX)
 constexpr bool kTokenRows = true;
+constexpr int kSettledTokens = kScreenGroup;
 #else
 constexpr bool kTokenRows = false;
+constexpr int kSettledTokens = kScreenTokens;
 #endif
 
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
@@ -100,6 +102,19 @@ inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
     for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = static_cast<float>(to_acc(row[lane][depth]));
   }
   for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
+}
+
+// By the basis: eight depths of the result at a time, summed up along the depths of the row.
+inline void change_basis(const Floats* row, const float* basis, int64_t depth, int64_t padded_depth, Floats* result) {
+  constexpr int kSums = 8;
+  for (int64_t first = 0; first < padded_depth; first += kSums) {
+    Floats sum[kSums] = {};
+    for (int64_t d = 0; d < depth; ++d) {
+      const float* entries = basis + d * padded_depth + first;
+      for (int i = 0; i < kSums; ++i) sum[i] += row[d] * entries[i];
+    }
+    for (int i = 0; i < kSums; ++i) result[first + i] = sum[i];
+  }
 }
 
 // Hadamard transform of every `block` vectors, without its norm: four at a time, and two where that is left over.
@@ -134,29 +149,82 @@ inline Floats root(Floats x) {
   return x;
 }
 
+// The rows along the rotated axes, in scratch, a row a lane; and what they were before.
 template <typename T>
-void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
-  Floats* const x = reinterpret_cast<Floats*>(rows.scratch);
-  const int64_t depth = rows.padded_depth;
-  load_transposed(rows, x);
-  Floats mean_dot = {};
-  for (int64_t d = 0; d < rows.depth; ++d) {
-    if (rows.subtract) {
-      x[d] -= rows.mean[d];
-    } else {
-      mean_dot += rows.mean[d] * x[d];
+struct Rotated {
+  Floats* x;
+  Floats mean_dot = {}, own_squares = {};
+
+  explicit Rotated(const RowsToRound<T>& rows) : x(reinterpret_cast<Floats*>(rows.scratch)) {
+    load_transposed(rows, x);
+    for (int64_t d = 0; d < rows.depth && rows.mean; ++d) {
+      if (rows.subtract) {
+        x[d] -= rows.mean[d];
+      } else {
+        mean_dot += rows.mean[d] * x[d];
+      }
+    }
+    for (int64_t d = 0; d < rows.depth; ++d) own_squares += x[d] * x[d];
+    if (rows.basis) {
+      change_basis(x, rows.basis, rows.depth, rows.padded_depth, x + rows.padded_depth);
+      x += rows.padded_depth;
+    } else if (rows.sign) {
+      for (int64_t d = 0; d < rows.padded_depth; ++d) x[d] *= rows.sign[d];
+      hadamard(x, rows.padded_depth, screen_block(rows.padded_depth));
     }
   }
-  for (int64_t d = 0; d < depth; ++d) x[d] *= rows.sign[d];
-  hadamard(x, depth, screen_block(depth));
+};
 
-  Floats largest = {}, squares = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    largest = largest_of(x[d] < 0 ? -x[d] : x[d], largest);
-    squares += x[d] * x[d];
+// Largest entry and squares of rotated rows.
+struct Extent {
+  Floats largest = {}, squares = {}, rest[kScreenStages];  // squares of the depths after a stage
+
+  Extent(const Floats* x, int64_t depth) {
+    for (int64_t stage = kScreenStages - 1; stage >= 0; --stage) {
+      rest[stage] = squares;
+      for (int64_t d = screen_stage_begin(stage, depth); d < screen_stage_end(stage, depth); ++d) {
+        largest = largest_of(x[d] < 0 ? -x[d] : x[d], largest);
+        squares += x[d] * x[d];
+      }
+    }
   }
-  const Ints finite = (squares == squares) & (largest <= kScreenLargest);
-  const Ints rounds = finite & (largest >= kScreenSmallest);
+
+  Ints finite(Floats own_squares) const {
+    return (squares == squares) & (largest <= kScreenLargest) & (own_squares <= kScreenLargest * kScreenLargest);
+  }
+};
+
+// An upper bound of a norm, where it is finite.
+inline Floats norm_bound(Floats squares, int64_t depth, Ints finite) {
+  const Floats norm = root(squares) * screen_inflation(depth) + kScreenTinyPart;
+  return finite ? norm : broadcast<Floats>(__builtin_inff());
+}
+
+template <typename T>
+void rotate_rows_impl(const RowsToRound<T>& rows, const RotatedRows& rotated) {
+  const Rotated<T> found(rows);
+  const int64_t depth = rows.padded_depth;
+  const Extent extent(found.x, depth);
+  const Ints finite = extent.finite(found.own_squares);
+  store_bits(rotated.largest, finite ? extent.largest : broadcast<Floats>(__builtin_inff()));
+  store_bits(rotated.norm, norm_bound(found.own_squares, depth, finite));
+  store_bits(rotated.rest, norm_bound(extent.rest[0], depth, finite));
+  for (int64_t d = 0; d < depth; d += kScreenLanes) {
+    Floats square[kScreenLanes];
+    for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = found.x[d + lane];
+    transpose(square);
+    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(rotated.rows + lane * depth + d, square[lane]);
+  }
+}
+
+template <typename T>
+void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
+  const Rotated<T> found(rows);
+  const Floats* const x = found.x;
+  const int64_t depth = rows.padded_depth;
+  const Extent extent(x, depth);
+  const Ints finite = extent.finite(found.own_squares), rounds = finite & (extent.largest >= kScreenSmallest);
+  const Floats largest = rows.largest ? load_vec(rows.largest) : extent.largest;
   const Floats scale = rounds ? largest / static_cast<float>(levels) : Floats{};
   const Floats inverse = rounds ? static_cast<float>(levels) / largest : Floats{};
 
@@ -164,7 +232,12 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
   const Floats magic = broadcast<Floats>(0x1.8p23f);
   Floats lost_squares = {};
   Ints sum = {}, side_by_side[kScreenLanes];
+  int64_t stage = 0;
   for (int64_t d = 0; d < depth; d += 4) {
+    if (d == screen_stage_end(stage, depth)) {
+      store_bits(rounded.sum[stage++], sum);
+      sum = Ints{};
+    }
     Ints unit = {};
     for (int i = 0; i < 4; ++i) {
       const Floats entry = rounds ? x[d + i] : Floats{};
@@ -188,16 +261,20 @@ void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset,
   }
   // A row that is too small to be rounded is all residual, and so is one that is too large or not finite, of which
   // nothing is known.
-  const float infinite = __builtin_inff();
   const float inflation = screen_inflation(depth);
-  const Floats whole = finite ? largest * std::sqrt(static_cast<float>(depth)) : broadcast<Floats>(infinite);
+  const Floats whole =
+      finite ? extent.largest * std::sqrt(static_cast<float>(depth)) : broadcast<Floats>(__builtin_inff());
   const Floats residual = (rounds ? root(lost_squares) : whole) * inflation;
-  const Floats norm = (rounds ? root(squares) : whole) * inflation + residual;
+  const Floats norm = (rounds ? root(extent.squares) : whole) * inflation + residual;
   store_bits(rounded.scale, scale);
   store_bits(rounded.residual, residual);
   store_bits(rounded.norm, norm);
-  store_bits(rounded.sum, sum);
-  if (!rows.subtract) store_bits(rounded.mean_dot, mean_dot);
+  store_bits(rounded.sum[stage], sum);
+  store_bits(rounded.own_norm, norm_bound(found.own_squares, depth, finite));
+  for (size_t i = 0; i < rounded.rest.size(); ++i) {
+    store_bits(rounded.rest[i], rounds ? norm_bound(extent.rest[i], depth, finite) : whole * inflation);
+  }
+  if (!rows.subtract) store_bits(rounded.mean_dot, found.mean_dot);
 }
 
 // Products ----------------------------------------------------------------------------------------------------------
@@ -222,10 +299,18 @@ inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t la
   }
 }
 
+inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
+  return residual * other_norm + (norm * other_residual + kScreenTiny);
+}
+
+// Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
+inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
+
 #if defined(SPLADE_FAST_AMX)
-// A group of tokens by a panel: three tiles of 16 x 16 sums, 64 depths at a time.
-void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
-              float* state) {
+// A group of tokens by a panel: three tiles of 16 x 16 sums, 64 depths at a time. In one go, whatever the stages: the
+// products cost less here than looking at them.
+int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+                 float* state, uint8_t* settled) {
   static_assert(kScreenGroup == 16 && kScreenLanes == 16 && kScreenVectors == 3);
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -234,6 +319,8 @@ void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begi
   } config;
   _tile_loadconfig(&config);
   constexpr int64_t kTile = 256;  // units
+  const int64_t groups = (end - begin + kScreenGroup - 1) / kScreenGroup;
+  std::memset(settled, 0, groups);
   for (int64_t first = begin; first < end; first += kScreenGroup, products += kScreenGroup * kScreenColumns) {
     _tile_zero(0);
     _tile_zero(1);
@@ -256,36 +343,65 @@ void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begi
     store_products(tokens, first, first + kScreenGroup < end ? first + kScreenGroup : end, sum, products, state);
   }
   _tile_release();
+  return groups * tokens.steps;
 }
 #else
-void multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
-              float* state) {
+// Whether a product of the tile can still reach its threshold, from the sums up to the end of a stage: what is left of
+// it is at most the product of the norms that are left.
+inline bool can_reach(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
+                      const Ints (*sum)[kScreenVectors]) {
+  Ints most[kScreenVectors];
+  for (int j = 0; j < kScreenVectors; ++j) {
+    most[j] = sum[0][j];
+    for (int t = 1; t < kScreenTokens; ++t) most[j] = sum[t][j] > most[j] ? sum[t][j] : most[j];
+  }
+  const ScreenTile& tile = tokens.tiles[first / kScreenTokens];
+  unsigned open = 0;
+  for (int j = 0; j < kScreenVectors; ++j) {
+    const int64_t column = j * kScreenLanes;
+    const Floats error = error_bound(broadcast<Floats>(tile.residual), broadcast<Floats>(tile.norm),
+                                     load_vec(panel.residual + column), load_vec(panel.norm + column));
+    const Floats rest = load_vec(panel.rest + stage * kScreenColumns + column) * tile.rest[stage];
+    const Floats product = to_floats(most[j]) * (load_vec(panel.scale + column) * tile.scale);
+    open |= lanes_not_below(product + rest + error, load_vec(panel.threshold + column));
+  }
+  return open != 0;
+}
+
+int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+                 float* state, uint8_t* settled) {
+  int64_t steps = 0;
   for (int64_t first = begin; first < end; first += kScreenTokens, products += kScreenTokens * kScreenColumns) {
     const uint32_t* token = tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup;
     const uint32_t* weight = panel.units;
     Ints sum[kScreenTokens][kScreenVectors];
     for (int t = 0; t < kScreenTokens; ++t) {
-      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.start[first + t]);
+      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.start[0][first + t]);
     }
-    for (int64_t step = 0; step < tokens.steps; ++step, token += kScreenGroup, weight += kScreenColumns) {
-      Ints entries[kScreenVectors];
-      for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_bits<Ints>(weight + j * kScreenLanes);
-      for (int t = 0; t < kScreenTokens; ++t) {
-        const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
-        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
+    bool open = true;
+    for (int64_t stage = 0, step = 0; stage < tokens.stages && open; ++stage) {
+      const int64_t stage_end = screen_stage_end(kScreenStages - tokens.stages + stage, tokens.steps);
+      steps += stage_end - step;
+      for (int t = 0; t < kScreenTokens && stage > 0; ++t) {
+        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.start[stage][first + t];
       }
+      for (; step < stage_end; ++step, token += kScreenGroup, weight += kScreenColumns) {
+        Ints entries[kScreenVectors];
+        for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_bits<Ints>(weight + j * kScreenLanes);
+        for (int t = 0; t < kScreenTokens; ++t) {
+          const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
+          for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
+        }
+      }
+      open = stage + 1 == tokens.stages || can_reach(tokens, panel, first, stage, sum);
     }
+    *settled++ = !open;
+    if (!open) continue;
     store_products(tokens, first, first + kScreenTokens < end ? first + kScreenTokens : end, sum, products, state);
   }
+  return steps;
 }
 #endif
-
-inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
-  return residual * other_norm + (norm * other_residual + kScreenTiny);
-}
-
-// Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
-inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
 
 void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
   found.entries = found.pairs = 0;
@@ -300,16 +416,19 @@ void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool
         load_vec(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
     const unsigned open = lanes_not_below(most, threshold);
     if (open == 0) continue;
-    found.compared += sequence.tokens * kScreenLanes;
+    const auto settled = [&](int64_t t) { return sequence.settled[(sequence.first + t) / kSettledTokens] != 0; };
     const float* products = sequence.products + column;
     Floats limit = threshold;
     for (int64_t t = 0; t < sequence.tokens && largest; ++t) {
+      if (settled(t)) continue;
       const Floats lower =
           load_vec(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
       limit = largest_of(lower, limit);
     }
     int32_t counts[kScreenLanes] = {};
     for (int64_t t = 0; t < sequence.tokens; ++t) {
+      if (settled(t)) continue;
+      found.compared += kScreenLanes;
       const Floats upper =
           load_vec(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
       for (unsigned lanes = lanes_not_below(upper, limit) & open; lanes != 0; lanes &= lanes - 1) {
@@ -331,11 +450,16 @@ constexpr Screen make_screen(const char* name, double speed) {
   return {name,
           kScreenLanes,
           kScreenColumns,
+          kSettledTokens,
           127,
           kWeightLevels,
           kWeightOffset,
           speed,
           kTokenRows,
+          rotate_rows_impl<float>,
+          rotate_rows_impl<double>,
+          rotate_rows_impl<bfloat16>,
+          rotate_rows_impl<float16>,
           round_rows_impl<float>,
           round_rows_impl<double>,
           round_rows_impl<bfloat16>,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library
+from splade_fast.ops._screening_basis import MAX_BASIS_DIM, Basis, Moments, balanced_basis
 
 ALGORITHMS = {"auto": 0, "dense": 1, "screened": 2}
 DENSE, SCREENED = ALGORITHMS["dense"], ALGORITHMS["screened"]
@@ -26,6 +27,9 @@ _MIN_TRAINING_TOKENS = 512
 # The mean that is taken from the hidden states comes from the first batch; the first one of four
 # times as many tokens gives a better one, up to so many.
 _MEAN_GROWTH, _MEAN_TOKENS = 4, 4096
+# A basis costs as much as the int8 product of 8 to 18 D tokens, of which it saves up to half.
+_TOKENS_BEHIND_BASIS = 32  # per dimension
+_MAX_PERCENT_OF_PRODUCT = 90  # with a basis; else it goes
 # After n declines in a row the next 2**n - 1 calls go dense without asking, but at most so many.
 _MAX_WAIT = 63
 _SAMPLED_ENTRIES = 4096
@@ -38,8 +42,16 @@ class PreparedWeight:
     mean: Tensor
     packed: Tensor
     rows: Tensor
+    basis: Basis | None
     tokens: int  # behind the mean
     version: object
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What head_forward_screened takes."""
+        basis = self.basis
+        matrices_and_order = (None, None) if basis is None else (basis.matrices, basis.order)
+        return self.mean, self.packed, self.rows, *matrices_and_order
 
 
 class Decoder:
@@ -49,6 +61,8 @@ class Decoder:
         self.prepared: PreparedWeight | None = None
         self._declines = 0
         self._wait = 0
+        self._moments: Moments | None = None  # of the calls since the weight changed
+        self._tried_basis: object = None  # the version of the weight for which there was enough
 
     def asks(self) -> bool:
         """Whether an automatic choice should try the screened product again."""
@@ -60,22 +74,50 @@ class Decoder:
         self._declines = self._declines + 1 if declined else 0
         self._wait = min(2**self._declines - 1, _MAX_WAIT)
 
+    def record_product(self, percent: int) -> None:
+        """How much of the int8 product was made: a basis that spares too little goes."""
+        ready = self.prepared
+        if ready is not None and ready.basis is not None and percent > _MAX_PERCENT_OF_PRODUCT:
+            self.prepared = None
+
     def prepare(
-        self, weight: Tensor, source: Tensor, hidden: Tensor, counts: Tensor | None
+        self,
+        weight: Tensor,
+        source: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        counts: Tensor | None,
+        training: bool = False,
     ) -> PreparedWeight:
-        """The weight as it is now, prepared."""
+        """The weight as it is now, prepared; along a basis after enough tokens without training."""
         version = _version(source)
         tokens = count_tokens(hidden, counts)
         old = self.prepared
-        if (
-            old is not None
-            and old.version == version
-            and not _gives_better_mean(tokens, old.tokens)
-        ):
+        if old is not None and old.version != version:
+            old = None
+        if old is not None and old.basis is not None:
             return old
-        mean = _mean(hidden, counts)
-        packed, rows = torch.ops.splade_fast.head_prepare(weight, mean)
-        self.prepared = PreparedWeight(mean, packed, rows, tokens, version)
+        may_stay = not training and not source.is_inference()
+        if may_stay and _takes_basis(weight) and self._tried_basis != version:
+            if self._moments is None or old is None:
+                self._moments = Moments(weight.shape[1])
+            self._moments.add(_tokens(hidden, counts))
+            if self._moments.tokens >= _TOKENS_BEHIND_BASIS * weight.shape[1]:
+                self._tried_basis = version
+                moments, self._moments = self._moments, None
+                basis = balanced_basis(moments, weight, bias)
+                if basis is not None:
+                    return self._prepare(weight, moments.mean.float(), basis, tokens, version)
+        if old is not None and not _gives_better_mean(tokens, old.tokens):
+            return old
+        return self._prepare(weight, _mean(hidden, counts), None, tokens, version)
+
+    def _prepare(
+        self, weight: Tensor, mean: Tensor, basis: Basis | None, tokens: int, version: object
+    ) -> PreparedWeight:
+        options = () if basis is None else (basis.matrices, basis.order, basis.error)
+        packed, rows = torch.ops.splade_fast.head_prepare(weight, mean, *options)
+        self.prepared = PreparedWeight(mean, packed, rows, basis, tokens, version)
         return self.prepared
 
 
@@ -106,6 +148,11 @@ def is_candidate(hidden: Tensor, counts: Tensor | None, training: bool) -> bool:
     return not training or count_tokens(hidden, counts) >= _MIN_TRAINING_TOKENS
 
 
+def _takes_basis(weight: Tensor) -> bool:
+    """AMX multiplies all dimensions in one go: looking at some costs more than the rest."""
+    return weight.shape[1] <= MAX_BASIS_DIM and _library.cpu_instruction_set() != "amx"
+
+
 def _gives_better_mean(tokens: int, old_tokens: int) -> bool:
     return old_tokens < _MEAN_TOKENS and tokens >= min(_MEAN_GROWTH * old_tokens, _MEAN_TOKENS)
 
@@ -119,9 +166,13 @@ def count_tokens(hidden: Tensor, counts: Tensor | None) -> int:
 
 def _mean(hidden: Tensor, counts: Tensor | None) -> Tensor:
     """About the mean of the tokens that count; any vector is right, this one makes bounds tight."""
-    tokens = hidden.flatten(0, -2) if counts is None else hidden[counts]
-    mean = tokens.float().mean(0)
+    mean = _tokens(hidden, counts).mean(0)
     return torch.where((mean.abs() < 2.0**40).all(), mean, 0.0)
+
+
+def _tokens(hidden: Tensor, counts: Tensor | None) -> Tensor:
+    """(N, D) float32, those that count."""
+    return (hidden.flatten(0, -2) if counts is None else hidden[counts]).float()
 
 
 def _version(weight: Tensor) -> object:

@@ -200,13 +200,14 @@ def _forward(
         source = weight if source is None else source
         decoder = decoder_of(source, weight.dtype)
         if forced or decoder.asks():
-            ready = decoder.prepare(weight, source, hidden, attention_mask)
+            ready = decoder.prepare(weight, source, bias, hidden, attention_mask, save)
             outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.head_forward_screened(
-                *arguments, *options, ready.mean, ready.packed, ready.rows, not forced
+                *arguments, *options, *ready.arguments, not forced
             )
-            declined = bool(outputs[3][0])
+            declined, _, _, percent_of_product = outputs[3].tolist()
+            decoder.record_product(percent_of_product)
             if not forced:
-                decoder.record(declined)
+                decoder.record(bool(declined))
             if not declined:
                 return outputs[:3]
     dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(*arguments, *options)

@@ -1,6 +1,7 @@
 // The screening kernels of every instruction set that this machine runs: the bounds hold for double-precision products,
 // and no pair that can be positive (and the maximum) is left out.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -26,8 +27,9 @@ static const float kInf = std::numeric_limits<float>::infinity();
 struct Rounded {
   int64_t rows, padded_rows, padded_depth;
   std::vector<uint32_t> units;
-  std::vector<float> scale, residual, norm, mean_dot;
-  std::vector<int32_t> sum;
+  std::vector<float> scale, residual, norm, own_norm, mean_dot;
+  std::array<std::vector<float>, kScreenStages - 1> rest;
+  std::array<std::vector<int32_t>, kScreenStages> sum;
 };
 
 static std::vector<float> signs(int64_t padded_depth) {
@@ -38,31 +40,68 @@ static std::vector<float> signs(int64_t padded_depth) {
   return sign;
 }
 
-// In groups of `stride` rows: tokens in groups of kScreenGroup, entries in panels.
+// That leaves every row what it is.
+static std::vector<float> identity(int64_t depth) {
+  std::vector<float> basis(depth * screen_padded_depth(depth));
+  for (int64_t d = 0; d < depth; ++d) basis[d * screen_padded_depth(depth) + d] = 1;
+  return basis;
+}
+
+// In groups of `stride` rows: tokens in groups of kScreenGroup, entries in panels. Along a basis the tokens of a tile
+// share a scale.
 static Rounded round(const Screen& screen, const std::vector<float>& matrix, int64_t rows, int64_t depth,
-                     const std::vector<float>& mean, bool tokens) {
+                     const std::vector<float>& mean, bool tokens, bool along_basis = false) {
   const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_depth = screen_padded_depth(depth);
   const int64_t padded = (rows + stride - 1) / stride * stride;
-  Rounded result{rows,
-                 padded,
-                 padded_depth,
-                 std::vector<uint32_t>(padded * padded_depth / 4),
-                 std::vector<float>(padded),
-                 std::vector<float>(padded),
-                 std::vector<float>(padded),
-                 std::vector<float>(padded),
-                 std::vector<int32_t>(padded)};
-  const std::vector<float> sign = signs(padded_depth);
-  std::vector<float> scratch(padded_depth * kMaxLanes + 16);
+  Rounded result;
+  result.rows = rows;
+  result.padded_rows = padded;
+  result.padded_depth = padded_depth;
+  result.units.resize(padded * padded_depth / 4);
+  for (auto* facts : {&result.scale, &result.residual, &result.norm, &result.own_norm, &result.mean_dot,
+                      &result.rest[0], &result.rest[1]}) {
+    facts->resize(padded);
+  }
+  for (auto& sum : result.sum) sum.resize(padded);
+  const std::vector<float> sign = signs(padded_depth), basis = identity(depth);
+  std::vector<float> largest(padded);
+  std::vector<float> scratch(2 * padded_depth * kMaxLanes + 16), rotated(padded_depth * kMaxLanes);
   float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
-  for (int64_t row = 0; row < padded; row += screen.lanes) {
+  const auto given = [&](int64_t row, const float* row_largest) {
     const int64_t first = std::min(row, rows - 1);
-    screen.round_f32({matrix.data() + first * depth, depth, nullptr, rows - first, depth, padded_depth, mean.data(),
-                      sign.data(), tokens, aligned},
+    return RowsToRound<float>{matrix.data() + first * depth,
+                              depth,
+                              nullptr,
+                              rows - first,
+                              depth,
+                              padded_depth,
+                              aligned,
+                              mean.data(),
+                              tokens,
+                              along_basis ? nullptr : sign.data(),
+                              along_basis ? basis.data() : nullptr,
+                              row_largest};
+  };
+  for (int64_t row = 0; row < padded; row += screen.lanes) {
+    float norm[kMaxLanes], rest[kMaxLanes];
+    screen.rotate_f32(given(row, nullptr), {rotated.data(), largest.data() + row, norm, rest});
+  }
+  for (int64_t row = 0; row < padded; row += screen.tile_tokens) {
+    std::fill_n(largest.begin() + row, screen.tile_tokens,
+                *std::max_element(largest.begin() + row, largest.begin() + row + screen.tile_tokens));
+  }
+  for (int64_t row = 0; row < padded; row += screen.lanes) {
+    screen.round_f32(given(row, along_basis && tokens ? largest.data() + row : nullptr),
                      tokens ? screen.token_levels : screen.weight_levels, tokens ? 0 : screen.weight_offset,
                      {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride,
-                      tokens && screen.token_rows ? 0 : stride, result.scale.data() + row, result.residual.data() + row,
-                      result.norm.data() + row, result.sum.data() + row, result.mean_dot.data() + row});
+                      tokens && screen.token_rows ? 0 : stride,
+                      result.scale.data() + row,
+                      result.residual.data() + row,
+                      result.norm.data() + row,
+                      result.own_norm.data() + row,
+                      {result.rest[0].data() + row, result.rest[1].data() + row},
+                      {result.sum[0].data() + row, result.sum[1].data() + row, result.sum[2].data() + row},
+                      result.mean_dot.data() + row});
   }
   return result;
 }
@@ -84,10 +123,16 @@ static Case make_case(int64_t tokens, int64_t entries, int64_t depth, float spre
              std::vector<float>(entries)};
   for (float& x : found.mean) x = normal(random);
   for (int64_t i = 0; i < tokens * depth; ++i) {
-    found.hidden[i] = found.mean[i % depth] + normal(random) * (i % depth == 3 ? spread : 1.0f);
+    // The first depths tell most of a product.
+    const float share = i % depth < depth / 4 + 1 ? 1.0f : 0.1f;
+    found.hidden[i] = found.mean[i % depth] + normal(random) * share * (i % depth == 3 ? spread : 1.0f);
   }
   for (float& x : found.weight) x = normal(random);
-  for (float& x : found.threshold) x = std::abs(normal(random)) * std::sqrt(static_cast<float>(depth));
+  // From an entry on they are out of reach.
+  for (int64_t v = 0; v < entries; ++v) {
+    const float times = v < 48 ? std::abs(normal(random)) : 5 * spread;
+    found.threshold[v] = times * std::sqrt(static_cast<float>(depth));
+  }
   return found;
 }
 
@@ -101,42 +146,76 @@ static double product(const Case& inputs, int64_t token, int64_t entry) {
   return sum;
 }
 
-static void test_screen(const Screen& screen, const Case& inputs, bool largest) {
+// Returns how many tiles were settled early.
+static int64_t test_screen(const Screen& screen, const Case& inputs, bool largest, bool along_basis) {
   const int64_t columns = screen.panel_columns, tokens = inputs.tokens;
-  const Rounded token = round(screen, inputs.hidden, tokens, inputs.depth, inputs.mean, true);
-  const Rounded entry = round(screen, inputs.weight, inputs.entries, inputs.depth, inputs.mean, false);
+  const Rounded token = round(screen, inputs.hidden, tokens, inputs.depth, inputs.mean, true, along_basis);
+  const Rounded entry = round(screen, inputs.weight, inputs.entries, inputs.depth, inputs.mean, false, along_basis);
   const int64_t steps = token.padded_depth / 4;
-  std::vector<int32_t> start(token.padded_rows), sequence(tokens);
-  std::vector<float> residual = token.residual;
+  std::array<std::vector<int32_t>, kScreenStages> start;
+  std::vector<int32_t> sequence(tokens);
+  std::vector<float> residual = token.residual, norm = token.norm, entry_residual = entry.residual;
+  std::vector<ScreenTile> tiles(token.padded_rows / screen.tile_tokens);
   for (int64_t t = 0; t < token.padded_rows; ++t) {
-    start[t] = -static_cast<int32_t>(screen.weight_offset) * token.sum[t];
-    residual[t] += screen_rounding(inputs.depth) * token.norm[t] + kScreenTiny;
+    for (int64_t stage = 0; stage < kScreenStages; ++stage) {
+      start[stage].push_back(-static_cast<int32_t>(screen.weight_offset) * token.sum[stage][t]);
+      if (!along_basis && stage > 0) start[0][t] += start[stage][t];
+    }
+    residual[t] += screen_rounding(inputs.depth) * norm[t] + kScreenTiny;
+    if (along_basis) norm[t] = std::max(norm[t], token.own_norm[t]);
+    ScreenTile& tile = tiles[t / screen.tile_tokens];
+    tile.scale = std::max(tile.scale, token.scale[t]);
+    tile.residual = std::max(tile.residual, residual[t]);
+    tile.norm = std::max(tile.norm, norm[t]);
+    for (int64_t stage = 0; stage < kScreenStages - 1; ++stage) {
+      tile.rest[stage] = std::max(tile.rest[stage], token.rest[stage][t]);
+    }
+  }
+  for (int64_t v = 0; v < entry.padded_rows && along_basis; ++v) {
+    entry_residual[v] += screen_rounding(inputs.depth) * entry.own_norm[v];
   }
   // Three sequences, of which the middle one starts within a tile.
   const int64_t bounds[] = {0, tokens / 3, tokens / 3 + (tokens + 2) / 3, tokens};
   for (int64_t s = 0; s < 3; ++s) std::fill(sequence.begin() + bounds[s], sequence.begin() + bounds[s + 1], s);
-  const ScreenTokens packed{
-      token.units.data(), token.scale.data(), residual.data(), token.norm.data(), start.data(), sequence.data(), steps};
+  const ScreenTokens packed{token.units.data(),
+                            token.scale.data(),
+                            residual.data(),
+                            norm.data(),
+                            {start[0].data(), start[1].data(), start[2].data()},
+                            sequence.data(),
+                            steps,
+                            along_basis ? kScreenStages : 1,
+                            tiles.data()};
   std::vector<float> threshold(entry.padded_rows, kInf);
   std::copy(inputs.threshold.begin(), inputs.threshold.end(), threshold.begin());
 
+  int64_t early = 0;
   for (int64_t first = 0; first < inputs.entries; first += columns) {
+    std::vector<float> rest(entry.rest[0].begin() + first, entry.rest[0].begin() + first + columns);
+    rest.insert(rest.end(), entry.rest[1].begin() + first, entry.rest[1].begin() + first + columns);
     const ScreenPanel panel{entry.units.data() + first * steps, entry.scale.data() + first,
-                            entry.residual.data() + first, entry.norm.data() + first, threshold.data() + first};
+                            entry_residual.data() + first,      entry.norm.data() + first,
+                            threshold.data() + first,           rest.data()};
     std::vector<float> products((tokens + 2 * kScreenGroup) * columns), state(3 * columns, -kInf);
-    screen.multiply(packed, panel, 0, tokens, products.data(), state.data());
+    std::vector<uint8_t> settled(tokens / screen.tile_tokens + 2, 2);
+    const int64_t made = screen.multiply(packed, panel, 0, tokens, products.data(), state.data(), settled.data());
+    const int64_t used = (tokens + screen.tile_tokens - 1) / screen.tile_tokens;
+    const int64_t settled_here = std::count(settled.begin(), settled.begin() + used, 1);
+    EXPECT(settled[used] == 2 && (made < used * steps) == (settled_here > 0), "%ld steps of %ld tiles",
+           static_cast<long>(made), static_cast<long>(used));
+    early += settled_here;
     for (int64_t s = 0; s < 3; ++s) {
       const int64_t begin = bounds[s], count = bounds[s + 1] - begin;
       if (count == 0) continue;
       std::vector<int32_t> found_columns(columns), counts(columns), found_tokens(columns * count),
           scratch(kMaxLanes * count);
       ScreenedPairs found{found_columns.data(), counts.data(), found_tokens.data(), scratch.data(), 0, 0, 0};
-      screen.find_pairs(
-          panel,
-          {products.data() + begin * columns, state.data() + s * columns, residual.data() + begin,
-           token.norm.data() + begin, *std::max_element(residual.begin() + begin, residual.begin() + begin + count),
-           *std::max_element(token.norm.begin() + begin, token.norm.begin() + begin + count), count},
-          largest, found);
+      screen.find_pairs(panel,
+                        {products.data() + begin * columns, state.data() + s * columns, settled.data(), begin,
+                         residual.data() + begin, norm.data() + begin,
+                         *std::max_element(residual.begin() + begin, residual.begin() + begin + count),
+                         *std::max_element(norm.begin() + begin, norm.begin() + begin + count), count},
+                        largest, found);
       std::vector<std::vector<bool>> kept(columns, std::vector<bool>(count, false));
       const int32_t* next = found_tokens.data();
       for (int64_t e = 0; e < found.entries; ++e) {
@@ -149,9 +228,10 @@ static void test_screen(const Screen& screen, const Case& inputs, bool largest) 
         float most = -kInf;
         for (int64_t t = 0; t < count; ++t) {
           exact[t] = product(inputs, begin + t, first + column);
+          if (settled[(begin + t) / screen.tile_tokens] != 0) continue;
           const float rounded = products[(begin + t) * columns + column] * entry.scale[first + column];
           const double bound = residual[begin + t] * entry.norm[first + column] +
-                               token.norm[begin + t] * entry.residual[first + column] + kScreenTiny;
+                               norm[begin + t] * entry_residual[first + column] + kScreenTiny;
           EXPECT(std::abs(rounded - exact[t]) <= bound, "%g is not within %g of %g", rounded, bound, exact[t]);
           most = std::max(most, products[(begin + t) * columns + column]);
         }
@@ -165,6 +245,22 @@ static void test_screen(const Screen& screen, const Case& inputs, bool largest) 
       }
     }
   }
+  return early;
+}
+
+// Products that the first stage tells whole, one entry of a panel just above its threshold: rounding alone decides.
+static Case make_close_case(int64_t tokens, int64_t entries, int64_t depth, int64_t panel_columns) {
+  Case found = make_case(tokens, entries, depth, 1.0f);
+  for (int64_t i = 0; i < tokens * depth; ++i) {
+    if (i % depth >= screen_stage_end(0, screen_padded_depth(depth))) found.hidden[i] = found.mean[i % depth];
+  }
+  std::fill(found.threshold.begin(), found.threshold.end(), kInf);
+  for (int64_t v = 0; v < entries; v += panel_columns) {
+    double best = -kInf;
+    for (int64_t t = 0; t < tokens; ++t) best = std::max(best, product(found, t, v));
+    found.threshold[v] = std::nextafter(static_cast<float>(best), -kInf);
+  }
+  return found;
 }
 
 // The rounded row is within its residual of the row, in the rotated space, whose norms are those of the rows.
@@ -208,15 +304,27 @@ static void test_rows_that_cannot_be_rounded(const Screen& screen) {
 }
 
 static void test_all(const Screen& screen) {
+  int64_t early = 0;
   for (const int64_t depth : {1, 4, 63, 64, 100, 192, 768}) {
     for (const int64_t tokens : {1, 5, 16, 41}) {
       for (const float spread : {1.0f, 100.0f}) {
         const Case inputs = make_case(tokens, 75, depth, spread);
-        test_screen(screen, inputs, true);
-        test_screen(screen, inputs, false);
+        for (const bool largest : {true, false}) {
+          test_screen(screen, inputs, largest, false);
+          early += test_screen(screen, inputs, largest, true);
+        }
       }
     }
   }
+  for (const int64_t depth : {64, 192, 768}) {
+    for (const int64_t tokens : {1, 16, 41}) {
+      const Case inputs = make_close_case(tokens, 8 * screen.panel_columns, depth, screen.panel_columns);
+      test_screen(screen, inputs, true, false);
+      test_screen(screen, inputs, true, true);
+    }
+  }
+  // Whole tiles of sums are multiplied in one go.
+  EXPECT((early > 0) == !screen.token_rows, "%ld tiles settled early", static_cast<long>(early));
   for (const float scale : {1e-30f, 1e-12f, 1.0f, 1e12f}) test_rounding(screen, scale);
   test_rows_that_cannot_be_rounded(screen);
   std::printf("%s: screening\n", screen.name);

@@ -75,7 +75,7 @@ def _heads(given_arguments: list[Any]) -> list[tuple[Any, list[Any]]]:
     hidden, weight = given_arguments[:2]
     mean = torch.zeros(hidden.shape[-1])
     calls.append((ops.head_prepare.default, [weight, mean]))
-    screened = [*given_arguments[:9], mean, *ops.head_prepare(weight, mean), False]
+    screened = [*given_arguments[:9], mean, *ops.head_prepare(weight, mean), None, None, False]
     return [*calls, (ops.head_forward_screened.default, screened)]
 
 

@@ -84,7 +84,7 @@ REFUSED = {
     "head_prepare, too many columns": lambda: OPS.head_prepare(huge(2, 2**60), huge(2**60)),
     "head_forward_screened, result overflows": lambda: OPS.head_forward_screened(
         *(none(2**62, 1, 0), none(8, 0), None, None, None, MAX, LOG1P, False, False),
-        *(torch.zeros(0), torch.zeros(0, dtype=torch.int8), torch.zeros(0), False),
+        *(torch.zeros(0), torch.zeros(0, dtype=torch.int8), torch.zeros(0), None, None, False),
     ),
     "head_backward_max, weight too large": lambda: OPS.head_backward_max(
         *(none(0, HUGE), none(0, HUGE), none(0, HUGE, dtype=torch.uint8)),

@@ -11,6 +11,7 @@ import torch
 import splade_fast as sf
 from splade_fast.ops import _screening
 from splade_fast.ops._screening import Decoder, decoder_of
+from splade_fast.ops._screening_basis import Moments, balanced_basis
 from tests.ops.inputs import (
     ACTIVATIONS,
     DTYPES,
@@ -21,6 +22,23 @@ from tests.ops.inputs import (
 )
 
 HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["rotated", "along a basis"])
+def rounding(request, monkeypatch):
+    """Both ways to round: the basis, for which some tokens are waited for, from the first call."""
+    if request.param == "rotated":
+        return
+    prepare = Decoder.prepare
+
+    def prepare_with_basis(decoder, *arguments):
+        return prepare(decoder, *arguments[:5], training=False)
+
+    monkeypatch.setattr(_screening, "_TOKENS_BEHIND_BASIS", 0)
+    monkeypatch.setattr(Decoder, "prepare", prepare_with_basis)
+
+
+exact = pytest.mark.usefixtures("rounding")
 
 
 def same_bits(actual, expected):
@@ -61,6 +79,7 @@ def trained(batch, length, dim, vocabulary, dtype, active=0.02):
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
+@exact
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("mask", MASKS)
@@ -69,6 +88,7 @@ def test_equals_the_dense_head(dtype, pooling, mask):
     assert_same(*inputs, attention_mask(mask, 5, 37), pooling=pooling)
 
 
+@exact
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("active", [0.001, 0.3, 1.0])
@@ -77,6 +97,7 @@ def test_every_activation_and_share(pooling, activation, active):
     assert_same(*inputs, pooling=pooling, activation=activation)
 
 
+@exact
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed(pooling):
     hidden, weight, bias = trained(1, 60, 96, 200, torch.float32)
@@ -84,6 +105,7 @@ def test_packed(pooling):
     assert_same(hidden[0], weight, bias, cu_seqlens=bounds, pooling=pooling)
 
 
+@exact
 @pytest.mark.parametrize(
     ("batch", "length", "dim", "vocabulary"),
     [
@@ -105,6 +127,7 @@ def test_sizes(batch, length, dim, vocabulary, pooling):
     assert_same(hidden, torch.randn(vocabulary, dim), torch.randn(vocabulary), pooling=pooling)
 
 
+@exact
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_more_tokens_than_a_block_of_the_dense_head(pooling):
     """16 MiB of packed tokens: sum pooling adds up by the dense head's tiles."""
@@ -112,12 +135,14 @@ def test_more_tokens_than_a_block_of_the_dense_head(pooling):
     assert_same(*inputs, pooling=pooling)
 
 
+@exact
 def test_without_bias_and_not_contiguous():
     hidden, weight, _ = trained(4, 10, 128, 96, torch.float32)
     assert_same(hidden, weight)
     assert_same(hidden.transpose(0, 1).contiguous().transpose(0, 1), weight.T.contiguous().T)
 
 
+@exact
 @pytest.mark.parametrize("k", [None, 8])
 def test_topk(k):
     inputs = trained(40, 12, 128, 300, torch.float32)
@@ -138,6 +163,7 @@ def nudged(x, steps):
     return x
 
 
+@exact
 @pytest.mark.parametrize("steps", range(-3, 4))
 @pytest.mark.parametrize("dim", [1, 7, 128, 768])
 def test_logits_within_a_few_ulp_of_zero(steps, dim):
@@ -151,6 +177,7 @@ def test_logits_within_a_few_ulp_of_zero(steps, dim):
     assert_same(hidden, weight, bias)
 
 
+@exact
 def test_ties_and_near_ties_of_the_maximum():
     """Equal tokens, and tokens that differ in one ulp of one dimension."""
     token = torch.randn(128)
@@ -162,6 +189,7 @@ def test_ties_and_near_ties_of_the_maximum():
     assert_same(torch.stack([hidden, hidden[order]]), weight, torch.randn(300) * 5)
 
 
+@exact
 @pytest.mark.parametrize("kind", ["one", "many", "token", "entry", "constant"])
 def test_outliers_and_zero_rows(kind):
     hidden, weight, bias = trained(3, 24, 192, 200, torch.float32)
@@ -182,6 +210,7 @@ def test_outliers_and_zero_rows(kind):
     assert_same(hidden, weight, bias)
 
 
+@exact
 @pytest.mark.parametrize("hidden_scale", [1e-44, 1e-38, 1e-20, 1, 1e15, 1e25, 1e37])
 @pytest.mark.parametrize("weight_scale", [1e-44, 1e-38, 1e-20, 1, 1e15, 1e25, 1e37])
 def test_scales_down_to_denormals_and_up_to_overflow(hidden_scale, weight_scale):
@@ -196,6 +225,7 @@ def test_scales_down_to_denormals_and_up_to_overflow(hidden_scale, weight_scale)
     same_bits(results[1], results[0])
 
 
+@exact
 @pytest.mark.parametrize("flush", [False, True])
 def test_denormals_flushed_or_not(flush):
     hidden, weight = torch.randn(2, 6, 40) * 1e-22, torch.randn(64, 40) * 1e-20
@@ -209,6 +239,7 @@ def test_denormals_flushed_or_not(flush):
         torch.set_num_threads(threads)
 
 
+@exact
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("place", ["hidden", "weight", "bias", "all"])
@@ -256,6 +287,7 @@ def random_case(generator):
     return hidden, weight, bias.to(dtype), mask, POOLINGS[below(2)]
 
 
+@exact
 def test_ten_thousand_random_cases():
     generator = torch.Generator().manual_seed(0)
     active = 0
@@ -497,3 +529,138 @@ def test_too_many_dimensions():
     with pytest.raises(NotImplementedError, match="at most 65536 dimensions, got 65537"):
         sf.splade_head(hidden, weight, algorithm="screened")
     assert sf.splade_head(hidden, weight).item() == 0
+
+
+# The basis ---------------------------------------------------------------------------------------
+
+in_stages = pytest.mark.skipif(
+    sf.build_info()["cpu_instruction_set"] == "amx", reason="AMX multiplies in one go"
+)
+
+
+def narrow(tokens, dim, vocabulary, active=0.01):
+    """Hidden states that mostly lie in a few dimensions, none of which is an axis."""
+    axes = torch.linalg.qr(torch.randn(dim, dim))[0]
+    hidden = torch.randn(tokens // 40, 40, dim) * 0.9 ** torch.arange(dim) @ axes + torch.randn(dim)
+    weight = torch.randn(vocabulary, dim) / dim**0.5
+    largest = (hidden @ weight.T).amax(1)
+    bias = torch.full((vocabulary,), -torch.quantile(largest.flatten(), 1 - active).item())
+    return hidden, weight, bias
+
+
+def percent_of_product(hidden, weight, bias):
+    prepared = decoder_of(weight, weight.dtype).prepared
+    options = (None, None, 0, 1, False, False)
+    report = torch.ops.splade_fast.head_forward_screened(
+        hidden, weight, bias, *options, *prepared.arguments, False
+    )[3]
+    return report[3].item()
+
+
+@in_stages
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_after_enough_tokens_a_basis_spares_part_of_the_product(dtype, pooling):
+    hidden, weight, bias = (t.to(dtype) for t in narrow(1200, 64, 3000))
+    expected = sf.splade_head(hidden, weight, bias, pooling=pooling, algorithm="dense")
+    options = {"pooling": pooling, "algorithm": "screened"}
+    assert torch.equal(sf.splade_head(hidden, weight, bias, **options), expected)
+    assert decoder_of(weight, dtype).prepared.basis is None
+    assert percent_of_product(hidden, weight, bias) == 100
+    assert torch.equal(sf.splade_head(hidden, weight, bias, **options), expected)
+    assert decoder_of(weight, dtype).prepared.basis is not None
+    assert percent_of_product(hidden, weight, bias) < 70
+    # Other hidden states than those it was made for.
+    for other in (torch.randn(3, 50, 64), 1e6 * torch.randn(2, 9, 64), torch.zeros(1, 3, 64)):
+        others = other.to(dtype), weight, bias
+        dense = sf.splade_head(*others, pooling=pooling, algorithm="dense")
+        same_bits(sf.splade_head(*others, **options), dense)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e30, 1e-30])
+@pytest.mark.parametrize("place", ["hidden", "weight"])
+def test_extreme_values_along_a_basis_made_without_them(value, place):
+    hidden, weight, bias = narrow(80, 64, 300)
+    moments = Moments(64)
+    moments.add(hidden.flatten(0, 1))
+    basis = balanced_basis(moments, weight, bias)
+    tensor = hidden if place == "hidden" else weight
+    tensor.view(-1, 64)[::7, ::5] = value
+    mean = moments.mean.float()
+    packed, rows = torch.ops.splade_fast.head_prepare(
+        weight, mean, basis.matrices, basis.order, basis.error
+    )
+    for pooling in (0, 1):
+        options = (None, None, pooling, 1, False, False)
+        prepared = (mean, packed, rows, basis.matrices, basis.order)
+        ops = torch.ops.splade_fast
+        screened = ops.head_forward_screened(hidden, weight, bias, *options, *prepared, False)[0]
+        same_bits(screened, ops.head_forward_dense(hidden, weight, bias, *options)[0])
+
+
+@in_stages
+def test_a_basis_that_spares_nothing_goes_and_is_not_made_again(monkeypatch):
+    made = []
+
+    def counting(*arguments):
+        made.append(balanced_basis(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(_screening, "balanced_basis", counting)
+    hidden, weight = torch.randn(30, 40, 64), torch.randn(500, 64)
+    bias = torch.full((500,), -2.0)
+    for _ in range(6):
+        sf.splade_head(hidden, weight, bias, algorithm="screened")
+    assert len(made) == 1
+    assert made[0] is not None
+    assert decoder_of(weight, weight.dtype).prepared.basis is None
+
+
+@in_stages
+def test_no_basis_for_a_weight_that_changes():
+    hidden, weight, bias = narrow(2400, 64, 300)
+    decoder = decoder_of(weight, weight.dtype)
+    for _ in range(3):  # training
+        sf.splade_head(hidden.requires_grad_(), weight, bias, algorithm="screened")
+        assert decoder.prepared.basis is None
+    hidden = hidden.detach()
+    sf.splade_head(hidden[:30], weight, bias, algorithm="screened")
+    weight.neg_()
+    sf.splade_head(hidden[:30], weight, bias, algorithm="screened")
+    assert decoder.prepared.basis is None
+    sf.splade_head(hidden, weight, bias, algorithm="screened")
+    assert decoder.prepared.basis is not None
+    weight.neg_()
+    expected = sf.splade_head(hidden[:9], weight, bias, algorithm="dense")
+    assert torch.equal(sf.splade_head(hidden[:9], weight, bias, algorithm="screened"), expected)
+    assert decoder.prepared.basis is None
+
+
+@pytest.mark.parametrize("dim", [1, 64, 100, 384])
+def test_the_basis_keeps_products_and_balances_moments(dim):
+    tokens, weight = torch.randn(5000, dim), torch.randn(3000, dim)
+    tokens[:, : dim // 2] *= 4
+    weight[:, dim // 4 :] *= 3
+    moments = Moments(dim)
+    moments.add(tokens[:2000])
+    moments.add(tokens[2000:])
+    centred = tokens.double() - tokens.double().mean(0)
+    torch.testing.assert_close(
+        moments.around_mean, centred.T @ centred / 5000, rtol=1e-4, atol=1e-4
+    )
+    basis = balanced_basis(moments, weight, None)
+    left, right = basis.matrices.double()
+    ends = [left.shape[1] // 4, left.shape[1] // 2]
+    identity = torch.eye(dim, dtype=torch.float64)
+    assert (left @ right.T - identity).norm() <= basis.error <= 1e-4
+    assert basis.order.sort()[0].tolist() == list(range(3000))
+    # Both have the same sums of squares in a stage, but for a common factor, and the first is rich.
+    entries = weight.double().T @ weight.double()
+    of_tokens, of_entries = (
+        torch.stack([part.sum() for part in (side.T @ m @ side).diagonal().tensor_split(ends)])
+        for side, m in ((left, centred.T @ centred), (right, entries))
+    )
+    torch.testing.assert_close(
+        of_tokens / of_tokens.sum(), of_entries / of_entries.sum(), rtol=1e-3, atol=1e-6
+    )
+    assert of_tokens[0] > of_tokens[2] / 2 or dim == 1
