@@ -13,7 +13,7 @@ import torch
 from splade_fast._version import __version__
 
 _FOLDER = Path(__file__).parent
-_CPU = torch.device("cpu")  # comparing devices takes a fifth of asking one for the name of its type
+_CPU = torch.device("cpu")  # comparing devices takes a tenth of asking one for the name of its type
 
 
 def build_info() -> dict[str, Any]:
