@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
+#include <ostream>
 #include <vector>
 
 #include "dispatch.h"
@@ -66,8 +66,17 @@ inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
   return tables.empty() ? 0 : tables[0].size(0);
 }
 
+// A tensor of a list as messages name it: rows[0]. It is written out only where there is a message.
+struct Element {
+  const char* list;
+  size_t index;
+  friend std::ostream& operator<<(std::ostream& out, const Element& element) {
+    return out << element.list << '[' << element.index << ']';
+  }
+};
+
 // That row i of rows, for 0 <= i < count, can become a row of the table.
-inline void check_rows_fit(const std::string& name, const Tensor& rows, const Tensor& table, int64_t count) {
+inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor& table, int64_t count) {
   STD_TORCH_CHECK(rows.scalar_type() == table.scalar_type(), name, " must have the dtype of its table, ",
                   torch::headeronly::toString(table.scalar_type()), ", got ",
                   torch::headeronly::toString(rows.scalar_type()));
@@ -91,14 +100,14 @@ inline void check_writable(const Tensors& tables) {
   }
 }
 
-inline void check_row_mask(const std::string& name, const std::optional<Tensor>& mask, int64_t count) {
+inline void check_row_mask(const char* name, const std::optional<Tensor>& mask, int64_t count) {
   if (!mask) return;
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == count, name,
                   " must be bool (count,) = (", count, ",)");
 }
 
-inline void check_on(const std::string& name, const Tensor& tensor, const std::string& other_name,
-                     const Tensor& other) {
+template <typename Name>
+void check_on(const Name& name, const Tensor& tensor, const char* other_name, const Tensor& other) {
   STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name);
 }
 
@@ -108,7 +117,7 @@ inline int64_t check_written(const Tensors& tables, const Tensor& indices, const
   STD_TORCH_CHECK(rows.size() == tables.size(), "rows must have one tensor for each of the ", tables.size(),
                   " tables, got ", rows.size());
   for (size_t t = 0; t < tables.size(); ++t) {
-    const std::string name = "rows[" + std::to_string(t) + "]";
+    const Element name{"rows", t};
     check_rows_fit(name, rows[t], tables[t], count);
     check_on(name, rows[t], "indices", indices);
   }
@@ -165,9 +174,9 @@ inline void check_update(const CacheUpdate& update) {
   if (update.refreshed_slots) check_tables({}, *update.refreshed_slots);
   const auto check_rows = [&](const char* name, const Tensors& rows, int64_t count) {
     for (size_t t = 0; t < rows.size(); ++t) {
-      const std::string label = name + ("[" + std::to_string(t)) + "]";
-      check_rows_fit(label, rows[t], update.tables[t], count);
-      check_on(label, rows[t], "age", age);
+      const Element element{name, t};
+      check_rows_fit(element, rows[t], update.tables[t], count);
+      check_on(element, rows[t], "age", age);
     }
   };
   // With a mask fewer may count, which a GPU cannot look at without being waited for.

@@ -32,6 +32,9 @@ void prefetch_row(const uint8_t* row, int64_t bytes) {
 }
 
 // Row from(i) of every source to row to(i) of its target, for 0 <= i < count.
+//
+// Rows that follow each other on both sides are copied as one piece. A cache's oldest slots mostly do: a step filled
+// them together.
 template <typename From, typename To>
 void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to) {
   int64_t bytes = 1;
@@ -41,12 +44,16 @@ void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to)
       if (copy.bytes == 0) continue;  // its tensors may have no memory
       const auto source = [&](int64_t i) { return copy.source + from(i) * copy.source_stride; };
       const auto target = [&](int64_t i) { return copy.target + to(i) * copy.target_stride; };
-      for (int64_t i = begin; i < end; ++i) {
-        if (i + kRowsAhead < end) {
-          prefetch_row<false>(source(i + kRowsAhead), copy.bytes);
-          prefetch_row<true>(target(i + kRowsAhead), copy.bytes);
+      const bool dense = copy.source_stride == copy.bytes && copy.target_stride == copy.bytes;
+      for (int64_t i = begin, next; i < end; i = next) {
+        next = i + 1;
+        while (dense && next < end && from(next) == from(next - 1) + 1 && to(next) == to(next - 1) + 1) ++next;
+        const int64_t ahead = next - 1 + kRowsAhead;
+        if (ahead < end) {
+          prefetch_row<false>(source(ahead), copy.bytes);
+          prefetch_row<true>(target(ahead), copy.bytes);
         }
-        std::memcpy(target(i), source(i), copy.bytes);
+        std::memcpy(target(i), source(i), copy.bytes * (next - i));
       }
     }
   });
@@ -86,7 +93,9 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
 // Row `row` of what is written goes to row `place` of its table.
 struct Write {
   int64_t place, row;
-  bool operator<(const Write& other) const { return place != other.place ? place < other.place : row < other.row; }
+  bool operator<(const Write& other) const {
+    return (place < other.place) | ((place == other.place) & (row < other.row));
+  }
 };
 
 // Those that the mask allows; of several to one place, the last.
@@ -138,14 +147,19 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
 struct Aged {
   int32_t age;
   int64_t slot;
-  // Of equal ages the lowest slot counts as the oldest.
-  bool operator<(const Aged& other) const { return age != other.age ? age > other.age : slot < other.slot; }
+  // Of equal ages the lowest slot counts as the oldest. Without branches: which of two is older cannot be foreseen.
+  bool operator<(const Aged& other) const { return (age > other.age) | ((age == other.age) & (slot < other.slot)); }
 };
 
-// Looks for the oldest of a cache's slots. Its memory is taken before anything is written.
+// Looks for the oldest of a cache's slots. Its memory is taken before anything is written, and belongs to the thread:
+// with each request of a few KiB malloc would first tidy up all the small pieces that Python has freed, which takes as
+// long as the search.
 class OldestSlots {
  public:
-  OldestSlots(int64_t slots, int64_t count) : slots_(slots), count_(count) {
+  OldestSlots(int64_t slots, int64_t count)
+      : blocks_(memory_.blocks), found_(memory_.found), slots_(slots), count_(count) {
+    blocks_.clear();
+    found_.clear();
     blocks_.reserve(slots / kBlock + 1);
     if (count > 0) found_.reserve(2 * count + kBlock);
   }
@@ -156,22 +170,19 @@ class OldestSlots {
   // item on, until no item of the next can be older than the youngest of the oldest so far.
   const std::vector<Aged>& after_aging(int32_t* age) {
     const auto grow_older = all_kernels().grow_older;
+    blocks_.resize((slots_ + kBlock - 1) / kBlock);
+    Aged* block = blocks_.data();
     for (int64_t first = 0; first < slots_; first += kBlock) {
-      blocks_.push_back({grow_older(age + first, std::min(kBlock, slots_ - first)), first});
+      *block++ = {grow_older(age + first, std::min(kBlock, slots_ - first)), first};
     }
     if (count_ == 0) return found_;
-    const auto younger = [](const Aged& a, const Aged& b) { return b < a; };
-    std::make_heap(blocks_.begin(), blocks_.end(), younger);
-    while (!blocks_.empty() && blocks_.front() < youngest_) {
-      const int64_t first = blocks_.front().slot, last = std::min(first + kBlock, slots_);
-      std::pop_heap(blocks_.begin(), blocks_.end(), younger);
-      blocks_.pop_back();
-      for (int64_t slot = first; slot < last; ++slot) {
-        const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
-        if (item < youngest_) found_.push_back(item);
-      }
-      if (static_cast<int64_t>(found_.size()) >= 2 * count_) keep_oldest();
-    }
+    // The first block mostly leaves few others to be put in order.
+    std::iter_swap(blocks_.begin(), std::min_element(blocks_.begin(), blocks_.end()));
+    look_through(age, blocks_.front());
+    const auto others = blocks_.begin() + 1;
+    const auto last = std::partition(others, blocks_.end(), [&](const Aged& block) { return block < youngest_; });
+    std::sort(others, last);
+    for (auto next = others; next != last && *next < youngest_; ++next) look_through(age, *next);
     if (static_cast<int64_t>(found_.size()) > count_) keep_oldest();
     std::sort(found_.begin(), found_.end());
     return found_;
@@ -180,17 +191,32 @@ class OldestSlots {
  private:
   static constexpr int64_t kBlock = 256;
 
+  void look_through(const int32_t* age, const Aged& block) {
+    for (int64_t slot = block.slot, last = std::min(slot + kBlock, slots_); slot < last; ++slot) {
+      const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
+      if (item < youngest_) found_.push_back(item);
+    }
+    if (static_cast<int64_t>(found_.size()) >= 2 * count_) keep_oldest();
+  }
+
   void keep_oldest() {
     std::nth_element(found_.begin(), found_.begin() + (count_ - 1), found_.end());
     found_.resize(count_);
     youngest_ = found_.back();
   }
 
+  struct Memory {
+    std::vector<Aged> blocks, found;
+  };
+  static thread_local Memory memory_;
+
+  std::vector<Aged>& blocks_;  // largest age, first slot
+  std::vector<Aged>& found_;
   int64_t slots_, count_;
-  std::vector<Aged> blocks_;  // largest age, first slot
-  std::vector<Aged> found_;
   Aged youngest_{INT32_MIN, INT64_MAX};  // of the oldest so far
 };
+
+thread_local OldestSlots::Memory OldestSlots::memory_;
 
 void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
                    const std::optional<Tensor>& new_mask, const Tensors& refreshed_rows,
@@ -211,6 +237,7 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   }
   const std::optional<Tensor> mask = contiguous_or_none(new_mask);
   const bool* is_added = mask ? const_data<bool>(*mask) : nullptr;
+  added.reserve(std::min(new_count, slots));
   for (int64_t i = 0; i < new_count; ++i) {
     if (is_written(is_added, i)) added.push_back({0, i});
   }
@@ -241,6 +268,11 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
 
 }  // namespace
 }  // namespace splade_fast::cpu
+
+// For tables that Python makes: called with ctypes before they are first written, since nothing of it is an op's work.
+extern "C" __attribute__((visibility("default"))) void splade_fast_prefer_huge_pages(void* data, int64_t bytes) {
+  splade_fast::cpu::prefer_huge_pages(data, bytes);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&splade_fast::cpu::gather_rows));

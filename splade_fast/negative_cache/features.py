@@ -9,6 +9,7 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from splade_fast import _library
 from splade_fast.sparse_rows import SparseRows
 
 Tables = dict[str, Tensor]
@@ -47,7 +48,7 @@ class FixedLenFeature:
     default_value: float | None = None
 
     def zeros(self, count: int) -> dict[str, Tensor]:
-        return {"": torch.zeros([count, *self.shape], dtype=self.dtype)}
+        return {"": _filled([count, *self.shape], 0, self.dtype)}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class SparseFeature:
             zip(
                 _SPARSE,
                 (
-                    torch.full((count, self.k), -1, dtype=torch.int32),
-                    torch.zeros(count, self.k, dtype=self.dtype),
-                    torch.zeros(count, dtype=torch.int32),
+                    _filled((count, self.k), -1, torch.int32),
+                    _filled((count, self.k), 0, self.dtype),
+                    _filled((count,), 0, torch.int32),
                 ),
                 strict=True,
             )
@@ -175,6 +176,12 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         value.lengths,
         like.num_cols,
     )
+
+
+def _filled(shape: Sequence[int], value: int, dtype: torch.dtype) -> Tensor:
+    table = torch.empty(shape, dtype=dtype)
+    _library.prefer_huge_pages(table)
+    return table.fill_(value)
 
 
 def _shown(shape: Sequence[int]) -> str:

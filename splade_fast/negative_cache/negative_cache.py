@@ -14,7 +14,6 @@ from splade_fast.negative_cache.features import (
     SparseFeature,
     Tables,
     Value,
-    fits,
     sparse_tables,
     stored,
     table_names,
@@ -43,6 +42,9 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         self.storage = storage
         self._defaults = dict(defaults or {})
         self._num_cols: dict[str, int | None] = {}
+        # Of dense features. They stay as they are whatever moves or casts the buffers, and asking a
+        # tensor takes longer than all else that `rows` compares.
+        self._row_shapes: dict[str, tuple[int, ...]] = {}
         for key, value in data.items():
             self[key] = value
 
@@ -62,11 +64,13 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             self._buffers.update(sparse_tables(key, value))
         else:
             self._num_cols[key] = None
+            self._row_shapes[key] = tuple(value.shape[1:])
             self._buffers[key] = value.detach()
 
     def __delitem__(self, key: str) -> None:
         for name in table_names(key, self._num_cols.pop(key)):
             del self._buffers[name]
+        self._row_shapes.pop(key, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._num_cols)
@@ -100,11 +104,12 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
     def tables(self, keys: Iterable[str] | None = None) -> Tables:
         """The tensors behind some features; None: behind all."""
+        tables: Any = self._buffers
         if keys is None:
-            return {name: table for name, table in self._buffers.items() if table is not None}
-        names = [name for key in keys for name in table_names(key, self._num_cols[key])]
-        tables = {name: self._buffers[name] for name in names}
-        return {name: table for name, table in tables.items() if table is not None}
+            return dict(tables)
+        return {
+            name: tables[name] for key in keys for name in table_names(key, self._num_cols[key])
+        }
 
     def values_of(self, tables: Mapping[str, Tensor], *keys: str) -> dict[str, Value]:
         """Features from rows of their tables."""
@@ -118,16 +123,27 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         """
         tables: Tables = {}
         buffers = self._buffers
+        count, uneven = None, False
         for key, value in items.items():
             dense = buffers.get(key)
-            if dense is not None and fits(value, dense, device):
-                tables[key] = value
-                continue
+            if dense is not None and isinstance(value, Tensor) and value.ndim:
+                if count is None:
+                    count = value.shape[0]
+                if (
+                    value.dtype is dense.dtype
+                    and value.shape == (count, *self._row_shapes[key])
+                    and value.device == device
+                    and not value.requires_grad
+                ):
+                    tables[key] = value
+                    continue
             default = self._defaults.get(key)
             kept = stored(f"{name}[{key!r}]", value, self[key], device, default)
             tables.update(sparse_tables(key, kept) if isinstance(kept, SparseRows) else {key: kept})
-        lengths = [table.shape[0] for table in tables.values()]
-        if lengths and lengths.count(lengths[0]) < len(lengths):
+            if count is None:
+                count = len(kept)
+            uneven |= len(kept) != count
+        if uneven:
             counts = {key: len(value) for key, value in items.items()}
             raise ValueError(f"{name} must have as many items for every key, got {counts}")
         return tables
@@ -281,9 +297,10 @@ class CacheManager:
             RuntimeError: a slot is out of range, see `scatter_rows_`.
         """
         # Looking up an attribute in a module takes as long as writing ten rows.
-        parts: Any = {**cache._modules, **cache._buffers}
-        data: CacheData = parts["data"]
-        age, valid = parts["age"], parts["valid"]
+        modules: Any = cache._modules
+        buffers: Any = cache._buffers
+        data: CacheData = modules["data"]
+        age, valid = buffers["age"], buffers["valid"]
         if age.shape != valid.shape:
             raise ValueError(f"cache.age must be {tuple(valid.shape)}, got {tuple(age.shape)}")
         device = data.device or age.device
@@ -297,7 +314,8 @@ class CacheManager:
                 )
             new = data.rows("new_items", new_items, device)
             count, slots = _count(new), age.shape[0]
-            new_mask = _mask_on("new_items_mask", new_items_mask, count, device)
+            if new_items_mask is not None:
+                new_mask = _mask_on("new_items_mask", new_items_mask, count, device)
             if count > slots and (new_mask is None or int(new_mask.sum()) > slots):
                 raise ValueError(
                     f"new_items must be at most the {slots} slots of the cache, got {count}"
@@ -306,10 +324,11 @@ class CacheManager:
         refreshed_mask: Tensor | None = None
         if updated_item_indices is not None:
             refreshed = self._refreshed(data, updated_item_data or {}, updated_item_indices, device)
-            refreshed_mask = _mask_on(
-                "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
-            )
-            updated_item_indices = updated_item_indices.to(device, torch.int64)
+            if updated_item_mask is not None:
+                refreshed_mask = _mask_on(
+                    "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
+                )
+            updated_item_indices = _on(updated_item_indices, device, torch.int64)
         elif updated_item_data:
             raise ValueError("updated_item_indices must be given with updated_item_data, got None")
         update_cache_(
@@ -350,9 +369,14 @@ def _count(rows: Tables) -> int:
     return next(iter(rows.values())).shape[0] if rows else 0
 
 
-def _mask_on(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
+def _mask_on(name: str, mask: Tensor, count: int, device: torch.device) -> Tensor:
     if mask.shape != (count,):
         raise ValueError(f"{name} must be ({count},), got {tuple(mask.shape)}")
-    return mask.to(device, torch.bool)
+    return _on(mask, device, torch.bool)
+
+
+def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is there already is not handed to `to`, which takes longer than both comparisons."""
+    if tensor.dtype is dtype and tensor.device == device:
+        return tensor
+    return tensor.to(device, dtype)

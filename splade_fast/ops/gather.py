@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from splade_fast import _library, reference
 from splade_fast.ops._checks import check_device, check_tensor
@@ -150,7 +152,7 @@ def update_cache_(
     if refreshed_rows:
         tables = {**refreshed_rows, **tables}  # in the order of the op: the refreshed ones first
     written = list(tables.values())
-    torch.ops.splade_fast.update_cache_.default(
+    _UPDATE_CACHE(
         written,
         age,
         valid,
@@ -166,8 +168,8 @@ def update_cache_(
 
 def _count_change(tables: list[Tensor]) -> None:
     """What a backward has saved of a table must not be used as if it had not changed."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tables)
+    if not is_compiling():
+        increment_version(tables)
 
 
 def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[str], list[Tensor]]:
@@ -227,3 +229,4 @@ if _library.cpu_library_loaded():
     torch.library.register_fake("splade_fast::gather_rows", _gather_fake)
     torch.library.register_fake("splade_fast::scatter_rows_", _scatter_fake)
     torch.library.register_fake("splade_fast::update_cache_", _update_fake)
+    _UPDATE_CACHE = torch.ops.splade_fast.update_cache_.default

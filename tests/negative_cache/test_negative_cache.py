@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import splade_fast as sf
 from splade_fast.negative_cache.filter_fns import IsInCacheFilterFn
@@ -160,6 +161,9 @@ def test_a_bad_argument_changes_nothing():
     wrong = [
         (ValueError, "new_items must have the keys", {"new_items": {"data": one}}),
         (ValueError, "as many items", {"new_items": {**items(1, 2), "data": one}}),
+        (ValueError, "as many items", {"new_items": {**items(1, 2), "data": one.long()}}),
+        (ValueError, r"new_items\['data'\] must be \(items, no more dimensions\), got \(\)",
+         {"new_items": {**items(1, 2), "data": torch.tensor(1)}}),
         (ValueError, r"new_items_mask must be \(1,\)",
          {"new_items": items(1), "new_items_mask": torch.ones(2)}),
         (ValueError, "updated_item_data must have keys of the cache",
@@ -226,6 +230,19 @@ def test_sparse_features():
     assert cache.data["terms"].to_dicts()[2:] == cache.data["terms"].to_dicts()[:2]
     with pytest.raises(ValueError, match=r"new_items\['terms'\] must be \(items, 10\), got"):
         keeper.update_cache(cache, new_items={"terms": dense[:, :9]})
+
+
+def test_tables_of_many_pages():
+    """Larger than the pages the system is asked for; without memory there is nothing to ask."""
+    specs = {"embedding": FixedLenFeature([1000], torch.float32), "terms": SparseFeature(50, 900)}
+    data = CacheManager(specs, 2000).init_cache().data
+    assert data["embedding"].shape == (2000, 1000)
+    assert not data["embedding"].any()
+    assert (data["terms"].indices == -1).all()
+    assert not data["terms"].values.any()
+    for nowhere in (torch.device("meta"), FakeTensorMode()):
+        with nowhere:
+            assert CacheManager(specs, 2000).init_cache().data["embedding"].shape == (2000, 1000)
 
 
 def test_memory_of_a_sparse_cache():

@@ -93,6 +93,32 @@ def test_threads_do_not_matter():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_that_follow_each_other(threads):
+    """On one side, on both, in tables without gaps and with them; pieces cross threads' borders."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    slots, count = 3000, 1500
+    wide = torch.randn(slots, 900)
+    rising = torch.arange(count)
+    for indices in (
+        rising + 7,
+        rising.flip(0) + 7,
+        (rising + rising // 5).roll(40),
+        torch.cat([rising[:700] + 100, rising[:700] + 400, rising[-100:]]),
+    ):
+        tables = {
+            "whole": wide.clone(),
+            "apart": wide.clone()[:, :70],
+            "number": wide[:, 0].clone(),
+        }
+        rows = {name: table(count, t.shape[1:], t.dtype, t.device) for name, t in tables.items()}
+        compare(tables, indices, rows)
+        spread = {name: r.repeat_interleave(2, 0)[::2] for name, r in rows.items()}
+        compare(tables, indices, spread, torch.rand(count) < 0.9)
+    torch.set_num_threads(before)
+
+
 def test_many_tables(device):
     """More than one launch holds."""
     tables = {f"{i}": table(9, (i % 5,), torch.int32, device) for i in range(150)}
