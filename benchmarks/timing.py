@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 
 WARM_UPS = 2
+# Short runs are warmed up for longer: CPython specialises what has run some times, and the first
+# collection of garbage leaves cold caches.
+WARM_UP_SECONDS = 0.2
 MINIMUM_ROUNDS = 3
 
 
@@ -89,12 +92,9 @@ def time_in_turns(
     """
     names = list(contenders)
     clock = clock_of(device)
-    for name in names:
-        for _ in range(WARM_UPS):
-            contenders[name].before()
-            contenders[name].run()
     times: dict[str, list[float]] = {name: [] for name in names}
     with garbage_collection_off():
+        _warm_up(contenders)
         deadline = time.perf_counter() + seconds
         for turn in range(rounds):
             if turn >= MINIMUM_ROUNDS and time.perf_counter() > deadline:
@@ -107,6 +107,16 @@ def time_in_turns(
             for name, mark in marks.items():
                 times[name].append(clock.milliseconds(mark))
     return times
+
+
+def _warm_up(contenders: Mapping[str, Contender]) -> None:
+    started = time.perf_counter()
+    turn = 0
+    while turn < WARM_UPS or time.perf_counter() - started < WARM_UP_SECONDS:
+        for contender in contenders.values():
+            contender.before()
+            contender.run()
+        turn += 1
 
 
 def fastest(candidates: Mapping[str, Callable[[], object]], *, device: str) -> str:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "compensated.h"
+#include "kernels.h"
 #include "positions.h"
 #include "rounded.h"
 

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels.h"
 #include "memory.h"
 #include "prepared_weight.h"
 #include "screen.h"
