@@ -69,7 +69,7 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
     dtypes = [getattr(torch, name) for name in names]
     measuring = Options(
         rounds=options.repeats or ROUNDS[options.device],
-        seconds=options.seconds,
+        seconds=0.0 if options.quick else options.seconds,
         contenders=tuple(name for name in CONTENDERS if name not in options.skip),
         others="others" not in options.skip,
         memory="memory" not in options.skip,

@@ -1,6 +1,7 @@
 """Timing in turns: every contender runs once per round, so that drift of the machine hits all."""
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ WARM_UPS = 2
 # collection of garbage leaves cold caches.
 WARM_UP_SECONDS = 0.2
 MINIMUM_ROUNDS = 3
+MINIMUM_SECONDS = 0.5  # a median of a few short rounds would be chance
 
 
 def nothing() -> None:
@@ -86,7 +88,8 @@ def garbage_collection_off() -> Iterator[None]:
 def time_in_turns(
     contenders: Mapping[str, Contender], *, rounds: int, seconds: float, device: str
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run: `rounds` rounds, fewer (but at least 3) if `seconds` run out.
+    """Milliseconds of every run: `rounds` rounds, more if they take less than half a second, and
+    fewer (but at least 3) if `seconds` run out.
 
     Each round starts with another contender, so that none always follows the same one.
     """
@@ -94,10 +97,12 @@ def time_in_turns(
     clock = clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in names}
     with garbage_collection_off():
-        _warm_up(contenders)
-        deadline = time.perf_counter() + seconds
-        for turn in range(rounds):
-            if turn >= MINIMUM_ROUNDS and time.perf_counter() > deadline:
+        _warm_up(contenders, min(WARM_UP_SECONDS, seconds))
+        started = time.perf_counter()
+        for turn in itertools.count():
+            passed = time.perf_counter() - started
+            out_of_time = turn >= MINIMUM_ROUNDS and passed > seconds
+            if out_of_time or (turn >= rounds and passed > MINIMUM_SECONDS):
                 break
             first = turn % len(names)
             marks = {}
@@ -109,10 +114,10 @@ def time_in_turns(
     return times
 
 
-def _warm_up(contenders: Mapping[str, Contender]) -> None:
+def _warm_up(contenders: Mapping[str, Contender], seconds: float) -> None:
     started = time.perf_counter()
     turn = 0
-    while turn < WARM_UPS or time.perf_counter() - started < WARM_UP_SECONDS:
+    while turn < WARM_UPS or time.perf_counter() - started < seconds:
         for contender in contenders.values():
             contender.before()
             contender.run()
