@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
+from splade_fast.integrations.sentence_transformers.modules import (
+    SPARSE,
+    HeadPooling,
+    HiddenTransformer,
+)
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.sparse_rows import SparseRows
 
+_TAKES_PROCESSING = "processing_kwargs" in inspect.signature(Transformer.preprocess).parameters
 _LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
 
 
@@ -55,7 +61,7 @@ class _Encoder(Role):
             0, len(texts), batch_size, desc="Batches", disable=not show_progress_bar
         ):
             places = order[start : start + batch_size]
-            features = model.preprocess([texts[i] for i in places], prompt=prompt, **kwargs)
+            features = _preprocessed(model, [texts[i] for i in places], prompt, kwargs)
             features = batch_to_device(features, device)
             if wants_rows:
                 features[SPARSE] = max_active_dims
@@ -66,6 +72,25 @@ class _Encoder(Role):
                 place = torch.device("cpu") if save_to_cpu else vectors.device
                 result.add(vectors.to(place))
         return result.in_order(torch.from_numpy(order))
+
+
+def _preprocessed(
+    model: Any, texts: Sequence[Any], prompt: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Theirs, by way of numpy where that is known to be safe: torch takes long to read lists."""
+    first = model[0]
+    if (
+        _TAKES_PROCESSING
+        and isinstance(first, HiddenTransformer)
+        and getattr(first, "query_expansion", None) is None  # works on tensors
+        and "processing_kwargs" not in options
+    ):
+        options = {**options, "processing_kwargs": {"common": {"return_tensors": "np"}}}
+    features = model.preprocess(texts, prompt=prompt, **options)
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in features.items()
+    }
 
 
 class _WithInference(_Encoder):
