@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <limits>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -49,7 +48,6 @@ class Screened {
         depth_(input.depth()),
         columns_(screen().panel_columns),
         panels_((vocabulary_ + columns_ - 1) / columns_),
-        stride_(about_a_third_coprime(panels_)),
         entries_(entries_in_order(weight.order, input.vocabulary())),
         sign_(rotation_signs(screen_padded_depth(input.depth()))),
         bias_(input.bias ? input.vocabulary() : 0) {
@@ -77,10 +75,14 @@ class Screened {
   void run(const HeadOutputs& outputs, Survivors& survivors) {
     for (const SequenceRange& block : blocks_) {
       const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
-      torch::stable::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
+      // Who is done takes the next panel: they differ in how much of their product is made. The last ones are the most
+      // active of all and go first.
+      const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), panels_);
+      std::atomic<int64_t> left{panels_};
+      torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         Worker worker(*this, *tokens, block, &outputs);
-        for (int64_t i = begin; i < end; ++i) {
-          worker.screen_panel(scattered(i));
+        for (int64_t panel = --left; panel >= 0; panel = --left) {
+          worker.screen_panel(panel);
           worker.multiply_pairs_if(kMaxPairs);
         }
         worker.multiply_pairs_if(1);
@@ -185,7 +187,7 @@ class Screened {
       all_steps_ += (end - start + tile - 1) / tile * tokens_.steps;
       for (int64_t sequence = first; sequence < last; ++sequence) {
         const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
-        if (length == 0) continue;
+        if (length == 0 || all_settled(begin - start, length)) continue;
         screen().find_pairs(
             weight,
             {products_.get() + (begin - start) * head_.columns_, state + (sequence - block_.first) * head_.columns_,
@@ -201,6 +203,11 @@ class Screened {
           if (!rounded_.in_order()) std::sort(pairs_.end() - found_.counts[e], pairs_.end());
         }
       }
+    }
+
+    bool all_settled(int64_t first, int64_t tokens) const {
+      const int64_t tile = screen().tile_tokens, from = first / tile, to = (first + tokens - 1) / tile + 1;
+      return std::memchr(settled_.get() + from, 0, to - from) == nullptr;
     }
 
     size_t pairs_end(size_t entry) const {
@@ -289,9 +296,6 @@ class Screened {
     return std::make_unique<RoundedTokens<T>>(input_, weight_, sign_, block.first, block.last);
   }
 
-  // A permutation of the panels that gives all threads as many of the active ones, which lie together.
-  int64_t scattered(int64_t i) const { return i * stride_ % panels_; }
-
   void find_thresholds() {
     threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
     for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -304,12 +308,6 @@ class Screened {
         threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
       }
     }
-  }
-
-  static int64_t about_a_third_coprime(int64_t count) {
-    int64_t stride = count / 3 + 1;
-    while (std::gcd(stride, count) > 1) ++stride;
-    return stride;
   }
 
   void cut_into_blocks() {
@@ -346,7 +344,7 @@ class Screened {
   const Pooling pooling_;
   const Activation activation_;
   const int64_t vocabulary_, depth_;  // asking the tensors goes through torch's library
-  const int64_t columns_, panels_, stride_;
+  const int64_t columns_, panels_;
   const std::vector<int64_t> entries_;  // of the columns
   const std::vector<float> sign_;
   const Scratch<Acc> bias_;

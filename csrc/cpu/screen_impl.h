@@ -104,9 +104,9 @@ inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
   for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
 }
 
-// By the basis: eight depths of the result at a time, summed up along the depths of the row.
+// By the basis: a few depths of the result at a time, summed up along the depths of the row.
 inline void change_basis(const Floats* row, const float* basis, int64_t depth, int64_t padded_depth, Floats* result) {
-  constexpr int kSums = 8;
+  constexpr int kSums = 2 * kScreenTokens;
   for (int64_t first = 0; first < padded_depth; first += kSums) {
     Floats sum[kSums] = {};
     for (int64_t d = 0; d < depth; ++d) {
