@@ -51,18 +51,19 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
           }
           float* residual = prepared.mutable_row(panel, PreparedWeight::kResidual) + lane;
           float* norm = prepared.mutable_row(panel, PreparedWeight::kNorm) + lane;
-          round_rows<T>(kernel)({const_data<T>(dense), depth, entries, kernel.lanes, depth, padded_depth, scratch.get(),
-                                 const_data<float>(prepared.mean), false, sign.data(), entries_basis, nullptr},
-                                kernel.weight_levels, kernel.weight_offset,
-                                {prepared.units(panel) + lane,
-                                 columns,
-                                 prepared.mutable_row(panel, PreparedWeight::kScale) + lane,
-                                 residual,
-                                 norm,
-                                 own_norm,
-                                 {rest[0], rest[1]},
-                                 {sum[0], sum[1], sum[2]},
-                                 prepared.mutable_row(panel, PreparedWeight::kMeanDot) + lane});
+          row_functions<T>(kernel).round(
+              {const_data<T>(dense), depth, entries, kernel.lanes, depth, padded_depth, scratch.get(),
+               const_data<float>(prepared.mean), false, sign.data(), entries_basis, nullptr},
+              kernel.weight_levels, kernel.weight_offset,
+              {prepared.units(panel) + lane,
+               columns,
+               prepared.mutable_row(panel, PreparedWeight::kScale) + lane,
+               residual,
+               norm,
+               own_norm,
+               {rest[0], rest[1]},
+               {sum[0], sum[1], sum[2]},
+               prepared.mutable_row(panel, PreparedWeight::kMeanDot) + lane});
           for (int64_t i = 0; i < kernel.lanes; ++i) {
             if (basis) {
               residual[i] += basis_rounding * own_norm[i] + rounding * (own_norm[i] + norm[i]);

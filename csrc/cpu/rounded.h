@@ -70,8 +70,8 @@ class RoundedTokens {
     const float mean_norm = norm_of(const_data<float>(weight.mean), weight.mean.numel());
     for_lanes([&](int64_t lane, float* scratch) {
       float own_norm[kMaxLanes], rest[kScreenStages - 1][kMaxLanes];
-      round_rows<T>(screen())(hidden(lane, scratch, weight, sign.data(), nullptr), screen().token_levels, 0,
-                              rounded(lane, own_norm, {rest[0], rest[1]}));
+      row_functions<T>(screen()).round(hidden(lane, scratch, weight, sign.data(), nullptr), screen().token_levels, 0,
+                                       rounded(lane, own_norm, {rest[0], rest[1]}));
       for (int64_t t = lane; t < lane + screen().lanes; ++t) {
         residual_.get()[t] += rounding * (norm_.get()[t] + mean_norm) + kScreenTiny;
         finish_start(t);
@@ -85,7 +85,7 @@ class RoundedTokens {
   void round_along_basis(const PreparedWeight& weight, int64_t last) {
     const Scratch<float> rows(padded_ * depth_), largest(padded_), own_norm(padded_), rest(padded_);
     for_lanes([&](int64_t lane, float* scratch) {
-      rotate_rows<T>(screen())(
+      row_functions<T>(screen()).rotate(
           hidden(lane, scratch, weight, nullptr, const_data<float>(*weight.basis)),
           {rows.get() + lane * depth_, largest.get() + lane, own_norm.get() + lane, rest.get() + lane});
     });
@@ -97,10 +97,10 @@ class RoundedTokens {
     for_lanes([&](int64_t lane, float* scratch) {
       const int64_t from = std::min(lane, count_ - 1);
       float unused[kMaxLanes];
-      round_rows<float>(screen())({rows.get(), depth_, order_.data() + from, count_ - from, depth_, depth_, scratch,
-                                   nullptr, true, nullptr, nullptr, tile_largest.get() + lane},
-                                  screen().token_levels, 0,
-                                  rounded(lane, unused, {rests.get() + lane, rests.get() + padded_ + lane}));
+      row_functions<float>(screen()).round({rows.get(), depth_, order_.data() + from, count_ - from, depth_, depth_,
+                                            scratch, nullptr, true, nullptr, nullptr, tile_largest.get() + lane},
+                                           screen().token_levels, 0,
+                                           rounded(lane, unused, {rests.get() + lane, rests.get() + padded_ + lane}));
       for (int64_t t = lane; t < lane + screen().lanes; ++t) {
         // All other rounding is in the entries' residuals, which are multiplied by this norm.
         const float own = own_norm.get()[order_[std::min(t, count_ - 1)]], lost = basis_rounding * own;

@@ -97,6 +97,12 @@ struct ScreenedPairs {
   int64_t compared;  // pairs that had to be looked at one by one
 };
 
+template <typename T>
+struct RowFunctions {
+  void (*rotate)(const RowsToRound<T>& rows, const RotatedRows& rotated);
+  void (*round)(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
+};
+
 struct Screen {
   const char* name;
   int64_t lanes;  // rows rounded at a time
@@ -108,15 +114,10 @@ struct Screen {
   double speed;
   bool token_rows;  // the layout of the tokens, see kScreenGroup
 
-  void (*rotate_f32)(const RowsToRound<float>& rows, const RotatedRows& rotated);
-  void (*rotate_f64)(const RowsToRound<double>& rows, const RotatedRows& rotated);
-  void (*rotate_bf16)(const RowsToRound<bfloat16>& rows, const RotatedRows& rotated);
-  void (*rotate_f16)(const RowsToRound<float16>& rows, const RotatedRows& rotated);
-
-  void (*round_f32)(const RowsToRound<float>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
-  void (*round_f64)(const RowsToRound<double>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
-  void (*round_bf16)(const RowsToRound<bfloat16>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
-  void (*round_f16)(const RowsToRound<float16>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded);
+  RowFunctions<float> f32;
+  RowFunctions<double> f64;
+  RowFunctions<bfloat16> bf16;
+  RowFunctions<float16> f16;
 
   // products[token][column] = scale * integer product of tokens [begin, end), begin a multiple of kScreenGroup, and
   // state[sequence][column] the largest of the sequence's tokens; the caller initialises it. Except for the tiles that
@@ -131,19 +132,11 @@ struct Screen {
 };
 
 template <typename T>
-auto round_rows(const Screen& screen) {
-  if constexpr (std::is_same_v<T, float>) return screen.round_f32;
-  if constexpr (std::is_same_v<T, double>) return screen.round_f64;
-  if constexpr (std::is_same_v<T, bfloat16>) return screen.round_bf16;
-  if constexpr (std::is_same_v<T, float16>) return screen.round_f16;
-}
-
-template <typename T>
-auto rotate_rows(const Screen& screen) {
-  if constexpr (std::is_same_v<T, float>) return screen.rotate_f32;
-  if constexpr (std::is_same_v<T, double>) return screen.rotate_f64;
-  if constexpr (std::is_same_v<T, bfloat16>) return screen.rotate_bf16;
-  if constexpr (std::is_same_v<T, float16>) return screen.rotate_f16;
+const RowFunctions<T>& row_functions(const Screen& screen) {
+  if constexpr (std::is_same_v<T, float>) return screen.f32;
+  if constexpr (std::is_same_v<T, double>) return screen.f64;
+  if constexpr (std::is_same_v<T, bfloat16>) return screen.bf16;
+  if constexpr (std::is_same_v<T, float16>) return screen.f16;
 }
 
 const Screen& screen_portable();

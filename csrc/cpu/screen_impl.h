@@ -201,7 +201,7 @@ inline Floats norm_bound(Floats squares, int64_t depth, Ints finite) {
 }
 
 template <typename T>
-void rotate_rows_impl(const RowsToRound<T>& rows, const RotatedRows& rotated) {
+void rotate_rows(const RowsToRound<T>& rows, const RotatedRows& rotated) {
   const Rotated<T> found(rows);
   const int64_t depth = rows.padded_depth;
   const Extent extent(found.x, depth);
@@ -218,7 +218,7 @@ void rotate_rows_impl(const RowsToRound<T>& rows, const RotatedRows& rotated) {
 }
 
 template <typename T>
-void round_rows_impl(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
+void round_rows(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
   const Rotated<T> found(rows);
   const Floats* const x = found.x;
   const int64_t depth = rows.padded_depth;
@@ -456,14 +456,10 @@ constexpr Screen make_screen(const char* name, double speed) {
           kWeightOffset,
           speed,
           kTokenRows,
-          rotate_rows_impl<float>,
-          rotate_rows_impl<double>,
-          rotate_rows_impl<bfloat16>,
-          rotate_rows_impl<float16>,
-          round_rows_impl<float>,
-          round_rows_impl<double>,
-          round_rows_impl<bfloat16>,
-          round_rows_impl<float16>,
+          {rotate_rows<float>, round_rows<float>},
+          {rotate_rows<double>, round_rows<double>},
+          {rotate_rows<bfloat16>, round_rows<bfloat16>},
+          {rotate_rows<float16>, round_rows<float16>},
           multiply,
           find_pairs};
 }

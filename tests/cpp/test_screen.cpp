@@ -84,14 +84,14 @@ static Rounded round(const Screen& screen, const std::vector<float>& matrix, int
   };
   for (int64_t row = 0; row < padded; row += screen.lanes) {
     float norm[kMaxLanes], rest[kMaxLanes];
-    screen.rotate_f32(given(row, nullptr), {rotated.data(), largest.data() + row, norm, rest});
+    screen.f32.rotate(given(row, nullptr), {rotated.data(), largest.data() + row, norm, rest});
   }
   for (int64_t row = 0; row < padded; row += screen.tile_tokens) {
     std::fill_n(largest.begin() + row, screen.tile_tokens,
                 *std::max_element(largest.begin() + row, largest.begin() + row + screen.tile_tokens));
   }
   for (int64_t row = 0; row < padded; row += screen.lanes) {
-    screen.round_f32(given(row, along_basis && tokens ? largest.data() + row : nullptr),
+    screen.f32.round(given(row, along_basis && tokens ? largest.data() + row : nullptr),
                      tokens ? screen.token_levels : screen.weight_levels, tokens ? 0 : screen.weight_offset,
                      {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride,
                       tokens && screen.token_rows ? 0 : stride,

@@ -28,6 +28,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def rounding(request, monkeypatch):
     """Both ways to round: the basis, for which some tokens are waited for, from the first call."""
     if request.param == "rotated":
+        yield
         return
     prepare = Decoder.prepare
 
@@ -36,6 +37,11 @@ def rounding(request, monkeypatch):
 
     monkeypatch.setattr(_screening, "_TOKENS_BEHIND_BASIS", 0)
     monkeypatch.setattr(Decoder, "prepare", prepare_with_basis)
+    # The threads of many small products would wait for each other wherever cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 exact = pytest.mark.usefixtures("rounding")
