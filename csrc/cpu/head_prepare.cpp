@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
   const Tensor dense = as_contiguous(weight);
   const PreparedWeight prepared{
       as_contiguous(mean), new_tensor(mean, std::vector<int64_t>{panels, padded_depth / 4, columns}, ScalarType::Int),
-      new_tensor(mean, std::vector<int64_t>{panels, kinds, columns}), contiguous_if_any(basis),
-      contiguous_if_any(order)};
+      new_tensor(mean, std::vector<int64_t>{panels, kinds, columns}), contiguous_or_none(basis),
+      contiguous_or_none(order)};
   const std::vector<int64_t> order_of_entries = entries_in_order(prepared.order, vocabulary);
   const std::vector<float> sign = rotation_signs(padded_depth);
   const float* entries_basis = basis ? const_data<float>(*prepared.basis) + depth * padded_depth : nullptr;

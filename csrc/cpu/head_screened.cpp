@@ -376,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   check_mean(mean, weight);
   check_basis(basis, order, weight);
   const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows),
-                                contiguous_if_any(basis), contiguous_if_any(order)};
+                                contiguous_or_none(basis), contiguous_or_none(order)};
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&

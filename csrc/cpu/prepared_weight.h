@@ -66,10 +66,6 @@ inline std::vector<int64_t> entries_in_order(const std::optional<Tensor>& order,
   return entries;
 }
 
-inline std::optional<Tensor> contiguous_if_any(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
-}
-
 // Of a vector or a matrix, an upper bound.
 inline float norm_of(const float* data, int64_t count) {
   double squares = 0;

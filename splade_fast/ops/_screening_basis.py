@@ -43,8 +43,9 @@ class Moments:
     def add(self, tokens: Tensor) -> None:
         """More of them, (N, D) float32."""
         self.tokens += tokens.shape[0]
-        self._sum += tokens.sum(0)
-        self._products += tokens.T @ tokens
+        # Not in place: those of a call under inference_mode may not be written to outside of it.
+        self._sum = self._sum + tokens.sum(0)
+        self._products = self._products + tokens.T @ tokens
 
     @property
     def mean(self) -> Tensor:
@@ -61,17 +62,18 @@ def balanced_basis(moments: Moments, weight: Tensor, bias: Tensor | None) -> Bas
     if moments.tokens == 0 or weight.numel() == 0:
         return None
     entries, activity = _of_entries(weight, bias, moments.mean.float())
-    if not (entries.isfinite().all() and moments.around_mean.isfinite().all()):
+    hidden = moments.around_mean
+    if not (entries.isfinite().all() and hidden.isfinite().all()):
         return None
-    root, inverse_root = _roots(moments.around_mean)
+    root, inverse_root = _roots(hidden)
     squares, vectors = torch.linalg.eigh(root @ entries @ root)
     squares, vectors = squares.flip(0), vectors.flip(1)
     scale = squares.clamp_min(_FLOOR**2 * squares[0]) ** 0.25
     matrices = torch.stack([inverse_root @ vectors * scale, root @ vectors / scale])
     matrices = _spread(torch.nn.functional.pad(matrices, (0, -len(squares) % _PADDING)))
     # Errors of rounding are relative to ‖h‖ + ‖mean‖: the length of P·h shall not be less, of any.
-    spread = moments.around_mean.trace().clamp_min(0).sqrt()
-    length = (matrices[0].T @ moments.around_mean @ matrices[0]).trace().sqrt()
+    spread = hidden.trace().clamp_min(0).sqrt()
+    length = (matrices[0].T @ hidden @ matrices[0]).trace().sqrt()
     factor = _LENGTH * (spread + moments.mean.norm()) / length
     matrices = torch.stack([matrices[0] * factor, matrices[1] / factor]).float()
     error = matrices[0].double() @ matrices[1].double().T - torch.eye(len(squares))

@@ -642,6 +642,31 @@ def test_no_basis_for_a_weight_that_changes():
     assert decoder.prepared.basis is None
 
 
+@in_stages
+def test_a_basis_begun_under_inference_mode_and_ended_without():
+    hidden, weight, bias = narrow(1200, 64, 300)
+    expected = sf.splade_head(hidden, weight, bias, algorithm="dense")
+    with torch.inference_mode():
+        sf.splade_head(hidden, weight, bias, algorithm="screened")
+    assert torch.equal(sf.splade_head(hidden, weight, bias, algorithm="screened"), expected)
+    assert decoder_of(weight, weight.dtype).prepared.basis is not None
+    assert_same(hidden, weight, bias)
+
+
+@in_stages
+def test_a_basis_made_under_inference_mode_serves_a_backward():
+    hidden, weight, bias = narrow(2400, 64, 300)
+    with torch.inference_mode():
+        sf.splade_head(hidden, weight, bias, algorithm="screened")
+    assert decoder_of(weight, weight.dtype).prepared.basis is not None
+    gradients = []
+    for algorithm in ("dense", "screened"):
+        leaf = hidden.clone().requires_grad_()
+        sf.splade_head(leaf, weight, bias, algorithm=algorithm).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("dim", [1, 64, 100, 384])
 def test_the_basis_keeps_products_and_balances_moments(dim):
     tokens, weight = torch.randn(5000, dim), torch.randn(3000, dim)
