@@ -127,14 +127,15 @@ class WordCounts(TextEncoder):
     dtype = torch.float32
 
     def tokenize(self, texts, max_length=256):
-        return {"lengths": torch.tensor([len(text) for text in texts])}
+        lengths = torch.tensor([[len(text)] for text in texts])
+        return {"lengths": lengths, "attention_mask": torch.ones_like(lengths)}
 
     def sparse_rows(self, inputs, k):
         self.before(self.batches)
         self.batches += 1
         count = len(inputs["lengths"])
         indices = torch.arange(self.width, dtype=torch.int32).repeat(count, 1)
-        values = inputs["lengths"].float().unsqueeze(1).repeat(1, self.width)
+        values = inputs["lengths"].float().repeat(1, self.width)
         lengths = torch.full((count,), self.width, dtype=torch.int32)
         return sf.SparseRows(indices, values, lengths, self.vocab_size)
 

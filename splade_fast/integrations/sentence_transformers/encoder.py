@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor, nn
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
-from splade_fast.integrations.sentence_transformers.modules import (
-    SPARSE,
-    HeadPooling,
-    HiddenTransformer,
-)
+from splade_fast.integrations.sentence_transformers.batches import batches
+from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.sparse_rows import SparseRows
 
-_TAKES_PROCESSING = "processing_kwargs" in inspect.signature(Transformer.preprocess).parameters
 _LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
 
 
@@ -46,22 +40,23 @@ class _Encoder(Role):
         max_active_dims: int | None,
         **kwargs: Any,
     ) -> Tensor:
-        """(N, V) in the order of the texts, in the batches that theirs would make."""
+        """(N, V) in the order of the texts."""
         model: Any = self
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
         model.eval()
         options = kwargs | ({"max_active_dims": max_active_dims} if max_active_dims else {})
-        order = np.argsort([-model._input_length(text) for text in texts])
-        if model._can_flatten_inputs():
-            order = model._interleave_sorted_indices(order)
         wants_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
         result: _Coordinates | _Matrix = _Coordinates() if convert_to_sparse_tensor else _Matrix()
-        for start in trange(
-            0, len(texts), batch_size, desc="Batches", disable=not show_progress_bar
-        ):
-            places = order[start : start + batch_size]
-            features = _preprocessed(model, [texts[i] for i in places], prompt, kwargs)
+        order: list[Tensor] = []
+        progress = tqdm(
+            batches(model, texts, batch_size, prompt, kwargs),
+            desc="Batches",
+            total=-(-len(texts) // batch_size),
+            disable=not show_progress_bar,
+        )
+        for places, features in progress:
+            order.append(places)
             features = batch_to_device(features, device)
             if wants_rows:
                 features[SPARSE] = max_active_dims
@@ -71,26 +66,7 @@ class _Encoder(Role):
                     vectors = select_max_active_dims(vectors, max_active_dims=max_active_dims)
                 place = torch.device("cpu") if save_to_cpu else vectors.device
                 result.add(vectors.to(place))
-        return result.in_order(torch.from_numpy(order))
-
-
-def _preprocessed(
-    model: Any, texts: Sequence[Any], prompt: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Theirs, by way of numpy where that is known to be safe: torch takes long to read lists."""
-    first = model[0]
-    if (
-        _TAKES_PROCESSING
-        and isinstance(first, HiddenTransformer)
-        and getattr(first, "query_expansion", None) is None  # works on tensors
-        and "processing_kwargs" not in options
-    ):
-        options = {**options, "processing_kwargs": {"common": {"return_tensors": "np"}}}
-    features = model.preprocess(texts, prompt=prompt, **options)
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in features.items()
-    }
+        return result.in_order(torch.cat(order))
 
 
 class _WithInference(_Encoder):

@@ -25,6 +25,7 @@ class HiddenTransformer(Role):
     """Gives the decoder's input as token embeddings, and the decoder for the pooling."""
 
     model: Any
+    modality_config: dict[str, Any]
     module_output_name: str
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
