@@ -37,7 +37,7 @@ def study(
     rounds: int,
     seconds: float,
 ) -> list[Finding]:
-    # Sorted, so that all contenders form the same batches.
+    # Sorted, as the contenders that sort by characters do.
     ordered = sorted(texts, key=len, reverse=True)
     encoder = SpladeEncoder.from_pretrained(folder)
     finding = partial(
