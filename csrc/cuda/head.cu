@@ -135,12 +135,19 @@ bool fused_is_wanted() {
   return value != nullptr && std::string_view(value) == "1";
 }
 
+// How the fused kernel multiplies a dtype, if it does.
+std::optional<hopper::Operand> fused_operand(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return hopper::Operand::kBfloat16;
+  if (dtype == ScalarType::Half) return hopper::Operand::kFloat16;
+  return std::nullopt;
+}
+
 bool runs_fused(const HeadInput& input, Pooling pooling, const OnDevice& device) {
-  const ScalarType dtype = input.weight.scalar_type();
-  if (pooling != Pooling::kMax || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return false;
+  const std::optional<hopper::Operand> operand = fused_operand(input.weight.scalar_type());
+  if (pooling != Pooling::kMax || !operand) return false;
   const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
   return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
-         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()},
+         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()}, *operand,
                     address(input.tokens) | address(input.weight));
 }
 
@@ -171,7 +178,7 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
 
   sm90::HeadTask task{};
   task.shape = shape;
-  task.is_bfloat16 = input.weight.scalar_type() == ScalarType::BFloat16;
+  task.operand = *fused_operand(input.weight.scalar_type());
   task.tokens = packed.const_data_ptr();
   task.weight = input.weight.const_data_ptr();
   task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),

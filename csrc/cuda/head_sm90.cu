@@ -10,10 +10,9 @@
 // nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
 // FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
-#include <cudaTypedefs.h>
-
 #include "head_sm90.h"
 #include "hopper.cuh"
+#include "tensor_map.h"
 
 namespace splade_fast::cuda::sm90 {
 namespace {
@@ -34,6 +33,13 @@ __device__ void merge_key(K* key, K candidate) {
     atomicMax(key, candidate);
   }
 }
+
+using hopper::Operand;
+
+// The type of bias and pooled values that goes with operands.
+template <Operand kOperand>
+using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16,
+                                   std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
 
 // Outputs and keys of a task.
 template <typename T, bool kPositions>
@@ -72,7 +78,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                    });
 }
 
-template <typename T, bool kPositions, int kCluster>
+template <Operand kOperand, bool kPositions, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     head_sm90_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
                      const __grid_constant__ HeadTask task) {
@@ -95,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
 
+  constexpr int kTileDepth = row_elements(kOperand);
   const int depth = static_cast<int>(task.shape.depth), steps = (depth + kTileDepth - 1) / kTileDepth;
   const TileOrder order =
       TileOrder::of(static_cast<int>(task.shape.vocabulary), task.rows.starts[task.rows.batch], kCluster);
@@ -147,8 +154,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint64_t offset = static_cast<uint64_t>(ring.stage * (kStageBytes / 16));
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < kTileDepth / kInstructionDepth; ++part) {
-          wgmma<T>(accumulators, deeper(own_entries + offset, part), deeper(all_tokens + offset, part), step + part);
+        for (int part = 0; part < kRowInstructions; ++part) {
+          wgmma<kOperand>(accumulators, deeper(own_entries + offset, part), deeper(all_tokens + offset, part),
+                          step + part);
         }
         wgmma_commit();
         // The step before this one has been read: its stage is free.
@@ -159,8 +167,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_wait<0>();
       pin(accumulators);
       release(before);
-      reduce_tile<T, kPositions>(task, accumulators, tile.token,
-                                 (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
+      reduce_tile<Element<kOperand>, kPositions>(
+          task, accumulators, tile.token,
+          (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
     }
   }
   // No block may end while the other still copies to it or arrives at its barriers.
@@ -182,41 +191,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask t
 
 // Host functions -------------------------------------------------------------------------------------------------
 
-using Encode = PFN_cuTensorMapEncodeTiled_v12000;
-
-// From the driver that is loaded, so that the library needs none to link to.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-// A row-major matrix (rows, depth), copied in boxes of box_rows x kTileDepth; what is outside of it reads as 0.
-cudaError_t make_map(CUtensorMap& map, const void* data, int64_t rows, int64_t depth, int box_rows, bool is_bfloat16) {
-  static const Encode encode = find_encode();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[]{static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[]{static_cast<cuuint64_t>(depth * hopper::kElementBytes)};
-  const cuuint32_t box[]{kTileDepth, static_cast<cuuint32_t>(box_rows)}, element_strides[]{1, 1};
-  const CUtensorMapDataType type = is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, element_strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-template <typename T, bool kPositions, int kCluster>
+template <Operand kOperand, bool kPositions, int kCluster>
 cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
   CUtensorMap weight_map, token_map;
   cudaError_t error =
-      make_map(weight_map, task.weight, task.shape.vocabulary, task.shape.depth, kTileEntries, task.is_bfloat16);
+      hopper::make_tensor_map(weight_map, task.weight, task.shape.vocabulary, task.shape.depth, kTileEntries, kOperand);
   if (error != cudaSuccess) return error;
-  error = make_map(token_map, task.tokens, task.shape.rows, task.shape.depth, kTileTokens / kCluster, task.is_bfloat16);
+  error = hopper::make_tensor_map(token_map, task.tokens, task.shape.rows, task.shape.depth, kTileTokens / kCluster,
+                                  kOperand);
   if (error != cudaSuccess) return error;
 
-  const auto kernel = head_sm90_kernel<T, kPositions, kCluster>;
+  const auto kernel = head_sm90_kernel<kOperand, kPositions, kCluster>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
@@ -242,21 +227,28 @@ cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, weight_map, token_map, task);
 }
 
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
+  using T = Element<kOperand>;
   const int batch = task.rows.batch, tiles = task.rows.tiles;
   cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
   if (error != cudaSuccess) return error;
   first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
       task.rows.starts, batch, tiles, task.first_sequences);
-  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<T, kPositions, 2>(task, stream)
-                                                     : launch_kernel<T, kPositions, 1>(task, stream);
+  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)
+                                                     : launch_kernel<kOperand, kPositions, 1>(task, stream);
   if (error != cudaSuccess) return error;
   constexpr int kMaxWalkers = 1024;
   const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
                   static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
   finish_kernel<T, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
   return cudaGetLastError();
+}
+
+template <Operand kOperand>
+cudaError_t launch_operand(const HeadTask& task, cudaStream_t stream) {
+  return task.outputs.max_logits != nullptr ? launch_all<kOperand, true>(task, stream)
+                                            : launch_all<kOperand, false>(task, stream);
 }
 
 }  // namespace
@@ -270,11 +262,8 @@ bool is_built() {
 }
 
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
-  const bool positions = task.outputs.max_logits != nullptr;
-  if (task.is_bfloat16) {
-    return positions ? launch_all<__nv_bfloat16, true>(task, stream) : launch_all<__nv_bfloat16, false>(task, stream);
-  }
-  return positions ? launch_all<__half, true>(task, stream) : launch_all<__half, false>(task, stream);
+  return task.operand == Operand::kBfloat16 ? launch_operand<Operand::kBfloat16>(task, stream)
+                                            : launch_operand<Operand::kFloat16>(task, stream);
 }
 
 }  // namespace splade_fast::cuda::sm90

@@ -12,8 +12,8 @@
 namespace splade_fast::cuda::sm90 {
 
 struct HeadTask {
-  Shape shape;         // rows: that tokens has room for
-  bool is_bfloat16;    // or float16
+  Shape shape;  // rows: that tokens has room for
+  hopper::Operand operand;
   const void* tokens;  // (rows, depth), of which starts[batch] are read
   const void* weight;  // (vocabulary, depth)
   PackedRows rows;
