@@ -23,9 +23,10 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "int pooling, int activation, bool save_for_backward, bool float_output, int algorithm, "
       "Tensor? source) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
+  // allow_tf32: a float32 product may read its operands as TF32, which one kernel of CUDA can.
   m.def(
       "head_forward_dense(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
-      "int pooling, int activation, bool save_for_backward, bool float_output) "
+      "int pooling, int activation, bool save_for_backward, bool float_output, bool allow_tf32=False) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
   // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
   // mean of the hidden states that will come. basis (2, D, padded D) float32, if any: matrices P and Q by which hidden

@@ -3,8 +3,9 @@
 // fused kernel of head_sm90.cu may take its place.
 //
 // The chunk has the dtype of hidden, as torch's own product has, so bfloat16 and float16 logits are rounded once before
-// the maximum; bias, sum and activation are in float32. Padded input multiplies all B * L rows, because the number of
-// tokens that count is not known without waiting for the device; packed input costs its real tokens.
+// the maximum; bias, sum and activation are in float32. Torch's product follows its own setting of TF32. Padded input
+// multiplies all B * L rows, because the number of tokens that count is not known without waiting for the device;
+// packed input costs its real tokens.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -135,24 +136,30 @@ bool fused_is_wanted() {
   return value != nullptr && std::string_view(value) == "1";
 }
 
-// How the fused kernel multiplies a dtype, if it does.
-std::optional<hopper::Operand> fused_operand(ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return hopper::Operand::kBfloat16;
-  if (dtype == ScalarType::Half) return hopper::Operand::kFloat16;
-  return std::nullopt;
+// As what the fused kernel would multiply a dtype, if it may.
+std::optional<hopper::Operand> fused_operand(ScalarType dtype, bool allow_tf32) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return hopper::Operand::kBfloat16;
+    case ScalarType::Half:
+      return hopper::Operand::kFloat16;
+    case ScalarType::Float:
+      return allow_tf32 ? std::optional(hopper::Operand::kTfloat32) : std::nullopt;
+    default:
+      return std::nullopt;
+  }
 }
 
-bool runs_fused(const HeadInput& input, Pooling pooling, const OnDevice& device) {
-  const std::optional<hopper::Operand> operand = fused_operand(input.weight.scalar_type());
-  if (pooling != Pooling::kMax || !operand) return false;
+// Whether the fused kernel can run, and has been asked for.
+bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice& device) {
   const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
   return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
-         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()}, *operand,
+         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()}, operand,
                     address(input.tokens) | address(input.weight));
 }
 
-void head_fused(const HeadInput& input, Activation activation, const Outputs& outputs, const OnDevice& device,
-                const char* op) {
+void head_fused(const HeadInput& input, hopper::Operand operand, Activation activation, const Outputs& outputs,
+                const OnDevice& device, const char* op) {
   const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
   const auto new_ints = [&](int64_t count) {
     return new_tensor(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
@@ -178,7 +185,7 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
 
   sm90::HeadTask task{};
   task.shape = shape;
-  task.operand = *fused_operand(input.weight.scalar_type());
+  task.operand = operand;
   task.tokens = packed.const_data_ptr();
   task.weight = input.weight.const_data_ptr();
   task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
@@ -201,7 +208,7 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                                            const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
-                                           int64_t activation_code, bool save, bool float_output) {
+                                           int64_t activation_code, bool save, bool float_output, bool allow_tf32) {
   const char* op = "head_forward";
   const Pooling pooling = check_pooling(pooling_code);
   const Activation activation = check_activation(activation_code);
@@ -214,8 +221,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
                         new_tensor(hidden, saved ? shape : none, acc),
                         new_tensor(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)), saved};
   if (outputs.pooled.numel() > 0) {
-    if (runs_fused(input, pooling, device)) {
-      head_fused(input, activation, outputs, device, op);
+    const std::optional<hopper::Operand> operand =
+        pooling == Pooling::kMax ? fused_operand(dtype, allow_tf32) : std::nullopt;
+    if (operand && runs_fused(input, *operand, device)) {
+      head_fused(input, *operand, activation, outputs, device, op);
     } else {
       head_by_chunks(input, pooling, activation, outputs, device, op);
     }

@@ -1,5 +1,5 @@
-// head forward on sm_90a, max pooling, bfloat16 and float16: one kernel multiplies and reduces; logits never leave the
-// registers.
+// head forward on sm_90a, max pooling, bfloat16, float16 and float32 as TF32: one kernel multiplies and reduces; logits
+// never leave the registers.
 //
 // Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
 // vocabulary entries each by the tile's 256 tokens and reduce them. Two blocks of a cluster share each token tile, half
@@ -262,8 +262,16 @@ bool is_built() {
 }
 
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
-  return task.operand == Operand::kBfloat16 ? launch_operand<Operand::kBfloat16>(task, stream)
-                                            : launch_operand<Operand::kFloat16>(task, stream);
+  switch (task.operand) {
+    case Operand::kBfloat16:
+      return launch_operand<Operand::kBfloat16>(task, stream);
+    case Operand::kFloat16:
+      return launch_operand<Operand::kFloat16>(task, stream);
+    case Operand::kTfloat32:
+      return launch_operand<Operand::kTfloat32>(task, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
 }
 
 }  // namespace splade_fast::cuda::sm90

@@ -50,7 +50,9 @@ def splade_head(
     into the pooling. Accumulates in float32 (float64 for float64). Ties of the maximum go to the
     lowest position, which alone gets the gradient. Gradients are bitwise deterministic. NaN at a
     counted position shows in the output; positions that do not count are not read. Under autocast
-    the product runs in the autocast dtype and the result is float32, as with log1p there.
+    the product runs in the autocast dtype and the result is float32, as with log1p there. On a GPU
+    float32 products follow torch's setting (torch.set_float32_matmul_precision) as torch.mm does:
+    where TF32 is permitted, each operand may lose a relative 2^-10.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens; float32, float64, bfloat16 or float16.
@@ -210,8 +212,18 @@ def _forward(
                 decoder.record(bool(declined))
             if not declined:
                 return outputs[:3]
-    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(*arguments, *options)
+    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(
+        *arguments, *options, hidden.device.type == "cuda" and _permits_tf32()
+    )
     return dense
+
+
+def _permits_tf32() -> bool:
+    """Whether torch's own float32 products on CUDA may use TF32, as it is set when the head runs.
+
+    Of the ways to ask this one alone answers however it was set.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _fake_forward(

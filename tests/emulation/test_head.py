@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from splade_fast import reference
 from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of
 from tests.ops.inputs import ACTIVATIONS, DTYPES, POOLINGS, lattice
 from tests.ops.test_head import HALF, compare
+from tests.tolerances import assert_accurate
 
 CPU = torch.device("cpu")
 
@@ -49,7 +51,7 @@ def fused(monkeypatch):
 
 def test_fused_is_that_of_the_cpu(fused, emulator, draw):
     """Whole and partial tiles on either side, sequences in one tile and in several."""
-    dtype = draw.choice(HALF)
+    dtype = draw.choice([*HALF, torch.float32])
     dim, vocabulary = (
         draw.choice([8, 40, 64, 136, 320]),
         draw.choice([1, 100, 128, 130, 257, 300]),
@@ -67,13 +69,34 @@ def test_fused_is_that_of_the_cpu(fused, emulator, draw):
         weight[draw.randrange(vocabulary), 0] = draw.choice([NAN, torch.inf])
     bias = draw.choice([None, make(vocabulary)])
     for save in (True, False):
-        arguments = hidden, weight, bias, mask, cu_seqlens, 0, 0, save, draw.random() < 0.5
+        arguments = hidden, weight, bias, mask, cu_seqlens, 0, 0, save, draw.random() < 0.5, True
         pooled, maximum, argmax = emulator.ops.head_forward_dense(*arguments)
         expected = torch.ops.splade_fast.head_forward_dense(*arguments)
         assert_same(pooled, expected[0])
         assert_same(maximum, expected[1])
         counted = expected[1] != -torch.inf
         assert_same(argmax.where(counted, 0), expected[2].where(counted, 0))
+
+
+def as_tf32(x):
+    """Without the bits that TF32 does not have."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_tf32_only_where_it_is_allowed(fused, emulator, draw):
+    dim, vocabulary = draw.choice([4, 36, 128]), draw.choice([3, 200])
+    hidden, mask, cu_seqlens = drawn_sequences(draw, 3, 90, dim, torch.randn)
+    weight, bias = torch.randn(vocabulary, dim), torch.randn(vocabulary)
+    sequences = {"attention_mask": mask, "cu_seqlens": cu_seqlens}
+    for allowed in (True, False):
+        operands = (as_tf32(hidden), as_tf32(weight)) if allowed else (hidden, weight)
+        tensors = (*operands, bias)
+        truth = reference.splade_head(*(x.double() for x in tensors), **sequences)
+        baseline = reference.splade_head(*tensors, **sequences)
+        pooled, *_ = emulator.ops.head_forward_dense(
+            hidden, weight, bias, mask, cu_seqlens, 0, 1, False, False, allowed
+        )
+        assert_accurate(pooled, truth, baseline)
 
 
 @pytest.mark.parametrize("hopper", ["0", "1"])
@@ -87,7 +110,7 @@ def test_disorder_comes_to_an_end(monkeypatch, emulator, draw, hopper):
     starts = torch.randint(-5, rows + 9, (batch + 1,)).int()
     for pooling in (0, 1):
         pooled, *_ = emulator.ops.head_forward_dense(
-            hidden, weight, None, None, starts, pooling, 1, True, False
+            hidden, weight, None, None, starts, pooling, 1, True, False, True
         )
         assert pooled.shape == (batch, vocabulary)
     grad, maximum = torch.randn(batch, vocabulary).to(dtype), torch.randn(batch, vocabulary).to(acc)
