@@ -158,8 +158,13 @@ bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice&
                     address(input.tokens) | address(input.weight));
 }
 
-void head_fused(const HeadInput& input, hopper::Operand operand, Activation activation, const Outputs& outputs,
-                const OnDevice& device, const char* op) {
+// Scales go with operands in e4m3.
+struct Scales {
+  const float *sequences, *entries;
+};
+
+void head_fused(const HeadInput& input, hopper::Operand operand, const Scales& scales, Activation activation,
+                const Outputs& outputs, const OnDevice& device, const char* op) {
   const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
   const auto new_ints = [&](int64_t count) {
     return new_tensor(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
@@ -194,16 +199,18 @@ void head_fused(const HeadInput& input, hopper::Operand operand, Activation acti
   task.keys = keys.mutable_data_ptr();
   task.outputs.vocabulary = shape.vocabulary;
   task.outputs.pooled = outputs.pooled.mutable_data_ptr();
-  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() != input.weight.scalar_type();
+  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() == ScalarType::Float;
   task.outputs.max_logits = outputs.saved ? outputs.max_logits.mutable_data_ptr() : nullptr;
   task.outputs.positions = outputs.argmax.mutable_data_ptr();
   task.outputs.position_bytes = static_cast<int>(outputs.argmax.element_size());
   task.outputs.bias = input.bias ? input.bias->const_data_ptr() : nullptr;
   task.outputs.activation = activation;
+  task.sequence_scales = scales.sequences;
+  task.entry_scales = scales.entries;
   check_cuda(sm90::launch_head(task, device.stream()), op);
 }
 
-// Host function --------------------------------------------------------------------------------------------------
+// Host functions -------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
@@ -224,10 +231,33 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
     const std::optional<hopper::Operand> operand =
         pooling == Pooling::kMax ? fused_operand(dtype, allow_tf32) : std::nullopt;
     if (operand && runs_fused(input, *operand, device)) {
-      head_fused(input, *operand, activation, outputs, device, op);
+      head_fused(input, *operand, {}, activation, outputs, device, op);
     } else {
       head_by_chunks(input, pooling, activation, outputs, device, op);
     }
+  }
+  return {outputs.pooled, outputs.max_logits, outputs.argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_scaled(const Tensor& hidden, const Tensor& weight,
+                                                  const Tensor& hidden_scale, const Tensor& weight_scale,
+                                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                                  const std::optional<Tensor>& cu_seqlens, int64_t activation_code,
+                                                  bool save) {
+  const char* op = "head_forward_scaled";
+  const Activation activation = check_activation(activation_code);
+  const SequenceShape sequences = check_scaled_head(hidden, weight, hidden_scale, weight_scale, bias, mask, cu_seqlens);
+  const HeadInput input = make_input(sequences, hidden, weight, bias, mask, cu_seqlens);
+  const Tensor sequence_scales = as_contiguous(hidden_scale), entry_scales = as_contiguous(weight_scale);
+  const OnDevice device(hidden, op);
+  const bool runs = runs_fused(input, hopper::Operand::kE4m3, device);
+  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
+  const Outputs outputs{new_tensor(hidden, runs ? shape : none, ScalarType::Float),
+                        new_tensor(hidden, runs && save ? shape : none, ScalarType::Float),
+                        new_tensor(hidden, runs && save ? shape : none, head_position_type(hidden, cu_seqlens)), save};
+  if (runs) {
+    head_fused(input, hopper::Operand::kE4m3, {const_data<float>(sequence_scales), const_data<float>(entry_scales)},
+               activation, outputs, device, op);
   }
   return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
@@ -237,4 +267,5 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
   m.impl("head_forward_dense", TORCH_BOX(&splade_fast::cuda::forward));
+  m.impl("head_forward_scaled", TORCH_BOX(&splade_fast::cuda::forward_scaled));
 }

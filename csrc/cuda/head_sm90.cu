@@ -1,5 +1,5 @@
-// head forward on sm_90a, max pooling, bfloat16, float16 and float32 as TF32: one kernel multiplies and reduces; logits
-// never leave the registers.
+// head forward on sm_90a, max pooling, bfloat16, float16, float32 as TF32 and scaled e4m3: one kernel multiplies and
+// reduces; logits never leave the registers.
 //
 // Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
 // vocabulary entries each by the tile's 256 tokens and reduce them. Two blocks of a cluster share each token tile, half
@@ -42,7 +42,7 @@ using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16
                                    std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
 
 // Outputs and keys of a task.
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 struct DeviceSink {
   const HeadTask& task;
 
@@ -50,13 +50,15 @@ struct DeviceSink {
     return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
   __device__ void store(int sequence, int entry, float value, int position, bool counted) {
-    store_maximum<T>(task.outputs, sequence, entry, value, position, counted);
+    // Scales are positive: the maximum is the same with them and without.
+    if constexpr (kOperand == Operand::kE4m3) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
+    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
   }
   __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
   __device__ Key<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
 };
 
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kAccumulators], int token_tile,
                             int first_entry) {
   const int thread = static_cast<int>(threadIdx.x) % hopper::kWarpgroupThreads, quarter = thread % 4;
@@ -64,7 +66,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   // Two of four neighbouring threads write, one entry each.
   const int entry = first_entry + hopper::accumulator_row(thread, 2 * (quarter % 2));
   const bool writes = quarter < 2 && entry < task.shape.vocabulary;
-  DeviceSink<T, kPositions> sink{task};
+  DeviceSink<kOperand, kPositions> sink{task};
   for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
                      Key<kPositions> key[2];
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_wait<0>();
       pin(accumulators);
       release(before);
-      reduce_tile<Element<kOperand>, kPositions>(
+      reduce_tile<kOperand, kPositions>(
           task, accumulators, tile.token,
           (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
     }
@@ -179,11 +181,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The results of sequences that no single tile had all rows of, and of those without rows. blockIdx.y walks over them.
 constexpr int kFinishThreads = 256;
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
   const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (entry >= task.shape.vocabulary) return;
-  DeviceSink<T, kPositions> sink{task};
+  DeviceSink<kOperand, kPositions> sink{task};
   for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
     finish(task.rows, b, entry, sink);
   }
@@ -229,7 +231,6 @@ cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
 
 template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
-  using T = Element<kOperand>;
   const int batch = task.rows.batch, tiles = task.rows.tiles;
   cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
   if (error != cudaSuccess) return error;
@@ -241,7 +242,7 @@ cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
   constexpr int kMaxWalkers = 1024;
   const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
                   static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
-  finish_kernel<T, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
+  finish_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
   return cudaGetLastError();
 }
 
@@ -269,6 +270,8 @@ cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
       return launch_operand<Operand::kFloat16>(task, stream);
     case Operand::kTfloat32:
       return launch_operand<Operand::kTfloat32>(task, stream);
+    case Operand::kE4m3:
+      return launch_operand<Operand::kE4m3>(task, stream);
     default:
       return cudaErrorNotSupported;
   }

@@ -19,7 +19,9 @@ struct HeadTask {
   PackedRows rows;
   int32_t* first_sequences;  // (token tiles,), filled by the launch
   void* keys;                // key_bytes(), filled by the launch
-  PooledOutputs outputs;
+  PooledOutputs outputs;     // in the type of the operands, float for TF32 and e4m3
+  // What e4m3 operands were divided by: of each sequence and each entry.
+  const float *sequence_scales, *entry_scales;
 };
 
 // Whether the library has machine code for sm_90a.

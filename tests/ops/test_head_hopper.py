@@ -243,6 +243,29 @@ def test_tf32_rounds_each_operand_by_a_unit_of_tf32_at_most(fused):
     assert ((actual.double() - exact.relu()).abs() <= bound).all()
 
 
+def test_fp8(kernel):
+    """By either kernel the values that the rounding in plain PyTorch gives: sums here are exact."""
+    lengths = [300, 0, 24, 24, 700, 5]
+    hidden = torch.randint(-40, 41, (sum(lengths), 64), device=CUDA).float()
+    weight = torch.randint(-40, 41, (500, 64), device=CUDA).float()
+    bias = torch.randint(-40, 41, (500,), device=CUDA).float()
+    options = {"cu_seqlens": starts(lengths), "precision": "fp8"}
+    names = kernels_of(hidden, weight, bias, **options)
+    assert any(FUSED_KERNEL in name for name in names) == (kernel == "fused")
+    compare(hidden, weight, bias, **options)
+    compare(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), **options)
+
+
+def test_fp8_is_within_its_bound(fused):
+    """Rounding of both operands, and sums of at least 13 bits, as Hopper's tensor cores have."""
+    hidden, weight = torch.randn(40, 768, device=CUDA), torch.randn(3000, 768, device=CUDA)
+    exact = hidden.double() @ weight.double().t()
+    unit = 2.0**-3 + 2.0**-8 + 768 / 32 * 2.0**-13
+    bound = unit * (hidden.abs().double() @ weight.abs().double().t())
+    actual = sf.splade_head(hidden[:, None], weight, activation="relu", precision="fp8")
+    assert ((actual.double() - exact.relu()).abs() <= bound).all()
+
+
 def test_memory(fused):
     """Beside the outputs only the keys of sequences in several tiles, nothing of rows x entries."""
     lengths = [24] * 4000
