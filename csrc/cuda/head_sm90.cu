@@ -50,8 +50,10 @@ struct DeviceSink {
     return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
   __device__ void store(int sequence, int entry, float value, int position, bool counted) {
-    // Scales are positive: the maximum is the same with them and without.
-    if constexpr (kOperand == Operand::kE4m3) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
+    // Scales are positive: the maximum is the same with them and without. That of no rows is -inf whatever they are.
+    if constexpr (kOperand == Operand::kE4m3) {
+      if (counted) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
+    }
     store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
   }
   __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from splade_fast import reference
+from splade_fast.ops import _fp8
+from splade_fast.ops.head import _forward_fp8
 from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of
 from tests.ops.inputs import ACTIVATIONS, DTYPES, POOLINGS, lattice
 from tests.ops.test_head import HALF, compare
@@ -139,6 +141,31 @@ def restored_sequences(hidden, scale, cu_seqlens):
     if cu_seqlens is None:
         return hidden * scale[:, None, None]
     return hidden * scale.repeat_interleave(cu_seqlens.diff())[:, None]
+
+
+def test_fp8_is_that_of_the_cpu(fused, emulator, draw):
+    """The operands and scales of precision="fp8", by the fused kernel and by the ordinary one."""
+
+    def integers(*shape):
+        return torch.randint(-40, 41, shape) * 2.0 ** draw.randint(-9, 9)
+
+    dim, vocabulary = draw.choice([16, 80]), draw.choice([7, 140])
+    hidden, mask, cu_seqlens = drawn_sequences(draw, 5, 70, dim, integers)
+    weight, bias = integers(vocabulary, dim), draw.choice([None, integers(vocabulary)])
+    if draw.random() < 0.3:
+        weight[draw.randrange(vocabulary), 0] = draw.choice([NAN, torch.inf])
+    expected = _forward_fp8(hidden, weight, bias, mask, cu_seqlens, 0, 1, True, False)
+    sequence_scale, token_scale = _fp8.hidden_scales(hidden, mask, cu_seqlens)
+    entry_scale = _fp8.weight_scales(weight)
+    operands = _fp8.rounded(hidden, token_scale), _fp8.rounded(weight, entry_scale)
+    pooled, maximum, argmax = emulator.ops.head_forward_scaled(
+        *operands, sequence_scale, entry_scale, bias, mask, cu_seqlens, 1, True
+    )
+    if hidden.numel():
+        torch.testing.assert_close(pooled, expected[0], equal_nan=True)
+        assert_same(maximum, expected[1])
+        counted = expected[1] != -torch.inf
+        assert_same(argmax.where(counted, 0), expected[2].where(counted, 0))
 
 
 def test_scaled_computes_nothing_where_it_cannot_run(monkeypatch, emulator):
