@@ -222,7 +222,7 @@ def _forward(
     source: Tensor | None,
     fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The screened product where it is asked for or pays, else the dense one."""
+    """The screened product where it is asked for or pays, else the dense one, or that in e4m3."""
     arguments = (hidden, weight, bias, attention_mask, cu_seqlens)
     options = (pooling, activation, save, float_output)
     if fp8:
