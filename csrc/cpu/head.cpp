@@ -35,7 +35,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                                            const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
-                                           int64_t activation_code, bool save, bool float_output) {
+                                           int64_t activation_code, bool save, bool float_output, bool /*allow_tf32*/) {
   const Pooling pooling = check_pooling(pooling_code);
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);

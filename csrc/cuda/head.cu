@@ -3,8 +3,9 @@
 // fused kernel of head_sm90.cu may take its place.
 //
 // The chunk has the dtype of hidden, as torch's own product has, so bfloat16 and float16 logits are rounded once before
-// the maximum; bias, sum and activation are in float32. Padded input multiplies all B * L rows, because the number of
-// tokens that count is not known without waiting for the device; packed input costs its real tokens.
+// the maximum; bias, sum and activation are in float32. Torch's product follows its own setting of TF32. Padded input
+// multiplies all B * L rows, because the number of tokens that count is not known without waiting for the device;
+// packed input costs its real tokens.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -135,17 +136,35 @@ bool fused_is_wanted() {
   return value != nullptr && std::string_view(value) == "1";
 }
 
-bool runs_fused(const HeadInput& input, Pooling pooling, const OnDevice& device) {
-  const ScalarType dtype = input.weight.scalar_type();
-  if (pooling != Pooling::kMax || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return false;
+// As what the fused kernel would multiply a dtype, if it may.
+std::optional<hopper::Operand> fused_operand(ScalarType dtype, bool allow_tf32) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return hopper::Operand::kBfloat16;
+    case ScalarType::Half:
+      return hopper::Operand::kFloat16;
+    case ScalarType::Float:
+      return allow_tf32 ? std::optional(hopper::Operand::kTfloat32) : std::nullopt;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Whether the fused kernel can run, and has been asked for.
+bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice& device) {
   const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
   return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
-         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()},
+         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()}, operand,
                     address(input.tokens) | address(input.weight));
 }
 
-void head_fused(const HeadInput& input, Activation activation, const Outputs& outputs, const OnDevice& device,
-                const char* op) {
+// Scales go with operands in e4m3.
+struct Scales {
+  const float *sequences, *entries;
+};
+
+void head_fused(const HeadInput& input, hopper::Operand operand, const Scales& scales, Activation activation,
+                const Outputs& outputs, const OnDevice& device, const char* op) {
   const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
   const auto new_ints = [&](int64_t count) {
     return new_tensor(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
@@ -171,7 +190,7 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
 
   sm90::HeadTask task{};
   task.shape = shape;
-  task.is_bfloat16 = input.weight.scalar_type() == ScalarType::BFloat16;
+  task.operand = operand;
   task.tokens = packed.const_data_ptr();
   task.weight = input.weight.const_data_ptr();
   task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
@@ -180,21 +199,23 @@ void head_fused(const HeadInput& input, Activation activation, const Outputs& ou
   task.keys = keys.mutable_data_ptr();
   task.outputs.vocabulary = shape.vocabulary;
   task.outputs.pooled = outputs.pooled.mutable_data_ptr();
-  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() != input.weight.scalar_type();
+  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() == ScalarType::Float;
   task.outputs.max_logits = outputs.saved ? outputs.max_logits.mutable_data_ptr() : nullptr;
   task.outputs.positions = outputs.argmax.mutable_data_ptr();
   task.outputs.position_bytes = static_cast<int>(outputs.argmax.element_size());
   task.outputs.bias = input.bias ? input.bias->const_data_ptr() : nullptr;
   task.outputs.activation = activation;
+  task.sequence_scales = scales.sequences;
+  task.entry_scales = scales.entries;
   check_cuda(sm90::launch_head(task, device.stream()), op);
 }
 
-// Host function --------------------------------------------------------------------------------------------------
+// Host functions -------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                                            const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
-                                           int64_t activation_code, bool save, bool float_output) {
+                                           int64_t activation_code, bool save, bool float_output, bool allow_tf32) {
   const char* op = "head_forward";
   const Pooling pooling = check_pooling(pooling_code);
   const Activation activation = check_activation(activation_code);
@@ -207,11 +228,36 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
                         new_tensor(hidden, saved ? shape : none, acc),
                         new_tensor(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)), saved};
   if (outputs.pooled.numel() > 0) {
-    if (runs_fused(input, pooling, device)) {
-      head_fused(input, activation, outputs, device, op);
+    const std::optional<hopper::Operand> operand =
+        pooling == Pooling::kMax ? fused_operand(dtype, allow_tf32) : std::nullopt;
+    if (operand && runs_fused(input, *operand, device)) {
+      head_fused(input, *operand, {}, activation, outputs, device, op);
     } else {
       head_by_chunks(input, pooling, activation, outputs, device, op);
     }
+  }
+  return {outputs.pooled, outputs.max_logits, outputs.argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_scaled(const Tensor& hidden, const Tensor& weight,
+                                                  const Tensor& hidden_scale, const Tensor& weight_scale,
+                                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                                  const std::optional<Tensor>& cu_seqlens, int64_t activation_code,
+                                                  bool save) {
+  const char* op = "head_forward_scaled";
+  const Activation activation = check_activation(activation_code);
+  const SequenceShape sequences = check_scaled_head(hidden, weight, hidden_scale, weight_scale, bias, mask, cu_seqlens);
+  const HeadInput input = make_input(sequences, hidden, weight, bias, mask, cu_seqlens);
+  const Tensor sequence_scales = as_contiguous(hidden_scale), entry_scales = as_contiguous(weight_scale);
+  const OnDevice device(hidden, op);
+  const bool runs = runs_fused(input, hopper::Operand::kE4m3, device);
+  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
+  const Outputs outputs{new_tensor(hidden, runs ? shape : none, ScalarType::Float),
+                        new_tensor(hidden, runs && save ? shape : none, ScalarType::Float),
+                        new_tensor(hidden, runs && save ? shape : none, head_position_type(hidden, cu_seqlens)), save};
+  if (runs) {
+    head_fused(input, hopper::Operand::kE4m3, {const_data<float>(sequence_scales), const_data<float>(entry_scales)},
+               activation, outputs, device, op);
   }
   return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
@@ -221,4 +267,5 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
   m.impl("head_forward_dense", TORCH_BOX(&splade_fast::cuda::forward));
+  m.impl("head_forward_scaled", TORCH_BOX(&splade_fast::cuda::forward_scaled));
 }

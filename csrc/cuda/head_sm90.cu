@@ -1,5 +1,5 @@
-// head forward on sm_90a, max pooling, bfloat16 and float16: one kernel multiplies and reduces; logits never leave the
-// registers.
+// head forward on sm_90a, max pooling, bfloat16, float16, float32 as TF32 and scaled e4m3: one kernel multiplies and
+// reduces; logits never leave the registers.
 //
 // Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
 // vocabulary entries each by the tile's 256 tokens and reduce them. Two blocks of a cluster share each token tile, half
@@ -10,10 +10,9 @@
 // nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
 // FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
-#include <cudaTypedefs.h>
-
 #include "head_sm90.h"
 #include "hopper.cuh"
+#include "tensor_map.h"
 
 namespace splade_fast::cuda::sm90 {
 namespace {
@@ -35,8 +34,15 @@ __device__ void merge_key(K* key, K candidate) {
   }
 }
 
+using hopper::Operand;
+
+// The type of bias and pooled values that goes with operands.
+template <Operand kOperand>
+using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16,
+                                   std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
+
 // Outputs and keys of a task.
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 struct DeviceSink {
   const HeadTask& task;
 
@@ -44,13 +50,17 @@ struct DeviceSink {
     return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
   __device__ void store(int sequence, int entry, float value, int position, bool counted) {
-    store_maximum<T>(task.outputs, sequence, entry, value, position, counted);
+    // Scales are positive: the maximum is the same with them and without. That of no rows is -inf whatever they are.
+    if constexpr (kOperand == Operand::kE4m3) {
+      if (counted) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
+    }
+    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
   }
   __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
   __device__ Key<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
 };
 
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kAccumulators], int token_tile,
                             int first_entry) {
   const int thread = static_cast<int>(threadIdx.x) % hopper::kWarpgroupThreads, quarter = thread % 4;
@@ -58,7 +68,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   // Two of four neighbouring threads write, one entry each.
   const int entry = first_entry + hopper::accumulator_row(thread, 2 * (quarter % 2));
   const bool writes = quarter < 2 && entry < task.shape.vocabulary;
-  DeviceSink<T, kPositions> sink{task};
+  DeviceSink<kOperand, kPositions> sink{task};
   for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
                      Key<kPositions> key[2];
@@ -72,7 +82,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                    });
 }
 
-template <typename T, bool kPositions, int kCluster>
+template <Operand kOperand, bool kPositions, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     head_sm90_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
                      const __grid_constant__ HeadTask task) {
@@ -95,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
 
+  constexpr int kTileDepth = row_elements(kOperand);
   const int depth = static_cast<int>(task.shape.depth), steps = (depth + kTileDepth - 1) / kTileDepth;
   const TileOrder order =
       TileOrder::of(static_cast<int>(task.shape.vocabulary), task.rows.starts[task.rows.batch], kCluster);
@@ -147,8 +158,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint64_t offset = static_cast<uint64_t>(ring.stage * (kStageBytes / 16));
         wgmma_fence();
 #pragma unroll
-        for (int part = 0; part < kTileDepth / kInstructionDepth; ++part) {
-          wgmma<T>(accumulators, deeper(own_entries + offset, part), deeper(all_tokens + offset, part), step + part);
+        for (int part = 0; part < kRowInstructions; ++part) {
+          wgmma<kOperand>(accumulators, deeper(own_entries + offset, part), deeper(all_tokens + offset, part),
+                          step + part);
         }
         wgmma_commit();
         // The step before this one has been read: its stage is free.
@@ -159,8 +171,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_wait<0>();
       pin(accumulators);
       release(before);
-      reduce_tile<T, kPositions>(task, accumulators, tile.token,
-                                 (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
+      reduce_tile<kOperand, kPositions>(
+          task, accumulators, tile.token,
+          (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
     }
   }
   // No block may end while the other still copies to it or arrives at its barriers.
@@ -170,11 +183,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The results of sequences that no single tile had all rows of, and of those without rows. blockIdx.y walks over them.
 constexpr int kFinishThreads = 256;
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
   const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (entry >= task.shape.vocabulary) return;
-  DeviceSink<T, kPositions> sink{task};
+  DeviceSink<kOperand, kPositions> sink{task};
   for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
     finish(task.rows, b, entry, sink);
   }
@@ -182,41 +195,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask t
 
 // Host functions -------------------------------------------------------------------------------------------------
 
-using Encode = PFN_cuTensorMapEncodeTiled_v12000;
-
-// From the driver that is loaded, so that the library needs none to link to.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-// A row-major matrix (rows, depth), copied in boxes of box_rows x kTileDepth; what is outside of it reads as 0.
-cudaError_t make_map(CUtensorMap& map, const void* data, int64_t rows, int64_t depth, int box_rows, bool is_bfloat16) {
-  static const Encode encode = find_encode();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[]{static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[]{static_cast<cuuint64_t>(depth * hopper::kElementBytes)};
-  const cuuint32_t box[]{kTileDepth, static_cast<cuuint32_t>(box_rows)}, element_strides[]{1, 1};
-  const CUtensorMapDataType type = is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, element_strides,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-template <typename T, bool kPositions, int kCluster>
+template <Operand kOperand, bool kPositions, int kCluster>
 cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
   CUtensorMap weight_map, token_map;
   cudaError_t error =
-      make_map(weight_map, task.weight, task.shape.vocabulary, task.shape.depth, kTileEntries, task.is_bfloat16);
+      hopper::make_tensor_map(weight_map, task.weight, task.shape.vocabulary, task.shape.depth, kTileEntries, kOperand);
   if (error != cudaSuccess) return error;
-  error = make_map(token_map, task.tokens, task.shape.rows, task.shape.depth, kTileTokens / kCluster, task.is_bfloat16);
+  error = hopper::make_tensor_map(token_map, task.tokens, task.shape.rows, task.shape.depth, kTileTokens / kCluster,
+                                  kOperand);
   if (error != cudaSuccess) return error;
 
-  const auto kernel = head_sm90_kernel<T, kPositions, kCluster>;
+  const auto kernel = head_sm90_kernel<kOperand, kPositions, kCluster>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
@@ -242,21 +231,27 @@ cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, weight_map, token_map, task);
 }
 
-template <typename T, bool kPositions>
+template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
   const int batch = task.rows.batch, tiles = task.rows.tiles;
   cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
   if (error != cudaSuccess) return error;
   first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
       task.rows.starts, batch, tiles, task.first_sequences);
-  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<T, kPositions, 2>(task, stream)
-                                                     : launch_kernel<T, kPositions, 1>(task, stream);
+  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)
+                                                     : launch_kernel<kOperand, kPositions, 1>(task, stream);
   if (error != cudaSuccess) return error;
   constexpr int kMaxWalkers = 1024;
   const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
                   static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
-  finish_kernel<T, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
+  finish_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
   return cudaGetLastError();
+}
+
+template <Operand kOperand>
+cudaError_t launch_operand(const HeadTask& task, cudaStream_t stream) {
+  return task.outputs.max_logits != nullptr ? launch_all<kOperand, true>(task, stream)
+                                            : launch_all<kOperand, false>(task, stream);
 }
 
 }  // namespace
@@ -270,11 +265,18 @@ bool is_built() {
 }
 
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
-  const bool positions = task.outputs.max_logits != nullptr;
-  if (task.is_bfloat16) {
-    return positions ? launch_all<__nv_bfloat16, true>(task, stream) : launch_all<__nv_bfloat16, false>(task, stream);
+  switch (task.operand) {
+    case Operand::kBfloat16:
+      return launch_operand<Operand::kBfloat16>(task, stream);
+    case Operand::kFloat16:
+      return launch_operand<Operand::kFloat16>(task, stream);
+    case Operand::kTfloat32:
+      return launch_operand<Operand::kTfloat32>(task, stream);
+    case Operand::kE4m3:
+      return launch_operand<Operand::kE4m3>(task, stream);
+    default:
+      return cudaErrorNotSupported;
   }
-  return positions ? launch_all<__half, true>(task, stream) : launch_all<__half, false>(task, stream);
 }
 
 }  // namespace splade_fast::cuda::sm90

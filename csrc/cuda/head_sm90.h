@@ -12,14 +12,16 @@
 namespace splade_fast::cuda::sm90 {
 
 struct HeadTask {
-  Shape shape;         // rows: that tokens has room for
-  bool is_bfloat16;    // or float16
+  Shape shape;  // rows: that tokens has room for
+  hopper::Operand operand;
   const void* tokens;  // (rows, depth), of which starts[batch] are read
   const void* weight;  // (vocabulary, depth)
   PackedRows rows;
   int32_t* first_sequences;  // (token tiles,), filled by the launch
   void* keys;                // key_bytes(), filled by the launch
-  PooledOutputs outputs;
+  PooledOutputs outputs;     // in the type of the operands, float for TF32 and e4m3
+  // What e4m3 operands were divided by: of each sequence and each entry.
+  const float *sequence_scales, *entry_scales;
 };
 
 // Whether the library has machine code for sm_90a.

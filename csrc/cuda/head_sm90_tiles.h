@@ -17,7 +17,6 @@ constexpr int kConsumers = 2;  // warpgroups that multiply; one more copies
 constexpr int kThreads = (kConsumers + 1) * hopper::kWarpgroupThreads;
 constexpr int kTileEntries = kConsumers * hopper::kInstructionEntries;
 constexpr int kTileTokens = 256;
-constexpr int kTileDepth = hopper::kRowElements;
 constexpr int kAccumulators = kTileTokens / 2;  // of a thread
 constexpr int kColumnGroups = kTileTokens / 8;
 
@@ -84,12 +83,12 @@ struct TileOrder {
 };
 
 // Whether the kernel can run on this, given the or-ed addresses of tokens and weight.
-inline bool fits(const Shape& shape, uintptr_t addresses) {
+inline bool fits(const Shape& shape, hopper::Operand operand, uintptr_t addresses) {
   for (const int64_t size : {shape.rows, shape.batch, shape.vocabulary, shape.depth}) {
     if (size <= 0 || size > kMaxSize) return false;
   }
   const TileOrder order = TileOrder::of(static_cast<int>(shape.vocabulary), static_cast<int>(shape.rows), 1);
-  return order.count() <= kMaxSize && shape.depth * hopper::kElementBytes % hopper::kChunkBytes == 0 &&
+  return order.count() <= kMaxSize && shape.depth * hopper::element_bytes(operand) % hopper::kChunkBytes == 0 &&
          addresses % hopper::kChunkBytes == 0;
 }
 

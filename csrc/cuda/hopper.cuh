@@ -137,17 +137,25 @@ __device__ inline void pin(float (&accumulators)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
 }
 
+template <int kCount>
+__device__ inline void pin(int32_t (&accumulators)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(accumulators[i])::"memory");
+}
+
 // clang-format off
-#define SPLADE_FAST_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                             "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SPLADE_FAST_D32(d, i) SPLADE_FAST_D8(d, i), SPLADE_FAST_D8(d, i + 8), SPLADE_FAST_D8(d, i + 16), \
-                              SPLADE_FAST_D8(d, i + 24)
-#define SPLADE_FAST_WGMMA_M64N256K16(type)                                                               \
+#define SPLADE_FAST_D8(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), \
+                                c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define SPLADE_FAST_D32(c, d, i) SPLADE_FAST_D8(c, d, i), SPLADE_FAST_D8(c, d, i + 8), \
+                                 SPLADE_FAST_D8(c, d, i + 16), SPLADE_FAST_D8(c, d, i + 24)
+// Its depth and types, the register constraint of the sums, and the immediates behind scale-d: the signs of a and b for
+// floats, and whether they are transposed for those of two bytes, which alone can be.
+#define SPLADE_FAST_WGMMA_M64N256(depth_and_types, constraint, immediates)                               \
   asm volatile(                                                                                          \
       "{\n"                                                                                              \
       ".reg .pred p;\n"                                                                                  \
       "setp.ne.b32 p, %130, 0;\n"                                                                        \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " "                                   \
+      "wgmma.mma_async.sync.aligned.m64n256" depth_and_types " "                                         \
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                 \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                 \
@@ -156,23 +164,30 @@ __device__ inline void pin(float (&accumulators)[kCount]) {
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                 \
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "     \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}," \
-      " %128, %129, p, 1, 1, 0, 0;\n"                                                                    \
+      " %128, %129, p" immediates ";\n"                                                                  \
       "}\n"                                                                                              \
-      : SPLADE_FAST_D32(d, 0), SPLADE_FAST_D32(d, 32), SPLADE_FAST_D32(d, 64), SPLADE_FAST_D32(d, 96)    \
+      : SPLADE_FAST_D32(constraint, d, 0), SPLADE_FAST_D32(constraint, d, 32),                           \
+        SPLADE_FAST_D32(constraint, d, 64), SPLADE_FAST_D32(constraint, d, 96)                           \
       : "l"(a), "l"(b), "r"(accumulate))
 // clang-format on
 
-// d = a b^T, or d += a b^T: 64 entries x 256 tokens over a depth of 16. T says how the two bytes are read.
-template <typename T>
-__device__ inline void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    SPLADE_FAST_WGMMA_M64N256K16("bf16");
+// d = a b^T, or d += a b^T: 64 entries x 256 tokens over a depth of kInstructionBytes.
+template <Operand kOperand>
+__device__ inline void wgmma(OperandSum<kOperand> (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (kOperand == Operand::kBfloat16) {
+    SPLADE_FAST_WGMMA_M64N256("k16.f32.bf16.bf16", "+f", ", 1, 1, 0, 0");
+  } else if constexpr (kOperand == Operand::kFloat16) {
+    SPLADE_FAST_WGMMA_M64N256("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
+  } else if constexpr (kOperand == Operand::kTfloat32) {
+    SPLADE_FAST_WGMMA_M64N256("k8.f32.tf32.tf32", "+f", ", 1, 1");
+  } else if constexpr (kOperand == Operand::kE4m3) {
+    SPLADE_FAST_WGMMA_M64N256("k32.f32.e4m3.e4m3", "+f", ", 1, 1");
   } else {
-    SPLADE_FAST_WGMMA_M64N256K16("f16");
+    SPLADE_FAST_WGMMA_M64N256("k32.s32.s8.s8", "+r", "");
   }
 }
 
-#undef SPLADE_FAST_WGMMA_M64N256K16
+#undef SPLADE_FAST_WGMMA_M64N256
 #undef SPLADE_FAST_D32
 #undef SPLADE_FAST_D8
 

@@ -1,8 +1,9 @@
 // How tiles lie in shared memory and in registers for wgmma: plain integer functions, so that the host can test them.
 //
-// An operand tile has rows of 64 two-byte elements, 128 bytes, of which the copy engine permutes the 16-byte chunks by
-// the row's number modulo 8 (128-byte swizzle). Both operands are K-major: consecutive elements run along the depth.
-// From the PTX manual, wgmma: "Register fragments", "Shared memory matrix layout", "Matrix descriptor".
+// An operand tile has rows of 128 bytes, of which the copy engine permutes the 16-byte chunks by the row's number
+// modulo 8 (128-byte swizzle). Both operands are K-major: consecutive elements run along the depth. The bytes lie the
+// same for every type of element; of which there are more or fewer to a row, and to the 32 bytes that one wgmma is
+// deep. From the PTX manual, wgmma: "Register fragments", "Shared memory matrix layout", "Matrix descriptor".
 #pragma once
 
 #include "../common/float_bits.h"
@@ -16,23 +17,35 @@
 
 namespace splade_fast::cuda::hopper {
 
+// What wgmma multiplies: both operands have the same type. float32 is read as TF32, its low 13 bits are ignored.
+enum class Operand { kBfloat16, kFloat16, kTfloat32, kE4m3, kInt8 };
+
+SPLADE_FAST_INLINE constexpr int element_bytes(Operand operand) {
+  return operand == Operand::kTfloat32 ? 4 : operand == Operand::kE4m3 || operand == Operand::kInt8 ? 1 : 2;
+}
+
+// What it adds up in.
+template <Operand kOperand>
+using OperandSum = std::conditional_t<kOperand == Operand::kInt8, int32_t, float>;
+
 constexpr int kWarpgroupThreads = 128;
-constexpr int kElementBytes = 2;  // bfloat16 and float16
-constexpr int kRowBytes = 128;    // of an operand tile
-constexpr int kRowElements = kRowBytes / kElementBytes;
+constexpr int kRowBytes = 128;                             // of an operand tile
 constexpr int kChunkBytes = 16;                            // what the swizzle moves in one piece
 constexpr int kSwizzledRows = 8;                           // after which the pattern repeats
 constexpr int kSwizzledBytes = kSwizzledRows * kRowBytes;  // tiles are aligned to this
 constexpr int kInstructionEntries = 64;                    // M of one wgmma
-constexpr int kInstructionDepth = 16;                      // K of one wgmma
-constexpr int kInstructionBytes = kInstructionDepth * kElementBytes;
+constexpr int kInstructionBytes = 32;                      // K of one wgmma
+constexpr int kRowInstructions = kRowBytes / kInstructionBytes;
+
+// Elements of a row of an operand tile.
+SPLADE_FAST_INLINE constexpr int row_elements(Operand operand) { return kRowBytes / element_bytes(operand); }
 
 // Bits 4-6 of an address, the chunk, exclusive-or bits 7-9, the row modulo 8.
 SPLADE_FAST_INLINE constexpr uint32_t swizzle(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
 // Where the copy engine puts an element of a tile.
-SPLADE_FAST_INLINE constexpr uint32_t tile_offset(int row, int depth) {
-  return swizzle(static_cast<uint32_t>(row * kRowBytes + depth * kElementBytes));
+SPLADE_FAST_INLINE constexpr uint32_t tile_offset(Operand operand, int row, int depth) {
+  return swizzle(static_cast<uint32_t>(row * kRowBytes + depth * element_bytes(operand)));
 }
 
 // The operand of one wgmma: its first row and depth element are at this address of shared memory, before the swizzle.
@@ -51,8 +64,8 @@ SPLADE_FAST_INLINE constexpr uint64_t deeper(uint64_t descriptor, int steps) {
   return descriptor + static_cast<uint64_t>(steps * kInstructionBytes / 16);
 }
 
-// Accumulator i of a thread of a warpgroup, for m64nNk16: which row and which column of the product. A thread has two
-// rows, 8 apart, and two neighbouring columns of every 8.
+// Accumulator i of a thread of a warpgroup, for m64nN of every depth: which row and which column of the product. A
+// thread has two rows, 8 apart, and two neighbouring columns of every 8.
 SPLADE_FAST_INLINE constexpr int accumulator_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }

@@ -29,10 +29,10 @@ struct Pooled {
 Pooled head(const Tensor& hidden, const Tensor& weight, const Tensor& mask) {
   static const auto forward =
       op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                                            const MaybeTensor&, int64_t, int64_t, bool, bool)>(
+                                            const MaybeTensor&, int64_t, int64_t, bool, bool, bool)>(
           "splade_fast::head_forward_dense");
   auto [values, max_logits, argmax] =
-      forward.call(hidden, weight, std::nullopt, mask, std::nullopt, kMax, kLog1pRelu, true, false);
+      forward.call(hidden, weight, std::nullopt, mask, std::nullopt, kMax, kLog1pRelu, true, false, false);
   return {values, max_logits, argmax};
 }
 

@@ -21,6 +21,7 @@ from splade_fast.ops._checks import (
     check_like,
     check_mask,
 )
+from splade_fast.ops._fp8 import hidden_scales, restored, rounded, weight_scales
 from splade_fast.ops._screening import (
     ALGORITHMS,
     DENSE,
@@ -43,6 +44,7 @@ def splade_head(
     pooling: str = "max",
     activation: str = "log1p_relu",
     algorithm: str = "auto",
+    precision: str | None = None,
 ) -> Tensor:
     """pooled[b, v] = max or sum over counted l of activation(hidden[b, l] · weight[v] + bias[v]).
 
@@ -50,7 +52,9 @@ def splade_head(
     into the pooling. Accumulates in float32 (float64 for float64). Ties of the maximum go to the
     lowest position, which alone gets the gradient. Gradients are bitwise deterministic. NaN at a
     counted position shows in the output; positions that do not count are not read. Under autocast
-    the product runs in the autocast dtype and the result is float32, as with log1p there.
+    the product runs in the autocast dtype and the result is float32, as with log1p there. On a GPU
+    float32 products follow torch's setting (torch.set_float32_matmul_precision) as torch.mm does:
+    where TF32 is permitted, each operand may lose a relative 2^-10.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens; float32, float64, bfloat16 or float16.
@@ -65,6 +69,14 @@ def splade_head(
             multiplies the others alone (docs/screening.md): several times faster for a trained
             model, slower where most logits are positive. "auto" finds out which is faster. The
             result is the same to the bit.
+        precision: None multiplies hidden and weight as they are. "fp8" first rounds them to e4m3,
+            each sequence and each row of the weight divided by a power of two s of its own, the
+            least by which none of its values is above 448. A value loses at most a relative 2^-4,
+            or 2^-10 s where it is below 2^-6 s: a logit is off by at most
+            (2^-3 + 2^-8) Σ |hidden| |weight| and what such small values add. On Hopper the tensor
+            cores also add up with fewer bits than float32 has. An infinity or a NaN makes its whole
+            sequence, or entry, NaN. The gradient is as if nothing had been rounded, but for max
+            pooling with the position and the value of the rounded maximum.
 
     Returns:
         (B, V) in the dtype of hidden; a sequence without counted positions is all zero.
@@ -88,6 +100,8 @@ def splade_head(
     _check_decoder(hidden, weight, bias)
     if algorithm_code == SCREENED:
         _check_screened(hidden)
+    if precision is not None:
+        _check_fp8(precision, hidden, algorithm_code)
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
@@ -98,6 +112,7 @@ def splade_head(
             cu_seqlens=cu_seqlens,
             pooling=pooling,
             activation=activation,
+            precision=precision,
         )
         return pooled if autocast is None else pooled.float()
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.head_forward(
@@ -112,6 +127,7 @@ def splade_head(
         autocast is not None,
         algorithm_code,
         None if source is weight else source,
+        precision is not None,
     )
     return outputs[0]
 
@@ -133,6 +149,20 @@ def _check_screened(hidden: Tensor) -> None:
     if hidden.ndim and hidden.shape[-1] > MAX_DIM:
         raise NotImplementedError(
             f'algorithm="screened" takes at most {MAX_DIM} dimensions, got {hidden.shape[-1]}'
+        )
+
+
+def _check_fp8(precision: str, hidden: Tensor, algorithm: int) -> None:
+    if precision != "fp8":
+        raise ValueError(f"precision must be None or 'fp8', got {precision!r}")
+    if hidden.dtype == torch.float64:
+        raise TypeError(
+            "hidden must be float32, bfloat16 or float16 with precision='fp8', got torch.float64"
+        )
+    if algorithm == SCREENED:
+        raise ValueError(
+            "algorithm must be 'auto' or 'dense' with precision='fp8', got 'screened', "
+            "which is for products in full precision"
         )
 
 
@@ -190,10 +220,13 @@ def _forward(
     float_output: bool,
     algorithm: int,
     source: Tensor | None,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The screened product where it is asked for or pays, else the dense one."""
+    """The screened product where it is asked for or pays, else the dense one, or that in e4m3."""
     arguments = (hidden, weight, bias, attention_mask, cu_seqlens)
     options = (pooling, activation, save, float_output)
+    if fp8:
+        return _forward_fp8(*arguments, *options)
     ops = torch.ops.splade_fast
     forced = algorithm == SCREENED
     if forced or (algorithm != DENSE and is_candidate(hidden, attention_mask, save)):
@@ -210,8 +243,55 @@ def _forward(
                 decoder.record(bool(declined))
             if not declined:
                 return outputs[:3]
-    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(*arguments, *options)
+    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(
+        *arguments, *options, hidden.device.type == "cuda" and _permits_tf32()
+    )
     return dense
+
+
+def _forward_fp8(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooling: int,
+    activation: int,
+    save: bool,
+    float_output: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product in e4m3 where there is a kernel for it, else that of what e4m3 left of both."""
+    ops = torch.ops.splade_fast
+    sequence_scale, token_scale = hidden_scales(hidden, attention_mask, cu_seqlens)
+    entry_scale = weight_scales(weight)
+    operands = rounded(hidden, token_scale), rounded(weight, entry_scale)
+    pooled_dtype = torch.float32 if float_output else hidden.dtype
+    sequences = (attention_mask, cu_seqlens)
+    if hidden.device.type == "cuda" and pooling == MAX:
+        float_bias = None if bias is None else bias.float()
+        pooled, max_logits, argmax = ops.head_forward_scaled(
+            *operands, sequence_scale, entry_scale, float_bias, *sequences, activation, save
+        )
+        if pooled.numel() > 0:
+            return pooled.to(pooled_dtype), max_logits, argmax
+    # float16 has too few exponents. TF32 is exact here.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    pooled, max_logits, argmax = ops.head_forward_dense(
+        restored(operands[0], token_scale, dtype),
+        restored(operands[1], entry_scale, dtype),
+        None if bias is None else bias.to(dtype),
+        *sequences,
+        *(pooling, activation, save, float_output, True),
+    )
+    return pooled.to(pooled_dtype), max_logits, argmax
+
+
+def _permits_tf32() -> bool:
+    """Whether torch's own float32 products on CUDA may use TF32, as it is set when the head runs.
+
+    Of the ways to ask this one alone answers however it was set.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _fake_forward(
@@ -226,6 +306,7 @@ def _fake_forward(
     float_output: bool,
     algorithm: int,
     source: Tensor | None,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         batch, position_dtype = cu_seqlens.shape[0] - 1, torch.int32
@@ -286,7 +367,7 @@ def _setup_context(
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     needs = ctx.needs_input_grad[:3]
     if ctx.pooling == MAX:
         gradients = torch.ops.splade_fast.head_backward_max(
@@ -297,7 +378,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
             grad, *ctx.saved_tensors, ctx.activation, *needs
         )
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*given, *(None,) * 8)
+    return (*given, *(None,) * 9)
 
 
 if _library.cpu_library_loaded():

@@ -18,17 +18,21 @@ namespace {
 
 constexpr int kSharedEnd = kMaxSharedBytes;
 
-// A matrix (rows, depth) of bfloat16 in global memory.
-struct Matrix {
+// A matrix (rows, depth) in global memory, of the bits of its elements.
+template <typename T>
+struct MatrixOf {
   int rows, depth;
-  std::vector<uint16_t> element;
+  std::vector<T> element;
 
-  Matrix(int rows, int depth) : rows(rows), depth(depth), element(static_cast<size_t>(rows) * depth) {}
-  uint16_t& at(int row, int d) { return element[static_cast<size_t>(row) * depth + d]; }
-  uint16_t at_or_zero(int row, int d) const {
-    return row < rows && d < depth ? element[static_cast<size_t>(row) * depth + d] : uint16_t{0};
+  MatrixOf(int rows, int depth) : rows(rows), depth(depth), element(static_cast<size_t>(rows) * depth) {}
+  T& at(int row, int d) { return element[static_cast<size_t>(row) * depth + d]; }
+  T at_or_zero(int row, int d) const {
+    return row < rows && d < depth ? element[static_cast<size_t>(row) * depth + d] : T{0};
   }
 };
+
+using Matrix = MatrixOf<uint16_t>;  // of bfloat16
+constexpr int kTileDepth = row_elements(Operand::kBfloat16);
 
 uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(bits_of(x) >> 16); }  // exact where the test uses it
 float from_bfloat16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
@@ -36,62 +40,84 @@ float from_bfloat16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16
 using SharedMemory = std::vector<uint8_t>;
 
 // The copy engine with a 128-byte swizzle, in the manual's picture: of every 8 rows of 128 bytes, the 16-byte chunk c
-// of row r lands at chunk c ^ r. The box is kTileDepth wide; what is outside of the matrix reads as 0.
-void copy_box(SharedMemory& shared, uint32_t target, const Matrix& matrix, int first_depth, int first_row, int rows) {
+// of row r lands at chunk c ^ r. The box is 128 bytes wide; what is outside of the matrix reads as 0.
+template <typename T>
+void copy_box(SharedMemory& shared, uint32_t target, const MatrixOf<T>& matrix, int first_depth, int first_row,
+              int rows) {
+  constexpr int kPerChunk = 16 / sizeof(T);
   EXPECT(target % 1024 == 0, "the swizzle's pattern begins at a multiple of 1024");
   for (int r = 0; r < rows; ++r) {
     for (int chunk = 0; chunk < 8; ++chunk) {
-      for (int i = 0; i < 8; ++i) {
-        const uint16_t value = matrix.at_or_zero(first_row + r, first_depth + chunk * 8 + i);
-        memcpy(&shared[target + r * 128 + (chunk ^ (r % 8)) * 16 + i * 2], &value, 2);
+      for (int i = 0; i < kPerChunk; ++i) {
+        const T value = matrix.at_or_zero(first_row + r, first_depth + chunk * kPerChunk + i);
+        memcpy(&shared[target + r * 128 + (chunk ^ (r % 8)) * 16 + i * sizeof(T)], &value, sizeof(T));
       }
     }
   }
 }
 
 // What wgmma reads as element (row, depth) of a K-major operand: the canonical layout of the manual,
-// Swizzle<3,4,3> o ((8, m), (8, 2)) : ((64, SBO), (1, 8)) in elements, applied to addresses.
-float operand(const SharedMemory& shared, uint64_t descriptor, int row, int depth) {
+// Swizzle<3,4,3> o ((8, m), (8, 2)) : ((64, SBO), (1, 8)) for elements of two bytes, applied to addresses. With smaller
+// or larger ones, a row's 8 are as many as 16 bytes hold.
+template <typename T>
+T operand(const SharedMemory& shared, uint64_t descriptor, int row, int depth) {
   const auto field = [&](int first, int bits) {
     return static_cast<uint32_t>(descriptor >> first) & ((1u << bits) - 1);
   };
   EXPECT(field(62, 2) == 1 && field(49, 3) == 0, "128-byte swizzle, aligned pattern");
+  const int per_chunk = 16 / sizeof(T);
   const uint32_t start = field(0, 14) << 4, stride = field(32, 14) << 4;
-  uint32_t address = start + row % 8 * 128 + row / 8 * stride + depth / 8 * 16 + depth % 8 * 2;
+  uint32_t address = start + row % 8 * 128 + row / 8 * stride + depth / per_chunk * 16 + depth % per_chunk * sizeof(T);
   address ^= (address >> 7 & 7) << 4;
-  EXPECT(address + 2 <= shared.size(), "inside of shared memory");
-  uint16_t value;
-  memcpy(&value, &shared[address], 2);
-  return from_bfloat16(value);
+  EXPECT(address + sizeof(T) <= shared.size(), "inside of shared memory");
+  T value;
+  memcpy(&value, &shared[address], sizeof(T));
+  return value;
 }
 
-void test_layout() {
-  static_assert(tile_offset(0, 8) == 16 && tile_offset(1, 0) == 128 + 16 &&
-                tile_offset(9, 63) == 9 * 128 + 6 * 16 + 14);
+// Of elements whose bits are a T.
+template <typename T>
+void test_layout(Operand type, int instruction_depth) {
+  EXPECT(element_bytes(type) == sizeof(T) && row_elements(type) == kRowInstructions * instruction_depth, "sizes");
   std::mt19937 random(1);
-  Matrix matrix(300, 200);
-  for (auto& x : matrix.element) x = to_bfloat16(static_cast<float>(random() % 256));
+  MatrixOf<T> matrix(300, 200);
+  for (auto& x : matrix.element) x = static_cast<T>(random());
   SharedMemory shared(kSharedEnd);
   for (const uint32_t target : {0u, 1024u, 5u * 1024, 160u * 1024, 190u * 1024}) {
     for (const int first_row : {0, 64, 280}) {
-      for (const int first_depth : {0, 64, 192}) {
+      for (const int first_depth : {0, row_elements(type), 192}) {
         copy_box(shared, target, matrix, first_depth, first_row, 64);
         const uint64_t descriptor = matrix_descriptor(target);
-        for (int part = 0; part < kTileDepth / kInstructionDepth; ++part) {
+        for (int part = 0; part < kRowInstructions; ++part) {
           for (int row = 0; row < 64; ++row) {
-            for (int d = 0; d < kInstructionDepth; ++d) {
-              const int depth = part * kInstructionDepth + d;
-              const float expected = from_bfloat16(matrix.at_or_zero(first_row + row, first_depth + depth));
-              EXPECT(operand(shared, deeper(descriptor, part), row, d) == expected, "row %d depth %d", row, depth);
-              uint16_t placed;
-              memcpy(&placed, &shared[target + tile_offset(row, depth)], 2);
-              EXPECT(from_bfloat16(placed) == expected, "tile_offset of row %d depth %d", row, depth);
+            for (int d = 0; d < instruction_depth; ++d) {
+              const int depth = part * instruction_depth + d;
+              const T expected = matrix.at_or_zero(first_row + row, first_depth + depth);
+              EXPECT(operand<T>(shared, deeper(descriptor, part), row, d) == expected, "row %d depth %d", row, depth);
+              T placed;
+              memcpy(&placed, &shared[target + tile_offset(type, row, depth)], sizeof(T));
+              EXPECT(placed == expected, "tile_offset of row %d depth %d", row, depth);
             }
           }
         }
       }
     }
   }
+}
+
+void test_layouts() {
+  static_assert(tile_offset(Operand::kBfloat16, 0, 8) == 16 && tile_offset(Operand::kBfloat16, 1, 0) == 128 + 16 &&
+                tile_offset(Operand::kBfloat16, 9, 63) == 9 * 128 + 6 * 16 + 14);
+  static_assert(tile_offset(Operand::kTfloat32, 9, 31) == 9 * 128 + 6 * 16 + 12);
+  static_assert(tile_offset(Operand::kInt8, 9, 127) == 9 * 128 + 6 * 16 + 15);
+  static_assert(std::is_same_v<OperandSum<Operand::kInt8>, int32_t> &&
+                std::is_same_v<OperandSum<Operand::kE4m3>, float>);
+  // K of m64n256: k16, k8 and k32.
+  test_layout<uint16_t>(Operand::kBfloat16, 16);
+  test_layout<uint16_t>(Operand::kFloat16, 16);
+  test_layout<uint32_t>(Operand::kTfloat32, 8);
+  test_layout<uint8_t>(Operand::kE4m3, 32);
+  test_layout<uint8_t>(Operand::kInt8, 32);
 }
 
 // The figure of the accumulator's fragment: thread 4 g + q of warp w has rows 16 w + g and 16 w + g + 8, columns 2 q
@@ -121,12 +147,19 @@ void test_accumulators() {
 void test_rules() {
   static_assert(kSharedBytes == 4 * (16 + 32) * 1024 + 64 + 1024);
   static_assert(empty_arrivals(1) == 8 && empty_arrivals(2) == 16);
-  EXPECT(fits({1, 1, 1, 8}, 32), "the smallest");
-  EXPECT(fits({32768, 128, 250002, 4096}, 16), "large");
-  EXPECT(!fits({1, 1, 1, 4}, 32) && !fits({1, 1, 1, 20}, 32), "rows of whole 16 bytes");
-  EXPECT(!fits({1, 1, 1, 8}, 8), "aligned");
-  EXPECT(!fits({0, 1, 1, 8}, 0) && !fits({1, 0, 1, 8}, 0) && !fits({1, 1, 0, 8}, 0) && !fits({1, 1, 1, 0}, 0), "empty");
-  EXPECT(!fits({int64_t{1} << 31, 1, 1, 8}, 0) && !fits({1 << 30, 1, 1 << 30, 8}, 0), "too large");
+  const auto fits_bfloat16 = [](const Shape& shape, uintptr_t addresses) {
+    return fits(shape, Operand::kBfloat16, addresses);
+  };
+  EXPECT(fits_bfloat16({1, 1, 1, 8}, 32), "the smallest");
+  EXPECT(fits_bfloat16({32768, 128, 250002, 4096}, 16), "large");
+  EXPECT(!fits_bfloat16({1, 1, 1, 4}, 32) && !fits_bfloat16({1, 1, 1, 20}, 32), "rows of whole 16 bytes");
+  EXPECT(fits({1, 1, 1, 4}, Operand::kTfloat32, 0) && !fits({1, 1, 1, 6}, Operand::kTfloat32, 0), "of float32");
+  EXPECT(fits({1, 1, 1, 16}, Operand::kE4m3, 0) && !fits({1, 1, 1, 8}, Operand::kE4m3, 0), "of one byte");
+  EXPECT(!fits_bfloat16({1, 1, 1, 8}, 8), "aligned");
+  EXPECT(!fits_bfloat16({0, 1, 1, 8}, 0) && !fits_bfloat16({1, 0, 1, 8}, 0) && !fits_bfloat16({1, 1, 0, 8}, 0) &&
+             !fits_bfloat16({1, 1, 1, 0}, 0),
+         "empty");
+  EXPECT(!fits_bfloat16({int64_t{1} << 31, 1, 1, 8}, 0) && !fits_bfloat16({1 << 30, 1, 1 << 30, 8}, 0), "too large");
   EXPECT(choose_cluster(128) == 1 && choose_cluster(129) == 2, "clusters");
   EXPECT(token_tiles({256, 1, 1, 8}) == 1 && token_tiles({257, 1, 1, 8}) == 2, "tiles");
   EXPECT(key_bytes({1000, 2, 10, 8}, true) == 2 * 10 * 8 && key_bytes({1000, 9, 10, 8}, false) == 4 * 10 * 4, "keys");
@@ -332,13 +365,15 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
     for (int group = 0; group < kConsumers; ++group) {
       const uint64_t own = matrix_descriptor(group * (kEntryBytes / kConsumers));
       const uint64_t all = matrix_descriptor(kEntryBytes);
-      for (int part = 0; part < kTileDepth / kInstructionDepth; ++part) {
+      for (int part = 0; part < kRowInstructions; ++part) {
         std::vector<float> a(64 * 16), b(kTileTokens * 16);
         for (int r = 0; r < 64; ++r) {
-          for (int d = 0; d < 16; ++d) a[r * 16 + d] = operand(shared, deeper(own, part), r, d);
+          for (int d = 0; d < 16; ++d)
+            a[r * 16 + d] = from_bfloat16(operand<uint16_t>(shared, deeper(own, part), r, d));
         }
         for (int r = 0; r < kTileTokens; ++r) {
-          for (int d = 0; d < 16; ++d) b[r * 16 + d] = operand(shared, deeper(all, part), r, d);
+          for (int d = 0; d < 16; ++d)
+            b[r * 16 + d] = from_bfloat16(operand<uint16_t>(shared, deeper(all, part), r, d));
         }
         for (int m = 0; m < 64; ++m) {
           for (int n = 0; n < kTileTokens; ++n) {
@@ -417,7 +452,7 @@ void run_case(const Case& test, unsigned seed) {
     for (int d = 0; d < test.depth; ++d) tokens.at(row, d) = to_bfloat16(NAN);
   }
   const Shape shape{capacity, batch, test.vocabulary, test.depth};
-  EXPECT(fits(shape, 0), "the kernel would run");
+  EXPECT(fits(shape, Operand::kBfloat16, 0), "the kernel would run");
   const PackedRows rows{starts.data(), test.padded ? source_rows.data() : nullptr, padded_length, batch,
                         static_cast<int>(token_tiles(shape))};
   Results results(static_cast<size_t>(batch) * test.vocabulary);
@@ -523,7 +558,7 @@ void test_disorder() {
 }  // namespace
 
 int main() {
-  test_layout();
+  test_layouts();
   test_accumulators();
   test_rules();
   test_order();

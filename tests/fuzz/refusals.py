@@ -71,7 +71,7 @@ def recorded(function: Any, arguments: Any, options: Any) -> list[tuple[Any, lis
 def _heads(given_arguments: list[Any]) -> list[tuple[Any, list[Any]]]:
     """What head_forward calls in C++."""
     ops = torch.ops.splade_fast
-    calls = [(ops.head_forward_dense.default, given_arguments[:9])]
+    calls = [(ops.head_forward_dense.default, [*given_arguments[:9], False])]
     hidden, weight = given_arguments[:2]
     mean = torch.zeros(hidden.shape[-1])
     calls.append((ops.head_prepare.default, [weight, mean]))

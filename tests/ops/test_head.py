@@ -419,6 +419,33 @@ def test_the_ops_check_gradients_for_callers_in_cpp(device):
         )
 
 
+@pytest.mark.parametrize(
+    "permit",
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_tf32_is_torchs_own_setting(permit):
+    """However it is set; in a process of its own, since not every way back is the same."""
+    code = (
+        "import torch\n"
+        "from splade_fast.ops.head import _permits_tf32\n"
+        f"assert not _permits_tf32()\n{permit}\nassert _permits_tf32()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_cpu_has_no_tf32():
+    hidden, weight = torch.randn(2, 9, 40), torch.randn(70, 40)
+    dense = torch.ops.splade_fast.head_forward_dense
+    arguments = (hidden, weight, None, None, None, 0, 1, False, False)
+    assert torch.equal(dense(*arguments, True)[0], dense(*arguments, False)[0])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -13,6 +13,7 @@ from tests.ops.inputs import ACTIVATIONS, MASKS, attention_mask, lattice
 from tests.ops.test_head import HALF, compare, decoder, gradients
 
 FUSED_KERNEL = "head_sm90_kernel"
+DTYPES = [*HALF, torch.float32]
 CUDA = torch.device("cuda")
 
 pytestmark = [
@@ -31,6 +32,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fused(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it there is no fused kernel for float32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
 
 
 def use_fused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +61,7 @@ def kernels_of(*args, **options) -> list[str]:
     return [event.key for event in profile.key_averages()]
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "dim", "vocabulary"),
     [
@@ -74,7 +81,7 @@ def test_packed(kernel, dtype, lengths, dim, vocabulary):
     compare(hidden, *decoder(vocabulary, dim, dtype, CUDA), cu_seqlens=starts(lengths))
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -88,7 +95,7 @@ def test_padded(kernel, dtype, kind, activation, with_bias, batch, length):
     compare(hidden, weight, bias if with_bias else None, mask, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tiles_for_every_block(fused, dtype):
     """More tiles than run at a time, with a last one on either side that is not whole."""
     lengths = torch.randint(0, 400, (60,)).tolist()
@@ -125,7 +132,7 @@ def test_tie_goes_to_the_lowest_position(kernel, length):
     assert torch.equal(hidden.grad.float().cpu(), expected)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf(kernel, dtype):
     hidden = lattice(3, 400, 16, dtype=dtype, device=CUDA)
     weight, _ = decoder(150, 16, dtype, CUDA)
@@ -213,12 +220,46 @@ def test_which_kernel_runs(fused, monkeypatch, dtype):
 
     assert is_fused(hidden, weight, bias)
     assert not is_fused(hidden, weight, bias, pooling="sum")
-    assert not is_fused(hidden.float(), weight.float(), bias.float())
+    assert not is_fused(hidden.double(), weight.double(), bias.double())
+    floats = hidden.float(), weight.float(), bias.float()
+    assert is_fused(*floats)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+        assert not is_fused(*floats)
     assert not is_fused(hidden[..., :12], weight[:, :12], bias)
     unaligned = weight.new_empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
     assert not is_fused(hidden, unaligned, bias)
     monkeypatch.delenv("SPLADE_FAST_HOPPER")
     assert not is_fused(hidden, weight, bias)
+
+
+def test_tf32_rounds_each_operand_by_a_unit_of_tf32_at_most(fused):
+    hidden, weight = torch.randn(40, 768, device=CUDA), torch.randn(3000, 768, device=CUDA)
+    exact = hidden.double() @ weight.double().t()
+    # Two operands, and what is added up in float32.
+    unit = 2 * 2.0**-10 + 2.0**-20 + 768 * 2.0**-23
+    bound = unit * (hidden.abs().double() @ weight.abs().double().t())
+    actual = sf.splade_head(hidden[:, None], weight, activation="relu")
+    assert ((actual.double() - exact.relu()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [(40, 1), (1, 40)])
+def test_fp8(kernel, bits):
+    """By either kernel the values that the rounding in plain PyTorch gives.
+
+    One side is rounded, the other -1, 0 or 1: sums have 12 bits, fewer than may be lost.
+    """
+    lengths = [300, 0, 24, 24, 700, 5]
+    hidden, weight = (
+        torch.randint(-most, most + 1, (rows, 64), device=CUDA).float()
+        for most, rows in zip(bits, (sum(lengths), 500), strict=True)
+    )
+    bias = torch.randint(-40, 41, (500,), device=CUDA).float()
+    options = {"cu_seqlens": starts(lengths), "precision": "fp8"}
+    names = kernels_of(hidden, weight, bias, **options)
+    assert any(FUSED_KERNEL in name for name in names) == (kernel == "fused")
+    for dtype in DTYPES:
+        compare(hidden.to(dtype), weight.to(dtype), bias.to(dtype), **options)
 
 
 def test_memory(fused):

@@ -63,13 +63,35 @@ void wgmma_wait() {
   Machine::current().warpgroup().wait(kPending);
 }
 
-template <int kCount>
-void pin(float (&)[kCount]) {}
+template <typename Sum, int kCount>
+void pin(Sum (&)[kCount]) {}
 
-template <typename T>
-void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-  constexpr bool kIsBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  Machine::current().warpgroup().multiply(d, a, b, accumulate != 0, kIsBfloat16);
+template <Operand kOperand>
+struct Emulated;
+template <>
+struct Emulated<Operand::kBfloat16> {
+  using Element = emulation::hopper::Bfloat16;
+};
+template <>
+struct Emulated<Operand::kFloat16> {
+  using Element = emulation::hopper::Float16;
+};
+template <>
+struct Emulated<Operand::kTfloat32> {
+  using Element = emulation::hopper::Tfloat32;
+};
+template <>
+struct Emulated<Operand::kE4m3> {
+  using Element = emulation::hopper::E4m3;
+};
+template <>
+struct Emulated<Operand::kInt8> {
+  using Element = emulation::hopper::Int8;
+};
+
+template <Operand kOperand>
+void wgmma(OperandSum<kOperand> (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+  Machine::current().warpgroup().multiply<typename Emulated<kOperand>::Element>(d, a, b, accumulate != 0);
 }
 
 }  // namespace splade_fast::cuda::hopper

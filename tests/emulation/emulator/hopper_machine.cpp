@@ -3,7 +3,8 @@
 namespace emulation::hopper {
 namespace {
 
-constexpr int kBoxDepth = 64;  // elements of a row of a tile: 128 bytes
+constexpr int kBoxBytes = 128;  // of a row of a tile
+constexpr int kChunkBytes = 16;
 constexpr uint32_t kPatternBytes = 1024;
 
 Machine* running = nullptr;
@@ -99,22 +100,26 @@ void Machine::copy(uint32_t target, const CUtensorMap& map, int depth, int row, 
 }
 
 // With the 128-byte swizzle: of every 8 rows of 128 bytes, the 16-byte chunk c of row r lands at chunk c ^ r. What is
-// outside of the matrix reads as 0.
+// outside of the matrix reads as 0. Elements are copied bit by bit: of float32 as TF32 the real engine may round the
+// bits that wgmma ignores.
 void Machine::run(const Copy& copy) {
   if (copy.target % kPatternBytes != 0) fail("a copy to where the swizzle's pattern does not begin");
   SharedMemory& memory = memory_.at(static_cast<size_t>(copy.block));
   for (int r = 0; r < copy.map.box_rows; ++r) {
-    for (int d = 0; d < kBoxDepth; ++d) {
-      const int64_t row = copy.row + r, depth = copy.depth + d;
-      uint16_t element = 0;
-      if (row >= 0 && row < copy.map.rows && depth >= 0 && depth < copy.map.depth) {
-        std::memcpy(&element, copy.map.data + row * copy.map.row_bytes + depth * 2, sizeof(element));
+    const int64_t row = copy.row + r, first_byte = int64_t{copy.depth} * copy.map.element_bytes;
+    for (int byte = 0; byte < kBoxBytes; byte += kChunkBytes) {
+      uint8_t chunk[kChunkBytes]{};
+      const int64_t in_row = copy.map.depth * copy.map.element_bytes - first_byte - byte;
+      if (row >= 0 && row < copy.map.rows && first_byte >= 0 && in_row > 0) {
+        const int64_t size = in_row < kChunkBytes ? in_row : kChunkBytes;
+        std::memcpy(chunk, copy.map.data + row * copy.map.row_bytes + first_byte + byte, static_cast<size_t>(size));
       }
-      memory.store(copy.target + static_cast<uint32_t>(r * 128 + ((d / 8) ^ (r % 8)) * 16 + d % 8 * 2), element);
+      const int target = r * kBoxBytes + (byte / kChunkBytes ^ r % 8) * kChunkBytes;
+      memory.store(copy.target + static_cast<uint32_t>(target), chunk, sizeof(chunk));
     }
   }
   MemoryBarrier& done = barrier(copy.block, copy.barrier);
-  done.bytes -= copy.map.box_rows * kBoxDepth * 2;
+  done.bytes -= copy.map.box_rows * kBoxBytes;
   done.end_phase_if_complete();
 }
 
@@ -125,18 +130,22 @@ Warpgroup& Machine::warpgroup() { return warpgroups_[static_cast<size_t>(current
 }  // namespace emulation::hopper
 
 // The driver's function, with the limits that CUDA's manual gives for such maps.
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* address,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   using namespace emulation::hopper;
   constexpr cuuint64_t kMaxSize = cuuint64_t{1} << 32, kMaxStride = cuuint64_t{1} << 40;
+  const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8      ? 1
+                            : type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 ? 4
+                                                                       : 2;
   const bool fits = rank == 2 && reinterpret_cast<uintptr_t>(address) % 16 == 0 && strides[0] % 16 == 0 &&
                     strides[0] < kMaxStride && sizes[0] > 0 && sizes[0] <= kMaxSize && sizes[1] > 0 &&
-                    sizes[1] <= kMaxSize && box[0] == kBoxDepth && box[1] > 0 && box[1] <= 256 &&
-                    element_strides[0] == 1 && element_strides[1] == 1 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+                    sizes[1] <= kMaxSize && box[0] * static_cast<cuuint32_t>(element_bytes) == kBoxBytes &&
+                    box[1] > 0 && box[1] <= 256 && element_strides[0] == 1 && element_strides[1] == 1 &&
+                    swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   if (!fits) return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const uint8_t*>(address), static_cast<int64_t>(sizes[1]), static_cast<int64_t>(sizes[0]),
-          static_cast<int64_t>(strides[0]), static_cast<int>(box[1])};
+          static_cast<int64_t>(strides[0]),     static_cast<int>(box[1]),       element_bytes};
   return CUDA_SUCCESS;
 }

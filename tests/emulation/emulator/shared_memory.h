@@ -15,17 +15,20 @@ class SharedMemory {
 
   explicit SharedMemory(size_t bytes) : bytes_(bytes, 0xff) {}
 
-  uint16_t load(uint32_t address) const {
-    uint16_t element;
-    std::memcpy(&element, &bytes_[offset(address)], sizeof(element));
+  template <typename T>
+  T load(uint32_t address) const {
+    T element;
+    std::memcpy(&element, &bytes_[offset(address, sizeof(T))], sizeof(T));
     return element;
   }
 
-  void store(uint32_t address, uint16_t element) { std::memcpy(&bytes_[offset(address)], &element, sizeof(element)); }
+  void store(uint32_t address, const void* data, size_t size) {
+    std::memcpy(&bytes_[offset(address, size)], data, size);
+  }
 
  private:
-  size_t offset(uint32_t address) const {
-    if (address < kStart || address + sizeof(uint16_t) > kStart + bytes_.size()) {
+  size_t offset(uint32_t address, size_t size) const {
+    if (address < kStart || address + size > kStart + bytes_.size()) {
       fail("outside of dynamic shared memory");
     }
     return address - kStart;

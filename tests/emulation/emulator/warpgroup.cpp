@@ -1,6 +1,7 @@
 #include "warpgroup.h"
 
-#include <array>
+#include <cmath>
+#include <limits>
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -8,55 +9,77 @@
 namespace emulation::hopper {
 namespace {
 
-constexpr int kRows = 64, kColumns = 256, kDepth = 16, kAccumulators = kRows * kColumns / kWarpgroupThreads;
+constexpr int kRows = 64, kColumns = 256, kDepthBytes = 32, kAccumulators = kRows * kColumns / kWarpgroupThreads;
 
 // Element (row, depth) of a K-major operand with 128-byte swizzle: rows of 128 bytes in groups of eight, and bits 7-9
 // of the address, exclusive-or, in its bits 4-6.
-uint32_t element_address(uint64_t descriptor, int row, int depth) {
+uint32_t element_address(uint64_t descriptor, int row, int depth_byte) {
   const auto field = [&](int first, int bits) {
     return static_cast<uint32_t>(descriptor >> first) & ((1u << bits) - 1);
   };
   if (field(62, 2) != 1 || field(49, 3) != 0) fail("a matrix descriptor of another layout");
   const uint32_t start = field(0, 14) << 4, stride = field(32, 14) << 4;
-  const uint32_t r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(depth);
-  const uint32_t address = start + r % 8 * 128 + r / 8 * stride + d * 2;
+  const uint32_t r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(depth_byte);
+  const uint32_t address = start + r % 8 * 128 + r / 8 * stride + d;
   return address ^ ((address >> 7 & 7) << 4);
 }
 
-float to_float(uint16_t bits, bool is_bfloat16) {
-  if (is_bfloat16) return __bfloat162float({bits});
-  __half half;
-  std::memcpy(&half, &bits, sizeof(bits));
-  return __half2float(half);
-}
-
-template <int kOperandRows>
-std::vector<float> load_operand(const SharedMemory& memory, uint64_t descriptor, bool is_bfloat16) {
-  std::vector<float> operand(static_cast<size_t>(kOperandRows * kDepth));
+template <typename Type, int kOperandRows>
+std::vector<typename Type::Sum> load_operand(const SharedMemory& memory, uint64_t descriptor) {
+  using Bits = typename Type::Bits;
+  std::vector<typename Type::Sum> operand;
   for (int row = 0; row < kOperandRows; ++row) {
-    for (int depth = 0; depth < kDepth; ++depth) {
-      operand[static_cast<size_t>(row * kDepth + depth)] =
-          to_float(memory.load(element_address(descriptor, row, depth)), is_bfloat16);
+    for (int byte = 0; byte < kDepthBytes; byte += static_cast<int>(sizeof(Bits))) {
+      operand.push_back(Type::value(memory.load<Bits>(element_address(descriptor, row, byte))));
     }
   }
   return operand;
 }
 
+template <typename Type>
 void run(const Product& product, const SharedMemory& memory) {
-  const std::vector<float> a = load_operand<kRows>(memory, product.a, product.is_bfloat16);
-  const std::vector<float> b = load_operand<kColumns>(memory, product.b, product.is_bfloat16);
+  using Sum = typename Type::Sum;
+  constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(typename Type::Bits));
+  const std::vector<Sum> a = load_operand<Type, kRows>(memory, product.a);
+  const std::vector<Sum> b = load_operand<Type, kColumns>(memory, product.b);
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
     for (int i = 0; i < kAccumulators; ++i) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      const float *x = &a[static_cast<size_t>(row * kDepth)], *y = &b[static_cast<size_t>(column * kDepth)];
-      float sum = product.accumulates ? product.d[thread][i] : 0.0f;
+      const Sum *x = &a[static_cast<size_t>(row * kDepth)], *y = &b[static_cast<size_t>(column * kDepth)];
+      Sum& target = static_cast<Sum*>(product.d[thread])[i];
+      Sum sum = product.accumulates ? target : Sum(0);
       for (int k = 0; k < kDepth; ++k) sum += x[k] * y[k];
-      product.d[thread][i] = sum;
+      target = sum;
     }
   }
 }
 
 }  // namespace
+
+float Bfloat16::value(uint16_t bits) { return __bfloat162float({bits}); }
+
+float Float16::value(uint16_t bits) {
+  __half half;
+  std::memcpy(&half, &bits, sizeof(bits));
+  return __half2float(half);
+}
+
+// float32 without the low 13 of its bits.
+float Tfloat32::value(uint32_t bits) {
+  bits &= ~uint32_t{0x1fff};
+  float result;
+  std::memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
+// A sign, 4 bits of exponent with bias 7, 3 of mantissa. No infinity; NaN where all but the sign are 1.
+float E4m3::value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                        : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
 
 // The last thread to come does the work.
 template <typename Work>
@@ -72,7 +95,8 @@ void Warpgroup::together(const std::string& call, Work work) {
   wait_until([this, generation] { return generation_ != generation; });
 }
 
-void Warpgroup::multiply(float* d, uint64_t a, uint64_t b, bool accumulates, bool is_bfloat16) {
+template <typename Type>
+void Warpgroup::multiply(typename Type::Sum* d, uint64_t a, uint64_t b, bool accumulates) {
   const int thread = current_thread() % kWarpgroupThreads;
   if (arrived_ > 0 && (product_.a != a || product_.b != b || product_.accumulates != accumulates)) {
     fail("the threads of a warpgroup multiply different operands");
@@ -80,10 +104,16 @@ void Warpgroup::multiply(float* d, uint64_t a, uint64_t b, bool accumulates, boo
   product_.a = a;
   product_.b = b;
   product_.accumulates = accumulates;
-  product_.is_bfloat16 = is_bfloat16;
+  product_.run = run<Type>;
   product_.d[thread] = d;
   together("wgmma", [this] { open_.push_back(product_); });
 }
+
+template void Warpgroup::multiply<Bfloat16>(float*, uint64_t, uint64_t, bool);
+template void Warpgroup::multiply<Float16>(float*, uint64_t, uint64_t, bool);
+template void Warpgroup::multiply<Tfloat32>(float*, uint64_t, uint64_t, bool);
+template void Warpgroup::multiply<E4m3>(float*, uint64_t, uint64_t, bool);
+template void Warpgroup::multiply<Int8>(int32_t*, uint64_t, uint64_t, bool);
 
 // Products are done at the latest or at the earliest time, as it happens: operands and accumulators must be what they
 // should be at both.
@@ -104,7 +134,7 @@ void Warpgroup::wait(int pending) {
 
 void Warpgroup::finish_groups(size_t pending) {
   for (; committed_.size() > pending; committed_.pop_front()) {
-    for (const Product& product : committed_.front()) run(product, *memory_);
+    for (const Product& product : committed_.front()) product.run(product, *memory_);
   }
 }
 
