@@ -18,7 +18,10 @@ from tests.emulation.prepare import (
 TEST_OF_FILE = {
     "cuda/pool.cu": "test_pool.py::test_matches_reference",
     "cuda/score.cu": "test_score.py::test_is_that_of_the_cpu",
-    "cuda/head_sm90.cu": "test_head.py::test_fused_is_that_of_the_cpu",
+    "cuda/product_sm90.cuh": "test_head.py::test_fused_is_that_of_the_cpu",
+    "cuda/screen_threshold.h": "test_head_screened.py::test_logits_around_zero",
+    "cuda/head_screened_sm90.cu": "test_head_screened.py",
+    "cuda/head_sm90.h": "test_head_screened.py::test_too_many_candidates",
 }
 
 
