@@ -73,8 +73,8 @@ SABOTAGES = {
     "screen_without_residual": Replacement(
         "cuda/screen_threshold.h", "tile.residual * entry.norm + (", "("
     ),
-    "screen_with_first_candidate_alone": Replacement(
-        "cuda/head_screened_sm90.cu", "word &= word - 1", "word = 0"
+    "screen_without_last_token": Replacement(
+        "cuda/head_screened_sm90.cu", "rows - first_row, words", "rows - first_row - 1, words"
     ),
     "screen_of_a_stale_weight": Replacement(
         "cuda/head_screened_sm90.cu", "bits_of(sample) != ", "bits_of(sample) == 1 + 0 *"
