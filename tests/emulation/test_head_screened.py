@@ -102,7 +102,7 @@ def test_logits_around_zero(emulator, draw):
 
 
 def test_rows_of_every_size(emulator, draw):
-    """Tokens of a tile, and entries, down to where they are not rounded and up to where nothing is proven."""
+    """Down to where tokens and entries are not rounded, up to where nothing of them is proven."""
     batch, length, dim, vocabulary = 2, draw.choice([20, 150]), 24, draw.choice([40, 140])
     sizes = torch.tensor([-60, -44, -40, -30, 0, 0, 0, 20, 49, 52]).double()
     hidden = small_integers(batch, length, dim, dtype=torch.bfloat16).double()
