@@ -7,6 +7,7 @@ changes the weight, so that each run of ours prepares it anew.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,21 @@ class TrainedHeadCase(HeadCase):
         return hidden, weight, bias, states.mask.to(self.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HopperScreenedHeadCase(TrainedHeadCase):
+    """On a GPU, where "auto" is dense; SPLADE_FAST_HOPPER=1 asks for its kernels."""
+
+    ours: ClassVar[Implementation] = staticmethod(
+        partial(splade_fast.splade_head, algorithm="screened")
+    )
+
+    dim: int = 768
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (Target("times the floor", 0.65),)
+
+
 @functools.cache
 def _states(dim: int) -> TrainedInputs:
     return trained_inputs(dim)
@@ -146,4 +162,12 @@ def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[Tr
         dataclasses.replace(forward, direction="forward+backward"),
         *others,
     ]
-    return [case.tiny() for case in found[:3]] if quick else found
+    if quick:
+        return [case.tiny() for case in found[:3]]
+    if device == "cuda" and os.environ.get("SPLADE_FAST_HOPPER") == "1":
+        found += [
+            HopperScreenedHeadCase(direction="forward", dtype=dtype, device=device)
+            for dtype in dtypes
+            if dtype in (torch.bfloat16, torch.float16)
+        ]
+    return found

@@ -33,6 +33,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(cons
   }
 }
 
+#if defined(SPLADE_FAST_SM90A)
+
 // Makes room for so many candidates of each lane; returns where this lane's begin.
 __device__ unsigned long long reserve(unsigned long long* count, int found) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -93,6 +95,8 @@ struct Collector {
     return first_entry + hopper::accumulator_row(own_thread(), 2 * half);
   }
 };
+
+#endif
 
 template <int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)

@@ -1,6 +1,8 @@
-// The integer that an int8 product is compared with on the GPU, against the same inequality in exact arithmetic.
+// The integer that an int8 product is compared with on the GPU, against the same inequality in exact arithmetic; and
+// which accumulators are found to be above it.
 #include <random>
 
+#include "cuda/screen_candidates.h"
 #include "cuda/screen_threshold.h"
 #include "expect.h"
 
@@ -126,6 +128,44 @@ void test_capacity() {
   EXPECT(candidate_capacity(int64_t{1} << 30, 250002) > INT32_MAX, "of very much");
 }
 
+// Of every accumulator of a thread: found if it is above the threshold of its entry, and its column below the end.
+void test_candidates() {
+  using namespace splade_fast::cuda::sm90;
+  std::mt19937 random(4);
+  for (int turn = 0; turn < 4000; ++turn) {
+    const int thread = static_cast<int>(random() % hopper::kWarpgroupThreads);
+    const int end = turn % 3 == 0 ? static_cast<int>(random() % (kTileTokens + 1)) : kTileTokens + turn % 2;
+    const int threshold[2] = {turn % 5 == 0 ? INT_MAX : static_cast<int>(random() % 9) - 4,
+                              turn % 7 == 0 ? INT_MIN : static_cast<int>(random() % 9) - 4};
+    int32_t accumulators[kAccumulators];
+    for (auto& one : accumulators) one = static_cast<int32_t>(random() % 9) - 4;
+    uint32_t words[2][kWords];
+    find_above(accumulators, threshold, thread, end, words);
+    bool any = false;
+    int seen = 0;
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < kAccumulators / 2; ++i) {
+        const bool found = words[half][i / 32] >> i % 32 & 1;
+        int at = -1;  // the accumulator in this row and column
+        for (int j = 0; j < kAccumulators; ++j) {
+          if (hopper::accumulator_row(thread, j) == hopper::accumulator_row(thread, 2 * half) &&
+              hopper::accumulator_column(thread, j) == own_column(thread, i)) {
+            at = j;
+          }
+        }
+        EXPECT(at >= 0, "column %d of thread %d", own_column(thread, i), thread);
+        const bool above = accumulators[at] > threshold[half];
+        EXPECT(found == (above && own_column(thread, i) < end), "thread %d, half %d, %d of %d", thread, half, i, end);
+        any |= above;
+        seen += own_column(thread, i) < end;
+      }
+    }
+    EXPECT(any_above(accumulators, threshold) == any, "any of thread %d", thread);
+    EXPECT(seen == 2 * own_columns_below(thread, end < kTileTokens ? end : kTileTokens),
+           "columns of thread %d below %d", thread, end);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -134,5 +174,6 @@ int main() {
   test_what_proves_nothing_or_all();
   test_thresholds();
   test_capacity();
+  test_candidates();
   return 0;
 }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-import splade_fast as sf
+from splade_fast.ops import _screening_hopper
+from splade_fast.ops._screening import Decoder
 from tests.emulation.inputs import INF, NAN, assert_same, small_integers, starts_of
 from tests.emulation.test_head import CPU, drawn_sequences
 from tests.ops.inputs import ACTIVATIONS, lattice
@@ -156,20 +157,7 @@ def test_gradients(emulator, draw, monkeypatch):
     monkeypatch.setattr("splade_fast.ops._screening.MAX_BASIS_DIM", 0)
     options = {"cu_seqlens": cu_seqlens, "activation": activation, "algorithm": "screened"}
     with emulator.in_place():
-        compare_screened(hidden, make(vocabulary, dim), bias, mask, **options)
-
-
-def compare_screened(hidden, weight, bias, mask, *, algorithm, **options):
-    def head(*arguments, **given):
-        given.pop("algorithm", None)
-        is_half = arguments[0].dtype in HALF and arguments[0].numel() > 0
-        chosen = algorithm if is_half else "dense"
-        return screened_head(*arguments, algorithm=chosen, **given)
-
-    screened_head = sf.splade_head
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sf, "splade_head", head)
-        compare(hidden, weight, bias, mask, **options)
+        compare(hidden, make(vocabulary, dim), bias, mask, **options)
 
 
 def test_too_many_candidates(emulator, draw):
@@ -204,6 +192,35 @@ def test_weight_that_has_changed(emulator, draw):
     found = emulator.ops.head_forward_screened(*arguments, mean, *prepared, None, None, False)
     assert found[3][0] == 1
     assert_dense(found, arguments)
+
+
+def test_prepared_weight(emulator, monkeypatch):
+    """Kept until the weight changes or many more tokens come; of a graph's calls it is not kept."""
+    monkeypatch.setattr(_screening_hopper, "_version", lambda source: source._version)
+    hidden, weight = torch.randn(2, 9, 16).bfloat16(), torch.randn(30, 16).bfloat16()
+    counts = torch.rand(2, 9) < 0.5
+    counts[0, 0] = True
+    hidden[~counts] = NAN
+    decoder = Decoder()
+
+    def prepare(hidden=hidden, counts=counts):
+        return _screening_hopper.prepare(decoder, weight, weight, hidden, counts)
+
+    with emulator.in_place():
+        first = prepare()
+        torch.testing.assert_close(first.mean, hidden[counts].float().mean(0))
+        assert prepare() is first
+        assert prepare(hidden[:1], None) is first
+        weight.neg_()
+        second = prepare()
+        assert second is not first
+        assert not torch.equal(second.packed, first.packed)
+        third = prepare(torch.ones(8, 9, 16).bfloat16(), None)
+        assert torch.equal(third.mean, torch.ones(16))
+        monkeypatch.setattr(_screening_hopper, "_version", lambda source: None)
+        assert prepare() is not third
+        assert decoder.prepared is third
+        assert torch.equal(prepare(hidden, torch.zeros(2, 9) > 0).mean, torch.zeros(16))
 
 
 def test_disorder_comes_to_an_end(emulator, draw):
