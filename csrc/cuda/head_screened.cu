@@ -150,8 +150,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
                       rows.is_contiguous() && packed.device() == weight.device() && rows.device() == weight.device(),
                   "packed and rows must be what head_prepare made of weight");
   const HeadOutputs outputs = new_outputs(input, hidden, Pooling::kMax, save, float_output);
-  const Tensor report = new_zeros_tensor(hidden, std::vector<int64_t>{4}, ScalarType::Long);
-  if (outputs.pooled.numel() > 0) {
+  const bool is_empty = outputs.pooled.numel() == 0;
+  const std::vector<int64_t> facts{4};
+  const Tensor report =
+      is_empty ? new_zeros_tensor(hidden, facts, ScalarType::Long) : new_tensor(hidden, facts, ScalarType::Long);
+  if (!is_empty) {
     input.tokens = aligned(input.tokens);
     input.weight = aligned(input.weight);
     const int64_t bytes = input.depth() * static_cast<int64_t>(weight.element_size());

@@ -3,7 +3,7 @@
 //
 // product_sm90.cuh multiplies; head_sm90_tiles.h has the order of the tiles and their reduction.
 //
-// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2750 instructions, no
+// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2760 instructions, no
 // local memory, 168 registers at the start, then 40 and 232. The main loop is four HGMMA.64x256x16 to a group, with
 // nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,

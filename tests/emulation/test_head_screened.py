@@ -154,6 +154,8 @@ def test_gradients(emulator, draw, monkeypatch):
     batch, length = draw.choice([(1, 300), (5, 17), (3, 70)])
     hidden, mask, cu_seqlens = drawn_sequences(draw, batch, length, dim, make)
     bias = draw.choice([None, make(vocabulary) - 3])
+    if hidden.numel() == 0:
+        return
     monkeypatch.setattr("splade_fast.ops._screening.MAX_BASIS_DIM", 0)
     options = {"cu_seqlens": cu_seqlens, "activation": activation, "algorithm": "screened"}
     with emulator.in_place():
