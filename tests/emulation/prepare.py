@@ -73,6 +73,9 @@ SABOTAGES = {
     "screen_without_residual": Replacement(
         "cuda/screen_threshold.h", "tile.residual * entry.norm + (", "("
     ),
+    "screen_without_residual_of_entries": Replacement(
+        "cuda/screen_threshold.h", "tile.norm * entry.residual + ", ""
+    ),
     "screen_without_last_token": Replacement(
         "cuda/head_screened_sm90.cu", "rows - first_row, words", "rows - first_row - 1, words"
     ),
