@@ -82,12 +82,14 @@ struct Collector {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         for (uint32_t word = words[half][w]; word != 0; word &= word - 1, ++place) {
-          if (place >= static_cast<unsigned long long>(task.capacity)) return;
           const int i = 32 * w + __ffs(static_cast<int>(word)) - 1;
-          task.candidates[place] = {first_row + own_column(own_thread(), i), entry_of(first_entry, half)};
+          if (place < static_cast<unsigned long long>(task.capacity)) {
+            task.candidates[place] = {first_row + own_column(own_thread(), i), entry_of(first_entry, half)};
+          }
         }
       }
     }
+    __syncwarp();  // wgmma wants whole warps
   }
 
   __device__ static int own_thread() { return static_cast<int>(threadIdx.x) % hopper::kWarpgroupThreads; }

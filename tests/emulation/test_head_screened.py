@@ -83,6 +83,51 @@ def test_is_that_of_the_cpu(emulator, draw):
             torch.testing.assert_close(found[0], expected[0], equal_nan=True)
 
 
+def rotation(dim):
+    """The orthogonal matrix by which rows are rotated, from its definition, in float64."""
+    padded = -(-dim // 64) * 64
+    block = min(padded & -padded, 1024)
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < block:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
+    bits = torch.arange(dim) * 0x9E3779B9 & 0xFFFFFFFF
+    bits = (bits ^ bits >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    bits = (bits ^ bits >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    signs = 1.0 - 2.0 * (bits >> 31)
+    blocks = torch.block_diag(*[hadamard] * (padded // block)) / block**0.5
+    return signs[:, None] * blocks[:dim]
+
+
+@pytest.mark.parametrize("dim", [8, 64, 136, 256, 384, 1024, 2048])
+def test_rounded_rows(emulator, dim):
+    """Nearest integers, and bounds that hold and are tight, by the formulas in float64."""
+    sizes = torch.tensor([0.0, 2.0**-60, 2.0**-39, 1.0, 1.0, 2.0**40, 2.0**52, INF, NAN])
+    weight = (torch.randn(len(sizes), dim) * sizes[:, None]).bfloat16()
+    weight[4, 3] = 100  # an outlier
+    mean = torch.randn(dim)
+    packed, (scale, residual, norm, mean_dot, _) = emulator.ops.head_prepare(weight, mean)
+    rotated = weight.double() @ rotation(dim)
+    largest = rotated.abs().amax(1)
+    is_rounded = (largest >= 2.0**-40) & (largest <= 2.0**50)
+    assert is_rounded.tolist() == [False, False, True, True, True, True, False, False, False]
+    assert (packed[~is_rounded] == 0).all()
+    assert (scale[~is_rounded] == 0).all()
+    assert residual[6:].isinf().all()
+    rows, integers = rotated[:6], packed[:6].double()
+    torch.testing.assert_close(scale[2:6], (largest[2:6] / 127).float())
+    assert (integers[2:6].abs().amax(1) == 127).all()
+    lost = rows - scale[:6, None].double() * integers
+    assert (lost.abs().amax(1)[2:] <= 0.501 * scale[2:6]).all()
+    true = lost.norm(dim=1)
+    assert (residual[:6] >= true).all()
+    assert (residual[2:6] <= 1.01 * true[2:]).all()
+    assert (norm[:6] >= rows.norm(dim=1)).all()
+    assert (norm[2:6] <= 1.01 * rows.norm(dim=1)[2:] + residual[2:6]).all()
+    exact = weight[:6].double() @ mean.double()
+    slack = (weight[:6].double().abs() @ mean.double().abs()) * dim * 2.0**-24
+    assert ((mean_dot[:6] - exact).abs() <= slack).all()
+
+
 def test_logits_around_zero(emulator, draw):
     """Exact logits of rows that int8 cannot hold, and biases that nearly take them away."""
     dtype, dim = draw.choice(HALF), draw.choice([16, 64, 256])
