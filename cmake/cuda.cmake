@@ -35,7 +35,8 @@ if(CMAKE_CUDA_COMPILER)
   set(SPLADE_FAST_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_sm90.cu csrc/cuda/pack.cu
+  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_sm90.cu csrc/cuda/head_screened.cu
+                              csrc/cuda/head_screened_sm90.cu csrc/cuda/screen_rows.cu csrc/cuda/pack.cu
                               csrc/cuda/head_backward.cu csrc/cuda/prune.cu csrc/cuda/sample.cu csrc/cuda/score.cu
                               csrc/cuda/gather.cu)
   # Register and spill report in the build log; a spill is an error.

@@ -38,12 +38,14 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
   // mean of the hidden states that will come. basis (2, D, padded D) float32, if any: matrices P and Q by which hidden
   // states and rows of weight are multiplied, basis_error >= ‖P·Qᵀ - 1‖; order (V,) int32 goes with it, the entries in
-  // the order in which they are packed.
+  // the order in which they are packed. CUDA takes no basis, and lays both out in another way.
   m.def(
       "head_prepare(Tensor weight, Tensor mean, Tensor? basis=None, Tensor? order=None, float basis_error=0) "
       "-> (Tensor packed, Tensor rows)");
   // report: declined (only if it may: nothing is computed then, the outputs have no elements), tokens compared, pairs
   // multiplied in full precision, percent of the int8 product that was made.
+  // On CUDA, which pools by max and takes bfloat16 and float16 with at least one token and dimension, declined means
+  // that the dense kernels have computed everything, whether it may or not.
   m.def(
       "head_forward_screened(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, Tensor mean, Tensor packed, "

@@ -7,6 +7,7 @@ changes the weight, so that each run of ours prepares it anew.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import splade_fast
 from benchmarks.case import Implementation, Target, Workload
 from benchmarks.cases.head import HeadCase
 from benchmarks.peer import PeerHead
-from benchmarks.trained import TrainedInputs, trained_inputs
+from benchmarks.trained import ACTIVE, TrainedInputs, trained_inputs
 from splade_fast import SparseRows, reference
 
 
@@ -78,6 +79,21 @@ class TrainedHeadCase(HeadCase):
             for tensor in (states.hidden, states.weight, states.bias)
         )
         return hidden, weight, bias, states.mask.to(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperScreenedHeadCase(TrainedHeadCase):
+    """On a GPU, where "auto" is dense; SPLADE_FAST_HOPPER=1 asks for its kernels."""
+
+    ours: ClassVar[Implementation] = staticmethod(
+        partial(splade_fast.splade_head, algorithm="screened")
+    )
+
+    dim: int = 768
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (Target("times the floor", 0.65),)
 
 
 @functools.cache
@@ -146,4 +162,12 @@ def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[Tr
         dataclasses.replace(forward, direction="forward+backward"),
         *others,
     ]
-    return [case.tiny() for case in found[:3]] if quick else found
+    if quick:
+        return [case.tiny() for case in found[:3]]
+    if device == "cuda" and os.environ.get("SPLADE_FAST_HOPPER") == "1":
+        for dtype in dtypes:
+            if dtype in (torch.bfloat16, torch.float16):
+                on_hopper = HopperScreenedHeadCase(direction="forward", dtype=dtype, device=device)
+                made_up = dataclasses.replace(on_hopper, real=False, active=ACTIVE)
+                found += [on_hopper, made_up]
+    return found

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "float_bits.h"
+
 namespace splade_fast {
 
 // Bounds are sums of products of these upper bounds of norms, in float:
@@ -11,11 +13,13 @@ namespace splade_fast {
 // m the mean that was taken from h, a the dot product of the rounded rows.
 
 // Of every norm: what summing up its squares may have lost.
-inline float screen_inflation(int64_t depth) { return 1.0f + 0x1p-10f + static_cast<float>(depth) * 0x1p-23f; }
+SPLADE_FAST_INLINE float screen_inflation(int64_t depth) {
+  return 1.0f + 0x1p-10f + static_cast<float>(depth) * 0x1p-23f;
+}
 
 // Relative to norm(h) * norm(w): what the full-precision product, m·w, the rotation, and the scales may each have lost
 // to rounding, in any order of summation.
-inline float screen_rounding(int64_t depth) { return static_cast<float>(depth + 64) * 0x1p-23f; }
+SPLADE_FAST_INLINE float screen_rounding(int64_t depth) { return static_cast<float>(depth + 64) * 0x1p-23f; }
 
 // Absolute, of both residuals and of the bound: whatever went below the smallest normal number, with or without
 // flushing to zero.
@@ -54,19 +58,19 @@ inline int64_t screen_stage_begin(int64_t stage, int64_t padded_depth) {
 inline float screen_basis_rounding(int64_t depth) { return static_cast<float>(depth + 2) * 0x1p-23f; }
 
 // At least one unit.
-inline int64_t screen_padded_depth(int64_t depth) {
+SPLADE_FAST_INLINE int64_t screen_padded_depth(int64_t depth) {
   const int64_t units = (depth + kScreenDepthUnit - 1) / kScreenDepthUnit;
   return (units > 1 ? units : 1) * kScreenDepthUnit;
 }
 
 // The largest power of two that divides the padded depth.
-inline int64_t screen_block(int64_t padded_depth) {
+SPLADE_FAST_INLINE int64_t screen_block(int64_t padded_depth) {
   const int64_t block = padded_depth & -padded_depth;
   return block < kScreenMaxBlock ? block : kScreenMaxBlock;
 }
 
 // The sign of a dimension: a bit of a mixed counter.
-inline float screen_sign(int64_t dimension) {
+SPLADE_FAST_INLINE float screen_sign(int64_t dimension) {
   uint32_t x = static_cast<uint32_t>(dimension) * 0x9e3779b9u;
   x = (x ^ (x >> 16)) * 0x85ebca6bu;
   x = (x ^ (x >> 13)) * 0xc2b2ae35u;

@@ -13,9 +13,7 @@
 #include <tuple>
 
 #include "../common/torch_ops.h"
-#include "head.h"
-#include "head_sm90.h"
-#include "pack.h"
+#include "head_fused.h"
 #include "pool.h"
 
 namespace splade_fast::cuda {
@@ -45,12 +43,7 @@ void set_rows(PoolTask& task, const HeadInput& input, int64_t row, int64_t count
   }
 }
 
-struct Outputs {
-  Tensor pooled, max_logits, argmax;
-  bool saved;
-};
-
-void set_columns(PoolTask& task, const HeadInput& input, const Outputs& outputs, int64_t column, int64_t columns,
+void set_columns(PoolTask& task, const HeadInput& input, const HeadOutputs& outputs, int64_t column, int64_t columns,
                  int64_t row_stride) {
   const auto at_column = [&](const Tensor& tensor) -> void* {
     return static_cast<char*>(tensor.mutable_data_ptr()) + column * static_cast<int64_t>(tensor.element_size());
@@ -90,7 +83,7 @@ class Carries {
   std::optional<Tensor> value_, position_;
 };
 
-void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activation, const Outputs& outputs,
+void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs,
                     const OnDevice& device, const char* op) {
   const ScalarType dtype = input.weight.scalar_type();
   const int64_t rows = input.rows(), vocabulary = input.vocabulary(), block_rows = std::min(rows, kChunkRows);
@@ -152,10 +145,8 @@ std::optional<hopper::Operand> fused_operand(ScalarType dtype, bool allow_tf32) 
 
 // Whether the fused kernel can run, and has been asked for.
 bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice& device) {
-  const auto address = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
   return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
-         sm90::fits({input.rows(), input.batch, input.vocabulary(), input.depth()}, operand,
-                    address(input.tokens) | address(input.weight));
+         sm90::fits(fused_shape(input), operand, address_of(input.tokens) | address_of(input.weight));
 }
 
 // Scales go with operands in e4m3.
@@ -164,47 +155,12 @@ struct Scales {
 };
 
 void head_fused(const HeadInput& input, hopper::Operand operand, const Scales& scales, Activation activation,
-                const Outputs& outputs, const OnDevice& device, const char* op) {
-  const sm90::Shape shape{input.rows(), input.batch, input.vocabulary(), input.depth()};
-  const auto new_ints = [&](int64_t count) {
-    return new_tensor(input.weight, std::vector<int64_t>{count}, ScalarType::Int);
-  };
-  const Tensor starts = new_ints(shape.batch + 1), first_sequences = new_ints(sm90::token_tiles(shape));
-  const Tensor source_rows = new_ints(input.mask ? shape.rows : 0);
-  const Tensor packed = input.mask ? new_tensor(input.tokens, input.tokens.sizes()) : input.tokens;
+                const HeadOutputs& outputs, const OnDevice& device, const char* op) {
+  const FusedHead fused(input, operand, activation, outputs, device, op);
+  sm90::HeadTask task = fused.task();
   const Tensor keys =
-      new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(shape, outputs.saved)}, ScalarType::Byte);
-
-  PackTask pack{};
-  pack.sequences = input.sequences();
-  pack.batch = shape.batch;
-  pack.mask = input.mask ? const_data<bool>(*input.mask) : nullptr;
-  pack.rows = input.tokens.const_data_ptr();
-  pack.row_bytes = shape.depth * static_cast<int64_t>(input.tokens.element_size());
-  pack.starts = mutable_data<int32_t>(starts);
-  if (input.mask) {
-    pack.source_rows = mutable_data<int32_t>(source_rows);
-    pack.packed = packed.mutable_data_ptr();
-  }
-  check_cuda(launch_pack(pack, device.multiprocessors(), device.stream()), op);
-
-  sm90::HeadTask task{};
-  task.shape = shape;
-  task.operand = operand;
-  task.tokens = packed.const_data_ptr();
-  task.weight = input.weight.const_data_ptr();
-  task.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
-               static_cast<int>(sm90::token_tiles(shape))};
-  task.first_sequences = mutable_data<int32_t>(first_sequences);
+      new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(task.shape, outputs.saved)}, ScalarType::Byte);
   task.keys = keys.mutable_data_ptr();
-  task.outputs.vocabulary = shape.vocabulary;
-  task.outputs.pooled = outputs.pooled.mutable_data_ptr();
-  task.outputs.pooled_in_acc = outputs.pooled.scalar_type() == ScalarType::Float;
-  task.outputs.max_logits = outputs.saved ? outputs.max_logits.mutable_data_ptr() : nullptr;
-  task.outputs.positions = outputs.argmax.mutable_data_ptr();
-  task.outputs.position_bytes = static_cast<int>(outputs.argmax.element_size());
-  task.outputs.bias = input.bias ? input.bias->const_data_ptr() : nullptr;
-  task.outputs.activation = activation;
   task.sequence_scales = scales.sequences;
   task.entry_scales = scales.entries;
   check_cuda(sm90::launch_head(task, device.stream()), op);
@@ -221,15 +177,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_input(hidden, weight, bias, mask, cu_seqlens);
   const OnDevice device(hidden, op);
-  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
-  const bool saved = save && pooling == Pooling::kMax;
-  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
-  const Outputs outputs{new_tensor(hidden, shape, float_output ? acc : dtype),
-                        new_tensor(hidden, saved ? shape : none, acc),
-                        new_tensor(hidden, saved ? shape : none, head_position_type(hidden, cu_seqlens)), saved};
+  const HeadOutputs outputs = new_outputs(input, hidden, pooling, save, float_output);
   if (outputs.pooled.numel() > 0) {
     const std::optional<hopper::Operand> operand =
-        pooling == Pooling::kMax ? fused_operand(dtype, allow_tf32) : std::nullopt;
+        pooling == Pooling::kMax ? fused_operand(hidden.scalar_type(), allow_tf32) : std::nullopt;
     if (operand && runs_fused(input, *operand, device)) {
       head_fused(input, *operand, {}, activation, outputs, device, op);
     } else {
@@ -252,9 +203,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_scaled(const Tensor& hidden, const Te
   const OnDevice device(hidden, op);
   const bool runs = runs_fused(input, hopper::Operand::kE4m3, device);
   const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
-  const Outputs outputs{new_tensor(hidden, runs ? shape : none, ScalarType::Float),
-                        new_tensor(hidden, runs && save ? shape : none, ScalarType::Float),
-                        new_tensor(hidden, runs && save ? shape : none, head_position_type(hidden, cu_seqlens)), save};
+  const HeadOutputs outputs{new_tensor(hidden, runs ? shape : none, ScalarType::Float),
+                            new_tensor(hidden, runs && save ? shape : none, ScalarType::Float),
+                            new_tensor(hidden, runs && save ? shape : none, head_position_type(hidden, cu_seqlens)),
+                            save};
   if (runs) {
     head_fused(input, hopper::Operand::kE4m3, {const_data<float>(sequence_scales), const_data<float>(entry_scales)},
                activation, outputs, device, op);

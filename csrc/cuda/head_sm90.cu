@@ -1,18 +1,16 @@
 // head forward on sm_90a, max pooling, bfloat16, float16, float32 as TF32 and scaled e4m3: one kernel multiplies and
 // reduces; logits never leave the registers.
 //
-// Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
-// vocabulary entries each by the tile's 256 tokens and reduce them. Two blocks of a cluster share each token tile, half
-// of it copied by either. head_sm90_tiles.h has the order of the tiles and the reduction.
+// product_sm90.cuh multiplies; head_sm90_tiles.h has the order of the tiles and their reduction.
 //
-// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2750 instructions, no
+// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2760 instructions, no
 // local memory, 168 registers at the start, then 40 and 232. The main loop is four HGMMA.64x256x16 to a group, with
 // nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
 // FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
 #include "head_sm90.h"
-#include "hopper.cuh"
-#include "tensor_map.h"
+#include "merge_key.cuh"
+#include "product_sm90.cuh"
 
 namespace splade_fast::cuda::sm90 {
 namespace {
@@ -23,15 +21,6 @@ __global__ void __launch_bounds__(kPlanThreads)
     first_sequences_kernel(const int32_t* starts, int batch, int tiles, int32_t* first_sequences) {
   const int tile = static_cast<int>(blockIdx.x) * kPlanThreads + static_cast<int>(threadIdx.x);
   if (tile < tiles) first_sequences[tile] = first_sequence_after(starts, batch, tile * kTileTokens);
-}
-
-template <typename K>
-__device__ void merge_key(K* key, K candidate) {
-  if constexpr (sizeof(K) == 8) {
-    atomicMax(reinterpret_cast<unsigned long long*>(key), static_cast<unsigned long long>(candidate));
-  } else {
-    atomicMax(key, candidate);
-  }
 }
 
 using hopper::Operand;
@@ -82,102 +71,26 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                    });
 }
 
+// What is done with the tiles of the product.
+template <Operand kOperand, bool kPositions>
+struct Reduction {
+  const HeadTask& task;
+
+  __device__ void begin(int, int) {}
+  __device__ void reduce(const float (&accumulators)[kAccumulators], int token_tile, int first_entry) {
+    reduce_tile<kOperand, kPositions>(task, accumulators, token_tile, first_entry);
+  }
+};
+
 template <Operand kOperand, bool kPositions, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     head_sm90_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
                      const __grid_constant__ HeadTask task) {
 #if defined(SPLADE_FAST_SM90A)
-  using namespace hopper;
-  extern __shared__ uint8_t dynamic[];
-  const uint32_t tiles = (shared_address(dynamic) + kSwizzledBytes - 1) / kSwizzledBytes * kSwizzledBytes;
-  const uint32_t full = tiles + kStages * kStageBytes, empty = full + kStages * 8;
-  const int rank = kCluster > 1 ? block_in_cluster() : 0;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(full + stage * 8, 1);
-      init_barrier(empty + stage * 8, empty_arrivals(kCluster));
-    }
-    fence_barrier_init();
-  }
-  if constexpr (kCluster > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
-
-  constexpr int kTileDepth = row_elements(kOperand);
-  const int depth = static_cast<int>(task.shape.depth), steps = (depth + kTileDepth - 1) / kTileDepth;
-  const TileOrder order =
-      TileOrder::of(static_cast<int>(task.shape.vocabulary), task.rows.starts[task.rows.batch], kCluster);
-  const int first_tile = static_cast<int>(blockIdx.x) / kCluster, num_tiles = static_cast<int>(order.count());
-  const int tile_stride = static_cast<int>(gridDim.x) / kCluster;
-  Ring<kStages> ring;
-  // From one lane, so that the compiler knows it to be the same for the warp.
-  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
-  if (warpgroup == kConsumers) {
-    give_up_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroupThreads) {
-      prefetch(weight_map);
-      prefetch(token_map);
-      for (int index = first_tile; index < num_tiles; index += tile_stride) {
-        const Tile tile = order.at(index);
-        const int entry = (tile.entry * kCluster + rank) * kTileEntries, token = tile.token * kTileTokens;
-        for (int step = 0; step < steps; ++step, ring.advance()) {
-          const uint32_t target = tiles + ring.stage * kStageBytes, barrier = full + ring.stage * 8;
-          wait(empty + ring.stage * 8, ring.parity ^ 1);
-          arrive_and_expect(barrier, kStageBytes);
-          copy_tile(target, weight_map, step * kTileDepth, entry, barrier);
-          if constexpr (kCluster == 1) {
-            copy_tile(target + kEntryBytes, token_map, step * kTileDepth, token, barrier);
-          } else {
-            constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;
-            copy_tile_to_blocks(target + kEntryBytes + rank * (kTokenBytes / kCluster), token_map, step * kTileDepth,
-                                token + rank * (kTileTokens / kCluster), barrier, kAllBlocks);
-          }
-        }
-      }
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const auto release = [&](int stage) {
-      if constexpr (kCluster == 1) {
-        if (lane == 0) arrive(empty + stage * 8);
-      } else {
-        if (lane < kCluster) arrive_at_block(empty + stage * 8, lane);
-      }
-    };
-    const uint64_t own_entries = matrix_descriptor(tiles + warpgroup * (kEntryBytes / kConsumers));
-    const uint64_t all_tokens = matrix_descriptor(tiles + kEntryBytes);
-    for (int index = first_tile; index < num_tiles; index += tile_stride) {
-      const Tile tile = order.at(index);
-      float accumulators[kAccumulators];
-      int before = 0;
-      for (int step = 0; step < steps; ++step, ring.advance()) {
-        wait(full + ring.stage * 8, ring.parity);
-        const uint64_t offset = static_cast<uint64_t>(ring.stage * (kStageBytes / 16));
-        wgmma_fence();
-#pragma unroll
-        for (int part = 0; part < kRowInstructions; ++part) {
-          wgmma<kOperand>(accumulators, deeper(own_entries + offset, part), deeper(all_tokens + offset, part),
-                          step + part);
-        }
-        wgmma_commit();
-        // The step before this one has been read: its stage is free.
-        wgmma_wait<1>();
-        if (step > 0) release(before);
-        before = ring.stage;
-      }
-      wgmma_wait<0>();
-      pin(accumulators);
-      release(before);
-      reduce_tile<kOperand, kPositions>(
-          task, accumulators, tile.token,
-          (tile.entry * kCluster + rank) * kTileEntries + warpgroup * kInstructionEntries);
-    }
-  }
-  // No block may end while the other still copies to it or arrives at its barriers.
-  if constexpr (kCluster > 1) cluster_sync();
+  if (!task.only_if.holds()) return;
+  Reduction<kOperand, kPositions> reduction{task};
+  multiply_tiles<kOperand, kCluster>(weight_map, token_map, static_cast<int>(task.shape.vocabulary),
+                                     task.rows.starts[task.rows.batch], static_cast<int>(task.shape.depth), reduction);
 #endif
 }
 
@@ -186,7 +99,7 @@ constexpr int kFinishThreads = 256;
 template <Operand kOperand, bool kPositions>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
   const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
-  if (entry >= task.shape.vocabulary) return;
+  if (entry >= task.shape.vocabulary || !task.only_if.holds()) return;
   DeviceSink<kOperand, kPositions> sink{task};
   for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
     finish(task.rows, b, entry, sink);
@@ -197,45 +110,18 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask t
 
 template <Operand kOperand, bool kPositions, int kCluster>
 cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
-  CUtensorMap weight_map, token_map;
-  cudaError_t error =
-      hopper::make_tensor_map(weight_map, task.weight, task.shape.vocabulary, task.shape.depth, kTileEntries, kOperand);
-  if (error != cudaSuccess) return error;
-  error = hopper::make_tensor_map(token_map, task.tokens, task.shape.rows, task.shape.depth, kTileTokens / kCluster,
-                                  kOperand);
-  if (error != cudaSuccess) return error;
-
-  const auto kernel = head_sm90_kernel<kOperand, kPositions, kCluster>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kCluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  // As many clusters as run at a time, but no more than there can be tiles.
-  int clusters = 0;
-  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) return error;
-  const int64_t most =
-      TileOrder::of(static_cast<int>(task.shape.vocabulary), static_cast<int>(task.shape.rows), kCluster).count();
-  clusters = static_cast<int>(most < clusters ? most : clusters);
-  if (clusters == 0) return cudaErrorInvalidConfiguration;
-  config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-  return cudaLaunchKernelEx(&config, kernel, weight_map, token_map, task);
+  return launch_product<kOperand, kCluster>(head_sm90_kernel<kOperand, kPositions, kCluster>,
+                                            {task.weight, task.tokens}, task.shape, task, stream);
 }
 
 template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
   const int batch = task.rows.batch, tiles = task.rows.tiles;
-  cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
-  if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  if (!task.keys_are_zero) {
+    error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
+    if (error != cudaSuccess) return error;
+  }
   first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
       task.rows.starts, batch, tiles, task.first_sequences);
   error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)

@@ -11,6 +11,14 @@
 
 namespace splade_fast::cuda::sm90 {
 
+// Something that kernels before have counted: more of it than this. Without a count it holds.
+struct OnlyIf {
+  const unsigned long long* count;
+  unsigned long long more_than;
+
+  __device__ bool holds() const { return count == nullptr || *count > more_than; }
+};
+
 struct HeadTask {
   Shape shape;  // rows: that tokens has room for
   hopper::Operand operand;
@@ -19,9 +27,11 @@ struct HeadTask {
   PackedRows rows;
   int32_t* first_sequences;  // (token tiles,), filled by the launch
   void* keys;                // key_bytes(), filled by the launch
+  bool keys_are_zero;        // already
   PooledOutputs outputs;     // in the type of the operands, float for TF32 and e4m3
   // What e4m3 operands were divided by: of each sequence and each entry.
   const float *sequence_scales, *entry_scales;
+  OnlyIf only_if;  // on the device, when the launch begins: nothing is written unless this holds
 };
 
 // Whether the library has machine code for sm_90a.

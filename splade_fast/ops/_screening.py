@@ -26,7 +26,7 @@ MAX_DIM = 2**16  # products of int8 over more could leave int32
 _MIN_TRAINING_TOKENS = 512
 # The mean that is taken from the hidden states comes from the first batch; the first one of four
 # times as many tokens gives a better one, up to so many.
-_MEAN_GROWTH, _MEAN_TOKENS = 4, 4096
+_MEAN_GROWTH, MEAN_TOKENS = 4, 4096
 # A basis costs as much as the int8 product of 8 to 18 D tokens, of which it saves up to half.
 _TOKENS_BEHIND_BASIS = 32  # per dimension
 _MAX_PERCENT_OF_PRODUCT = 90  # with a basis; else it goes
@@ -108,7 +108,7 @@ class Decoder:
                 basis = balanced_basis(moments, weight, bias)
                 if basis is not None:
                     return self._prepare(weight, moments.mean.float(), basis, tokens, version)
-        if old is not None and not _gives_better_mean(tokens, old.tokens):
+        if old is not None and not gives_better_mean(tokens, old.tokens):
             return old
         return self._prepare(weight, _mean(hidden, counts), None, tokens, version)
 
@@ -153,8 +153,9 @@ def _takes_basis(weight: Tensor) -> bool:
     return weight.shape[1] <= MAX_BASIS_DIM and _library.cpu_instruction_set() != "amx"
 
 
-def _gives_better_mean(tokens: int, old_tokens: int) -> bool:
-    return old_tokens < _MEAN_TOKENS and tokens >= min(_MEAN_GROWTH * old_tokens, _MEAN_TOKENS)
+def gives_better_mean(tokens: int, old_tokens: int) -> bool:
+    """Whether the mean of so many tokens is worth preparing the weight again."""
+    return old_tokens < MEAN_TOKENS and tokens >= min(_MEAN_GROWTH * old_tokens, MEAN_TOKENS)
 
 
 def count_tokens(hidden: Tensor, counts: Tensor | None) -> int:
@@ -166,7 +167,11 @@ def count_tokens(hidden: Tensor, counts: Tensor | None) -> int:
 
 def _mean(hidden: Tensor, counts: Tensor | None) -> Tensor:
     """About the mean of the tokens that count; any vector is right, this one makes bounds tight."""
-    mean = _tokens(hidden, counts).mean(0)
+    return usable_mean(_tokens(hidden, counts).mean(0))
+
+
+def usable_mean(mean: Tensor) -> Tensor:
+    """Itself, or zeros where it is not finite or so large that it would spoil every bound."""
     return torch.where((mean.abs() < 2.0**40).all(), mean, 0.0)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
+from splade_fast.ops import _screening_hopper
 from splade_fast.ops._autograd import (
     argmax_dtype,
     empty_forward,
@@ -64,11 +65,12 @@ def splade_head(
         cu_seqlens: (B + 1,) int32, starts of the sequences in packed hidden, ending with T.
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
-        algorithm: how the CPU computes it. "dense" multiplies everything in full precision.
-            "screened" proves in int8 which logits cannot be positive or the maximum, and
-            multiplies the others alone (docs/screening.md): several times faster for a trained
-            model, slower where most logits are positive. "auto" finds out which is faster. The
-            result is the same to the bit.
+        algorithm: how it is computed. "dense" multiplies everything in full precision. "screened"
+            proves in int8 which logits cannot be positive or the maximum, and multiplies the others
+            alone (docs/screening.md): several times faster for a trained model, slower where most
+            logits are positive. "auto" finds out which is faster on the CPU, where the result is
+            the same to the bit, and is "dense" on a GPU, where "screened" is for Hopper with
+            SPLADE_FAST_HOPPER=1 and sums are rounded in another order.
         precision: None multiplies hidden and weight as they are. "fp8" first rounds them to e4m3,
             each sequence and each row of the weight divided by a power of two s of its own, the
             least by which none of its values is above 448. A value loses at most a relative 2^-4,
@@ -85,7 +87,9 @@ def splade_head(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU
             also cu_seqlens that do not rise from 0 to T (a RuntimeError where it is compiled).
         RuntimeError: a gradient of the gradient is asked for.
-        NotImplementedError: "screened" on a GPU, or for more than 65,536 dimensions.
+        NotImplementedError: "screened" for more than 65,536 dimensions; on a GPU also unless it is
+            Hopper and was asked for, for sums, for float32 and float64, and for dimensions that
+            are no multiple of 8.
     """
     check_floating("hidden", hidden)
     autocast = _autocast_dtype(hidden)
@@ -144,8 +148,6 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
 
 
 def _check_screened(hidden: Tensor) -> None:
-    if hidden.device.type == "cuda":
-        raise NotImplementedError('algorithm="screened" has no CUDA kernel, use "auto" or "dense"')
     if hidden.ndim and hidden.shape[-1] > MAX_DIM:
         raise NotImplementedError(
             f'algorithm="screened" takes at most {MAX_DIM} dimensions, got {hidden.shape[-1]}'
@@ -229,6 +231,8 @@ def _forward(
         return _forward_fp8(*arguments, *options)
     ops = torch.ops.splade_fast
     forced = algorithm == SCREENED
+    if forced and hidden.device.type == "cuda":
+        return _forward_on_hopper(*arguments, *options, weight if source is None else source)
     if forced or (algorithm != DENSE and is_candidate(hidden, attention_mask, save)):
         source = weight if source is None else source
         decoder = decoder_of(source, weight.dtype)
@@ -247,6 +251,35 @@ def _forward(
         *arguments, *options, hidden.device.type == "cuda" and _permits_tf32()
     )
     return dense
+
+
+def _forward_on_hopper(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pooling: int,
+    activation: int,
+    save: bool,
+    float_output: bool,
+    source: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The screened product; where too much is left over the GPU itself goes on to the dense one."""
+    _screening_hopper.check_runs(hidden, pooling)
+    ops, sequences = torch.ops.splade_fast, (attention_mask, cu_seqlens)
+    options = (pooling, activation, save, float_output)
+    if hidden.numel() == 0 or weight.numel() == 0:
+        empty: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(
+            hidden, weight, bias, *sequences, *options
+        )
+        return empty
+    decoder = decoder_of(source, weight.dtype)
+    ready = _screening_hopper.prepare(decoder, weight, source, hidden, attention_mask)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.head_forward_screened(
+        hidden, weight, bias, *sequences, *options, *ready.arguments, False
+    )
+    return outputs[:3]
 
 
 def _forward_fp8(

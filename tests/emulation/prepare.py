@@ -42,7 +42,10 @@ REPLACEMENTS = [
     ),
     *(
         registration(f"cuda/{op}.cu")
-        for op in ("gather", "head", "head_backward", "pool", "prune", "sample", "score")
+        for op in (
+            *("gather", "head", "head_backward", "head_screened"),
+            *("pool", "prune", "sample", "score"),
+        )
     ),
     # The order of the words that a host compiler takes once __shared__ is static.
     Replacement("cuda/pool.cu", "__shared__ alignas(16)", "alignas(16) __shared__", 2),
@@ -50,7 +53,7 @@ REPLACEMENTS = [
     Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 5),
     Replacement("cuda/gather.cu", "__assert_fail(", "device_assert("),
     Replacement(
-        "cuda/head_sm90.cu",
+        "cuda/product_sm90.cuh",
         "extern __shared__ uint8_t dynamic[];",
         "const uint8_t* const dynamic = nullptr;",
     ),
@@ -61,11 +64,26 @@ SABOTAGES = {
     "pool_without_barrier": Replacement("cuda/pool.cu", "__syncthreads_or(counted)", "counted"),
     "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
     "head_without_wait": Replacement(
-        "cuda/head_sm90.cu", "wait(full + ring.stage * 8, ring.parity);", ""
+        "cuda/product_sm90.cuh", "wait(full + ring.stage * 8, ring.parity);", ""
     ),
-    "head_with_early_release": Replacement("cuda/head_sm90.cu", "wgmma_wait<1>();", ""),
+    "head_with_early_release": Replacement("cuda/product_sm90.cuh", "wgmma_wait<1>();", ""),
     "head_with_wrong_tile": Replacement(
-        "cuda/head_sm90.cu", "token + rank * (kTileTokens / kCluster)", "token"
+        "cuda/product_sm90.cuh", "token + rank * (kTileTokens / kCluster)", "token"
+    ),
+    "screen_without_residual": Replacement(
+        "cuda/screen_threshold.h", "tile.residual * entry.norm + (", "("
+    ),
+    "screen_without_residual_of_entries": Replacement(
+        "cuda/screen_threshold.h", "tile.norm * entry.residual + ", ""
+    ),
+    "screen_without_last_token": Replacement(
+        "cuda/head_screened_sm90.cu", "rows - first_row, words", "rows - first_row - 1, words"
+    ),
+    "screen_of_a_stale_weight": Replacement(
+        "cuda/head_screened_sm90.cu", "bits_of(sample) != ", "bits_of(sample) == 1 + 0 *"
+    ),
+    "screen_without_fallback": Replacement(
+        "cuda/head_sm90.h", "count == nullptr || *count > more_than", "count == nullptr"
     ),
 }
 

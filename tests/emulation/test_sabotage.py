@@ -15,19 +15,34 @@ from tests.emulation.prepare import (
     replaced,
 )
 
-TEST_OF_FILE = {
-    "cuda/pool.cu": "test_pool.py::test_matches_reference",
-    "cuda/score.cu": "test_score.py::test_is_that_of_the_cpu",
-    "cuda/head_sm90.cu": "test_head.py::test_fused_is_that_of_the_cpu",
+FUSED = "test_head.py::test_fused_is_that_of_the_cpu"
+TESTS = {
+    "pool_without_barrier": "test_pool.py::test_matches_reference",
+    "score_without_barrier": "test_score.py::test_is_that_of_the_cpu",
+    "head_without_wait": FUSED,
+    "head_with_early_release": FUSED,
+    "head_with_wrong_tile": FUSED,
+    "screen_without_residual": "test_head_screened.py::test_logits_around_zero",
+    "screen_without_residual_of_entries": "test_head_screened.py::test_logits_around_zero",
+    "screen_without_last_token": "test_head_screened.py::test_is_that_of_the_cpu",
+    "screen_of_a_stale_weight": "test_head_screened.py::test_weight_that_has_changed",
+    "screen_without_fallback": "test_head_screened.py::test_too_many_candidates",
 }
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_found(name):
     build()
-    test = TEST_OF_FILE[SABOTAGES[name].file]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/emulation/{test}"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            f"tests/emulation/{TESTS[name]}",
+        ],
         cwd=ROOT,
         env={**os.environ, "EMULATION_LIBRARY": name, "EMULATION_CASES": "60"},
         capture_output=True,

@@ -33,10 +33,17 @@ def gradients(head, tensors: list[Tensor | None], *sequences, **options) -> list
     return [pooled.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, *sequences, **options) -> None:
+def compare(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *sequences,
+    algorithm: str = "auto",
+    **options,
+) -> None:
     """Values and gradients of ours, of plain PyTorch in the same dtype, and of float64."""
     tensors = [hidden, weight, bias]
-    ours = gradients(sf.splade_head, tensors, *sequences, **options)
+    ours = gradients(sf.splade_head, tensors, *sequences, algorithm=algorithm, **options)
     plain = gradients(reference.splade_head, tensors, *sequences, **options)
     wide = [None if t is None else t.double() for t in tensors]
     truth = gradients(reference.splade_head, wide, *sequences, **options)

@@ -262,6 +262,142 @@ def test_fp8(kernel, bits):
         compare(hidden.to(dtype), weight.to(dtype), bias.to(dtype), **options)
 
 
+SCREEN_KERNEL = "screen_sm90_kernel"
+
+
+def few_active(hidden: Tensor, weight: Tensor, share: float = 0.005) -> Tensor:
+    """A bias in steps of 1/4 that leaves about this share of the logits positive."""
+    logits = hidden.flatten(0, -2)[:2000].float() @ weight.float().t()
+    level = logits.flatten().cpu().kthvalue(int((1 - share) * logits.numel())).values.item()
+    bias = -round(4 * level) / 4 + torch.randint(-2, 3, (len(weight),), device=hidden.device) / 4
+    return bias.to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("lengths", "dim", "vocabulary"),
+    [
+        ([1], 8, 1),
+        ([257], 72, 129),
+        ([5, 0, 1, 17], 64, 101),
+        ([0, 0, 255, 1, 1, 255, 0], 128, 300),
+        ([24] * 50, 384, 1000),
+        ([700, 3, 0, 1024], 768, 30522),
+        ([40] * 8, 1024, 5000),
+    ],
+)
+def test_screened_packed(fused, dtype, lengths, dim, vocabulary):
+    hidden = lattice(sum(lengths), dim, dtype=dtype, device=CUDA)
+    weight, _ = decoder(vocabulary, dim, dtype, CUDA)
+    options = {"cu_seqlens": starts(lengths), "algorithm": "screened"}
+    compare(hidden, weight, few_active(hidden, weight), **options)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_screened_padded(fused, dtype, kind, activation):
+    hidden = lattice(7, 300, 40, dtype=dtype, device=CUDA)
+    weight, _ = decoder(201, 40, dtype, CUDA)
+    mask = attention_mask(kind, 7, 300)
+    mask = None if mask is None else mask.to(CUDA)
+    if mask is not None:
+        hidden = hidden.masked_fill(~mask[..., None], torch.nan)
+    bias = few_active(hidden.nan_to_num(), weight)
+    dense, screened = (
+        sf.splade_head(hidden, weight, bias, mask, activation=activation, algorithm=algorithm)
+        for algorithm in ("dense", "screened")
+    )
+    assert torch.equal(screened, dense)
+    assert (dense > 0).any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_screened_logits_around_zero(fused, dtype):
+    """Exact logits of rows that int8 cannot hold, and biases that nearly take them away."""
+    for dim in (64, 256):
+        hidden = torch.randint(-255, 256, (1, 700, dim), device=CUDA).to(dtype)
+        weight = (torch.randint(-255, 256, (5000, dim), device=CUDA) * 2.0**-9).to(dtype)
+        logits = (hidden[0].float() @ weight.float().t()).double()
+        bias = (-logits.amax(0) + torch.randint(-2, 3, (5000,), device=CUDA) * 2.0**-9).to(dtype)
+        pooled = sf.splade_head(hidden, weight, bias, activation="relu", algorithm="screened")
+        exact = (logits.amax(0) + bias.double()).relu().to(dtype)
+        assert torch.equal(pooled[0], exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_screened_where_nothing_is_spared(fused, dtype):
+    """All active, a token that is not finite, a weight changed behind torch's back."""
+    hidden = lattice(4, 300, 64, dtype=dtype, device=CUDA)
+    weight, bias = decoder(3000, 64, dtype, CUDA)
+
+    def check(bias):
+        dense, screened = (
+            sf.splade_head(hidden, weight, bias, algorithm=algorithm)
+            for algorithm in ("dense", "screened")
+        )
+        assert torch.equal(screened.isnan(), dense.isnan())
+        assert torch.equal(screened.nan_to_num(), dense.nan_to_num())
+
+    check(bias + 100)
+    check(few_active(hidden, weight))
+    weight.data.neg_()
+    check(few_active(hidden, weight))
+    hidden[1, 7, 3] = torch.nan
+    check(bias)
+
+
+def test_screened_in_a_graph(fused):
+    """Replayed with other values, another mask and another weight: all of it is prepared anew."""
+    hidden = lattice(4, 300, 64, dtype=torch.bfloat16, device=CUDA)
+    weight, _ = decoder(3000, 64, torch.bfloat16, CUDA)
+    bias = few_active(hidden, weight)
+    mask = attention_mask("right", 4, 300).to(CUDA)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        sf.splade_head(hidden, weight, bias, mask, algorithm="screened")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pooled = sf.splade_head(hidden, weight, bias, mask, algorithm="screened")
+    for kind in ("holes", "left", "empty_rows"):
+        hidden.copy_(lattice(4, 300, 64, dtype=torch.bfloat16, device=CUDA))
+        weight.copy_(lattice(3000, 64, dtype=torch.bfloat16, device=CUDA))
+        mask.copy_(attention_mask(kind, 4, 300))
+        graph.replay()
+        assert torch.equal(pooled, sf.splade_head(hidden, weight, bias, mask, algorithm="dense"))
+
+
+def test_screened_the_same_bits_every_time(fused):
+    tensors = [
+        torch.randn(20, 300, 64, device=CUDA, dtype=torch.bfloat16),
+        torch.randn(3000, 64, device=CUDA, dtype=torch.bfloat16),
+        torch.full((3000,), -25.0, device=CUDA, dtype=torch.bfloat16),
+    ]
+    mask = attention_mask("holes", 20, 300).to(CUDA)
+    first = gradients(sf.splade_head, tensors, mask, algorithm="screened")
+    for _ in range(20):
+        again = gradients(sf.splade_head, tensors, mask, algorithm="screened")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_where_screened_does_not_run(fused, monkeypatch):
+    """It says why; "auto" does not take it."""
+    hidden = lattice(2, 30, 16, dtype=torch.bfloat16, device=CUDA)
+    weight, bias = decoder(50, 16, torch.bfloat16, CUDA)
+    screened = {"algorithm": "screened"}
+    assert any(SCREEN_KERNEL in name for name in kernels_of(hidden, weight, bias, **screened))
+    assert not any(SCREEN_KERNEL in name for name in kernels_of(hidden, weight, bias))
+    with pytest.raises(NotImplementedError, match='pools by "max" alone'):
+        sf.splade_head(hidden, weight, bias, pooling="sum", **screened)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        sf.splade_head(hidden.float(), weight.float(), **screened)
+    monkeypatch.delenv("SPLADE_FAST_HOPPER")
+    with pytest.raises(NotImplementedError, match="SPLADE_FAST_HOPPER=1"):
+        sf.splade_head(hidden, weight, bias, **screened)
+
+
 def test_memory(fused):
     """Beside the outputs only the keys of sequences in several tiles, nothing of rows x entries."""
     lengths = [24] * 4000

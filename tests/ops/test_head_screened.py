@@ -12,6 +12,7 @@ import splade_fast as sf
 from splade_fast.ops import _screening
 from splade_fast.ops._screening import Decoder, decoder_of
 from splade_fast.ops._screening_basis import Moments, balanced_basis
+from splade_fast.ops._screening_hopper import check_runs
 from tests.ops.inputs import (
     ACTIVATIONS,
     DTYPES,
@@ -535,6 +536,33 @@ def test_too_many_dimensions():
     with pytest.raises(NotImplementedError, match="at most 65536 dimensions, got 65537"):
         sf.splade_head(hidden, weight, algorithm="screened")
     assert sf.splade_head(hidden, weight).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hopper": "0"}, "has to be asked for with SPLADE_FAST_HOPPER=1"),
+        ({"pooling": 1}, 'pools by "max" alone'),
+        ({"dtype": torch.float32}, "takes bfloat16 or float16, got torch.float32"),
+        ({"dim": 12}, "a multiple of 8, got 12"),
+        ({"dim": 2**16 + 8}, "at most 65536 dimensions, a multiple of 8, got 65544"),
+        ({"kernels": ""}, "was built without sm_90a"),
+        ({"capability": (8, 0)}, "needs compute capability 9.0, found 8.0"),
+    ],
+)
+def test_what_a_gpu_needs(monkeypatch, change, reason):
+    def check(hopper="1", pooling=0, dtype=torch.bfloat16, dim=16, kernels="head_sm90a", **found):
+        capability = found.get("capability", (9, 0))
+        monkeypatch.setenv("SPLADE_FAST_HOPPER", hopper)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(
+            "splade_fast._library.build_info", lambda: {"built": {"cuda_kernels": kernels}}
+        )
+        check_runs(torch.zeros(1, 1, dim, dtype=dtype), pooling)
+
+    check()
+    with pytest.raises(NotImplementedError, match=reason):
+        check(**change)
 
 
 # The basis ---------------------------------------------------------------------------------------

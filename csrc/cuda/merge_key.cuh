@@ -1,0 +1,17 @@
+// The maximum of keys in memory, whichever thread comes first.
+#pragma once
+
+#include <cstdint>
+
+namespace splade_fast::cuda {
+
+template <typename K>
+__device__ inline void merge_key(K* key, K candidate) {
+  if constexpr (sizeof(K) == 8) {
+    atomicMax(reinterpret_cast<unsigned long long*>(key), static_cast<unsigned long long>(candidate));
+  } else {
+    atomicMax(key, candidate);
+  }
+}
+
+}  // namespace splade_fast::cuda
