@@ -104,8 +104,9 @@ def splade_head(
     _check_decoder(hidden, weight, bias)
     if algorithm_code == SCREENED:
         _check_screened(hidden)
+    check_precision(precision)
     if precision is not None:
-        _check_fp8(precision, hidden, algorithm_code)
+        _check_fp8(hidden, algorithm_code)
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
@@ -154,9 +155,17 @@ def _check_screened(hidden: Tensor) -> None:
         )
 
 
-def _check_fp8(precision: str, hidden: Tensor, algorithm: int) -> None:
-    if precision != "fp8":
+def check_precision(precision: object) -> None:
+    """Refuses what is not one of the two.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if precision not in (None, "fp8"):
         raise ValueError(f"precision must be None or 'fp8', got {precision!r}")
+
+
+def _check_fp8(hidden: Tensor, algorithm: int) -> None:
     if hidden.dtype == torch.float64:
         raise TypeError(
             "hidden must be float32, bfloat16 or float16 with precision='fp8', got torch.float64"
