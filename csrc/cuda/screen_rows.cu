@@ -80,7 +80,7 @@ struct Rows {
   template <int kPerLane>
   __device__ float largest(int64_t row) const {
     float largest = 0;
-    for_rotated<kPerLane>(row, [&](int64_t, const float (&x)[kPerLane]) {
+    for_rotated<kPerLane>(row, [&](int, const float (&x)[kPerLane]) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const float size = fabsf(x[i]);
@@ -107,7 +107,7 @@ __device__ Norms round_row(const Rows<T>& rows, int64_t row, float largest, floa
   const bool rounds = is_rounded(largest);
   const float scale = screen_scale(shared_largest), inverse = rounds ? kScreenLevels / shared_largest : 0.0f;
   float lost_squares = 0, squares = 0;
-  rows.template for_rotated<kPerLane>(row, [&](int64_t first, const float (&x)[kPerLane]) {
+  rows.template for_rotated<kPerLane>(row, [&](int first, const float (&x)[kPerLane]) {
     constexpr int kVector = kPerLane < kVectorBytes ? kPerLane : kVectorBytes;
 #pragma unroll
     for (int i = 0; i < kPerLane; i += kVector) {
