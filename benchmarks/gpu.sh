@@ -13,7 +13,7 @@
 #   STAGES          which stages to run       (build tests memcheck racecheck benchmarks fused_tests
 #                   fused_memcheck fused_racecheck fused_synccheck fused_initcheck fused_benchmarks)
 #   STAGE_SECONDS   time limit of a stage                        (420)
-#   CASES           benchmark cases                              (pool head prune score encode sample)
+#   CASES           benchmark cases                              (pool head prune score encode sample gather negative_cache)
 #   BENCHMARK_ARGS  more options for python -m benchmarks        (--seconds 3)
 
 set -uo pipefail
@@ -25,7 +25,7 @@ stages=${STAGES:-build tests memcheck racecheck benchmarks fused_tests fused_mem
     fused_synccheck fused_initcheck fused_benchmarks}
 stages=${stages//$'\n'/ }
 stage_seconds=${STAGE_SECONDS:-420}
-read -ra cases <<<"${CASES:-pool head prune score encode sample}"
+read -ra cases <<<"${CASES:-pool head prune score encode sample gather negative_cache}"
 read -ra benchmark_args <<<"${BENCHMARK_ARGS:---seconds 3}"
 
 mkdir -p "$out"
@@ -79,11 +79,12 @@ stage benchmarks "$python" -m benchmarks "${cases[@]}" --device cuda --out "$out
 stage fused_tests "$python" "${fused_tests[@]}" --junitxml="$out/junit_fused.xml"
 if ((has_sanitizer)); then
     for tool in memcheck racecheck synccheck initcheck; do
-        sanitizer "fused_$tool" "${fused_tests[@]}" -k "fused and (test_packed or tie or not_read)"
+        sanitizer "fused_$tool" "${fused_tests[@]}" \
+            -k "(fused and (test_packed or tie or not_read)) or screened_packed or fp8"
     done
 fi
-stage fused_benchmarks env SPLADE_FAST_HOPPER=1 "$python" -m benchmarks head --device cuda --out "$out/fused_results" \
-    "${benchmark_args[@]}"
+stage fused_benchmarks env SPLADE_FAST_HOPPER=1 "$python" -m benchmarks head head_trained --device cuda \
+    --out "$out/fused_results" "${benchmark_args[@]}"
 [[ -f $out/fused_benchmarks.log ]] && cat "$out/fused_benchmarks.log"
 
 cat "$summary"
