@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
-from splade_fast.ops import _screening_hopper
 from splade_fast.ops._autograd import (
     argmax_dtype,
     empty_forward,
@@ -22,15 +21,8 @@ from splade_fast.ops._checks import (
     check_like,
     check_mask,
 )
-from splade_fast.ops._fp8 import hidden_scales, restored, rounded, weight_scales
-from splade_fast.ops._screening import (
-    ALGORITHMS,
-    DENSE,
-    MAX_DIM,
-    SCREENED,
-    decoder_of,
-    is_candidate,
-)
+from splade_fast.ops._head_forward import HeadCall, Outputs, forward, forward_fp8
+from splade_fast.ops._screening import ALGORITHMS, MAX_DIM, SCREENED
 
 MAX = POOLINGS["max"]
 
@@ -232,108 +224,14 @@ def _forward(
     algorithm: int,
     source: Tensor | None,
     fp8: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The screened product where it is asked for or pays, else the dense one, or that in e4m3."""
-    arguments = (hidden, weight, bias, attention_mask, cu_seqlens)
-    options = (pooling, activation, save, float_output)
+) -> Outputs:
+    call = HeadCall(
+        *(hidden, weight, bias, attention_mask, cu_seqlens),
+        *(pooling, activation, save, float_output),
+    )
     if fp8:
-        return _forward_fp8(*arguments, *options)
-    ops = torch.ops.splade_fast
-    forced = algorithm == SCREENED
-    if forced and hidden.device.type == "cuda":
-        return _forward_on_hopper(*arguments, *options, weight if source is None else source)
-    if forced or (algorithm != DENSE and is_candidate(hidden, attention_mask, save)):
-        source = weight if source is None else source
-        decoder = decoder_of(source, weight.dtype)
-        if forced or decoder.asks():
-            ready = decoder.prepare(weight, source, bias, hidden, attention_mask, save)
-            outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.head_forward_screened(
-                *arguments, *options, *ready.arguments, not forced
-            )
-            declined, _, _, percent_of_product = outputs[3].tolist()
-            decoder.record_product(percent_of_product)
-            if not forced:
-                decoder.record(bool(declined))
-            if not declined:
-                return outputs[:3]
-    dense: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(
-        *arguments, *options, hidden.device.type == "cuda" and _permits_tf32()
-    )
-    return dense
-
-
-def _forward_on_hopper(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pooling: int,
-    activation: int,
-    save: bool,
-    float_output: bool,
-    source: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The screened product; where too much is left over the GPU itself goes on to the dense one."""
-    _screening_hopper.check_runs(hidden, pooling)
-    ops, sequences = torch.ops.splade_fast, (attention_mask, cu_seqlens)
-    options = (pooling, activation, save, float_output)
-    if hidden.numel() == 0 or weight.numel() == 0:
-        empty: tuple[Tensor, Tensor, Tensor] = ops.head_forward_dense(
-            hidden, weight, bias, *sequences, *options
-        )
-        return empty
-    decoder = decoder_of(source, weight.dtype)
-    ready = _screening_hopper.prepare(decoder, weight, source, hidden, attention_mask)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.head_forward_screened(
-        hidden, weight, bias, *sequences, *options, *ready.arguments, False
-    )
-    return outputs[:3]
-
-
-def _forward_fp8(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pooling: int,
-    activation: int,
-    save: bool,
-    float_output: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The product in e4m3 where there is a kernel for it, else that of what e4m3 left of both."""
-    ops = torch.ops.splade_fast
-    sequence_scale, token_scale = hidden_scales(hidden, attention_mask, cu_seqlens)
-    entry_scale = weight_scales(weight)
-    operands = rounded(hidden, token_scale), rounded(weight, entry_scale)
-    pooled_dtype = torch.float32 if float_output else hidden.dtype
-    sequences = (attention_mask, cu_seqlens)
-    if hidden.device.type == "cuda" and pooling == MAX:
-        float_bias = None if bias is None else bias.float()
-        pooled, max_logits, argmax = ops.head_forward_scaled(
-            *operands, sequence_scale, entry_scale, float_bias, *sequences, activation, save
-        )
-        if pooled.numel() > 0:
-            return pooled.to(pooled_dtype), max_logits, argmax
-    # float16 has too few exponents. TF32 is exact here.
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    pooled, max_logits, argmax = ops.head_forward_dense(
-        restored(operands[0], token_scale, dtype),
-        restored(operands[1], entry_scale, dtype),
-        None if bias is None else bias.to(dtype),
-        *sequences,
-        *(pooling, activation, save, float_output, True),
-    )
-    return pooled.to(pooled_dtype), max_logits, argmax
-
-
-def _permits_tf32() -> bool:
-    """Whether torch's own float32 products on CUDA may use TF32, as it is set when the head runs.
-
-    Of the ways to ask this one alone answers however it was set.
-    """
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+        return forward_fp8(call)
+    return forward(call, algorithm, weight if source is None else source)
 
 
 def _fake_forward(

@@ -280,16 +280,20 @@ def test_opcheck(device, packed, pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, pooling, dynamic):
+def test_compiles_in_one_graph(device, pooling, precision, dynamic):
+    options = {"pooling": pooling, "precision": precision}
+    torch.compiler.reset()  # one function takes but so many recompilations
+
     def loss(hidden, weight, bias, mask):
-        return sf.splade_head(hidden * 2, weight, bias, mask, pooling=pooling).square().sum()
+        return sf.splade_head(hidden * 2, weight, bias, mask, **options).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
-    weight = torch.randn(70, 4, device=device, requires_grad=True)
+    weight = torch.randn(70, 16, device=device, requires_grad=True)
     bias = torch.randn(70, device=device, requires_grad=True)
     for batch in (2, 3):
-        hidden = torch.randn(batch, 5, 4, device=device, requires_grad=True)
+        hidden = torch.randn(batch, 5, 16, device=device, requires_grad=True)
         mask = attention_mask("right", batch, 5).to(device)
         inputs = (hidden, weight, bias)
         expected = torch.autograd.grad(loss(*inputs, mask), inputs)
@@ -439,8 +443,8 @@ def test_tf32_is_torchs_own_setting(permit):
     """However it is set; in a process of its own, since not every way back is the same."""
     code = (
         "import torch\n"
-        "from splade_fast.ops.head import _permits_tf32\n"
-        f"assert not _permits_tf32()\n{permit}\nassert _permits_tf32()\n"
+        "from splade_fast.ops._head_forward import permits_tf32\n"
+        f"assert not permits_tf32()\n{permit}\nassert permits_tf32()\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
