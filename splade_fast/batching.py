@@ -47,15 +47,13 @@ def batches_by_tokens(
     for rows in tokens.argsort(descending=True, stable=True).split(batch_size):
         used = mask.index_select(0, rows).any(0).nonzero()
         columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(1)
-        yield (
-            rows,
-            {
-                name: value[:, columns].index_select(0, rows)
-                if isinstance(value, Tensor)
-                else value
-                for name, value in inputs.items()
-            },
-        )
+        batch = {
+            name: value[:, columns].index_select(0, rows.to(value.device))
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+        yield rows, batch
 
 
 def is_padded_to_longest(inputs: Mapping[str, Any]) -> bool:

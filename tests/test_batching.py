@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from splade_fast import batching
 from splade_fast.batching import batches_by_tokens, is_padded_to_longest, longest_first
@@ -52,6 +53,37 @@ def test_a_batch_is_what_its_texts_alone_would_be(padding_side):
         expected = alone["input_ids"] + shift * alone["attention_mask"]
         assert torch.equal(batch["input_ids"], expected)
         assert batch["input_ids"].is_contiguous()
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses what a GPU refuses: tensors selected by indices of another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default:
+            assert args[0].device == args[2].device
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_taken_where_the_inputs_are():
+    inputs = inputs_of([2, 9, 4])
+    inputs["input_ids"] = inputs["input_ids"].to("meta")
+    with _OneDevice():
+        batches = list(batches_by_tokens(inputs, 2))
+    assert [batch["input_ids"].shape for _, batch in batches] == [(2, 9), (1, 2)]
+    assert {batch["input_ids"].device.type for _, batch in batches} == {"meta"}
+    assert {rows.device.type for rows, _ in batches} == {"cpu"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_on_a_gpu():
+    inputs = inputs_of([2, 9, 4, 1])
+    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    pairs = zip(batches_by_tokens(on_gpu, 2), batches_by_tokens(inputs, 2), strict=True)
+    for (rows, batch), (expected_rows, expected) in pairs:
+        assert torch.equal(rows, expected_rows)
+        assert batch["input_ids"].is_cuda
+        assert torch.equal(batch["input_ids"].cpu(), expected["input_ids"])
 
 
 def test_rows_without_tokens_keep_a_column():
