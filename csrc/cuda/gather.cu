@@ -13,6 +13,7 @@
 
 #include "../common/gather.h"
 #include "common.cuh"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
@@ -105,9 +106,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Ages -----------------------------------------------------------------------------------------------------------
 
-constexpr int kAgeThreads = 1024, kWarpSize = 32, kAgeWarps = kAgeThreads / kWarpSize;
+constexpr int kAgeThreads = 1024, kAgeWarps = kAgeThreads / kWarp;
 constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
-constexpr unsigned kAllLanes = 0xffffffff;
 
 struct AgeTask {
   int32_t* age;
@@ -136,7 +136,7 @@ struct AgeShared {
 
 // How many of the block's threads before this one have `counts` set; total: of all.
 __device__ unsigned rank_in_block(AgeShared& shared, bool counts, unsigned& total) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const unsigned ballot = __ballot_sync(kAllLanes, counts);
   __syncthreads();  // the last call's results have been read
   if (lane == 0) shared.warp[warp] = __popc(ballot);
@@ -144,12 +144,12 @@ __device__ unsigned rank_in_block(AgeShared& shared, bool counts, unsigned& tota
   if (warp == 0) {
     const unsigned own = shared.warp[lane];
     unsigned through = own;
-    for (int step = 1; step < kWarpSize; step *= 2) {
+    for (int step = 1; step < kWarp; step *= 2) {
       const unsigned other = __shfl_up_sync(kAllLanes, through, step);
       if (lane >= step) through += other;
     }
     shared.warp[lane] = through - own;
-    if (lane == kWarpSize - 1) shared.total = through;
+    if (lane == kWarp - 1) shared.total = through;
   }
   __syncthreads();
   total = shared.total;
@@ -180,13 +180,13 @@ __device__ void age_range(AgeShared& shared, const AgeTask& task, int32_t& large
     largest = max(largest, task.age[slot]);
     smallest = min(smallest, task.age[slot]);
   }
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
     smallest = min(smallest, __shfl_xor_sync(kAllLanes, smallest, step));
   }
-  if (threadIdx.x % kWarpSize == 0) {
-    shared.largest[threadIdx.x / kWarpSize] = largest;
-    shared.smallest[threadIdx.x / kWarpSize] = smallest;
+  if (threadIdx.x % kWarp == 0) {
+    shared.largest[threadIdx.x / kWarp] = largest;
+    shared.smallest[threadIdx.x / kWarp] = smallest;
   }
   __syncthreads();
   for (int warp = 0; warp < kAgeWarps; ++warp) {
@@ -202,9 +202,9 @@ struct AgeCut {
 
 // Digit by digit of how much younger a slot is than the oldest, from the highest digit that differs.
 __device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t largest, int32_t smallest) {
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarp;
   const unsigned range = static_cast<unsigned>(largest) - static_cast<unsigned>(smallest);
-  const int digits = (kWarpSize - __clz(static_cast<int>(range)) + kDigitBits - 1) / kDigitBits;
+  const int digits = (kWarp - __clz(static_cast<int>(range)) + kDigitBits - 1) / kDigitBits;
   unsigned prefix = 0;
   int64_t remaining = task.wanted;
   for (int shift = (digits - 1) * kDigitBits; shift >= 0; shift -= kDigitBits) {

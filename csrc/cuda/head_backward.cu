@@ -15,14 +15,13 @@
 
 #include "../common/head_sum_backward.h"
 #include "head.h"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Active pairs ---------------------------------------------------------------------------------------------------
 

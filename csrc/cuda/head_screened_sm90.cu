@@ -41,13 +41,13 @@ __device__ unsigned long long reserve(unsigned long long* count, int found) {
   int before = found;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const int lower = __shfl_up_sync(kFullWarp, before, step);
+    const int lower = __shfl_up_sync(kAllLanes, before, step);
     if (lane >= step) before += lower;
   }
-  const int total = __shfl_sync(kFullWarp, before, kWarp - 1);
+  const int total = __shfl_sync(kAllLanes, before, kWarp - 1);
   unsigned long long first = 0;
   if (lane == 0) first = atomicAdd(count, static_cast<unsigned long long>(total));
-  return __shfl_sync(kFullWarp, first, 0) + static_cast<unsigned long long>(before - found);
+  return __shfl_sync(kAllLanes, first, 0) + static_cast<unsigned long long>(before - found);
 }
 
 // Collects the candidates of the tiles of the product.
@@ -66,7 +66,7 @@ struct Collector {
   }
 
   __device__ void reduce(const int32_t (&accumulators)[kAccumulators], int token_tile, int first_entry) {
-    if (!__any_sync(kFullWarp, any_above(accumulators, threshold))) return;
+    if (!__any_sync(kAllLanes, any_above(accumulators, threshold))) return;
     const int first_row = token_tile * kTileTokens, rows = task.head.rows.starts[task.head.rows.batch];
     uint32_t words[2][kWords];
     find_above(accumulators, threshold, own_thread(), rows - first_row, words);

@@ -64,8 +64,8 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                      max_of_segment<kPositions>(accumulators, thread, segment, key);
 #pragma unroll
                      for (int half = 0; half < 2; ++half) {
-                       key[half] = max(key[half], __shfl_xor_sync(hopper::kAllLanes, key[half], 1));
-                       key[half] = max(key[half], __shfl_xor_sync(hopper::kAllLanes, key[half], 2));
+                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 1));
+                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
                      }
                      if (writes) emit(task.rows, segment, first_row, entry, quarter == 0 ? key[0] : key[1], sink);
                    });

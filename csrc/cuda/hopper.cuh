@@ -5,16 +5,11 @@
 #include <cuda.h>
 
 #include "hopper_layout.h"
+#include "warp.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define SPLADE_FAST_SM90A 1
 #endif
-
-namespace splade_fast::cuda::hopper {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-}  // namespace splade_fast::cuda::hopper
 
 #if defined(SPLADE_FAST_SM90A)
 namespace splade_fast::cuda::hopper {

@@ -1,11 +1,11 @@
 // Packing on CUDA: count per sequence, scan, number the rows that count, move them.
 #include "pack.h"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kScanThreads = 1024, kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kThreads = 256, kScanThreads = 1024;
 
 // A warp per sequence: the number of its rows that count, where the scan expects it.
 __global__ void __launch_bounds__(kThreads)

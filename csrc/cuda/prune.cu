@@ -12,15 +12,15 @@
 #include "../common/float_bits.h"
 #include "../common/prune.h"
 #include "common.cuh"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarpSize = 32, kWarps = kThreads / kWarpSize;
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kItems = 8;               // of a thread, before the block has to agree on places
 constexpr int kBufferBytes = 32 << 10;  // candidates of a row
 constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
-constexpr unsigned kAllLanes = 0xffffffff;
 
 template <typename Acc>
 using Key = OrderedKey<Acc>;
@@ -64,8 +64,8 @@ struct Counts {
 // it) for all that are not 0, for 0 <= i < count. Returns the counts of all.
 template <typename Acc, typename Classify, typename Place>
 __device__ Counts in_order(Shared<Acc>& shared, int count, Classify classify, Place place) {
-  constexpr int kTile = kThreads * kItems, kPerLane = kItems * kWarps / kWarpSize;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  constexpr int kTile = kThreads * kItems, kPerLane = kItems * kWarps / kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const unsigned lower_lanes = (1u << lane) - 1;
   Counts before{0, 0};
   int turn = 0;  // two sets of counts, so that a tile need not wait until all have read those of the last
@@ -95,13 +95,13 @@ __device__ Counts in_order(Shared<Acc>& shared, int count, Classify classify, Pl
       }
       unsigned through = sum;
 #pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
+      for (int step = 1; step < kWarp; step *= 2) {
         const unsigned other = __shfl_up_sync(kAllLanes, through, step);
         if (lane >= step) through += other;
       }
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) shared.counts[turn][lane * kPerLane + j] = through - sum + own[j];
-      if (lane == kWarpSize - 1) shared.total[turn] = through;
+      if (lane == kWarp - 1) shared.total[turn] = through;
     }
     __syncthreads();
 #pragma unroll
@@ -126,8 +126,8 @@ struct Cut {
 // The k-th largest key, digit by digit. candidate(i, key) sets the key and says whether entry i takes part.
 template <typename Acc, typename Candidate>
 __device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, Candidate candidate) {
-  constexpr int kBits = 8 * sizeof(Key<Acc>), kPerLane = kBins / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
+  constexpr int kBits = 8 * sizeof(Key<Acc>), kPerLane = kBins / kWarp;
+  const int lane = threadIdx.x % kWarp;
   Key<Acc> prefix = 0;
   int remaining = k;
   for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
@@ -145,12 +145,12 @@ __device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, Candidate 
       if (counts && lane == __ffs(peers) - 1) atomicAdd(&shared.histogram[digit], __popc(peers));
     }
     __syncthreads();
-    if (threadIdx.x < kWarpSize) {
+    if (threadIdx.x < kWarp) {
       const int highest = kBins - 1 - lane * kPerLane;  // lane 0 has the largest digits
       int sum = 0;
       for (int j = 0; j < kPerLane; ++j) sum += shared.histogram[highest - j];
       int through = sum;
-      for (int step = 1; step < kWarpSize; step *= 2) {
+      for (int step = 1; step < kWarp; step *= 2) {
         const int other = __shfl_up_sync(kAllLanes, through, step);
         if (lane >= step) through += other;
       }
@@ -171,8 +171,8 @@ __device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, Candidate 
 
 template <typename Acc>
 __device__ Key<Acc> block_max(Shared<Acc>& shared, Key<Acc> key) {
-  for (int step = kWarpSize / 2; step > 0; step /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, step));
-  if (threadIdx.x % kWarpSize == 0) shared.largest[threadIdx.x / kWarpSize] = key;
+  for (int step = kWarp / 2; step > 0; step /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, step));
+  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = key;
   __syncthreads();
   for (int warp = 0; warp < kWarps; ++warp) key = max(key, shared.largest[warp]);
   return key;

@@ -16,14 +16,13 @@
 #include "../common/sample.h"
 #include "../common/torch_ops.h"
 #include "score.h"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kQuads = 4;  // Philox blocks of a thread, four slots each
 constexpr int kPerThread = kQuads * static_cast<int>(philox::kSlotsPerBlock);
 constexpr int64_t kSegment = kThreads * kPerThread;  // slots of a block

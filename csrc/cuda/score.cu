@@ -8,16 +8,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "score.h"
+#include "warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kDocuments = kWarp;  // of a block: a row of its result is written by a warp
 constexpr int kMaxQueries = 64;
-constexpr unsigned kAllLanes = 0xffffffff;
 
 struct Entries {
   const int32_t* indices;  // (rows, width); null: dense

@@ -29,7 +29,7 @@ __device__ void hadamard(float (&x)[kPerLane], int lane) {
   for (int step = 1; step < kWarp; step *= 2) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const float other = __shfl_xor_sync(kFullWarp, x[i], step);
+      const float other = __shfl_xor_sync(kAllLanes, x[i], step);
       x[i] = lane & step ? other - x[i] : x[i] + other;
     }
   }

@@ -6,12 +6,11 @@
 #include <cuda_runtime.h>
 
 #include "hopper_layout.h"
+#include "warp.cuh"
 
 #define SPLADE_FAST_SM90A 1
 
 namespace splade_fast::cuda::hopper {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 using emulation::hopper::Machine;
 
