@@ -26,10 +26,10 @@ $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 	touch $@
 
 demo: build
-	python -m splade_fast.demo $(ARGS)
+	python -m examples.docstrings $(ARGS)
 
 demo-scratch: build
-	python -m splade_fast.demo.scratch $(ARGS)
+	python -m examples.docstrings.scratch $(ARGS)
 
 test: test-cpp test-python
 

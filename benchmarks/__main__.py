@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases
-from benchmarks.case import UnavailableError
-from benchmarks.drawing import draw_if_possible
-from benchmarks.driver import CONTENDERS, Options, run_case
-from benchmarks.machine import Machine
-from benchmarks.results import Row, write_csv
-from benchmarks.tables import format_case
+from benchmarks.harness.case import UnavailableError
+from benchmarks.harness.drawing import draw_if_possible
+from benchmarks.harness.driver import CONTENDERS, Options, run_case
+from benchmarks.harness.machine import Machine
+from benchmarks.harness.results import Row, write_csv
+from benchmarks.harness.tables import format_case
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 ROUNDS = {"cpu": 11, "cuda": 50}
@@ -89,7 +89,7 @@ def _run_op(op: str, options: argparse.Namespace, machine: Machine) -> bool:
         rows += found
         write_csv(rows, Row, path)
     if rows:
-        draw_if_possible("benchmarks.plots", rows, path.with_suffix(".svg"))
+        draw_if_possible("benchmarks.harness.plots", rows, path.with_suffix(".svg"))
     return complete and all(row.correct for row in rows)
 
 

@@ -59,12 +59,12 @@ tiny_benchmarks() {
     sanitizer "$1" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
         --skip compile peer memory --out "$out/$1"
 }
-fused_tests=(-m pytest tests/ops/test_head_hopper.py -m cuda -x)
+fused_tests=(-m pytest tests/ops/head/test_hopper.py -m cuda -x)
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 stage build env SPLADE_FAST_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
-stage tests "$python" -m pytest tests/ops tests/test_library.py tests/test_sparse_rows.py -m cuda \
-    --ignore tests/ops/test_head_hopper.py --junitxml="$out/junit.xml"
+stage tests "$python" -m pytest tests/ops tests/test_library.py tests/ops/test_sparse_rows.py -m cuda \
+    --ignore tests/ops/head/test_hopper.py --junitxml="$out/junit.xml"
 command -v compute-sanitizer >/dev/null && has_sanitizer=1 || has_sanitizer=0
 if ((has_sanitizer)); then
     tiny_benchmarks memcheck

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, plots, scale
-from benchmarks.results import Row, by_case, read_csv
-from benchmarks.scale import plots as scale_plots
-from benchmarks.scale.findings import Fact as ScaleFact
-from benchmarks.scale.tables import study_tables
-from benchmarks.screening import plots as screening_plots
-from benchmarks.screening.facts import Fact
-from benchmarks.tables import markdown_table
+from benchmarks import cases
+from benchmarks.harness import plots
+from benchmarks.harness.results import Row, by_case, read_csv
+from benchmarks.harness.tables import markdown_table
+from benchmarks.studies import scale
+from benchmarks.studies.scale import plots as scale_plots
+from benchmarks.studies.scale.findings import Fact as ScaleFact
+from benchmarks.studies.scale.tables import study_tables
+from benchmarks.studies.screening import plots as screening_plots
+from benchmarks.studies.screening.facts import Fact
 
 _INTRODUCTION = """\
 # Benchmarks

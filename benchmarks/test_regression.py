@@ -12,15 +12,15 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.case import Case
 from benchmarks.cases.gather import GatherCase
 from benchmarks.cases.head import HeadCase
 from benchmarks.cases.pool import PoolCase
 from benchmarks.cases.prune import PruneCase
 from benchmarks.cases.sample import SampleCase
 from benchmarks.cases.score import ScoreCase
+from benchmarks.harness.case import Case
+from benchmarks.harness.timing import CpuClock, fastest
 from benchmarks.regression import FLOORS
-from benchmarks.timing import CpuClock, fastest
 
 DTYPES = (torch.float32, torch.bfloat16)
 TEXTS: dict[str, Any] = {"batch": 4, "length": 64, "vocab": 30522}

@@ -20,6 +20,8 @@ from splade_fast.ops import (
     splade_head_topk,
     splade_pool,
 )
+from splade_fast.ops.rng import Philox
+from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.regularizers import (
     LinearSchedule,
     QuadraticSchedule,
@@ -30,25 +32,23 @@ from splade_fast.regularizers import (
     flops_loss,
     l1_loss,
 )
-from splade_fast.rng import Philox
-from splade_fast.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from splade_fast import export, negative_cache
-    from splade_fast.bag_of_words import BagOfWordsQueryEncoder
-    from splade_fast.corpus import encode_corpus
-    from splade_fast.model import SpladeEncoder
-    from splade_fast.pooled_forward import accelerate, restore
-    from splade_fast.term_weights import TermWeightEncoder
+    from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+    from splade_fast.encoders.splade import SpladeEncoder
+    from splade_fast.encoders.term_weights import TermWeightEncoder
+    from splade_fast.integrations.transformers import accelerate, restore
+    from splade_fast.search.encode_corpus import encode_corpus
 
 # They bring transformers along, which users of the ops alone should not wait for.
 _LAZY = {
-    "BagOfWordsQueryEncoder": "bag_of_words",
-    "SpladeEncoder": "model",
-    "TermWeightEncoder": "term_weights",
-    "accelerate": "pooled_forward",
-    "encode_corpus": "corpus",
-    "restore": "pooled_forward",
+    "BagOfWordsQueryEncoder": "encoders.bag_of_words",
+    "SpladeEncoder": "encoders.splade",
+    "TermWeightEncoder": "encoders.term_weights",
+    "accelerate": "integrations.transformers",
+    "encode_corpus": "search.encode_corpus",
+    "restore": "integrations.transformers",
 }
 
 __all__ = [

@@ -13,15 +13,15 @@ from typing import Annotated, Literal
 import torch
 import typer
 
+from splade_fast._distributed import OtherRankError, ranks_of_torchrun, together
 from splade_fast._library import build_info
-from splade_fast.corpus import encode_corpus
-from splade_fast.data import DataError, Texts, read_qrels, read_texts
-from splade_fast.distributed import OtherRankError, ranks_of_torchrun, together
+from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.export.command import EmptyDocuments, ExportFormat, export_index
-from splade_fast.index import Index, IndexMeta, lasting_name
-from splade_fast.model import SpladeEncoder
 from splade_fast.ops.score import sparse_search
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.encode_corpus import encode_corpus
+from splade_fast.search.index import Index, IndexMeta, lasting_name
+from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,7 +113,7 @@ def evaluate(
     max_length: MaxLength = 256,
 ) -> None:
     """Print MRR@10, nDCG@10 and Recall@100 of a model, or of an index."""
-    from splade_fast.evaluation import evaluate_run, run_of
+    from splade_fast.search.evaluation import evaluate_run, run_of
 
     with _bad_input_exits_with_2():
         if (index is None) == (corpus is None):
@@ -145,7 +145,7 @@ def evaluate(
 def train(context: typer.Context) -> None:
     """Train an encoder as a YAML file and flags say; see `train --help`."""
     with _bad_input_exits_with_2():
-        from splade_fast.training.run import train as run
+        from splade_fast.training.command import train as run
 
         message = run(context.args)
     if message is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from splade_fast.distributed import gather_rows_of_ranks, mean_over_ranks
-from splade_fast.ops._checks import check_floating, check_tensor
+from splade_fast._checks import check_floating, check_tensor
+from splade_fast._distributed import gather_rows_of_ranks, mean_over_ranks
 
 
 def pointwise_loss(

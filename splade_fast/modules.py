@@ -6,9 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from splade_fast.ops._checks import ACTIVATIONS, POOLINGS, check_choice
-from splade_fast.ops._screening import ALGORITHMS
+from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice
 from splade_fast.ops.head import check_precision, splade_head
+from splade_fast.ops.head.screening import ALGORITHMS
 from splade_fast.ops.pool import splade_pool
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from splade_fast.distributed import mean_over_ranks, sum_over_ranks, world_size
-from splade_fast.ops._checks import check_floating
+from splade_fast._checks import check_floating
+from splade_fast._distributed import mean_over_ranks, sum_over_ranks, world_size
 
 
 def flops_loss(

@@ -6,7 +6,7 @@ import sys
 import time
 
 from splade_fast.cli import app
-from splade_fast.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder
 
 ENCODE = TextEncoder.encode_batches
 FOREVER = 1000.0  # seconds

@@ -5,8 +5,8 @@ import torch
 from typer.testing import CliRunner
 
 from splade_fast.cli import _device_of_rank, app
-from splade_fast.index import Index
-from splade_fast.model import SpladeEncoder
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.search.index import Index
 from tests.tiny_models import masked_lm_configs, save_checkpoint
 
 CORPUS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splade_fast.distributed import gather_rows_of_ranks, mean_over_ranks, sum_over_ranks
+from splade_fast._distributed import gather_rows_of_ranks, mean_over_ranks, sum_over_ranks
 from tests.ranks import run_ranks
 
 COUNTS = [2, 0, 3]

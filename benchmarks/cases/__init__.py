@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from benchmarks.case import Case
+from benchmarks.harness.case import Case
 
 
 def names() -> list[str]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
-from benchmarks.peer import PeerPool
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
-from splade_fast.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
 
 _ACTIVE = 0.01  # of the vocabulary
 

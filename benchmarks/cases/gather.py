@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.inputs import seeded
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.inputs.inputs import seeded
 from splade_fast import reference
 from splade_fast.negative_cache import CacheManager, FixedLenFeature, NegativeCache
 

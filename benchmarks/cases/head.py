@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
-from benchmarks.peer import PeerHead
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.peer import PeerHead
 from splade_fast import reference
 
 FLOOR_CHUNKS = (512, 2048, 4096, 8192)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Implementation, Target, Workload
 from benchmarks.cases.head import HeadCase
-from benchmarks.peer import PeerHead
-from benchmarks.trained import ACTIVE, TrainedInputs, trained_inputs
+from benchmarks.harness.case import Implementation, Target, Workload
+from benchmarks.inputs.peer import PeerHead
+from benchmarks.inputs.trained import ACTIVE, TrainedInputs, trained_inputs
 from splade_fast import SparseRows, reference
 
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Implementation, Target, Workload
 from benchmarks.cases.gather import InPlaceCase, assign_rows
-from benchmarks.inputs import seeded
+from benchmarks.harness.case import Implementation, Target, Workload
+from benchmarks.inputs.inputs import seeded
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
     CacheLossHandler,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.floors import one_read
-from benchmarks.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
-from benchmarks.peer import PeerPool
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.harness.floors import one_read
+from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
-from benchmarks.floors import one_read
-from benchmarks.inputs import seeded
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.harness.floors import one_read
+from benchmarks.inputs.inputs import seeded
 from splade_fast import reference
 
 

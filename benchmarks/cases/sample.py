@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import splade_fast
-from benchmarks.case import Case, Implementation, Target, Workload
 from benchmarks.cases.score import Formats, ScoreCase, embedding_bag_scores, one_read
-from benchmarks.inputs import seeded
+from benchmarks.harness.case import Case, Implementation, Target, Workload
+from benchmarks.inputs.inputs import seeded
 from splade_fast import Philox, SparseRows
 
 _SCORE_DEVIATION = 3.0

@@ -1,4 +1,4 @@
-// The options of the ops as numbers, the same in every schema, kernel and in splade_fast/ops/_checks.py.
+// The options of the ops as numbers, the same in every schema, kernel and in splade_fast/_checks.py.
 #pragma once
 
 #include <cstdint>

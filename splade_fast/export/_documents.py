@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 _ENTRIES_AT_ONCE = 2**18
 _EMPTY = ("keep", "skip", "error")

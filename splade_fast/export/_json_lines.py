@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import Documents
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.whole_folders import new_folder
+from splade_fast.ops.sparse_rows import SparseRows
 
 
 def token_names(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
 from splade_fast.export._json_lines import token_names
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.whole_folders import new_folder
+from splade_fast.ops.sparse_rows import SparseRows
 
 
 def write_bm25s(

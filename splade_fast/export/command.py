@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from splade_fast.checkpoints import load_tokenizer, read_settings
+from splade_fast.encoders.pretrained import load_tokenizer, read_settings
 from splade_fast.export import (
     write_anserini,
     write_bm25s,
@@ -16,7 +16,7 @@ from splade_fast.export import (
     write_qdrant,
     write_seismic,
 )
-from splade_fast.index import Index
+from splade_fast.search.index import Index
 
 ExportFormat = Literal[
     "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic"

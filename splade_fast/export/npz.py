@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import (
     DocumentId,
     Documents,
     check_arguments,
     documents,
 )
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.whole_folders import new_folder
+from splade_fast.ops.sparse_rows import SparseRows
 
 
 def write_npz(

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
 from splade_fast.export._json_lines import encoded, number_format, write_lines
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.whole_folders import new_folder
+from splade_fast.ops.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient

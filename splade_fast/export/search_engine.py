@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
 from splade_fast.export._json_lines import (
     encoded,
@@ -16,8 +17,7 @@ from splade_fast.export._json_lines import (
     token_names,
     write_lines,
 )
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.whole_folders import new_folder
+from splade_fast.ops.sparse_rows import SparseRows
 
 _FIELD_TYPES = ("rank_features", "sparse_vector")
 Query = dict[str, Any]

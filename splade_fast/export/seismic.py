@@ -12,7 +12,7 @@ from splade_fast.export._json_lines import (
     token_names,
     write_texts_and_vectors,
 )
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 
 def write_seismic(

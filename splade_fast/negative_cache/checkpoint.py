@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splade_fast.distributed import Ranks
+from splade_fast._atomic_files import whole_file
+from splade_fast._distributed import Ranks
 from splade_fast.negative_cache.negative_cache import NegativeCache
-from splade_fast.whole_folders import whole_file
 
 _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 Tables = dict[str, Tensor]
 Value = Tensor | SparseRows

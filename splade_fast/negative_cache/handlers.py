@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splade_fast.distributed import Ranks, padded
+from splade_fast._distributed import Ranks, padded
 from splade_fast.negative_cache.features import Tables, Value, chosen
 from splade_fast.negative_cache.losses import AbstractCacheClassificationLoss, CacheLossReturn
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache

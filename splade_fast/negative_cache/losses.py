@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from splade_fast.distributed import Ranks
+from splade_fast._checks import check_choice, check_count
+from splade_fast._distributed import Ranks
 from splade_fast.negative_cache.features import Tables, Value, as_dense, chosen
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
@@ -22,7 +23,6 @@ from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, t
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, Updates, agree
 from splade_fast.ops._autograd import accumulation_dtype
-from splade_fast.ops._checks import check_choice, check_count
 from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
 
 Features = Mapping[str, Value]

@@ -20,7 +20,7 @@ from splade_fast.negative_cache.features import (
     value_of,
 )
 from splade_fast.ops.gather import gather_rows, update_cache_
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 __all__ = ["CacheData", "CacheManager", "FixedLenFeature", "NegativeCache", "SparseFeature"]
 

@@ -7,8 +7,8 @@ import abc
 import torch
 from torch import Tensor, nn
 
+from splade_fast.ops.rng import Philox
 from splade_fast.ops.sample import gumbel_max
-from splade_fast.rng import Philox
 
 
 class AbstractRetrievalFn(nn.Module, metaclass=abc.ABCMeta):

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from splade_fast.distributed import Ranks, padded
+from splade_fast._distributed import Ranks, padded
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.retrieval import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splade_fast.distributed import Ranks
+from splade_fast._distributed import Ranks
 
 
 def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from splade_fast import _library, reference
-from splade_fast.ops._checks import check_device, check_tensor
+from splade_fast._checks import check_device, check_tensor
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
-from splade_fast.ops._autograd import (
-    argmax_dtype,
-    empty_forward,
-    needs_gradient,
-    refuse_double_backward,
-)
-from splade_fast.ops._checks import (
+from splade_fast._checks import (
     ACTIVATIONS,
     POOLINGS,
     check_choice,
     check_floating,
     check_mask,
+)
+from splade_fast.ops._autograd import (
+    argmax_dtype,
+    empty_forward,
+    needs_gradient,
+    refuse_double_backward,
 )
 
 MAX, SUM = POOLINGS["max"], POOLINGS["sum"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
-from splade_fast.ops._checks import DTYPES, check_count, check_floating
+from splade_fast._checks import DTYPES, check_count, check_floating
 from splade_fast.reference.prune import keep_largest
 
 

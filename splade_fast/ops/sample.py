@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library, reference
-from splade_fast.ops._autograd import accumulation_dtype
-from splade_fast.ops._checks import (
+from splade_fast._checks import (
     check_choice,
     check_count,
     check_device,
     check_floating,
     check_tensor,
 )
+from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.rng import Philox
 from splade_fast.ops.score import check_same_space, op_tensors, plain_scores
-from splade_fast.rng import Philox
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 TOP_K_METHODS = {"grouped": 0, "exact": 1}
 

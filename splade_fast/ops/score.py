@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from splade_fast import _library
+from splade_fast._checks import check_count
 from splade_fast.ops._autograd import accumulation_dtype, refuse_double_backward
-from splade_fast.ops._checks import check_count
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 # Where search goes by tiles, not on the CPU: queries at a time, and the scores of a tile.
 _QUERIES_AT_ONCE = 1024

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splade_fast.training.gradient_cache import cached_encode
+    from splade_fast.training.model import TrainingModel
     from splade_fast.training.objective import Objective, ObjectiveArguments
-    from splade_fast.training.training_model import TrainingModel
 
 # They need what the extra "train" installs, each only its own part.
 _MODULES = {
@@ -15,10 +15,10 @@ _MODULES = {
     "RetrievalEvaluator": "evaluator",
     "SpladeTrainer": "trainer",
     "SpladeTrainingArguments": "arguments",
-    "TrainingCollator": "collator",
-    "TrainingModel": "training_model",
+    "TrainingCollator": "data.collator",
+    "TrainingModel": "model",
     "cached_encode": "gradient_cache",
-    "load_training_data": "data",
+    "load_training_data": "data.load",
 }
 
 __all__ = [

@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from splade_fast.distributed import world_size
+from splade_fast._atomic_files import finish_files, flush_folder
+from splade_fast._distributed import world_size
 from splade_fast.negative_cache.negative_cache import NegativeCache
-from splade_fast.whole_folders import finish_files, flush_folder
 
 MODEL_FILE = "training_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from splade_fast.data import DataError, Qrels, Texts, read_qrels, read_texts
-from splade_fast.evaluation import evaluate_run, run_of
+from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.score import sparse_search
-from splade_fast.sparse_rows import SparseRows
-from splade_fast.text_encoder import TextEncoder
+from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.evaluation import evaluate_run, run_of
+from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
 _HITS = 100  # Recall@100 looks at so many
 
@@ -80,7 +80,7 @@ class RetrievalEvaluator:
         qrels: str | os.PathLike[str],
         **options: Any,
     ) -> RetrievalEvaluator:
-        """Read with `splade_fast.data.read_texts` and `read_qrels`; options as in the constructor.
+        """Read with `splade_fast.search.texts.read_texts` and `read_qrels`; options as in the constructor.
 
         Raises:
             DataError: a file cannot be used.

@@ -18,7 +18,7 @@ from splade_fast.losses import (
 )
 from splade_fast.ops._autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
-from splade_fast.training.cache_loss import CacheStep, DocumentCacheHandler, Network
+from splade_fast.training.document_cache import CacheStep, DocumentCacheHandler, Network
 from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from splade_fast.distributed import sum_over_ranks
+from splade_fast._distributed import sum_over_ranks
 from splade_fast.regularizers import (
     LinearSchedule,
     QuadraticSchedule,

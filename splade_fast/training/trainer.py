@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from splade_fast.checkpoints import sparse_encoder_files
-from splade_fast.distributed import world_size
-from splade_fast.model import SpladeEncoder
-from splade_fast.text_encoder import TextEncoder
+from splade_fast._distributed import world_size
+from splade_fast.encoders.pretrained import sparse_encoder_files
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.training.arguments import SpladeTrainingArguments
 from splade_fast.training.checkpointing import (
     OPTIMIZER_FILE,
@@ -39,10 +39,10 @@ from splade_fast.training.checkpointing import (
     save_tree,
     set_random_state,
 )
-from splade_fast.training.collator import TrainingCollator
-from splade_fast.training.endless import EndlessStream
+from splade_fast.training.data.collator import TrainingCollator
+from splade_fast.training.data.endless import EndlessStream
 from splade_fast.training.evaluator import RetrievalEvaluator
-from splade_fast.training.training_model import TrainingModel
+from splade_fast.training.model import TrainingModel
 
 logger = logging.getLogger(__name__)
 

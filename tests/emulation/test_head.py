@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from splade_fast import reference
-from splade_fast.ops import _fp8
-from splade_fast.ops._head_forward import HeadCall, forward_fp8
+from splade_fast.ops.head import fp8
+from splade_fast.ops.head.forward import HeadCall, forward_fp8
 from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of
+from tests.ops.head.test_head import HALF, compare
 from tests.ops.inputs import ACTIVATIONS, DTYPES, POOLINGS, lattice
-from tests.ops.test_head import HALF, compare
 from tests.tolerances import assert_accurate
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def drawn_sequences(draw, batch, length, dim, make):
 
 def test_matches_reference(monkeypatch, emulator, draw):
     # The functions see CPU tensors, which may be screened.
-    monkeypatch.setattr("splade_fast.ops._head_forward.is_candidate", lambda *_: False)
+    monkeypatch.setattr("splade_fast.ops.head.forward.is_candidate", lambda *_: False)
     dtype = draw.choice(DTYPES)
     dim, vocabulary = draw.choice([1, 3, 8, 16, 40, 130]), draw.choice([1, 2, 7, 64, 101, 260])
 
@@ -155,9 +155,9 @@ def test_fp8_is_that_of_the_cpu(fused, emulator, draw):
     if draw.random() < 0.3:
         weight[draw.randrange(vocabulary), 0] = draw.choice([NAN, torch.inf])
     expected = forward_fp8(HeadCall(hidden, weight, bias, mask, cu_seqlens, 0, 1, True, False))
-    sequence_scale, token_scale = _fp8.hidden_scales(hidden, mask, cu_seqlens)
-    entry_scale = _fp8.weight_scales(weight)
-    operands = _fp8.rounded(hidden, token_scale), _fp8.rounded(weight, entry_scale)
+    sequence_scale, token_scale = fp8.hidden_scales(hidden, mask, cu_seqlens)
+    entry_scale = fp8.weight_scales(weight)
+    operands = fp8.rounded(hidden, token_scale), fp8.rounded(weight, entry_scale)
     pooled, maximum, argmax = emulator.ops.head_forward_scaled(
         *operands, sequence_scale, entry_scale, bias, mask, cu_seqlens, 1, True
     )

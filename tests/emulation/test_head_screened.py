@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from splade_fast.ops import _screening_hopper
-from splade_fast.ops._screening import Decoder
+from splade_fast.ops.head import screening_hopper
+from splade_fast.ops.head.screening import Decoder
 from tests.emulation.inputs import INF, NAN, assert_same, small_integers, starts_of
 from tests.emulation.test_head import CPU, drawn_sequences
+from tests.ops.head.test_head import HALF, compare
 from tests.ops.inputs import ACTIVATIONS, lattice
-from tests.ops.test_head import HALF, compare
 from tests.tolerances import assert_accurate
 
 SEQUENCES = [(1, 600), (2, 300), (5, 70), (5, 17), (40, 3), (2, 1)]
@@ -201,7 +201,7 @@ def test_gradients(emulator, draw, monkeypatch):
     bias = draw.choice([None, make(vocabulary) - 3])
     if hidden.numel() == 0:
         return
-    monkeypatch.setattr("splade_fast.ops._screening.MAX_BASIS_DIM", 0)
+    monkeypatch.setattr("splade_fast.ops.head.screening.MAX_BASIS_DIM", 0)
     options = {"cu_seqlens": cu_seqlens, "activation": activation, "algorithm": "screened"}
     with emulator.in_place():
         compare(hidden, make(vocabulary, dim), bias, mask, **options)
@@ -243,7 +243,7 @@ def test_weight_that_has_changed(emulator, draw):
 
 def test_prepared_weight(emulator, monkeypatch):
     """Kept until the weight changes or many more tokens come; of a graph's calls it is not kept."""
-    monkeypatch.setattr(_screening_hopper, "_version", lambda source: source._version)
+    monkeypatch.setattr(screening_hopper, "_version", lambda source: source._version)
     hidden, weight = torch.randn(2, 9, 16).bfloat16(), torch.randn(30, 16).bfloat16()
     counts = torch.rand(2, 9) < 0.5
     counts[0, 0] = True
@@ -251,7 +251,7 @@ def test_prepared_weight(emulator, monkeypatch):
     decoder = Decoder()
 
     def prepare(hidden=hidden, counts=counts):
-        return _screening_hopper.prepare(decoder, weight, weight, hidden, counts)
+        return screening_hopper.prepare(decoder, weight, weight, hidden, counts)
 
     with emulator.in_place():
         first = prepare()
@@ -264,7 +264,7 @@ def test_prepared_weight(emulator, monkeypatch):
         assert not torch.equal(second.packed, first.packed)
         third = prepare(torch.ones(8, 9, 16).bfloat16(), None)
         assert torch.equal(third.mean, torch.ones(16))
-        monkeypatch.setattr(_screening_hopper, "_version", lambda source: None)
+        monkeypatch.setattr(screening_hopper, "_version", lambda source: None)
         assert prepare() is not third
         assert decoder.prepared is third
         assert torch.equal(prepare(hidden, torch.zeros(2, 9) > 0).mean, torch.zeros(16))

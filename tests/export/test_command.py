@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from splade_fast import SparseRows, export
 from splade_fast.cli import app
-from splade_fast.index import Index, IndexMeta
+from splade_fast.search.index import Index, IndexMeta
 from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, masked_lm_configs, save_checkpoint
 
 FORMATS = ("anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic")

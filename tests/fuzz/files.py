@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 import splade_fast as sf
-from splade_fast.index import Index, IndexMeta
+from splade_fast.search.index import Index, IndexMeta
 
 INDEX_FILES = ("meta.json", "ids.json", "vectors.safetensors")
 

@@ -12,8 +12,8 @@ from sentence_transformers.sparse_encoder.losses import (
     SpladeLoss,
 )
 
-from splade_fast.demo.checkpoint import demo_checkpoint
-from splade_fast.demo.corpus import pairs_of_source
+from examples.docstrings.checkpoint import demo_checkpoint
+from examples.docstrings.corpus import pairs_of_source
 from splade_fast.integrations.sentence_transformers import accelerate
 from tests.integrations.test_sentence_transformers_training import trained
 from tests.tolerances import assert_accurate

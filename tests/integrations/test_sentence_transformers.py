@@ -19,7 +19,7 @@ from sentence_transformers.sparse_encoder.modules import (
 )
 from transformers import DebertaV2Config
 
-from splade_fast.hidden_states import decoder_of
+from splade_fast.encoders.hidden_states import decoder_of
 from splade_fast.integrations.sentence_transformers import accelerate, modules, restore
 from tests.integrations.sparse_encoders import (
     FAMILIES,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import splade_fast.ops.score as score_module
 from splade_fast.ops.score import sparse_scores, sparse_search
+from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.reference import score as reference
-from splade_fast.sparse_rows import SparseRows
 from tests.ops.inputs import DTYPES
 from tests.tolerances import assert_accurate
 

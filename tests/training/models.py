@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import reference
-from splade_fast.model import SpladeEncoder
+from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import ObjectiveArguments, TrainingModel
 from tests.tiny_models import (
     WORDS,

@@ -13,7 +13,7 @@ import datasets
 import torch
 from transformers import TrainerCallback
 
-from splade_fast.model import SpladeEncoder
+from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import SpladeTrainer, SpladeTrainingArguments, load_training_data
 from tests.ranks import PRELOADED
 from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint

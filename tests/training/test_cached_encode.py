@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModel
 
-from splade_fast.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.model import SpladeEncoder
-from splade_fast.term_weights import TermWeightEncoder
+from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.training import cached_encode
 from tests.tiny_models import (
     VOCAB_SIZE,

@@ -9,10 +9,10 @@ import yaml
 from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
-from splade_fast.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.cli import app
-from splade_fast.model import SpladeEncoder
-from splade_fast.term_weights import TermWeightEncoder
+from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.training.checkpointing import checkpoints
 from tests.training.runs import checkpoint_in, write_pairs
 

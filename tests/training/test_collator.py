@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from splade_fast.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.checkpoints import EncoderSettings
-from splade_fast.data import DataError
-from splade_fast.model import SpladeEncoder
+from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.search.texts import DataError
 from splade_fast.training import TrainingCollator
 from tests.tiny_models import make_model, make_tokenizer, masked_lm_configs
 

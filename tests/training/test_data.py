@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from splade_fast.data import DataError
+from splade_fast.search.texts import DataError
 from splade_fast.training import load_training_data
-from splade_fast.training.data import kind_of
+from splade_fast.training.data.load import kind_of
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from splade_fast.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.model import SpladeEncoder
+from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import load_training_data
 from splade_fast.training.checkpointing import (
     CheckpointError,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from splade_fast.training import SpladeTrainingArguments, load_training_data
-from splade_fast.training.run import together
+from splade_fast.training.command import together
 from tests.ranks import run_ranks
 from tests.training.runs import be_rank, checkpoint_in, make_trainer, write_pairs
 

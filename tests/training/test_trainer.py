@@ -8,10 +8,10 @@ from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, EarlyStoppingCallback, TrainerCallback
 
-from splade_fast.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.data import DataError, Texts
-from splade_fast.model import SpladeEncoder
-from splade_fast.term_weights import TermWeightEncoder
+from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.term_weights import TermWeightEncoder
+from splade_fast.search.texts import DataError, Texts
 from splade_fast.training import (
     ObjectiveArguments,
     RetrievalEvaluator,

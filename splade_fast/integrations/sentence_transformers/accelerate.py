@@ -10,7 +10,7 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
-from splade_fast.hidden_states import check_decoder_is_last, decoder_of, remove_exit
+from splade_fast.encoders.hidden_states import check_decoder_is_last, decoder_of, remove_exit
 from splade_fast.integrations.sentence_transformers.encoder import SparseRowsEncoder
 from splade_fast.integrations.sentence_transformers.modules import HeadPooling, HiddenTransformer
 from splade_fast.integrations.sentence_transformers.swapping import (

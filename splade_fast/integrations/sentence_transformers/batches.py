@@ -14,7 +14,7 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 
-from splade_fast.batching import batches_by_tokens, is_padded_to_longest, longest_first
+from splade_fast.encoders.batching import batches_by_tokens, is_padded_to_longest, longest_first
 from splade_fast.integrations.sentence_transformers.modules import HiddenTransformer
 
 Features = dict[str, Any]

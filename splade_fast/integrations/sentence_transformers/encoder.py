@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from splade_fast.integrations.sentence_transformers.batches import batches
 from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
 from splade_fast.integrations.sentence_transformers.swapping import Role
-from splade_fast.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows
 
 _LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splade_fast.checkpoints import ACTIVATION_OF_SPLADE_POOLING
-from splade_fast.hidden_states import decoder_of, left_at_decoder
+from splade_fast.encoders.hidden_states import decoder_of, left_at_decoder
+from splade_fast.encoders.pretrained import ACTIVATION_OF_SPLADE_POOLING
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.head import splade_head
-from splade_fast.ops.head_topk import splade_head_topk
+from splade_fast.ops.head.topk import splade_head_topk
 
 # Keys of the features: from the transformer to the pooling, the decoder's weight and bias; from
 # the encoder to the pooling, that it shall return SparseRows of at most so many entries.

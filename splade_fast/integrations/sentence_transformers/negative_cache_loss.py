@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from splade_fast.hidden_states import decoder_of
+from splade_fast.encoders.hidden_states import decoder_of
 from splade_fast.losses import in_batch_loss
 from splade_fast.negative_cache import (
     CacheClassificationLoss,

@@ -1,0 +1,1 @@
+"""Harness: checks, timings, memory, results and plots of a benchmark case."""

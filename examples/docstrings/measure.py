@@ -1,0 +1,100 @@
+"""Speed and peak memory of one contender, in a process of its own.
+
+The peak counts from the loaded and warmed-up model on: what encoding itself needs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from examples.docstrings.contenders import as_sparse_rows, load_contender
+from splade_fast.ops.sparse_rows import SparseRows
+
+
+@dataclass
+class Measurement:
+    """One contender's result; `peak_mib` is None where the system does not tell it."""
+
+    docs_per_second: float
+    peak_mib: float | None
+
+
+def measure_in_subprocess(
+    contender: str,
+    model: str,
+    texts: list[str],
+    folder: Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    threads: int,
+) -> tuple[Measurement, SparseRows]:
+    """Encode `texts` with one contender; `folder` takes the files that go between the processes.
+
+    Raises:
+        RuntimeError: the process failed; carries what it wrote to stderr.
+    """
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    sizes = {"batch-size": batch_size, "max-length": max_length, "threads": threads}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    command = [sys.executable, "-m", __spec__.name, contender, model, str(folder), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{contender} failed:\n{finished.stderr}")
+    measurement = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    return Measurement(**measurement), SparseRows.load(folder / "vectors.safetensors")
+
+
+def measure(
+    contender: str,
+    model: str,
+    folder: Path,
+    batch_size: Annotated[int, typer.Option()],
+    max_length: Annotated[int, typer.Option()],
+    threads: Annotated[int, typer.Option()],
+) -> None:
+    """Encode folder/texts.json; write measurement.json and vectors.safetensors beside it."""
+    torch.set_num_threads(threads)
+    texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    encode = load_contender(contender, model, max_length)
+    encode(["warm up"], batch_size)
+    reset_peak()
+    before = resident_mib("VmRSS")
+    start = time.perf_counter()
+    encoded = encode(texts, batch_size)
+    seconds = time.perf_counter() - start
+    peak = resident_mib("VmHWM")
+    above = None if before is None or peak is None else peak - before
+    as_sparse_rows(encoded).save(folder / "vectors.safetensors")
+    result = asdict(Measurement(len(texts) / seconds, above))
+    (folder / "measurement.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def reset_peak() -> None:
+    """Forget the peak of loading; Linux only."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def resident_mib(field: str) -> float | None:
+    """VmRSS, what the process holds now, or VmHWM, its peak; None where Linux does not tell it."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return float(lines[field].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    typer.run(measure)

@@ -1,0 +1,80 @@
+"""What the demo works on: a corpus, and where known, queries with their judgements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from examples.docstrings.corpus import PACKAGES, Pair, docstring_pairs, spread
+from examples.docstrings.training import split_pairs
+from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
+
+DOCSTRING_QUESTIONS = (
+    "how do I sort the elements of a tensor",
+    "shortest path between two nodes of a graph",
+    "solve a system of differential equations",
+)
+
+
+@dataclass
+class Task:
+    """A corpus with judged queries, both None if there are none, and questions to show.
+
+    Where there are training pairs, no judged query is from a module of theirs.
+    """
+
+    documents: Texts
+    queries: Texts | None
+    qrels: Qrels | None
+    questions: list[str]
+    training: list[Pair] = field(default_factory=list)
+
+
+def docstring_task(limit: int | None, num_queries: int) -> Task:
+    """Find each docstring by its summary, among the docstrings of the installed packages.
+
+    The judged queries are from modules that are held out; those of the others are for training.
+
+    Raises:
+        DataError: none of the packages is installed, or the limit leaves none of their modules for
+            one of the two.
+    """
+    pairs: Sequence[Pair] = docstring_pairs()
+    if not pairs:
+        raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got none")
+    if limit:
+        pairs = spread(pairs, limit)  # of all packages
+    split = split_pairs(pairs)
+    if not split.held_out or not split.training:
+        raise DataError(f"limit must leave pairs to train on and to ask for, got {limit}")
+    names = {pair: f"{pair.name}#{number}" for number, pair in enumerate(pairs)}
+    asked = spread(split.held_out, num_queries)
+    ids = [str(number) for number in range(len(asked))]
+    return Task(
+        documents=Texts(list(names.values()), [pair.document for pair in pairs]),
+        queries=Texts(ids, [pair.query for pair in asked]),
+        qrels={i: {names[pair]: 1} for i, pair in zip(ids, asked, strict=True)},
+        questions=list(DOCSTRING_QUESTIONS),
+        training=split.training,
+    )
+
+
+def file_task(corpus: Path, queries: Path | None, qrels: Path | None, limit: int | None) -> Task:
+    """A corpus of the user's own; evaluated only with both queries and qrels.
+
+    Raises:
+        DataError: a file is missing or malformed, or qrels come without queries.
+    """
+    documents = read_texts(corpus)
+    if limit is not None:
+        documents = Texts(documents.ids[:limit], documents.texts[:limit])
+    if qrels is not None and queries is None:
+        raise DataError("--qrels needs --queries")
+    asked = read_texts(queries) if queries else None
+    return Task(
+        documents=documents,
+        queries=asked,
+        qrels=read_qrels(qrels) if qrels else None,
+        questions=asked.texts[:3] if asked else [],
+    )

@@ -1,0 +1,168 @@
+"""Training on docstrings: which pairs are held out, the training itself, and its plot."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.docstrings.corpus import Pair
+from splade_fast.encoders.text_encoder import TextEncoder
+
+_GROUP_DEPTH = 2
+_LOGGED_STEPS = 10
+
+# What was found to work on the demo's checkpoint and corpus; see benchmarks/NOTES.md.
+FINE_TUNING: dict[str, Any] = {
+    "loss": "negative_cache",
+    "temperature": 1.0,
+    "cache_size": 4096,
+    "cache_document_length": 128,
+    "max_document_length": 128,
+    "max_query_length": 48,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 2e-4,
+    "warmup_steps": 20,
+    "lambda_query": 3e-3,
+    "lambda_document": 3e-3,
+}
+
+
+@dataclass
+class Split:
+    """Pairs to train on, and pairs of other modules to measure on."""
+
+    training: list[Pair]
+    held_out: list[Pair]
+
+
+@dataclass
+class Progress:
+    """Means over the steps since the point before."""
+
+    step: int
+    loss: float  # the cross entropy against the cache, or the relevance loss without one
+    query_active_dims: float
+    document_active_dims: float
+    staleness: float | None  # None without a cache
+
+
+def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> Split:
+    """Hold out all pairs of about `share` of the modules, chosen by a hash of their names.
+
+    A module is named by two components here, as scipy.signal or transformers.models: docstrings of
+    neighbouring files repeat each other (one model's processor is documented like the next one's),
+    so whole subpackages go to one side. Hashes keep the choice when packages come and go.
+    """
+    split = Split([], [])
+    for pair in pairs:
+        side = split.held_out if _hash(module_of(pair)) < share else split.training
+        side.append(pair)
+    return split
+
+
+def module_of(pair: Pair) -> str:
+    """The subpackage, or top-level module, that a docstring is in."""
+    return ".".join(pair.name.split(".")[:_GROUP_DEPTH])
+
+
+def train(
+    encoder: TextEncoder,
+    pairs: Sequence[Pair],
+    steps: int,
+    settings: Mapping[str, Any],
+    *,
+    callbacks: Sequence[Any] = (),
+    seed: int = 0,
+) -> list[Progress]:
+    """Train an encoder on pairs with `SpladeTrainer`; the weights change in place.
+
+    Args:
+        encoder: of queries and documents.
+        pairs: what is relevant for what.
+        steps: of the optimiser; the regularisers rise during the first half of them.
+        settings: further `SpladeTrainingArguments`.
+        callbacks: of the trainer.
+        seed: of the order of the pairs, of dropout and of the draws from the cache.
+
+    Raises:
+        ImportError: what training needs is not installed.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    from splade_fast.training import SpladeTrainer, SpladeTrainingArguments
+    from splade_fast.training.data.load import import_datasets
+
+    class BarAlone(ProgressCallback):
+        """The progress bar, without the logs that it prints."""
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    examples = [{"query": pair.query, "document": pair.document} for pair in pairs]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SpladeTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            **{
+                "logging_steps": min(_LOGGED_STEPS, steps),
+                "regularizer_steps": steps // 2,
+                **settings,
+            },
+        )
+        trainer = SpladeTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=import_datasets().Dataset.from_list(examples),
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if not arguments.disable_tqdm:
+            trainer.add_callback(BarAlone)
+        trainer.train()
+    encoder.eval()
+    return [_progress(entry) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def plot(progress: Sequence[Progress], path: Path) -> None:
+    """Loss, active entries and staleness over the steps, in the format of the path's suffix."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes = figure.subplots(3, sharex=True)
+    steps = [point.step for point in progress]
+    axes[0].plot(steps, [point.loss for point in progress])
+    axes[0].set(ylabel="loss, nats")
+    axes[1].plot(steps, [point.document_active_dims for point in progress], label="documents")
+    axes[1].plot(steps, [point.query_active_dims for point in progress], label="queries")
+    axes[1].set(ylabel="active entries", yscale="log")
+    axes[1].legend()
+    stale = [point for point in progress if point.staleness is not None]
+    axes[2].plot([point.step for point in stale], [point.staleness for point in stale])
+    axes[2].set(ylabel="staleness of the drawn", xlabel="step")
+    for axis in axes:
+        axis.grid(visible=True, alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _progress(entry: Mapping[str, float]) -> Progress:
+    return Progress(
+        step=int(entry["step"]),
+        loss=entry.get("cache/interpretable_prediction_loss", entry["relevance_loss"]),
+        query_active_dims=entry["query_active_dims"],
+        document_active_dims=entry["document_active_dims"],
+        staleness=entry.get("cache/staleness"),
+    )
+
+
+def _hash(name: str) -> float:
+    """From 0 to 1, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,235 @@
+"""What a training step costs: our ops and a sparse cache, or plain PyTorch, each in a process.
+
+The same trainer, model, data and seed. "splade_fast" runs our ops and a sparse cache; "pytorch" the
+plain formulas of `splade_fast.reference` under autograd and a dense cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from examples.docstrings.corpus import Pair
+from examples.docstrings.measure import reset_peak, resident_mib
+from examples.docstrings.training import FINE_TUNING, train
+
+CONTENDERS = ("splade_fast", "pytorch")
+LENGTH = 128
+MAX_QUERY_LENGTH = 48
+_LEAP = 4
+_STEPS_TO_THE_PEAK = 3  # the first draws nothing from the cache, which is still empty
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A training whose steps are measured."""
+
+    contender: str
+    loss: str = "negative_cache"  # or in_batch, which has no cache
+    batch_size: int = 32
+    steps: int = 5
+    cache_size: int = 8192
+    threads: int = 2
+    seed: int = 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `train`."""
+        settings = FINE_TUNING | {
+            "loss": self.loss,
+            "per_device_train_batch_size": self.batch_size,
+            "max_document_length": LENGTH,
+            "max_query_length": MAX_QUERY_LENGTH,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "cache_size": 0,
+        }
+        if self.loss == "negative_cache":
+            settings |= {
+                "cache_size": self.cache_size,
+                "cache_document_length": LENGTH,
+                "cache_embeddings": "sparse" if self.contender == "splade_fast" else "dense",
+                "cache_k": 1024,  # nothing is cut, so that both compute the same loss
+            }
+        return settings
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of each step but the first, losses of all, and MiB above the loaded model."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_mib: float
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def long_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[Pair]:
+    """Those whose document has LENGTH tokens or more, so that nothing of a batch is padding."""
+    lengths = [len(ids) for ids in tokenizer([pair.document for pair in pairs]).input_ids]
+    return [pair for pair, length in zip(pairs, lengths, strict=True) if length >= LENGTH]
+
+
+def step_cost(setting: Setting, model: str, pairs: Sequence[Pair]) -> StepCost:
+    """Train so many steps in a process of its own.
+
+    Args:
+        setting: what is measured.
+        model: name or folder of the checkpoint.
+        pairs: to train on; see `long_pairs`.
+
+    Raises:
+        RuntimeError: the process failed; carries what it wrote to stderr.
+    """
+    environment = dict(os.environ)
+    environment.pop("SPLADE_FAST_REFERENCE", None)
+    if setting.contender == "pytorch":
+        environment["SPLADE_FAST_REFERENCE"] = "1"
+    with TemporaryDirectory() as folder:
+        given = {"setting": asdict(setting), "model": model, "pairs": [asdict(p) for p in pairs]}
+        (Path(folder) / "given.json").write_text(json.dumps(given), encoding="utf-8")
+        command = [sys.executable, "-m", __spec__.name, folder]
+        finished = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
+        if finished.returncode != 0:
+            raise RuntimeError(f"{setting.contender} failed:\n{finished.stderr}")
+        found = json.loads((Path(folder) / "cost.json").read_text(encoding="utf-8"))
+    return StepCost(**found)
+
+
+def largest_batch(
+    peak_mib_of: Callable[[int], float], limit_mib: float, known: dict[int, float], *, largest: int
+) -> int:
+    """The largest batch whose peak stays within limit_mib, to an eighth of itself.
+
+    The peak grows about in proportion to the batch: most often one batch on the line through the
+    known ones and one an eighth beside it are enough. Where it does not, bisection goes on.
+
+    Args:
+        peak_mib_of: measures one batch size.
+        limit_mib: the memory.
+        known: {batch size: its peak}, at least two; what is measured is added.
+        largest: no larger batch is tried.
+
+    Returns:
+        A batch size that was measured, or 0 if none fits.
+    """
+    for guess in itertools.cycle((_on_the_line, _beside, _between)):
+        fitting = max((b for b, peak in known.items() if peak <= limit_mib), default=0)
+        above = min((b for b, peak in known.items() if peak > limit_mib), default=largest + 1)
+        if above - fitting <= max(1, fitting // 8):
+            break
+        batch = guess(known, limit_mib, fitting, above)
+        # Small batches tell little of the slope: no leap by which memory could run out.
+        batch = min(max(batch, fitting + 1), above - 1, _LEAP * max(fitting, 1))
+        known[batch] = peak_mib_of(batch)
+    return fitting
+
+
+def _on_the_line(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    """Where the line through the two known batches nearest to the limit meets it."""
+    low, high = sorted(sorted(known, key=lambda b: abs(known[b] - limit_mib))[:2])
+    slope = (known[high] - known[low]) / (high - low)
+    return low + int((limit_mib - known[low]) / slope) if slope > 0 else above
+
+
+def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    """An eighth beside what was measured last: a guess that was good ends here."""
+    last = list(known)[-1]
+    if abs(known[last] - limit_mib) > limit_mib / 5:
+        return _on_the_line(known, limit_mib, fitting, above)
+    return last + max(1, last // 8) if last == fitting else last - max(1, last // 9)
+
+
+def _between(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
+    if above not in known:
+        return _on_the_line(known, limit_mib, fitting, above)
+    return math.isqrt(max(1, fitting) * above)
+
+
+def batch_within(
+    limit_mib: float, setting: Setting, cost: StepCost, model: str, pairs: Sequence[Pair]
+) -> int:
+    """The largest batch of a setting whose training peaks within limit_mib above the model.
+
+    Args:
+        limit_mib: the memory.
+        setting: of the other arguments.
+        cost: of the setting as it is.
+        model, pairs: as in step_cost.
+    """
+
+    def peak_mib_of(batch_size: int) -> float:
+        tried = replace(setting, batch_size=batch_size, steps=_STEPS_TO_THE_PEAK)
+        return step_cost(tried, model, pairs).peak_mib
+
+    small = max(1, setting.batch_size // 4)
+    known = {setting.batch_size: cost.peak_mib, small: peak_mib_of(small)}
+    return largest_batch(peak_mib_of, limit_mib, known, largest=len(pairs))
+
+
+def loss_difference(costs: Mapping[str, StepCost]) -> float:
+    """The largest difference of a step's loss between any two."""
+    steps: Iterable[tuple[float, ...]] = zip(*(c.losses for c in costs.values()), strict=True)
+    return max(max(losses) - min(losses) for losses in steps)
+
+
+def _clock(ended: list[float]) -> Any:
+    """A callback of the trainer that notes when each step is over."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ended.append(time.perf_counter())
+
+    return Clock()
+
+
+def measure(folder: Annotated[Path, typer.Argument()]) -> None:
+    """Train as folder/given.json says; write cost.json beside it."""
+    from splade_fast.encoders.splade import SpladeEncoder
+
+    given = json.loads((folder / "given.json").read_text(encoding="utf-8"))
+    setting = Setting(**given["setting"])
+    torch.set_num_threads(setting.threads)
+    encoder = SpladeEncoder.from_pretrained(given["model"])
+    pairs = [Pair(**pair) for pair in given["pairs"]]
+    ended: list[float] = []
+    reset_peak()
+    before = resident_mib("VmRSS")
+    progress = train(
+        encoder,
+        pairs,
+        setting.steps,
+        setting.arguments,
+        callbacks=[_clock(ended)],
+        seed=setting.seed,
+    )
+    peak = resident_mib("VmHWM")
+    if before is None or peak is None:
+        raise RuntimeError("this system does not tell the memory of a process")
+    seconds = [b - a for a, b in itertools.pairwise(ended)]
+    cost = StepCost(seconds, [point.loss for point in progress], peak - before)
+    (folder / "cost.json").write_text(json.dumps(asdict(cost)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(measure)

@@ -1,0 +1,1 @@
+"""Training data: files and data sets -> batches of queries and documents."""

@@ -1,0 +1,194 @@
+"""The negative cache of an objective: what it stores of a document, and a step with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from splade_fast._distributed import mean_over_ranks, world_size
+from splade_fast.negative_cache.features import Feature, FixedLenFeature, SparseFeature, Value
+from splade_fast.negative_cache.handlers import CacheLossHandler
+from splade_fast.negative_cache.losses import (
+    CacheClassificationLoss,
+    CacheLossReturn,
+    DistributedCacheClassificationLoss,
+)
+from splade_fast.negative_cache.negative_cache import CacheManager
+from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
+from splade_fast.negative_cache.transforms import Scale
+from splade_fast.training.gradient_cache import without_padding
+from splade_fast.training.objective_arguments import ObjectiveArguments
+
+Network = Callable[[dict[str, Tensor]], Tensor]
+
+_EMBEDDING = "embedding"
+_IDS, _MASK = "input_ids", "attention_mask"
+_DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # others are int32
+
+
+class CacheStep(NamedTuple):
+    """What a step of the cache returns, over all ranks; the last two without gradient."""
+
+    loss: Tensor
+    interpretable_loss: Tensor
+    staleness: Tensor
+
+
+class DocumentCacheHandler(CacheLossHandler):
+    """A cache of tokenized documents and their vectors, and the loss over it.
+
+    Args:
+        arguments: those of the objective.
+        tokenizer: of the documents; its inputs are what is stored.
+        vocab_size: V.
+        seed: of the draws; that of the first rank counts.
+
+    Raises:
+        ValueError: the cache has fewer slots than there are ranks to share them.
+    """
+
+    def __init__(
+        self,
+        arguments: ObjectiveArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        paddings = _paddings(tokenizer)
+        specs = _specs(arguments, paddings, vocab_size)
+        ranks = world_size()
+        joined = ranks > 1 and arguments.cache_sharing == "shards"
+        loss_class = DistributedCacheClassificationLoss if joined else CacheClassificationLoss
+        loss = loss_class(
+            _EMBEDDING,
+            tuple(paddings),
+            score_transform=Scale(1 / arguments.temperature),
+            top_k=arguments.cache_top_k,
+            top_k_method=arguments.cache_top_k_method,
+            num_negatives=arguments.cache_negatives,
+            in_batch=arguments.cache_in_batch,
+            exclude=_IDS if arguments.cache_exclude else None,
+            retrieval_fn=GumbelMaxRetrievalFn(seed=seed),
+            reducer=None,
+        )
+        super().__init__(
+            CacheManager(specs, _slots(arguments), storage=arguments.cache_storage),
+            loss,
+            _EMBEDDING,
+            tuple(paddings),
+            use_cross_replica=ranks > 1 and arguments.cache_sharing == "replicas",
+        )
+        self.cache_loss.register_forward_hook(self._remember)
+        self._last: CacheLossReturn | None = None
+        self._left_padded = tokenizer.padding_side == "left"
+        self._most_tokens = arguments.cache_document_length
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the cache cannot store tokenized documents."""
+        if set(inputs) != set(self.data_keys):
+            raise ValueError(
+                f"documents must have {sorted(self.data_keys)}, the tokenizer's inputs, which the "
+                f"cache stores, got {sorted(inputs)}"
+            )
+        width = inputs[_IDS].shape[1]
+        if width > self._most_tokens:
+            raise ValueError(
+                f"documents must be at most cache_document_length = {self._most_tokens} tokens "
+                f"long, got {width}"
+            )
+
+    def step(
+        self,
+        network: Network,
+        queries: Tensor,
+        documents: Tensor,
+        inputs: Mapping[str, Tensor],
+    ) -> CacheStep:
+        """The loss of a batch; then the cache is updated with it.
+
+        Args:
+            network: tokenized texts -> vectors; gets the drawn documents without their padding.
+            queries: (B, V).
+            documents: (m * B, V), the positive of each query, then hard negatives, which are
+                candidates of every query and are not cached.
+            inputs: what the documents were encoded from, (m * B, L) by name, see `check_inputs`.
+        """
+
+        def encode(stored: dict[str, Value]) -> Tensor:
+            texts = {
+                name: tensor.to(inputs[name].dtype)
+                for name, tensor in stored.items()
+                if isinstance(tensor, Tensor)
+            }
+            return network(without_padding(texts)).to(documents.dtype)
+
+        features = _left_aligned(inputs) if self._left_padded else inputs
+        batch = len(queries)
+        has_hard = len(documents) > batch
+        loss: Tensor = self.update_cache_and_compute_loss(
+            encode,
+            queries,
+            documents[:batch],
+            {name: tensor[:batch] for name, tensor in features.items()},
+            hard_negatives=documents[batch:] if has_hard else None,
+            hard_features={name: tensor[batch:] for name, tensor in features.items()},
+        )
+        assert self._last is not None
+        seen, self._last = self._last, None
+        # Not in the handler: on a rank where the network fails, these would never be met.
+        return CacheStep(
+            mean_over_ranks(loss),
+            mean_over_ranks(seen.interpretable_loss),
+            mean_over_ranks(seen.staleness),
+        )
+
+    def _remember(self, _module: object, _inputs: object, result: CacheLossReturn) -> None:
+        self._last = result
+
+
+def _paddings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The inputs that the tokenizer makes, and what it pads them with."""
+    known = {_IDS: tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: known.get(name, 0) for name in tokenizer.model_input_names}
+
+
+def _specs(
+    arguments: ObjectiveArguments, paddings: Mapping[str, int], vocab_size: int
+) -> dict[str, Feature]:
+    length = arguments.cache_document_length
+    # Padded as in a longer batch, so that a document equals itself in any batch.
+    specs: dict[str, Feature] = {
+        name: FixedLenFeature([length], _DTYPES.get(name, torch.int32), default_value=padding)
+        for name, padding in paddings.items()
+    }
+    dtype: torch.dtype = getattr(torch, arguments.cache_dtype)
+    if arguments.cache_embeddings == "sparse":
+        k = min(arguments.cache_k, vocab_size)
+        specs[_EMBEDDING] = SparseFeature(vocab_size, k, dtype)
+    else:
+        specs[_EMBEDDING] = FixedLenFeature([vocab_size], dtype)
+    return specs
+
+
+def _slots(arguments: ObjectiveArguments) -> int:
+    """Of this rank."""
+    ranks = world_size()
+    if ranks == 1 or arguments.cache_sharing == "replicas":
+        return arguments.cache_size
+    if arguments.cache_size < ranks:
+        raise ValueError(
+            f"cache_size must be at least the number of ranks, {ranks}, got {arguments.cache_size}"
+        )
+    share, more = divmod(arguments.cache_size, ranks)
+    return share + (dist.get_rank() < more)
+
+
+def _left_aligned(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Padding moved behind the texts, so that a document equals itself in any batch."""
+    order = (inputs[_MASK] == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    return {name: tensor.gather(1, order) for name, tensor in inputs.items()}

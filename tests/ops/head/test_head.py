@@ -1,0 +1,486 @@
+"""head against the decoder and the pooling formula in plain PyTorch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import splade_fast as sf
+from splade_fast import reference
+from tests.ops.inputs import (
+    ACTIVATIONS,
+    DTYPES,
+    MASKS,
+    POOLINGS,
+    attention_mask,
+    instruction_sets_here,
+    lattice,
+)
+from tests.tolerances import assert_accurate
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def gradients(head, tensors: list[Tensor | None], *sequences, **options) -> list[Tensor]:
+    """The pooled vectors and the gradients of hidden, weight and bias, for a fixed gradient."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    pooled = head(*leaves, *sequences, **options)
+    generator = torch.Generator().manual_seed(1)
+    pooled.backward(torch.randn(pooled.shape, generator=generator).to(pooled))
+    return [pooled.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def compare(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *sequences,
+    algorithm: str = "auto",
+    **options,
+) -> None:
+    """Values and gradients of ours, of plain PyTorch in the same dtype, and of float64."""
+    tensors = [hidden, weight, bias]
+    ours = gradients(sf.splade_head, tensors, *sequences, algorithm=algorithm, **options)
+    plain = gradients(reference.splade_head, tensors, *sequences, **options)
+    wide = [None if t is None else t.double() for t in tensors]
+    truth = gradients(reference.splade_head, wide, *sequences, **options)
+    for actual, exact, baseline in zip(ours, truth, plain, strict=True):
+        assert_accurate(actual, exact, baseline)
+
+
+def decoder(vocabulary: int, dim: int, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor]:
+    make = {"dtype": dtype, "device": torch.device(device)}
+    return lattice(vocabulary, dim, **make), lattice(vocabulary, **make)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_matches_reference(device, dtype, pooling, activation, kind, with_bias):
+    hidden = lattice(4, 17, 21, dtype=dtype, device=device)
+    weight, bias = decoder(101, 21, dtype, device)
+    mask = attention_mask(kind, 4, 17)
+    mask = None if mask is None else mask.to(device)
+    compare(
+        hidden, weight, bias if with_bias else None, mask, pooling=pooling, activation=activation
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 17], [3], [0, 0], []])
+def test_packed(device, dtype, pooling, lengths):
+    hidden = lattice(sum(lengths), 21, dtype=dtype, device=device)
+    cu_seqlens = torch.tensor(
+        [0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device
+    )
+    compare(hidden, *decoder(101, 21, dtype, device), cu_seqlens=cu_seqlens, pooling=pooling)
+
+
+def test_packed_equals_padded(device):
+    """The same tokens meet the same entries in the same order: on the CPU bit for bit.
+
+    On a GPU torch may choose another product for another number of rows.
+    """
+    hidden = torch.randn(4, 17, 40, device=device)
+    weight, bias = torch.randn(200, 40, device=device), torch.randn(200, device=device)
+    mask = attention_mask("right", 4, 17).to(device)
+    lengths = mask.sum(1).cumsum(0).int()
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths])
+    padded = gradients(sf.splade_head, [hidden, weight, bias], mask)
+    packed = gradients(sf.splade_head, [hidden[mask], weight, bias], cu_seqlens=cu_seqlens)
+    padded[1] = padded[1][mask]
+    tolerance = {"rtol": 0, "atol": 0} if device.type == "cpu" else {}
+    torch.testing.assert_close(packed, padded, **tolerance)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(
+    ("batch", "length", "dim", "vocabulary"),
+    [
+        (0, 3, 4, 5),
+        (2, 0, 4, 5),
+        (2, 3, 0, 5),
+        (2, 3, 4, 0),
+        (1, 1, 1, 1),
+        (1, 300, 4, 33),  # positions in int16
+        (1, 33000, 2, 5),  # positions in int32
+        (600, 2, 3, 40),  # more sequences than one block of the CPU forward holds
+        (2, 4500, 1024, 70),  # sequences longer than one block of the CPU forward
+        (3, 7, 600, 90),  # several slices of the depth in the CPU backward
+    ],
+)
+def test_sizes(device, pooling, batch, length, dim, vocabulary):
+    hidden = torch.randn(batch, length, dim, device=device)
+    weight = torch.randn(vocabulary, dim, device=device) / max(dim, 1) ** 0.5
+    bias = torch.randn(vocabulary, device=device)
+    mask = attention_mask("right", batch, length).to(device)
+    compare(hidden, weight, bias, mask, pooling=pooling)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_of_long_sequences(device, seed):
+    """Sum pooling adds up thousands of weights: rounding must not grow with their number."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((1, 8192, 16), (64, 16), 64)
+    )
+    compare(hidden, weight / 4, bias, None, pooling="sum")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_strides(device, pooling):
+    hidden = torch.randn(20, 9, 6, device=device).permute(2, 1, 0)
+    weight = torch.randn(20, 50, device=device).t()
+    bias = torch.randn(100, device=device)[::2]
+    mask = attention_mask("holes", 9, 6).to(device).t()
+    compare(hidden, weight, bias, mask, pooling=pooling)
+    compare(hidden[:, ::2], torch.randn(50, 40, device=device)[:, ::2], bias, pooling=pooling)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_mask_dtypes(device, mask_dtype):
+    hidden = lattice(3, 8, 5, dtype=torch.float32, device=device)
+    weight, bias = decoder(50, 5, device=device)
+    mask = attention_mask("holes", 3, 8).to(device)
+    expected = reference.splade_head(hidden, weight, bias, mask)
+    actual = sf.splade_head(hidden, weight, bias, mask.to(mask_dtype))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_positions_that_do_not_count_are_not_read(device):
+    hidden = torch.randn(2, 6, 8, device=device)
+    weight = torch.randn(40, 8, device=device)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], device=device)
+    expected = sf.splade_head(hidden, weight, None, mask)
+    hidden[mask == 0] = torch.nan
+    for pooling in POOLINGS:
+        assert not sf.splade_head(hidden, weight, None, mask, pooling=pooling).isnan().any()
+    assert torch.equal(sf.splade_head(hidden, weight, None, mask), expected)
+    assert (expected[1] == 0).all()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf(device, pooling, dtype):
+    hidden = torch.zeros(3, 4, 2, dtype=dtype, device=device)
+    hidden[0, 1, 0] = torch.nan
+    hidden[1, 2, 0] = torch.inf
+    hidden[2, :, 0] = 1
+    weight = torch.ones(5, 2, dtype=dtype, device=device)
+    weight[4] = -1
+    bias = torch.tensor([0, 0, torch.nan, torch.inf, 0], dtype=dtype, device=device)
+    options = {"pooling": pooling, "activation": "relu"}
+    expected = reference.splade_head(hidden, weight, bias, **options)
+    actual = sf.splade_head(hidden, weight, bias, **options)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    mask = torch.zeros(3, 4, device=device)
+    assert (sf.splade_head(hidden, weight, bias, mask, **options) == 0).all()
+
+
+def test_tie_goes_to_the_lowest_position(device):
+    hidden = torch.ones(1, 40, 3, device=device, requires_grad=True)
+    weight = torch.ones(70, 3, device=device)
+    mask = torch.ones(1, 40, device=device)
+    mask[:, :2] = 0
+    sf.splade_head(hidden, weight, None, mask, activation="relu").sum().backward()
+    expected = torch.zeros(1, 40, 3)
+    expected[:, 2] = 70
+    assert torch.equal(hidden.grad.cpu(), expected)
+
+
+def test_gradients_are_bitwise_deterministic(device):
+    tensors = [torch.randn(5, 60, 300), torch.randn(3000, 300), torch.randn(3000)]
+    tensors = [t.to(device) for t in tensors]
+    mask = attention_mask("holes", 5, 60).to(device)
+    first = gradients(sf.splade_head, tensors, mask)
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again = gradients(sf.splade_head, tensors, mask)
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_only_the_gradients_that_are_needed(device, pooling, needs):
+    tensors = [lattice(2, 5, 4, dtype=torch.float32, device=device), *decoder(30, 4, device=device)]
+    expected = gradients(reference.splade_head, tensors, pooling=pooling)[1:]
+    for tensor, need in zip(tensors, needs, strict=True):
+        tensor.requires_grad_(need)
+    pooled = sf.splade_head(*tensors, pooling=pooling)
+    pooled.backward(
+        torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(pooled)
+    )
+    for tensor, need, gradient in zip(tensors, needs, expected, strict=True):
+        if need:
+            torch.testing.assert_close(tensor.grad, gradient)
+        else:
+            assert tensor.grad is None
+
+
+def test_a_gradient_of_zero_is_inactive(device):
+    """Pairs whose incoming gradient is zero do not count, whatever stands in hidden and weight."""
+    hidden = torch.full((1, 2, 3), 1e38, device=device, requires_grad=True)
+    weight = torch.full((4, 3), 1e-38, device=device, requires_grad=True)
+    pooled = sf.splade_head(hidden, weight)
+    pooled.backward(torch.zeros_like(pooled))
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck(device, packed):
+    make = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    hidden = torch.randn((10, 3) if packed else (2, 5, 3), **make)
+    weight, bias = torch.randn(7, 3, **make), torch.randn(7, **make)
+    sequences = {
+        "cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
+        if packed
+        else None,
+        "attention_mask": None if packed else attention_mask("holes", 2, 5).to(device),
+    }
+    for pooling in POOLINGS:
+        for activation in ACTIVATIONS:
+            options = {"pooling": pooling, "activation": activation, **sequences}
+            assert torch.autograd.gradcheck(
+                lambda h, w, b, o=options: sf.splade_head(h, w, b, **o), (hidden, weight, bias)
+            )
+
+
+def test_double_backward_is_refused(device):
+    hidden = torch.randn(2, 5, 3, device=device, requires_grad=True)
+    weight = torch.randn(7, 3, device=device)
+    for pooling in POOLINGS:
+        pooled = sf.splade_head(hidden, weight, pooling=pooling)
+        (grad,) = torch.autograd.grad(pooled.square().sum(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pooling", [0, 1])
+def test_opcheck(device, packed, pooling):
+    hidden = torch.randn((10, 3) if packed else (2, 5, 3), device=device, requires_grad=True)
+    weight = torch.randn(7, 3, device=device, requires_grad=True)
+    bias = torch.randn(7, device=device, requires_grad=True)
+    mask = None if packed else attention_mask("holes", 2, 5).to(device)
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32, device=device) if packed else None
+    args = (hidden, weight, bias, mask, cu_seqlens, pooling, 1, True, False, 0, None)
+    torch.library.opcheck(torch.ops.splade_fast.head_forward.default, args)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("precision", [None, "fp8"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(device, pooling, precision, dynamic):
+    options = {"pooling": pooling, "precision": precision}
+    torch.compiler.reset()  # one function takes but so many recompilations
+
+    def loss(hidden, weight, bias, mask):
+        return sf.splade_head(hidden * 2, weight, bias, mask, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    weight = torch.randn(70, 16, device=device, requires_grad=True)
+    bias = torch.randn(70, device=device, requires_grad=True)
+    for batch in (2, 3):
+        hidden = torch.randn(batch, 5, 16, device=device, requires_grad=True)
+        mask = attention_mask("right", batch, 5).to(device)
+        inputs = (hidden, weight, bias)
+        expected = torch.autograd.grad(loss(*inputs, mask), inputs)
+        actual = torch.autograd.grad(compiled(*inputs, mask), inputs)
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_autocast(device, dtype, pooling):
+    """As a Linear followed by log1p: the product in the autocast dtype, the result in float32."""
+    tensors = [lattice(2, 5, 4, dtype=torch.float32, device=device), *decoder(70, 4, device=device)]
+    with torch.autocast(device.type, dtype):
+        ours = gradients(sf.splade_head, tensors, pooling=pooling)
+    rounded = gradients(sf.splade_head, [t.to(dtype) for t in tensors], pooling=pooling)
+    truth = gradients(reference.splade_head, [t.double() for t in tensors], pooling=pooling)
+    assert all(t.dtype == torch.float32 for t in ours)
+    for actual, exact, baseline in zip(ours, truth, rounded, strict=True):
+        assert_accurate(actual, exact, baseline.float())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_inside_autocast(device, pooling, dtype):
+    """The gradient has its own dtypes, whatever autocast makes of a product."""
+    tensors = [lattice(2, 5, 4, dtype=dtype, device=device), *decoder(70, 4, dtype, device)]
+    expected = gradients(sf.splade_head, tensors, pooling=pooling)
+    leaves = [t.requires_grad_() for t in tensors]
+    pooled = sf.splade_head(*leaves, pooling=pooling)
+    grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(pooled)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = torch.autograd.grad(pooled, leaves, grad)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_autocast_compiles(device, pooling):
+    compiled = torch.compile(sf.splade_head, fullgraph=True)
+    hidden = lattice(2, 5, 4, dtype=torch.float32, device=device)
+    weight, bias = decoder(70, 4, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = compiled(hidden, weight, bias, pooling=pooling)
+        expected = sf.splade_head(hidden, weight, bias, pooling=pooling)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_meta():
+    hidden = torch.empty(2, 3, 8, device="meta", dtype=torch.float16)
+    pooled = sf.splade_head(hidden, torch.empty(50, 8, device="meta", dtype=torch.float16))
+    assert (pooled.shape, pooled.device.type, pooled.dtype) == ((2, 50), "meta", torch.float16)
+
+
+def test_inference_mode_and_no_grad(device):
+    hidden = lattice(2, 5, 4, dtype=torch.float32, device=device)
+    weight, bias = decoder(30, 4, device=device)
+    expected = sf.splade_head(hidden, weight, bias)
+    weight.requires_grad_()
+    with torch.inference_mode():
+        assert torch.equal(sf.splade_head(hidden, weight, bias), expected)
+    with torch.no_grad():
+        assert not sf.splade_head(hidden, weight, bias).requires_grad
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa):
+    """The same test with the kernels of a lesser machine; SPLADE_FAST_ISA is read at load."""
+    if isa not in instruction_sets_here():
+        pytest.skip(f"this machine runs {sf.build_info()['cpu_instruction_set']} at most")
+    code = (
+        "import pytest, sys, splade_fast as sf\n"
+        f"assert sf.build_info()['cpu_instruction_set'] == {isa!r}\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-k',"
+        " '(test_packed or test_strides or test_nan_and_inf) and cpu', 'tests/ops/head/test_head.py']))"
+    )
+    environment = {**os.environ, "SPLADE_FAST_ISA": isa}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_bad_arguments(device):
+    hidden = torch.randn(2, 5, 3, device=device)
+    weight, bias = torch.randn(7, 3, device=device), torch.randn(7, device=device)
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
+    mask = torch.ones(2, 5, device=device)
+    with pytest.raises(TypeError, match="weight must be a tensor, got NoneType"):
+        sf.splade_head(hidden, None)
+    with pytest.raises(TypeError, match="hidden must be one of float32.*got torch.int32"):
+        sf.splade_head(hidden.int(), weight)
+    with pytest.raises(TypeError, match="weight must have the dtype of hidden.*got torch.float64"):
+        sf.splade_head(hidden, weight.double())
+    with pytest.raises(
+        ValueError, match=r"weight must be \(vocabulary, dim\) with dim = 3.*\(7, 2\)"
+    ):
+        sf.splade_head(hidden, weight[:, :2])
+    with pytest.raises(ValueError, match="weight must be on the device of hidden"):
+        sf.splade_head(hidden, weight.to("meta"))
+    with pytest.raises(ValueError, match=r"bias must be \(vocabulary,\) = \(7,\), got \(6,\)"):
+        sf.splade_head(hidden, weight, bias[:6])
+    with pytest.raises(ValueError, match=r"hidden must be \(batch, length, dim\).*got \(10, 3\)"):
+        sf.splade_head(hidden.reshape(10, 3), weight)
+    with pytest.raises(ValueError, match=r"hidden must be packed .*got \(2, 5, 3\)"):
+        sf.splade_head(hidden, weight, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"attention_mask must be .*got \(2, 4\)"):
+        sf.splade_head(hidden, weight, bias, mask[:, :4])
+    with pytest.raises(ValueError, match="attention_mask must be None with cu_seqlens"):
+        sf.splade_head(hidden.reshape(10, 3), weight, None, mask, cu_seqlens=cu_seqlens)
+    with pytest.raises(TypeError, match="cu_seqlens must be int32, got torch.int64"):
+        sf.splade_head(hidden.reshape(10, 3), weight, cu_seqlens=cu_seqlens.long())
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \(batch \+ 1,\), got \(0,\)"):
+        sf.splade_head(hidden.reshape(10, 3), weight, cu_seqlens=cu_seqlens[:0])
+    with pytest.raises(
+        ValueError, match="algorithm must be one of 'auto', 'dense', 'screened', got 'exact'"
+    ):
+        sf.splade_head(hidden, weight, algorithm="exact")
+
+
+def test_the_ops_check_gradients_for_callers_in_cpp(device):
+    """A gradient of another dtype would be read as one of these: it is refused."""
+    ops = torch.ops.splade_fast
+    hidden, weight = torch.randn(2, 5, 3, device=device), torch.randn(7, 3, device=device)
+    saved = ops.head_forward_dense(hidden, weight, None, None, None, 0, 1, True, False)[1:]
+    needs = (True, True, True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        grad = torch.ones(2, 7, dtype=dtype, device=device)
+        with pytest.raises(RuntimeError, match="grad must have the dtype of hidden"):
+            ops.head_backward_max(grad, *saved, hidden, weight, None, 1, *needs)
+        with pytest.raises(RuntimeError, match="grad must have the dtype of hidden"):
+            ops.head_backward_sum(grad, hidden, weight, None, None, None, 1, *needs)
+    with pytest.raises(RuntimeError, match="grad must have size 7 in dimension 1, got 6"):
+        ops.head_backward_sum(
+            torch.ones(2, 6, device=device), hidden, weight, None, None, None, 1, *needs
+        )
+
+
+@pytest.mark.parametrize(
+    "permit",
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_tf32_is_torchs_own_setting(permit):
+    """However it is set; in a process of its own, since not every way back is the same."""
+    code = (
+        "import torch\n"
+        "from splade_fast.ops.head.forward import permits_tf32\n"
+        f"assert not permits_tf32()\n{permit}\nassert permits_tf32()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_cpu_has_no_tf32():
+    hidden, weight = torch.randn(2, 9, 40), torch.randn(70, 40)
+    dense = torch.ops.splade_fast.head_forward_dense
+    arguments = (hidden, weight, None, None, None, 0, 1, False, False)
+    assert torch.equal(dense(*arguments, True)[0], dense(*arguments, False)[0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_packed_tokens_of_no_sequence_have_a_gradient_of_zero(pooling):
+    """The CPU refuses such cu_seqlens, a GPU would have to be waited for."""
+    hidden = torch.randn(40, 16, device="cuda")
+    weight = torch.randn(300, 16, device="cuda")
+    cu_seqlens = torch.tensor([0, 9, 25], dtype=torch.int32, device="cuda")
+    whole, cut = hidden.clone().requires_grad_(), hidden[:25].clone().requires_grad_()
+    torch.full_like(hidden, torch.nan)  # what the memory of the gradient may have held
+    for leaf in (whole, cut):
+        sf.splade_head(leaf, weight, cu_seqlens=cu_seqlens, pooling=pooling).sum().backward()
+    assert torch.equal(whole.grad[25:], torch.zeros_like(whole[25:]))
+    torch.testing.assert_close(whole.grad[:25], cut.grad)
+
+
+@pytest.mark.parametrize("bounds", [[1, 4, 10], [0, 4, 9], [0, 11, 10], [0, 6, 5, 10], [-1, 10]])
+def test_bad_cu_seqlens_values(bounds):
+    """On the CPU, by the op too (a C++ caller does not pass the Python check)."""
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    hidden, weight = torch.randn(10, 3), torch.randn(7, 3)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 10 tokens of hidden"):
+        sf.splade_head(hidden, weight, cu_seqlens=cu_seqlens)
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the 10 tokens"):
+        torch.ops.splade_fast.head_forward(
+            hidden, weight, None, None, cu_seqlens, 0, 1, False, False, 0, None
+        )

@@ -1,0 +1,362 @@
+"""An index written chunk by chunk, against one that is saved whole."""
+
+import gzip
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import splade_fast as sf
+import splade_fast.search.encode_corpus
+from splade_fast._distributed import OtherRankError
+from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.search.index import Index, IndexMeta
+from splade_fast.search.texts import DataError
+from tests.ranks import PRELOADED, run_ranks
+from tests.tiny_models import WORDS, make_tokenizer, masked_lm_configs, save_checkpoint
+
+CHUNK = 6
+OPTIONS = {"model": "name/of-a-model", "batch_size": 4, "max_length": 16, "show_progress": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """As ranks have: torch's own matrix products round otherwise with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = save_checkpoint(masked_lm_configs()["bert"], tmp_path_factory.mktemp("bert"))
+    return SpladeEncoder.from_pretrained(folder)
+
+
+def make_texts(count, seed=0):
+    draw = random.Random(seed)
+    return {f"d{i}": " ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for i in range(count)}
+
+
+def write_corpus(path, texts):
+    path.write_text("".join(f"{text_id}\t{text}\n" for text_id, text in texts.items()))
+    return path
+
+
+def save_whole(encoder, texts, path, k=None, chunk_size=CHUNK):
+    """The index of the same chunks, by the paths that have everything in memory."""
+    ids, contents = list(texts), list(texts.values())
+    options = {name: OPTIONS[name] for name in ("batch_size", "max_length", "show_progress")}
+    rows = sf.SparseRows.cat(
+        [
+            encoder.encode(contents[start : start + chunk_size], k=k, **options)
+            for start in range(0, len(contents), chunk_size)
+        ]
+    )
+    Index(rows, ids, IndexMeta(OPTIONS["model"], OPTIONS["max_length"], k)).save(path)
+
+
+def assert_same_files(actual, expected):
+    mine, theirs = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (actual, expected))
+    assert mine == theirs
+    assert len(mine) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "k"),
+    [(1, None), (5, None), (6, None), (7, None), (12, None), (25, None), (1, 3), (25, 3)],
+)
+def test_same_bytes_as_saved_whole(encoder, tmp_path, count, k):
+    texts = make_texts(count)
+    corpus = write_corpus(tmp_path / "corpus.tsv", texts)
+    written = sf.encode_corpus(
+        encoder, corpus, tmp_path / "index", k=k, chunk_size=CHUNK, **OPTIONS
+    )
+    assert written == count
+    save_whole(encoder, texts, tmp_path / "expected", k)
+    assert_same_files(tmp_path / "index", tmp_path / "expected")
+    assert len(Index.load(tmp_path / "index").rows) == count
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["corpus.tsv", "expected", "index"]
+
+
+def test_one_chunk_is_encode_of_all(encoder, tmp_path):
+    texts = make_texts(40)
+    corpus = write_corpus(tmp_path / "corpus.tsv", texts)
+    sf.encode_corpus(encoder, corpus, tmp_path / "index", **OPTIONS)
+    save_whole(encoder, texts, tmp_path / "expected", chunk_size=40)
+    assert_same_files(tmp_path / "index", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.tsv.gz", "corpus.jsonl.gz"])
+def test_same_bytes_from_every_kind_of_file(encoder, tmp_path, name):
+    texts = {f"{text_id} ü\u2028": text for text_id, text in make_texts(13).items()}
+    if "jsonl" in name:
+        lines = [json.dumps({"_id": text_id, "text": text}) for text_id, text in texts.items()]
+    else:
+        lines = [f"{text_id}\t{text}" for text_id, text in texts.items()]
+    content = "\n\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    sf.encode_corpus(encoder, tmp_path / name, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    save_whole(encoder, texts, tmp_path / "expected")
+    assert_same_files(tmp_path / "index", tmp_path / "expected")
+
+
+class WordCounts(TextEncoder):
+    """Value i + 1 at the column of the i-th word; quick, and says what it was given.
+
+    Args:
+        before: called with the number of each batch, from 0, before it is encoded.
+        width: columns that every vector has an entry in.
+    """
+
+    def __init__(self, before=lambda batch: None, width=8):
+        super().__init__(make_tokenizer())
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.before = before
+        self.width = width
+        self.batches = 0
+
+    vocab_size = property(lambda self: max(64, self.width))
+    dtype = torch.float32
+
+    def tokenize(self, texts, max_length=256):
+        lengths = torch.tensor([[len(text)] for text in texts])
+        return {"lengths": lengths, "attention_mask": torch.ones_like(lengths)}
+
+    def sparse_rows(self, inputs, k):
+        self.before(self.batches)
+        self.batches += 1
+        count = len(inputs["lengths"])
+        indices = torch.arange(self.width, dtype=torch.int32).repeat(count, 1)
+        values = inputs["lengths"].float().repeat(1, self.width)
+        lengths = torch.full((count,), self.width, dtype=torch.int32)
+        return sf.SparseRows(indices, values, lengths, self.vocab_size)
+
+
+def fail(error, at):
+    def before(batch):
+        if batch == at:
+            raise error
+
+    return before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "corpus.tsv must hold at least one text, got none"),
+        ("\n \n", "corpus.tsv must hold at least one text, got none"),
+        ("GOOD d19\tagain\n", "corpus.tsv, line 21: id 'd19' appears a second time"),
+        ("GOOD no tab", "corpus.tsv, line 21: expected id<TAB>text, got 'no tab'"),
+        ("GOOD x\t\udcff\n", "corpus.tsv, line 21: 'utf-8' codec"),
+    ],
+)
+def test_a_damaged_corpus_leaves_nothing_and_is_not_encoded(tmp_path, content, message):
+    good = "".join(f"{text_id}\t{text}\n" for text_id, text in make_texts(20).items())
+    corpus = tmp_path / "corpus.tsv"
+    corpus.write_bytes(content.replace("GOOD ", good).encode("utf-8", "surrogateescape"))
+    encoder = WordCounts()
+    with pytest.raises(DataError, match=message):
+        sf.encode_corpus(encoder, corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    assert encoder.batches == 0
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failure_leaves_nothing(tmp_path, error):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
+    encoder = WordCounts(fail(error, at=3))
+    with pytest.raises(type(error)) as raised:
+        sf.encode_corpus(encoder, corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_failure_while_joining_leaves_nothing(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
+
+    def bytes_of(tensor):
+        if tensor.dim() == 1:  # the lengths are written last
+            raise OSError("disk full")
+        return memoryview(b"")
+
+    monkeypatch.setattr("splade_fast.search.join_files._bytes", bytes_of)
+    with pytest.raises(OSError, match="disk full"):
+        sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+@pytest.mark.parametrize("change", ["e1\tone more\n", "", None], ids=["longer", "empty", "other"])
+def test_a_corpus_that_changes_is_refused(tmp_path, change):
+    texts = make_texts(20000)  # more than is read ahead
+    corpus = write_corpus(tmp_path / "corpus.tsv", texts)
+
+    def before(batch):
+        if batch == 0 and change:
+            corpus.write_text(corpus.read_text() + change)
+        elif batch == 0:
+            content = corpus.read_text() if change is None else ""
+            corpus.write_text(content.replace("d19999\t", "d19999\tx"))
+
+    with pytest.raises(DataError, match="corpus.tsv must .* stay as it is, got .* 20000"):
+        sf.encode_corpus(WordCounts(before), corpus, tmp_path / "index", **OPTIONS)
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+@pytest.mark.parametrize("name", ["k", "batch_size", "max_length", "chunk_size"])
+def test_arguments_out_of_range(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        sf.encode_corpus(
+            WordCounts(), tmp_path / "missing.tsv", tmp_path / "index", **(OPTIONS | {name: 0})
+        )
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
+    left = tmp_path / ".index.partial" / "pieces"
+    left.mkdir(parents=True)
+    for name in ("0.safetensors", "9.safetensors", "failed"):
+        (left / name).write_text("cut short")
+    sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    assert len(Index.load(tmp_path / "index").rows) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.tsv", "index"]
+
+
+def test_an_index_that_exists_is_refused(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(2))
+    (tmp_path / "index").mkdir()
+    with pytest.raises(FileExistsError, match="index must not exist yet"):
+        sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", **OPTIONS)
+    assert list((tmp_path / "index").iterdir()) == []
+
+
+def _encode_and_tell_peak(corpus: Path, index: Path, queue) -> None:
+    torch.set_num_threads(1)
+    sf.encode_corpus(WordCounts(width=4096), corpus, index, chunk_size=64, **OPTIONS)
+    status = Path("/proc/self/status").read_text()
+    queue.put(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Peaks of fresh processes: neither texts nor vectors may be held, nor a mapped index."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    peaks, sizes = [], []
+    for count in (512, 4096):
+        corpus = tmp_path / f"{count}.tsv"
+        with corpus.open("w") as file:
+            file.writelines(f"d{i}\t{'fox ' * 2500}\n" for i in range(count))
+        queue = context.Queue()
+        index = tmp_path / f"index-{count}"
+        process = context.Process(target=_encode_and_tell_peak, args=(corpus, index, queue))
+        process.start()
+        peaks.append(queue.get(timeout=120))
+        process.join()
+        sizes.append((index / "vectors.safetensors").stat().st_size)
+    vectors, texts = sizes[1] - sizes[0], (4096 - 512) * 10_000
+    assert vectors > 100 * 2**20
+    assert texts > 30 * 2**20
+    assert peaks[1] - peaks[0] < texts / 2
+
+
+def _encode_rank(rank, count, corpus, folder, chunk_size):
+    texts_of_bert = SpladeEncoder.from_pretrained(folder / "bert")
+    index = folder / "index"
+    written = sf.encode_corpus(texts_of_bert, corpus, index, chunk_size=chunk_size, **OPTIONS)
+    assert written == 25
+    assert len(Index.load(index).rows) == 25
+
+
+@pytest.mark.parametrize(("ranks", "chunk_size"), [(2, CHUNK), (3, CHUNK), (3, 20), (2, 40)])
+def test_ranks_write_the_same_bytes(tmp_path, ranks, chunk_size):
+    save_checkpoint(masked_lm_configs()["bert"], tmp_path / "bert")
+    texts = make_texts(25)
+    corpus = write_corpus(tmp_path / "corpus.tsv", texts)
+    run_ranks(ranks, _encode_rank, tmp_path, corpus, tmp_path, chunk_size)
+    encoder = SpladeEncoder.from_pretrained(tmp_path / "bert")
+    save_whole(encoder, texts, tmp_path / "expected", chunk_size=chunk_size)
+    assert_same_files(tmp_path / "index", tmp_path / "expected")
+
+
+def _bad_batch(rank, folder):
+    encoder = WordCounts(fail(ValueError("bad batch"), at=1) if rank == 1 else lambda batch: None)
+    return encoder, folder / "corpus.tsv"
+
+
+def _bad_batches(rank, folder):
+    return WordCounts(fail(ValueError("bad batch"), at=0)), folder / "corpus.tsv"
+
+
+def _missing_corpus(rank, folder):
+    return WordCounts(), folder / ("missing.tsv" if rank else "corpus.tsv")
+
+
+def _other_corpus(rank, folder):
+    return WordCounts(), write_corpus(folder / f"other-{rank}.tsv", make_texts(200, seed=rank))
+
+
+def _damaged_corpus(rank, folder):
+    damaged = folder / f"damaged-{rank}.tsv"
+    damaged.write_text((folder / "corpus.tsv").read_text() + "d0\tagain\n")
+    return WordCounts(fail(AssertionError("a damaged corpus is encoded"), at=0)), damaged
+
+
+def _fails(rank, count, folder, way, message, who):
+    encoder, corpus = way(rank, folder)
+    reason = message if rank in who else f"failed on rank {min(who)}, see there"
+    with pytest.raises(ValueError if rank in who else OtherRankError, match=reason):
+        sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=CHUNK, **OPTIONS)
+    assert not list(folder.glob("*index*"))  # for any rank, as soon as it is through
+
+
+@pytest.mark.parametrize(
+    ("way", "message", "who"),
+    [
+        (_bad_batch, "bad batch", [1]),
+        (_bad_batches, "bad batch", [0, 1]),
+        (_missing_corpus, "no such file", [1]),
+        (_other_corpus, "must be the same file for all ranks", [1]),
+        (_damaged_corpus, "line 201: id 'd0' appears a second time", [0]),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all(tmp_path, way, message, who):
+    write_corpus(tmp_path / "corpus.tsv", make_texts(200))
+    run_ranks(2, _fails, tmp_path, tmp_path, way, message, who)
+
+
+def _on_its_own_disk(rank, count, corpus, folder):
+    splade_fast.search.encode_corpus._SECONDS_TO_SEE_A_FILE = 0.5
+    (folder / f"disk-{rank}").mkdir()
+    with pytest.raises(OSError, match=r"all ranks share, but .*disk-\d is not there on rank 1, 2$"):
+        sf.encode_corpus(WordCounts(), corpus, folder / f"disk-{rank}" / "index", **OPTIONS)
+    assert not list((folder / f"disk-{rank}").iterdir())
+
+
+def test_ranks_have_to_share_a_file_system(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
+    run_ranks(3, _on_its_own_disk, tmp_path, corpus, tmp_path)
+
+
+def _stop_early(rank, count, corpus, folder):
+    def before(batch):
+        if rank == 1:
+            raise ValueError("bad batch")
+        time.sleep(0.05)
+
+    encoder = WordCounts(before)
+    with pytest.raises(ValueError if rank == 1 else OtherRankError, match="rank 1|bad batch"):
+        sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=400, **OPTIONS)
+    assert encoder.batches < 100  # of 100, which would take 5 seconds
+
+
+def test_ranks_stop_soon_after_one_has_failed(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(800))
+    run_ranks(2, _stop_early, tmp_path, corpus, tmp_path)
+    assert not list(tmp_path.glob("*index*"))
