@@ -1,4 +1,4 @@
-"""python -m benchmarks.studies.cache_training: the negative cache's part of a training step, kept as CSV.
+"""Share of the negative cache in a training step, kept as CSV.
 
 A step of the demo's checkpoint on pairs of its corpus: queries and documents are encoded, the loss
 over a full sparse cache is computed and its backward run, AdamW steps. The clock is read inside the

@@ -80,7 +80,7 @@ class RetrievalEvaluator:
         qrels: str | os.PathLike[str],
         **options: Any,
     ) -> RetrievalEvaluator:
-        """Read with `splade_fast.search.texts.read_texts` and `read_qrels`; options as in the constructor.
+        """Read files with `read_texts` and `read_qrels`; options as in the constructor.
 
         Raises:
             DataError: a file cannot be used.

@@ -1,6 +1,6 @@
 """Why and when the screened head pays: measurements beyond the cases, run by hand.
 
-`python -m benchmarks.studies.screening [STUDIES...]` measures the studies below, one module each, and keeps
+`python -m benchmarks study screening [STUDIES...]` measures the studies below, one module each, and keeps
 their numbers in one CSV, where a new run of a study replaces its old numbers for that model.
 
 - survivors: what the bound leaves over, with and without what makes it tight.

@@ -1,4 +1,4 @@
-"""python -m benchmarks.studies.sentence_transformers: encode and train with and without splade_fast."""
+"""Encoding and training with sentence-transformers, with and without splade_fast."""
 
 import argparse
 import multiprocessing

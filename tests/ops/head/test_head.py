@@ -366,7 +366,8 @@ def test_every_instruction_set(isa):
         "import pytest, sys, splade_fast as sf\n"
         f"assert sf.build_info()['cpu_instruction_set'] == {isa!r}\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-k',"
-        " '(test_packed or test_strides or test_nan_and_inf) and cpu', 'tests/ops/head/test_head.py']))"
+        " '(test_packed or test_strides or test_nan_and_inf) and cpu',"
+        " 'tests/ops/head/test_head.py']))"
     )
     environment = {**os.environ, "SPLADE_FAST_ISA": isa}
     run = subprocess.run(
