@@ -3,26 +3,29 @@ PYTHON ?= python3
 # Any torch >= 2.10 works; this one is what CI runs.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# The tested versions of all other packages. Empty: the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+INSTALL := pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python emulate lint format docs sanitize fuzz fuzz-drawn fuzz-guided \
-	kill-test wheel bench bench-compare clean
+.PHONY: env build demo demo-scratch test test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
+	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
 build: $(VENV)/.built
 
-$(VENV)/.environment: pyproject.toml
+$(VENV)/.environment: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	pip install --quiet $(TORCH)
-	pip install --quiet "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" wheel
+	$(INSTALL) $(TORCH)
+	$(INSTALL) "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" wheel
 	touch $@
 
 $(VENV)/.built: $(VENV)/.environment $(SOURCES)
-	pip install --quiet --no-build-isolation -e ".[demo,test,bench,docs,dev]"
+	$(INSTALL) --no-build-isolation -e ".[demo,test,bench,docs,dev]"
 	touch $@
 
 demo: build
@@ -45,6 +48,11 @@ test-cpp: env
 
 test-python: build
 	python -m pytest $(ARGS)
+
+# The Python tests in a new environment with the newest versions of all packages.
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) test-python VENV=.venv-latest CONSTRAINTS=
 
 # The CUDA kernels on the CPU, a fiber per thread: more cases of what make test runs a few of.
 EMULATION_CASES ?= 200
@@ -82,7 +90,7 @@ fuzz-drawn: build
 	FUZZ_PROFILE=long FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh address tests/fuzz $(ARGS)
 
 fuzz-guided: build
-	pip install --quiet --no-build-isolation -e ".[fuzz]"
+	$(INSTALL) --no-build-isolation -e ".[fuzz]"
 	CLANG=$(CLANG) FUZZ_MINUTES=$(FUZZ_MINUTES) tests/sanitize.sh coverage $(ARGS)
 
 # Training killed at random times has to resume to the bytes of a run that was not.
@@ -103,4 +111,4 @@ bench-compare: build
 	python -m benchmarks.regression $(ARGS)
 
 clean:
-	rm -rf build dist site docs/benchmarks docs/benchmarks.md *.egg-info splade_fast/*.so $(VENV)
+	rm -rf build dist site docs/benchmarks docs/benchmarks.md *.egg-info splade_fast/*.so $(VENV) .venv-latest
