@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice
-from splade_fast.ops.head import check_precision, splade_head
+from splade_fast.ops.head.head import check_precision, splade_head
 from splade_fast.ops.head.screening import ALGORITHMS
 from splade_fast.ops.pool import splade_pool
 

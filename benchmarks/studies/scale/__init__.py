@@ -1,8 +1,8 @@
 """How time and memory grow with size: five sizes or more, and a power law through them.
 
-`python -m benchmarks study scale [STUDIES...]` measures the studies below, each size in a process of its
-own, and keeps the numbers in one CSV, where a new run of a size replaces its old numbers; the
-fitted exponents are in a second one, and a plot beside them.
+`python -m benchmarks study scale [STUDIES...]` measures the studies below, each size in a process
+of its own, and keeps the numbers in one CSV, where a new run of a size replaces its old numbers;
+the fitted exponents are in a second one, and a plot beside them.
 
 - encode: real docstrings to an index folder, against the number of documents.
 - load: an index folder opened, against the number of documents.

@@ -1,7 +1,7 @@
 """Why and when the screened head pays: measurements beyond the cases, run by hand.
 
-`python -m benchmarks study screening [STUDIES...]` measures the studies below, one module each, and keeps
-their numbers in one CSV, where a new run of a study replaces its old numbers for that model.
+`python -m benchmarks study screening [STUDIES...]` measures the studies below, one module each, and
+keeps their numbers in one CSV, where a new run of a study replaces its old numbers for that model.
 
 - survivors: what the bound leaves over, with and without what makes it tight.
 - sweep: time against the share of active entries, and where the dense product becomes faster.

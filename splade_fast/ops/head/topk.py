@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from splade_fast._checks import check_count, check_floating
-from splade_fast.ops.head import check_sequences, splade_head
+from splade_fast.ops.head.head import check_sequences, splade_head
 from splade_fast.ops.sparse_rows import SparseRows
 
 # Pooled rows of a block, dense for as long as it takes to prune them.
