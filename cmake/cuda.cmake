@@ -35,10 +35,11 @@ if(CMAKE_CUDA_COMPILER)
   set(SPLADE_FAST_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  add_library(ops_cuda SHARED csrc/cuda/pool.cu csrc/cuda/head.cu csrc/cuda/head_sm90.cu csrc/cuda/head_screened.cu
-                              csrc/cuda/head_screened_sm90.cu csrc/cuda/screen_rows.cu csrc/cuda/pack.cu
-                              csrc/cuda/head_backward.cu csrc/cuda/prune.cu csrc/cuda/sample.cu csrc/cuda/score.cu
-                              csrc/cuda/gather.cu)
+  add_library(ops_cuda SHARED csrc/cuda/gather.cu csrc/cuda/pool.cu csrc/cuda/prune.cu csrc/cuda/sample.cu
+                              csrc/cuda/score.cu csrc/cuda/head/forward.cu csrc/cuda/head/backward.cu
+                              csrc/cuda/head/sm90/dense.cu csrc/cuda/head/sm90/pack.cu
+                              csrc/cuda/head/sm90/screen_rows.cu csrc/cuda/head/sm90/screened.cu
+                              csrc/cuda/head/sm90/screened_op.cu)
   # Register and spill report in the build log; a spill is an error.
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
@@ -58,7 +59,7 @@ if(CMAKE_CUDA_COMPILER)
   target_link_options(ops_cuda PRIVATE "LINKER:--no-as-needed")
   # By its file: a target would have to be installed with the library.
   add_dependencies(ops_cuda torch_cuda_name)
-  target_link_libraries(ops_cuda PRIVATE torch_stable "$<TARGET_FILE:torch_cuda_name>")
+  target_link_libraries(ops_cuda PRIVATE sources torch_stable "$<TARGET_FILE:torch_cuda_name>")
   set_target_properties(ops_cuda PROPERTIES PREFIX "" OUTPUT_NAME _ops_cuda SUFFIX ".so" INSTALL_RPATH ""
                         CUDA_RUNTIME_LIBRARY Static)
   list(APPEND installed ops_cuda)

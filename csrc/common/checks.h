@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "options.h"
+#include "common/options.h"
 
 namespace splade_fast {
 

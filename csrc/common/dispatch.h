@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "checks.h"
-#include "new_tensor.h"
+#include "common/checks.h"
+#include "common/new_tensor.h"
 
 namespace splade_fast {
 

@@ -8,7 +8,7 @@
 #include <ostream>
 #include <vector>
 
-#include "dispatch.h"
+#include "common/dispatch.h"
 
 namespace splade_fast {
 

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "checks.h"
-#include "torch_ops.h"
+#include "common/checks.h"
+#include "common/torch_ops.h"
 
 namespace splade_fast {
 

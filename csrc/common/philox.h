@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "float_bits.h"
+#include "common/float_bits.h"
 
 namespace splade_fast::philox {
 

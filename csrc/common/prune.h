@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "checks.h"
+#include "common/checks.h"
 
 namespace splade_fast {
 

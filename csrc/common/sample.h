@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
-#include "philox.h"
+#include "common/dispatch.h"
+#include "common/philox.h"
 
 namespace splade_fast {
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "float_bits.h"
+#include "common/float_bits.h"
 
 namespace splade_fast {
 

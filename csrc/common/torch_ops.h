@@ -8,7 +8,7 @@
 #include <array>
 #include <vector>
 
-#include "new_tensor.h"
+#include "common/new_tensor.h"
 
 namespace splade_fast::aten {
 

@@ -1,9 +1,9 @@
 // The CPU's element types by dtype, and what else of tensors its files share.
 #pragma once
 
-#include "../common/dispatch.h"
-#include "dtypes.h"
-#include "memory.h"
+#include "common/dispatch.h"
+#include "cpu/dtypes.h"
+#include "cpu/memory.h"
 
 namespace splade_fast::cpu {
 

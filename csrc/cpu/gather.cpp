@@ -1,13 +1,13 @@
 // gather on the CPU: rows of several tables, read and written together.
-#include "../common/gather.h"
+#include "common/gather.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "dispatch.h"
-#include "kernels.h"
+#include "cpu/dispatch.h"
+#include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 namespace {

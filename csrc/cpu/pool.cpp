@@ -7,11 +7,11 @@
 #include <limits>
 #include <tuple>
 
-#include "dispatch.h"
-#include "kernels.h"
-#include "memory.h"
-#include "positions.h"
-#include "sequences.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/positions.h"
+#include "cpu/sequences.h"
+#include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 namespace splade_fast::cpu {
 

@@ -4,7 +4,7 @@
 // full the k largest stay, and the smallest of them is the threshold of what follows, because a later equal entry would
 // lose the tie. So dense rows cost about one read as well, and every row fits. Where there are fewer rows than threads,
 // rows are cut into parts; what one part keeps are candidates of the row.
-#include "../common/prune.h"
+#include "common/prune.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,9 +14,9 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
-#include "kernels.h"
-#include "memory.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 namespace {

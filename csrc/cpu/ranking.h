@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "dtypes.h"
+#include "cpu/dtypes.h"
 
 namespace splade_fast::cpu {
 

@@ -2,13 +2,13 @@
 // each tile the logsumexp and the few slots that might be drawn; see sample.h and sample_impl.h.
 //
 // Compiled without contraction: the noise has the same bits everywhere.
-#include "sample.h"
+#include "cpu/sample.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "score.h"
+#include "cpu/score.h"
 
 namespace splade_fast::cpu {
 namespace {

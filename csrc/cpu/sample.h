@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "../common/sample.h"
-#include "dispatch.h"
-#include "kernels.h"
-#include "memory.h"
-#include "ranking.h"
+#include "common/sample.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/ranking.h"
+#include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 

@@ -2,13 +2,13 @@
 //
 // The documents run past blocks of queries, see score.h. Search keeps, per thread and query, the best k so far and a
 // bound that most documents fail.
-#include "score.h"
+#include "cpu/score.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "ranking.h"
+#include "cpu/ranking.h"
 
 namespace splade_fast::cpu {
 namespace {

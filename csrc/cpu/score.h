@@ -8,9 +8,9 @@
 #include <atomic>
 #include <vector>
 
-#include "dispatch.h"
-#include "kernels.h"
-#include "memory.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 

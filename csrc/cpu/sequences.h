@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 namespace splade_fast::cpu {
 

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "../common/dispatch.h"
-#include "device.cuh"
+#include "common/dispatch.h"
+#include "cuda/device.cuh"
 
 namespace splade_fast::cuda {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/options.h"
+#include "common/options.h"
 
 namespace splade_fast::cuda {
 

@@ -11,9 +11,9 @@
 // order of those; the new rows, by the slots that came out of it.
 #include <torch/csrc/stable/library.h>
 
-#include "../common/gather.h"
-#include "common.cuh"
-#include "warp.cuh"
+#include "common/gather.h"
+#include "cuda/common.cuh"
+#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {

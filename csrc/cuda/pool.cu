@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "pool.h"
+#include "cuda/pool.h"
 
 namespace splade_fast::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // The reducing kernel of pool, which head also runs on every chunk of its logits.
 #pragma once
 
-#include "common.cuh"
-#include "pooled.cuh"
+#include "cuda/common.cuh"
+#include "cuda/pooled.cuh"
 
 namespace splade_fast::cuda {
 

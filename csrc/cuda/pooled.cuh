@@ -1,7 +1,7 @@
 // Where the maxima of sequences go, whichever kernel finds them.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace splade_fast::cuda {
 

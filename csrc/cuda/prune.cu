@@ -9,10 +9,10 @@
 #include <climits>
 #include <tuple>
 
-#include "../common/float_bits.h"
-#include "../common/prune.h"
-#include "common.cuh"
-#include "warp.cuh"
+#include "common/float_bits.h"
+#include "common/prune.h"
+#include "cuda/common.cuh"
+#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {

@@ -13,10 +13,10 @@
 #include <limits>
 #include <tuple>
 
-#include "../common/sample.h"
-#include "../common/torch_ops.h"
-#include "score.h"
-#include "warp.cuh"
+#include "common/sample.h"
+#include "common/torch_ops.h"
+#include "cuda/score.h"
+#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {

@@ -7,8 +7,8 @@
 // left out: finding them would need to wait for the device.
 #include <torch/csrc/stable/library.h>
 
-#include "score.h"
-#include "warp.cuh"
+#include "cuda/score.h"
+#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Scores of sparse rows, for the score and sample ops.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace splade_fast::cuda {
 

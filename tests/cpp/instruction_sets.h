@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "cpu/kernels.h"
+#include "cpu/simd/kernels.h"
 
 #if defined(__x86_64__)
 inline bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -53,7 +53,7 @@ void multiply_signed(int sum, int a, int b) {
 #define _tile_dpbssd(sum, a, b) multiply_signed(sum, a, b)
 
 #define SPLADE_FAST_AMX
-#include "cpu/screen_impl.h"
+#include "cpu/simd/screen_impl.h"
 
 namespace splade_fast::cpu {
 const Screen& screen_amx_emulated() {

@@ -1,5 +1,5 @@
 // cut_into_blocks: every sequence closes exactly once, in order, no block is over its limits.
-#include "cpu/blocks.h"
+#include "cpu/head/blocks.h"
 #include "expect.h"
 
 using splade_fast::cpu::Block;

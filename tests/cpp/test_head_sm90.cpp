@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/head_sm90_tiles.h"
+#include "cuda/head/sm90/tiles.h"
 #include "expect.h"
 
 using namespace splade_fast;

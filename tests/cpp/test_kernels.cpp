@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/simd/kernels.h"
 #include "expect.h"
 #include "instruction_sets.h"
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/philox.h"
-#include "cpu/kernels.h"
+#include "cpu/simd/kernels.h"
 #include "expect.h"
 #include "instruction_sets.h"
 

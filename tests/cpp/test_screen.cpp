@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "common/screen_bound.h"
-#include "cpu/kernels.h"
-#include "cpu/screen.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/screen.h"
 #include "expect.h"
 #include "instruction_sets.h"
 

@@ -2,8 +2,8 @@
 // which accumulators are found to be above it.
 #include <random>
 
-#include "cuda/screen_candidates.h"
-#include "cuda/screen_threshold.h"
+#include "cuda/head/sm90/screen_candidates.h"
+#include "cuda/head/sm90/screen_threshold.h"
 #include "expect.h"
 
 using namespace splade_fast;

@@ -25,7 +25,7 @@ BUILD = ROOT / "build" / "emulation"
 
 def ops_with_kernels() -> list[str]:
     """Of splade_fast's ops those with a CUDA kernel."""
-    sources = (path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = (path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu"))
     return re.findall(r'm\.impl\("(\w+)"', "".join(sources))
 
 

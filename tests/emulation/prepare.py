@@ -43,8 +43,8 @@ REPLACEMENTS = [
     *(
         registration(f"cuda/{op}.cu")
         for op in (
-            *("gather", "head", "head_backward", "head_screened"),
-            *("pool", "prune", "sample", "score"),
+            *("gather", "pool", "prune", "sample", "score"),
+            *("head/forward", "head/backward", "head/sm90/screened_op"),
         )
     ),
     # The order of the words that a host compiler takes once __shared__ is static.
@@ -53,7 +53,7 @@ REPLACEMENTS = [
     Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 5),
     Replacement("cuda/gather.cu", "__assert_fail(", "device_assert("),
     Replacement(
-        "cuda/product_sm90.cuh",
+        "cuda/head/sm90/product.cuh",
         "extern __shared__ uint8_t dynamic[];",
         "const uint8_t* const dynamic = nullptr;",
     ),
@@ -64,26 +64,26 @@ SABOTAGES = {
     "pool_without_barrier": Replacement("cuda/pool.cu", "__syncthreads_or(counted)", "counted"),
     "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
     "head_without_wait": Replacement(
-        "cuda/product_sm90.cuh", "wait(full + ring.stage * 8, ring.parity);", ""
+        "cuda/head/sm90/product.cuh", "wait(full + ring.stage * 8, ring.parity);", ""
     ),
-    "head_with_early_release": Replacement("cuda/product_sm90.cuh", "wgmma_wait<1>();", ""),
+    "head_with_early_release": Replacement("cuda/head/sm90/product.cuh", "wgmma_wait<1>();", ""),
     "head_with_wrong_tile": Replacement(
-        "cuda/product_sm90.cuh", "token + rank * (kTileTokens / kCluster)", "token"
+        "cuda/head/sm90/product.cuh", "token + rank * (kTileTokens / kCluster)", "token"
     ),
     "screen_without_residual": Replacement(
-        "cuda/screen_threshold.h", "tile.residual * entry.norm + (", "("
+        "cuda/head/sm90/screen_threshold.h", "tile.residual * entry.norm + (", "("
     ),
     "screen_without_residual_of_entries": Replacement(
-        "cuda/screen_threshold.h", "tile.norm * entry.residual + ", ""
+        "cuda/head/sm90/screen_threshold.h", "tile.norm * entry.residual + ", ""
     ),
     "screen_without_last_token": Replacement(
-        "cuda/head_screened_sm90.cu", "rows - first_row, words", "rows - first_row - 1, words"
+        "cuda/head/sm90/screened.cu", "rows - first_row, words", "rows - first_row - 1, words"
     ),
     "screen_of_a_stale_weight": Replacement(
-        "cuda/head_screened_sm90.cu", "bits_of(sample) != ", "bits_of(sample) == 1 + 0 *"
+        "cuda/head/sm90/screened.cu", "bits_of(sample) != ", "bits_of(sample) == 1 + 0 *"
     ),
     "screen_without_fallback": Replacement(
-        "cuda/head_sm90.h", "count == nullptr || *count > more_than", "count == nullptr"
+        "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"
     ),
 }
 
@@ -113,10 +113,11 @@ def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
     texts = {
         path.relative_to(source).as_posix(): path.read_text()
         for folder in ("common", "cuda")
-        for path in sorted((source / folder).iterdir())
+        for path in sorted((source / folder).rglob("*"))
+        if path.is_file()
     }
     texts["ops.cpp"] = (source / "ops.cpp").read_text()
-    texts["cuda/hopper.cuh"] = (EMULATOR / "hopper.cuh").read_text()
+    texts["cuda/head/sm90/instructions.cuh"] = (EMULATOR / "instructions.cuh").read_text()
     for replacement in replacements:
         texts[replacement.file] = replaced(texts[replacement.file], replacement)
     for name, text in texts.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from splade_fast import batching
+from splade_fast.encoders import batching
 from splade_fast.encoders.batching import batches_by_tokens, is_padded_to_longest, longest_first
 
 

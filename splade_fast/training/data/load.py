@@ -68,8 +68,8 @@ def load_training_data(
             document, negatives, documents, label, scores, positive_scores, negative_scores}, or for
             a .tsv without a header a list of those; "-" ignores a column.
         queries, corpus: files for `splade_fast.search.texts.read_texts`: the queries or
-            documents of the source are ids of their texts (MS MARCO's triples of
-            ids, for example). They are held in memory; take streaming=True, or every text is
+            documents of the source are ids of their texts (MS MARCO's triples of ids, for
+            example). They are held in memory; take streaming=True, or every text is
             written once for every example it is in.
         negatives_per_query: how many negatives each example must have at least; of a scored list
             one document more.

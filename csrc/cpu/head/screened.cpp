@@ -1,0 +1,418 @@
+// head forward on the CPU, screened: an int8 product with a rigorous bound leaves a few pairs of token and vocabulary
+// entry that can be positive (and, for max pooling, the maximum); only these are multiplied in full precision, with the
+// operations of the dense kernels, so that the result is theirs to the bit. docs/screening.md derives the bound.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "cpu/head/rounded.h"
+#include "cpu/positions.h"
+#include "cpu/simd/compensated.h"
+#include "cpu/simd/kernels.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+constexpr int64_t kTokenBytes = int64_t{16} << 20;  // rounded tokens at a time
+constexpr int64_t kMaxSequences = 512;              // state rows of one block, per thread
+constexpr int64_t kProductTokens = 1024;            // whose products with a panel stay in the second-level cache
+constexpr size_t kMaxPairs = 4096;                  // gathered before they are multiplied
+
+// What screening left over, of all threads.
+struct Survivors {
+  std::atomic<int64_t> compared{0};  // pairs of token and entry whose bounds were looked at one by one
+  std::atomic<int64_t> pairs{0};
+  std::atomic<int64_t> steps{0};      // of the int8 product that were made, and
+  std::atomic<int64_t> all_steps{0};  // that there were
+
+  double share_of_steps() const {
+    return all_steps == 0 ? 0.0 : static_cast<double>(steps) / static_cast<double>(all_steps);
+  }
+};
+
+template <typename T, typename Out>
+class Screened {
+  using Acc = Accumulator<T>;
+
+ public:
+  Screened(const HeadInput& input, const PreparedWeight& weight, Pooling pooling, Activation activation)
+      : input_(input),
+        weight_(weight),
+        pooling_(pooling),
+        activation_(activation),
+        vocabulary_(input.vocabulary()),
+        depth_(input.depth()),
+        columns_(screen().panel_columns),
+        panels_((vocabulary_ + columns_ - 1) / columns_),
+        entries_(entries_in_order(weight.order, input.vocabulary())),
+        sign_(rotation_signs(screen_padded_depth(input.depth()))),
+        bias_(input.bias ? input.vocabulary() : 0) {
+    if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
+    find_thresholds();
+    cut_into_blocks();
+    if (pooling == Pooling::kSum) runs_ = head_runs(input);
+  }
+
+  // Whether the whole costs less than the dense product would: from a share of the panels of the first block.
+  bool pays() {
+    constexpr int64_t kShare = 64, kLeast = 4;
+    if (blocks_.empty() || panels_ == 0) return true;
+    const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kLeast));
+    first_tokens_ = round(blocks_[0]);
+    Survivors survivors;
+    torch::stable::parallel_for(0, sampled, 1, [&](int64_t begin, int64_t end) {
+      Worker worker(*this, *first_tokens_, blocks_[0], nullptr);
+      for (int64_t i = begin; i < end; ++i) worker.screen_panel(i * panels_ / sampled);
+      worker.count(survivors);
+    });
+    return cost(survivors, first_tokens_->count() * sampled * columns_) < kWorthIt;
+  }
+
+  void run(const HeadOutputs& outputs, Survivors& survivors) {
+    for (const SequenceRange& block : blocks_) {
+      const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
+      // Who is done takes the next panel: they differ in how much of their product is made. The last ones are the most
+      // active of all and go first.
+      const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), panels_);
+      std::atomic<int64_t> left{panels_};
+      torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        Worker worker(*this, *tokens, block, &outputs);
+        for (int64_t panel = --left; panel >= 0; panel = --left) {
+          worker.screen_panel(panel);
+          worker.multiply_pairs_if(kMaxPairs);
+        }
+        worker.multiply_pairs_if(1);
+        worker.count(survivors);
+      });
+    }
+  }
+
+ private:
+  struct SequenceRange {
+    int64_t first, last;
+  };
+
+  // An entry of the output that may be positive, and where its pairs start.
+  struct Entry {
+    int64_t sequence, column;
+    size_t first_pair;
+  };
+
+  // One thread's part of a block.
+  class Worker {
+   public:
+    Worker(const Screened& head, const RoundedTokens<T>& tokens, const SequenceRange& block, const HeadOutputs* outputs)
+        : head_(head),
+          rounded_(tokens),
+          tokens_(tokens.view()),
+          block_(block),
+          outputs_(outputs),
+          longest_(longest_sequence()),
+          state_((block.last - block.first) * head.columns_),
+          products_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) * head.columns_),
+          settled_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) / screen().tile_tokens),
+          columns_(head.columns_),
+          counts_(head.columns_),
+          found_tokens_(head.columns_ * longest_),
+          scratch_(kMaxLanes * longest_),
+          found_{columns_.get(), counts_.get(), found_tokens_.get(), scratch_.get(), 0, 0, 0} {}
+
+    void screen_panel(int64_t panel) {
+      const HeadInput& input = head_.input_;
+      const ScreenPanel weight{head_.weight_.units(panel),
+                               head_.weight_.row(panel, PreparedWeight::kScale),
+                               head_.weight_.row(panel, PreparedWeight::kResidual),
+                               head_.weight_.row(panel, PreparedWeight::kNorm),
+                               head_.threshold_.data() + panel * head_.columns_,
+                               head_.weight_.row(panel, PreparedWeight::kRest)};
+      const std::vector<int64_t>& offset = input.sequences.offset;
+      for (int64_t first = block_.first, last = first; first < block_.last; first = last) {
+        while (last < block_.last && (last == first || offset[last + 1] - offset[first] <= kProductTokens)) ++last;
+        screen_sequences(panel, weight, first, last);
+      }
+    }
+
+    void multiply_pairs_if(size_t enough) {
+      if (pairs_.size() < enough) return;
+      const T* hidden = const_data<T>(head_.input_.hidden);
+      const T* weight = const_data<T>(head_.input_.weight);
+      std::vector<const T*> tokens(pairs_.size()), weights(pairs_.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          tokens[p] = hidden + head_.input_.sequences.row[pairs_[p]] * head_.depth_;
+          weights[p] = weight + entries_[e].column * head_.depth_;
+        }
+      }
+      std::vector<Acc> products(pairs_.size());
+      kernels<T>().multiply_pairs(tokens.data(), weights.data(), static_cast<int64_t>(pairs_.size()), head_.depth_,
+                                  products.data());
+      head_.pooling_ == Pooling::kMax ? pool_max(products) : pool_sum(products);
+      multiplied_ += static_cast<int64_t>(pairs_.size());
+      entries_.clear();
+      pairs_.clear();
+    }
+
+    void count(Survivors& survivors) const {
+      survivors.compared += found_.compared;
+      survivors.pairs += multiplied_ + static_cast<int64_t>(pairs_.size());
+      survivors.steps += steps_;
+      survivors.all_steps += all_steps_;
+    }
+
+   private:
+    int64_t longest_sequence() const {
+      int64_t longest = 0;
+      for (int64_t b = block_.first; b < block_.last; ++b) {
+        longest = std::max(longest, head_.input_.sequences.length(b));
+      }
+      return longest;
+    }
+
+    void screen_sequences(int64_t panel, const ScreenPanel& weight, int64_t first, int64_t last) {
+      const HeadInput& input = head_.input_;
+      const std::vector<int64_t>& offset = input.sequences.offset;
+      if (offset[first] == offset[last]) return;
+      const int64_t origin = offset[block_.first], first_column = panel * head_.columns_;
+      // Tokens are multiplied from the start of a group on.
+      const int64_t start = (offset[first] - origin) / kScreenGroup * kScreenGroup;
+      float* state = state_.get() - tokens_.sequence[start] * head_.columns_;
+      const int64_t states = last - block_.first - tokens_.sequence[start];
+      std::fill_n(state_.get(), states * head_.columns_, -std::numeric_limits<float>::infinity());
+      const int64_t end = offset[last] - origin, tile = screen().tile_tokens;
+      steps_ += screen().multiply(tokens_, weight, start, end, products_.get(), state, settled_.get());
+      all_steps_ += (end - start + tile - 1) / tile * tokens_.steps;
+      for (int64_t sequence = first; sequence < last; ++sequence) {
+        const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
+        if (length == 0 || all_settled(begin - start, length)) continue;
+        screen().find_pairs(
+            weight,
+            {products_.get() + (begin - start) * head_.columns_, state + (sequence - block_.first) * head_.columns_,
+             settled_.get(), begin - start, tokens_.residual + begin, tokens_.norm + begin,
+             rounded_.largest_residual(sequence), rounded_.largest_norm(sequence), length},
+            head_.pooling_ == Pooling::kMax, found_);
+        const int32_t* token = found_.tokens;
+        for (int64_t e = 0; e < found_.entries; token += found_.counts[e++]) {
+          // Columns past the vocabulary repeat its last entry.
+          if (first_column + found_.columns[e] >= head_.vocabulary_) continue;
+          entries_.push_back({sequence, head_.entries_[first_column + found_.columns[e]], pairs_.size()});
+          for (int64_t i = 0; i < found_.counts[e]; ++i) pairs_.push_back(rounded_.token(begin + token[i]));
+          if (!rounded_.in_order()) std::sort(pairs_.end() - found_.counts[e], pairs_.end());
+        }
+      }
+    }
+
+    bool all_settled(int64_t first, int64_t tokens) const {
+      const int64_t tile = screen().tile_tokens, from = first / tile, to = (first + tokens - 1) / tile + 1;
+      return std::memchr(settled_.get() + from, 0, to - from) == nullptr;
+    }
+
+    size_t pairs_end(size_t entry) const {
+      return entry + 1 < entries_.size() ? entries_[entry + 1].first_pair : pairs_.size();
+    }
+
+    // Of an entry in (B, V).
+    int64_t place(size_t entry) const { return entries_[entry].sequence * head_.vocabulary_ + entries_[entry].column; }
+
+    std::vector<Acc> biases(const std::vector<int64_t>& columns) const {
+      std::vector<Acc> result(columns.size(), Acc(0));
+      for (size_t i = 0; i < columns.size() && head_.input_.bias; ++i) result[i] = head_.bias_.get()[columns[i]];
+      return result;
+    }
+
+    void pool_max(const std::vector<Acc>& products) const {
+      std::vector<Acc> logits(entries_.size());
+      std::vector<int32_t> positions(entries_.size());
+      std::vector<int64_t> columns(entries_.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        // As beats() of the dense kernel: NaN is taken and kept, ties stay with the earlier token.
+        Acc largest = -std::numeric_limits<Acc>::infinity();
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          if (products[p] <= largest || largest != largest) continue;
+          largest = products[p];
+          positions[e] = head_.input_.sequences.position[pairs_[p]];
+        }
+        logits[e] = largest;
+        columns[e] = entries_[e].column;
+      }
+      std::vector<Out> pooled(entries_.size());
+      kernels<Out>().finish_max(logits.data(), biases(columns).data(), static_cast<int64_t>(entries_.size()),
+                                head_.activation_, pooled.data());
+      const bool save = outputs_->max_logits.numel() > 0;
+      Out* all_pooled = mutable_data<Out>(outputs_->pooled);
+      Acc* all_logits = save ? mutable_data<Acc>(outputs_->max_logits) : nullptr;
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        all_pooled[place(e)] = pooled[e];
+        if (save) all_logits[place(e)] = logits[e];
+      }
+      if (!save) return;
+      dispatch_positions(outputs_->argmax, [&](auto* all_positions) {
+        using Stored = std::remove_pointer_t<decltype(all_positions)>;
+        for (size_t e = 0; e < entries_.size(); ++e) all_positions[place(e)] = static_cast<Stored>(positions[e]);
+      });
+    }
+
+    // Run by run of the dense kernel: tokens that are left out would have added zeros.
+    void pool_sum(std::vector<Acc>& products) const {
+      std::vector<int64_t> columns(products.size());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        std::fill(columns.begin() + entries_[e].first_pair, columns.begin() + pairs_end(e), entries_[e].column);
+      }
+      std::vector<Acc> weights(products.size());
+      kernels<Acc>().finish_max(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
+                                head_.activation_, weights.data());
+      for (size_t e = 0; e < entries_.size(); ++e) {
+        Acc total = 0, lost = 0, run = 0;
+        for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
+          run += weights[p];
+          if (p + 1 < pairs_end(e) && head_.runs_[pairs_[p + 1]] == head_.runs_[pairs_[p]]) continue;
+          add_part(total, lost, run);
+          run = 0;
+        }
+        total = whole_sum(total, lost);
+        kernels<Out>().store(mutable_data<Out>(outputs_->pooled) + place(e), &total, 1);
+      }
+    }
+
+    const Screened& head_;
+    const RoundedTokens<T>& rounded_;
+    const ScreenTokens tokens_;
+    const SequenceRange block_;
+    const HeadOutputs* outputs_;
+    const int64_t longest_;
+    const Scratch<float> state_, products_;
+    const Scratch<uint8_t> settled_;
+    const Scratch<int32_t> columns_, counts_, found_tokens_, scratch_;
+    ScreenedPairs found_;
+    std::vector<Entry> entries_;
+    std::vector<int64_t> pairs_;  // tokens
+    int64_t multiplied_ = 0, steps_ = 0, all_steps_ = 0;
+  };
+
+  std::unique_ptr<RoundedTokens<T>> round(const SequenceRange& block) const {
+    return std::make_unique<RoundedTokens<T>>(input_, weight_, sign_, block.first, block.last);
+  }
+
+  void find_thresholds() {
+    threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const float* mean_dots = weight_.row(panel, PreparedWeight::kMeanDot);
+      const int64_t first = panel * columns_;
+      for (int64_t v = first; v < std::min(first + columns_, vocabulary_); ++v) {
+        const float mean_dot = mean_dots[v - first];
+        const float bias = input_.bias ? static_cast<float>(bias_.get()[entries_[v]]) : 0.0f;
+        if (bias == -std::numeric_limits<float>::infinity()) continue;
+        threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
+      }
+    }
+  }
+
+  void cut_into_blocks() {
+    const std::vector<int64_t>& offset = input_.sequences.offset;
+    // Along a basis there are floats as well, before they are rounded.
+    const int64_t bytes = weight_.basis ? 1 + sizeof(float) : 1;
+    const int64_t most = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_depth(input_.depth())), 1);
+    for (int64_t first = 0; first < input_.sequences.batch();) {
+      int64_t last = first + 1;
+      while (last < input_.sequences.batch() && last - first < kMaxSequences &&
+             offset[last + 1] - offset[first] <= most) {
+        ++last;
+      }
+      if (offset[last] > offset[first]) blocks_.push_back({first, last});
+      first = last;
+    }
+  }
+
+  // Relative to the dense product of as many pairs of token and entry. Fitted to measurements (docs/screening.md), in
+  // multiplications of the float32 product: what every pair costs beside its int8 product, what comparing a pair with
+  // its bound costs, and what a pair costs that is multiplied in full precision.
+  double cost(const Survivors& survivors, int64_t screened) const {
+    constexpr double kStore = 8, kCompare = 30, kFetch = 2400, kMultiply = 14.5;
+    const double all = static_cast<double>(screened), depth = static_cast<double>(depth_);
+    const double steps = depth / kernels<T>().step_depth;
+    const double product = all * (survivors.share_of_steps() * depth / screen().speed + kStore);
+    return (product + kCompare * survivors.compared + (kFetch + kMultiply * steps) * survivors.pairs) / (all * steps);
+  }
+
+  static constexpr double kWorthIt = 0.9;
+
+  const HeadInput& input_;
+  const PreparedWeight& weight_;
+  const Pooling pooling_;
+  const Activation activation_;
+  const int64_t vocabulary_, depth_;  // asking the tensors goes through torch's library
+  const int64_t columns_, panels_;
+  const std::vector<int64_t> entries_;  // of the columns
+  const std::vector<float> sign_;
+  const Scratch<Acc> bias_;
+  std::vector<float> threshold_;  // (panels * columns)
+  std::vector<SequenceRange> blocks_;
+  std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, where pays() has rounded them
+  std::vector<int64_t> runs_;
+};
+
+void clear(const Tensor& fresh) {
+  if (fresh.numel() == 0) return;
+  prefer_huge_pages(fresh);
+  const int64_t row = fresh.size(1) * static_cast<int64_t>(fresh.element_size());
+  torch::stable::parallel_for(0, fresh.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::memset(mutable_data<char>(fresh) + begin * row, 0, (end - begin) * row);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
+                                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                                                   const std::optional<Tensor>& cu_seqlens, int64_t pooling_code,
+                                                   int64_t activation_code, bool save, bool float_output,
+                                                   const Tensor& mean, const Tensor& packed, const Tensor& rows,
+                                                   const std::optional<Tensor>& basis,
+                                                   const std::optional<Tensor>& order, bool may_decline) {
+  const Pooling pooling = check_pooling(pooling_code);
+  const Activation activation = check_activation(activation_code);
+  const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
+  check_mean(mean, weight);
+  check_basis(basis, order, weight);
+  const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows),
+                                contiguous_or_none(basis), contiguous_or_none(order)};
+  const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
+                      packed.dim() == 3 && packed.size(0) == panels &&
+                      packed.size(1) == screen_padded_depth(weight.size(1)) / 4 && packed.size(2) == columns &&
+                      rows.dim() == 3 && rows.size(0) == panels && rows.size(2) == columns &&
+                      rows.size(1) == (basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows),
+                  "packed and rows must be what head_prepare made of weight");
+  // declined, tokens compared, pairs multiplied, percent of the int8 product
+  const Tensor report = new_tensor(hidden, std::vector<int64_t>{4}, ScalarType::Long);
+  int64_t* facts = mutable_data<int64_t>(report);
+  HeadOutputs outputs;
+  dispatch_floating(hidden.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto compute = [&](auto out) {
+      Screened<T, typename decltype(out)::type> head(input, prepared, pooling, activation);
+      Survivors survivors;
+      facts[0] = may_decline && !head.pays();
+      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save && !facts[0], float_output, facts[0] != 0);
+      if (!facts[0]) {
+        clear(outputs.pooled);
+        clear(outputs.max_logits);
+        clear(outputs.argmax);
+        head.run(outputs, survivors);
+      }
+      facts[1] = survivors.compared;
+      facts[2] = survivors.pairs;
+      facts[3] = std::lround(100 * survivors.share_of_steps());
+    };
+    float_output ? compute(Type<Accumulator<T>>{}) : compute(Type<T>{});
+  });
+  return {outputs.pooled, outputs.max_logits, outputs.argmax, report};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
+  m.impl("head_forward_screened", TORCH_BOX(&splade_fast::cpu::forward));
+}

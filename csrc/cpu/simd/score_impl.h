@@ -1,0 +1,183 @@
+// score on the CPU: documents as sparse rows against a block of queries. Included by kernels_impl.h.
+//
+// A document is read once. Its entries are first reduced to hits, the columns that some query of the block has; then
+// each hit adds value x row of the query table to sums in registers, a lane per query. The sum of a pair runs over
+// ascending columns and nothing else, so it does not depend on the block, the tile or the thread.
+#pragma once
+
+#include "cpu/simd/isa.h"
+#include "cpu/simd/kernels.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+constexpr int kSumVectors = 4;  // sums in registers at a time; on AVX-512 that is 64 queries
+
+constexpr int64_t kRowsAhead = 4;
+
+// Whether a row holds inf or NaN: those are not harmless where a query has 0, so no entry may be left out.
+template <typename T>
+inline bool any_nonfinite(const T* values, int64_t count) {
+  using Acc = Accumulator<T>;
+  Vec<Acc> zero = {};  // x * 0 is 0 or NaN
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) zero += load_vec(values + i) * Vec<Acc>{};
+  if (i < count) zero += load_partial(values + i, count - i) * Vec<Acc>{};
+  bool any = false;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) any |= zero[lane] != 0;
+  return any;
+}
+
+// The entries of a row to hits, one by one; `every`: also where no query has the column. Returns the number of hits, -1
+// for a column outside.
+template <typename T>
+inline int64_t collect_hits(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t length,
+                            bool every) {
+  int64_t hits = 0;
+  bool outside = false;
+  for (int64_t j = 0; j < length; ++j) {
+    const uint32_t column = static_cast<uint32_t>(indices[j]);
+    const bool inside = column < static_cast<uint64_t>(task.num_cols);
+    outside |= !inside;
+    const int32_t row = task.rows[inside ? column : task.num_cols];
+    task.hit_rows[hits] = row;
+    task.hit_values[hits] = to_acc(values[j]);
+    hits += (row != 0) | every;
+  }
+  return outside ? -1 : hits;
+}
+
+#if defined(__AVX512F__)
+// The same, 16 entries at a time.
+template <typename T, typename = std::enable_if_t<sizeof(Accumulator<T>) == 4>>
+inline int64_t collect_hits_by_vector(const ScoreTask<T>& task, const int32_t* indices, const T* values,
+                                      int64_t length) {
+  const __m512i num_cols = _mm512_set1_epi32(static_cast<int>(task.num_cols));
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  __mmask16 outside = 0, nonfinite = 0;
+  int64_t hits = 0;
+  for (int64_t j = 0; j < length; j += 16) {
+    const int64_t rest = length - j;
+    const __mmask16 used = rest >= 16 ? 0xffff : static_cast<__mmask16>((1 << rest) - 1);
+    const __m512i columns = _mm512_maskz_loadu_epi32(used, indices + j);
+    const __m512 value = reinterpret_cast<__m512>(rest >= 16 ? load_vec(values + j) : load_partial(values + j, rest));
+    const __mmask16 inside = _mm512_mask_cmplt_epu32_mask(used, columns, num_cols);
+    outside |= used & static_cast<__mmask16>(~inside);
+    nonfinite |= static_cast<__mmask16>(~_mm512_cmp_ps_mask(_mm512_abs_ps(value), infinity, _CMP_LT_OQ));
+    const __m512i row = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, columns, task.rows, 4);
+    const __mmask16 hit = _mm512_test_epi32_mask(row, row);
+    _mm512_storeu_si512(task.hit_rows + hits, _mm512_maskz_compress_epi32(hit, row));
+    _mm512_storeu_ps(task.hit_values + hits, _mm512_maskz_compress_ps(hit, value));
+    hits += __builtin_popcount(hit);
+  }
+  if (outside) return -1;
+  return nonfinite ? collect_hits(task, indices, values, length, true) : hits;
+}
+#endif
+
+template <typename T>
+inline int64_t collect_row(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t length) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Accumulator<T>) == 4) return collect_hits_by_vector(task, indices, values, length);
+#endif
+  return collect_hits(task, indices, values, length, any_nonfinite(values, length));
+}
+
+template <typename T, int kVectors>
+inline void add_hits(const ScoreTask<T>& task, int64_t hits, int64_t first, Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  Vec<Acc> sum[kVectors] = {};
+  const Acc* table = task.table + first;
+  for (int64_t i = 0; i < hits; ++i) {
+    const Vec<Acc> value = broadcast<Vec<Acc>>(task.hit_values[i]);
+    const Acc* row = table + task.hit_rows[i] * task.lanes;
+    for (int j = 0; j < kVectors; ++j) sum[j] += value * load_bits<Vec<Acc>>(row + j * kLanes<Acc>);
+  }
+  for (int j = 0; j < kVectors; ++j) store_bits(scores + first + j * kLanes<Acc>, sum[j]);
+}
+
+// The hits of a row end in a branch nobody can predict, and what the hardware had begun to read ahead is lost there.
+template <typename T>
+inline void prefetch_row(const ScoreTask<T>& task, int64_t row) {
+  constexpr int64_t kLine = 64;
+  const char* indices = reinterpret_cast<const char*>(task.indices + row * task.width);
+  const char* values = reinterpret_cast<const char*>(task.values + row * task.width);
+  for (int64_t byte = 0; byte < task.width * 4; byte += kLine) __builtin_prefetch(indices + byte);
+  for (int64_t byte = 0; byte < task.width * static_cast<int64_t>(sizeof(T)); byte += kLine) {
+    __builtin_prefetch(values + byte);
+  }
+}
+
+template <typename T>
+int64_t score_rows(const ScoreTask<T>& task, int64_t begin, int64_t end) {
+  using Acc = Accumulator<T>;
+  Acc* scores = task.scores;
+  for (int64_t n = begin; n < end; ++n, scores += task.lanes) {
+    prefetch_row(task, n + kRowsAhead);
+    const int64_t length = task.lengths[n];
+    if (length < 0 || length > task.width) return n;
+    const int64_t hits = collect_row(task, task.indices + n * task.width, task.values + n * task.width, length);
+    if (hits < 0) return n;
+    int64_t first = 0;
+    for (; first + kSumVectors * kLanes<Acc> <= task.lanes; first += kSumVectors * kLanes<Acc>) {
+      add_hits<T, kSumVectors>(task, hits, first, scores);
+    }
+    for (; first < task.lanes; first += kLanes<Acc>) add_hits<T, 1>(task, hits, first, scores);
+  }
+  return end;
+}
+
+// (count, lanes) scores to `queries` rows of a result.
+template <typename T>
+void store_scores(T* target, int64_t stride, const Accumulator<T>* scores, int64_t lanes, int64_t queries,
+                  int64_t count) {
+  using Acc = Accumulator<T>;
+  constexpr int kCount = kLanes<Acc>;
+  for (int64_t n = 0; n < count; n += kCount) {
+    const int64_t columns = count - n < kCount ? count - n : kCount;
+    for (int64_t q = 0; q < queries; q += kCount) {
+      Vec<Acc> square[kCount];
+      for (int i = 0; i < kCount; ++i) {
+        square[i] = i < columns ? load_bits<Vec<Acc>>(scores + (n + i) * lanes + q) : Vec<Acc>{};
+      }
+      transpose(square);
+      const int64_t rows = queries - q < kCount ? queries - q : kCount;
+      for (int64_t i = 0; i < rows; ++i) {
+        T* row = target + (q + i) * stride + n;
+        columns == kCount ? store_vec(row, square[i]) : store_partial(row, square[i], columns);
+      }
+    }
+  }
+}
+
+// Integers in the order of the scores, with -0 like 0 and every NaN on top.
+template <typename Acc>
+inline Mask<Acc> to_keys(Vec<Acc> scores) {
+  typedef Mask<Acc> Int;
+  const Int bits = reinterpret_cast<Int>(scores == 0 ? Vec<Acc>{} : scores);
+  const Int lowest = broadcast<Int>(static_cast<Position<Acc>>(Position<Acc>(1) << (8 * sizeof(Acc) - 1)));
+  const Int keys = bits < 0 ? bits ^ ~lowest : bits;
+  return scores == scores ? keys : ~lowest;
+}
+
+template <typename Acc>
+int64_t find_candidates(const Acc* scores, int64_t count, int64_t lanes, const Position<Acc>* bounds,
+                        Position<Acc>* keys, int32_t* places) {
+  int64_t found = 0;
+  for (int64_t first = 0; first < count * lanes; first += lanes) {
+    for (int64_t q = 0; q < lanes; q += kLanes<Acc>) {
+      const Mask<Acc> key = to_keys<Acc>(load_bits<Vec<Acc>>(scores + first + q));
+      const Mask<Acc> better = key > load_bits<Mask<Acc>>(bounds + q);
+      if (!any_lane(better)) continue;
+      for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+        if (!better[lane]) continue;
+        keys[found] = key[lane];
+        places[found++] = static_cast<int32_t>(first + q + lane);
+      }
+    }
+  }
+  return found;
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu

@@ -1,0 +1,468 @@
+// The kernels of screening, written once in vector extensions and compiled once per instruction set.
+#pragma once
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#include "common/screen_bound.h"
+#include "cpu/simd/isa.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/screen.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+using Floats = Vec<float>;
+using Ints = Mask<float>;
+constexpr int kScreenLanes = kLanes<float>;
+
+// Shape of the register tile: kScreenTokens x (kScreenVectors vectors) sums, the operands beside them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kScreenTokens = 8, kScreenVectors = 3;
+#else
+constexpr int kScreenTokens = 4, kScreenVectors = 2;
+#endif
+constexpr int64_t kScreenColumns = kScreenVectors * kScreenLanes;
+static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes == 0);
+
+// The product of four int8 a lane ---------------------------------------------------------------------------------
+
+// With AMX it is that of whole tiles below, of two signed operands.
+#if defined(SPLADE_FAST_AMX)
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+#elif (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
+constexpr int kWeightLevels = 127, kWeightOffset = 128;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weight),
+                                                    reinterpret_cast<__m512i>(token)));
+#else
+  return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token)));
+#endif
+}
+#elif defined(__AVX512BW__)
+// Pairs of products are added in int16, which holds two of 127 * 127.
+constexpr int kWeightLevels = 63, kWeightOffset = 64;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight), reinterpret_cast<__m512i>(token));
+  return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__)
+constexpr int kWeightLevels = 63, kWeightOffset = 64;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token));
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weight),
+                                          reinterpret_cast<int8x16_t>(token)));
+}
+#else
+constexpr int kWeightLevels = 127, kWeightOffset = 0;
+inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+  for (int shift = 24; shift >= 0; shift -= 8) sum += ((weight << shift) >> 24) * ((token << shift) >> 24);
+  return sum;
+}
+#endif
+
+#if defined(SPLADE_FAST_AMX)
+constexpr bool kTokenRows = true;
+constexpr int kSettledTokens = kScreenGroup;
+#else
+constexpr bool kTokenRows = false;
+constexpr int kSettledTokens = kScreenTokens;
+#endif
+
+inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// Rounding rows ---------------------------------------------------------------------------------------------------
+
+// x[d]: depth d of every row, a row a lane; missing rows repeat the last.
+template <typename T>
+inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
+  const T* row[kScreenLanes];
+  for (int64_t lane = 0; lane < kScreenLanes; ++lane) {
+    const int64_t i = lane < rows.count ? lane : rows.count - 1;
+    row[lane] = rows.base + (rows.row ? rows.row[i] : i) * rows.stride;
+  }
+  int64_t depth = 0;
+  if constexpr (!std::is_same_v<T, double>) {
+    for (; depth + kScreenLanes <= rows.depth; depth += kScreenLanes) {
+      Floats square[kScreenLanes];
+      for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = load_vec(row[lane] + depth);
+      transpose(square);
+      for (int i = 0; i < kScreenLanes; ++i) x[depth + i] = square[i];
+    }
+  }
+  for (; depth < rows.depth; ++depth) {
+    for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = static_cast<float>(to_acc(row[lane][depth]));
+  }
+  for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
+}
+
+// By the basis: a few depths of the result at a time, summed up along the depths of the row.
+inline void change_basis(const Floats* row, const float* basis, int64_t depth, int64_t padded_depth, Floats* result) {
+  constexpr int kSums = 2 * kScreenTokens;
+  for (int64_t first = 0; first < padded_depth; first += kSums) {
+    Floats sum[kSums] = {};
+    for (int64_t d = 0; d < depth; ++d) {
+      const float* entries = basis + d * padded_depth + first;
+      for (int i = 0; i < kSums; ++i) sum[i] += row[d] * entries[i];
+    }
+    for (int i = 0; i < kSums; ++i) result[first + i] = sum[i];
+  }
+}
+
+// Hadamard transform of every `block` vectors, without its norm: four at a time, and two where that is left over.
+inline void hadamard(Floats* x, int64_t count, int64_t block) {
+  int64_t half = 1;
+  for (; half * 4 <= block; half *= 4) {
+    for (int64_t first = 0; first < count; first += 4 * half) {
+      for (int64_t i = first; i < first + half; ++i) {
+        const Floats a = x[i] + x[i + half], b = x[i] - x[i + half];
+        const Floats c = x[i + 2 * half] + x[i + 3 * half], d = x[i + 2 * half] - x[i + 3 * half];
+        x[i] = a + c;
+        x[i + half] = b + d;
+        x[i + 2 * half] = a - c;
+        x[i + 3 * half] = b - d;
+      }
+    }
+  }
+  if (half == block) return;
+  for (int64_t first = 0; first < count; first += 2 * half) {
+    for (int64_t i = first; i < first + half; ++i) {
+      const Floats a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+}
+
+inline Floats largest_of(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats root(Floats x) {
+  for (int lane = 0; lane < kScreenLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+}
+
+// The rows along the rotated axes, in scratch, a row a lane; and what they were before.
+template <typename T>
+struct Rotated {
+  Floats* x;
+  Floats mean_dot = {}, own_squares = {};
+
+  explicit Rotated(const RowsToRound<T>& rows) : x(reinterpret_cast<Floats*>(rows.scratch)) {
+    load_transposed(rows, x);
+    for (int64_t d = 0; d < rows.depth && rows.mean; ++d) {
+      if (rows.subtract) {
+        x[d] -= rows.mean[d];
+      } else {
+        mean_dot += rows.mean[d] * x[d];
+      }
+    }
+    for (int64_t d = 0; d < rows.depth; ++d) own_squares += x[d] * x[d];
+    if (rows.basis) {
+      change_basis(x, rows.basis, rows.depth, rows.padded_depth, x + rows.padded_depth);
+      x += rows.padded_depth;
+    } else if (rows.sign) {
+      for (int64_t d = 0; d < rows.padded_depth; ++d) x[d] *= rows.sign[d];
+      hadamard(x, rows.padded_depth, screen_block(rows.padded_depth));
+    }
+  }
+};
+
+// Largest entry and squares of rotated rows.
+struct Extent {
+  Floats largest = {}, squares = {}, rest[kScreenStages];  // squares of the depths after a stage
+
+  Extent(const Floats* x, int64_t depth) {
+    for (int64_t stage = kScreenStages - 1; stage >= 0; --stage) {
+      rest[stage] = squares;
+      for (int64_t d = screen_stage_begin(stage, depth); d < screen_stage_end(stage, depth); ++d) {
+        largest = largest_of(x[d] < 0 ? -x[d] : x[d], largest);
+        squares += x[d] * x[d];
+      }
+    }
+  }
+
+  Ints finite(Floats own_squares) const {
+    return (squares == squares) & (largest <= kScreenLargest) & (own_squares <= kScreenLargest * kScreenLargest);
+  }
+};
+
+// An upper bound of a norm, where it is finite.
+inline Floats norm_bound(Floats squares, int64_t depth, Ints finite) {
+  const Floats norm = root(squares) * screen_inflation(depth) + kScreenTinyPart;
+  return finite ? norm : broadcast<Floats>(__builtin_inff());
+}
+
+template <typename T>
+void rotate_rows(const RowsToRound<T>& rows, const RotatedRows& rotated) {
+  const Rotated<T> found(rows);
+  const int64_t depth = rows.padded_depth;
+  const Extent extent(found.x, depth);
+  const Ints finite = extent.finite(found.own_squares);
+  store_bits(rotated.largest, finite ? extent.largest : broadcast<Floats>(__builtin_inff()));
+  store_bits(rotated.norm, norm_bound(found.own_squares, depth, finite));
+  store_bits(rotated.rest, norm_bound(extent.rest[0], depth, finite));
+  for (int64_t d = 0; d < depth; d += kScreenLanes) {
+    Floats square[kScreenLanes];
+    for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = found.x[d + lane];
+    transpose(square);
+    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(rotated.rows + lane * depth + d, square[lane]);
+  }
+}
+
+template <typename T>
+void round_rows(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
+  const Rotated<T> found(rows);
+  const Floats* const x = found.x;
+  const int64_t depth = rows.padded_depth;
+  const Extent extent(x, depth);
+  const Ints finite = extent.finite(found.own_squares), rounds = finite & (extent.largest >= kScreenSmallest);
+  const Floats largest = rows.largest ? load_vec(rows.largest) : extent.largest;
+  const Floats scale = rounds ? largest / static_cast<float>(levels) : Floats{};
+  const Floats inverse = rounds ? static_cast<float>(levels) / largest : Floats{};
+
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const Floats magic = broadcast<Floats>(0x1.8p23f);
+  Floats lost_squares = {};
+  Ints sum = {}, side_by_side[kScreenLanes];
+  int64_t stage = 0;
+  for (int64_t d = 0; d < depth; d += 4) {
+    if (d == screen_stage_end(stage, depth)) {
+      store_bits(rounded.sum[stage++], sum);
+      sum = Ints{};
+    }
+    Ints unit = {};
+    for (int i = 0; i < 4; ++i) {
+      const Floats entry = rounds ? x[d + i] : Floats{};
+      const Floats shifted = entry * inverse + magic;
+      const Floats lost = entry - scale * (shifted - magic);
+      const Ints integer = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic);
+      lost_squares += lost * lost;
+      sum += integer;
+      unit |= ((integer + static_cast<int32_t>(offset)) & 0xff) << (8 * i);
+    }
+    const int64_t step = d / 4;
+    if (rounded.unit_stride > 0) {
+      store_bits(rounded.units + step * rounded.unit_stride, unit);
+      continue;
+    }
+    side_by_side[step % kScreenLanes] = unit;
+    if (step % kScreenLanes < kScreenLanes - 1) continue;
+    transpose(side_by_side);
+    uint32_t* target = rounded.units + (step + 1 - kScreenLanes) * kScreenLanes;
+    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(target + lane * kScreenLanes, side_by_side[lane]);
+  }
+  // A row that is too small to be rounded is all residual, and so is one that is too large or not finite, of which
+  // nothing is known.
+  const float inflation = screen_inflation(depth);
+  const Floats whole =
+      finite ? extent.largest * std::sqrt(static_cast<float>(depth)) : broadcast<Floats>(__builtin_inff());
+  const Floats residual = (rounds ? root(lost_squares) : whole) * inflation;
+  const Floats norm = (rounds ? root(extent.squares) : whole) * inflation + residual;
+  store_bits(rounded.scale, scale);
+  store_bits(rounded.residual, residual);
+  store_bits(rounded.norm, norm);
+  store_bits(rounded.sum[stage], sum);
+  store_bits(rounded.own_norm, norm_bound(found.own_squares, depth, finite));
+  for (size_t i = 0; i < rounded.rest.size(); ++i) {
+    store_bits(rounded.rest[i], rounds ? norm_bound(extent.rest[i], depth, finite) : whole * inflation);
+  }
+  if (!rows.subtract) store_bits(rounded.mean_dot, found.mean_dot);
+}
+
+// Products ----------------------------------------------------------------------------------------------------------
+
+// Scales the integer products of tokens [first, last), and takes the largest of each sequence.
+inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t last, const Ints (*sum)[kScreenVectors],
+                           float* products, float* state) {
+  for (int64_t run = first, run_end = first; run < last; run = run_end) {
+    const int32_t sequence = tokens.sequence[run];
+    while (run_end < last && tokens.sequence[run_end] == sequence) ++run_end;
+    for (int j = 0; j < kScreenVectors; ++j) {
+      float* largest = state + sequence * kScreenColumns + j * kScreenLanes;
+      float* target = products + (run - first) * kScreenColumns + j * kScreenLanes;
+      Floats value = load_bits<Floats>(largest);
+      for (int64_t t = run; t < run_end; ++t, target += kScreenColumns) {
+        const Floats product = to_floats(sum[t - first][j]) * tokens.scale[t];
+        store_bits(target, product);
+        value = largest_of(product, value);
+      }
+      store_bits(largest, value);
+    }
+  }
+}
+
+inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, Floats other_norm) {
+  return residual * other_norm + (norm * other_residual + kScreenTiny);
+}
+
+// Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
+inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
+
+#if defined(SPLADE_FAST_AMX)
+// A group of tokens by a panel: three tiles of 16 x 16 sums, 64 depths at a time. In one go, whatever the stages: the
+// products cost less here than looking at them.
+int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+                 float* state, uint8_t* settled) {
+  static_assert(kScreenGroup == 16 && kScreenLanes == 16 && kScreenVectors == 3);
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  constexpr int64_t kTile = 256;  // units
+  const int64_t groups = (end - begin + kScreenGroup - 1) / kScreenGroup;
+  std::memset(settled, 0, groups);
+  for (int64_t first = begin; first < end; first += kScreenGroup, products += kScreenGroup * kScreenColumns) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    const uint32_t* token = tokens.units + first * tokens.steps;
+    const uint32_t* weight = panel.units;
+    for (int64_t step = 0; step < tokens.steps; step += 16, token += kTile, weight += 16 * kScreenColumns) {
+      _tile_loadd(3, token, 64);
+      _tile_loadd(4, weight, kScreenColumns * 4);
+      _tile_loadd(5, weight + 16, kScreenColumns * 4);
+      _tile_loadd(6, weight + 32, kScreenColumns * 4);
+      _tile_dpbssd(0, 3, 4);
+      _tile_dpbssd(1, 3, 5);
+      _tile_dpbssd(2, 3, 6);
+    }
+    Ints sum[kScreenGroup][kScreenVectors];
+    _tile_stored(0, &sum[0][0], sizeof(sum[0]));
+    _tile_stored(1, &sum[0][1], sizeof(sum[0]));
+    _tile_stored(2, &sum[0][2], sizeof(sum[0]));
+    store_products(tokens, first, first + kScreenGroup < end ? first + kScreenGroup : end, sum, products, state);
+  }
+  _tile_release();
+  return groups * tokens.steps;
+}
+#else
+// Whether a product of the tile can still reach its threshold, from the sums up to the end of a stage: what is left of
+// it is at most the product of the norms that are left.
+inline bool can_reach(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
+                      const Ints (*sum)[kScreenVectors]) {
+  Ints most[kScreenVectors];
+  for (int j = 0; j < kScreenVectors; ++j) {
+    most[j] = sum[0][j];
+    for (int t = 1; t < kScreenTokens; ++t) most[j] = sum[t][j] > most[j] ? sum[t][j] : most[j];
+  }
+  const ScreenTile& tile = tokens.tiles[first / kScreenTokens];
+  unsigned open = 0;
+  for (int j = 0; j < kScreenVectors; ++j) {
+    const int64_t column = j * kScreenLanes;
+    const Floats error = error_bound(broadcast<Floats>(tile.residual), broadcast<Floats>(tile.norm),
+                                     load_vec(panel.residual + column), load_vec(panel.norm + column));
+    const Floats rest = load_vec(panel.rest + stage * kScreenColumns + column) * tile.rest[stage];
+    const Floats product = to_floats(most[j]) * (load_vec(panel.scale + column) * tile.scale);
+    open |= lanes_not_below(product + rest + error, load_vec(panel.threshold + column));
+  }
+  return open != 0;
+}
+
+int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
+                 float* state, uint8_t* settled) {
+  int64_t steps = 0;
+  for (int64_t first = begin; first < end; first += kScreenTokens, products += kScreenTokens * kScreenColumns) {
+    const uint32_t* token = tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup;
+    const uint32_t* weight = panel.units;
+    Ints sum[kScreenTokens][kScreenVectors];
+    for (int t = 0; t < kScreenTokens; ++t) {
+      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.start[0][first + t]);
+    }
+    bool open = true;
+    for (int64_t stage = 0, step = 0; stage < tokens.stages && open; ++stage) {
+      const int64_t stage_end = screen_stage_end(kScreenStages - tokens.stages + stage, tokens.steps);
+      steps += stage_end - step;
+      for (int t = 0; t < kScreenTokens && stage > 0; ++t) {
+        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.start[stage][first + t];
+      }
+      for (; step < stage_end; ++step, token += kScreenGroup, weight += kScreenColumns) {
+        Ints entries[kScreenVectors];
+        for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_bits<Ints>(weight + j * kScreenLanes);
+        for (int t = 0; t < kScreenTokens; ++t) {
+          const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
+          for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
+        }
+      }
+      open = stage + 1 == tokens.stages || can_reach(tokens, panel, first, stage, sum);
+    }
+    *settled++ = !open;
+    if (!open) continue;
+    store_products(tokens, first, first + kScreenTokens < end ? first + kScreenTokens : end, sum, products, state);
+  }
+  return steps;
+}
+#endif
+
+void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
+  found.entries = found.pairs = 0;
+  for (int64_t column = 0; column < kScreenColumns; column += kScreenLanes) {
+    const Floats scale = load_vec(panel.scale + column), threshold = load_vec(panel.threshold + column);
+    const Floats residual = load_vec(panel.residual + column), norm = load_vec(panel.norm + column);
+    const auto error = [&](float token_residual, float token_norm) {
+      return error_bound(broadcast<Floats>(token_residual), broadcast<Floats>(token_norm), residual, norm);
+    };
+    // First all tokens at once, with the largest of their bounds: this settles nearly all entries.
+    const Floats most =
+        load_vec(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
+    const unsigned open = lanes_not_below(most, threshold);
+    if (open == 0) continue;
+    const auto settled = [&](int64_t t) { return sequence.settled[(sequence.first + t) / kSettledTokens] != 0; };
+    const float* products = sequence.products + column;
+    Floats limit = threshold;
+    for (int64_t t = 0; t < sequence.tokens && largest; ++t) {
+      if (settled(t)) continue;
+      const Floats lower =
+          load_vec(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
+      limit = largest_of(lower, limit);
+    }
+    int32_t counts[kScreenLanes] = {};
+    for (int64_t t = 0; t < sequence.tokens; ++t) {
+      if (settled(t)) continue;
+      found.compared += kScreenLanes;
+      const Floats upper =
+          load_vec(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
+      for (unsigned lanes = lanes_not_below(upper, limit) & open; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        found.scratch[lane * sequence.tokens + counts[lane]++] = static_cast<int32_t>(t);
+      }
+    }
+    for (int lane = 0; lane < kScreenLanes; ++lane) {
+      if (counts[lane] == 0) continue;
+      found.columns[found.entries] = static_cast<int32_t>(column) + lane;
+      found.counts[found.entries++] = counts[lane];
+      std::memcpy(found.tokens + found.pairs, found.scratch + lane * sequence.tokens, counts[lane] * sizeof(int32_t));
+      found.pairs += counts[lane];
+    }
+  }
+}
+
+constexpr Screen make_screen(const char* name, double speed) {
+  return {name,
+          kScreenLanes,
+          kScreenColumns,
+          kSettledTokens,
+          127,
+          kWeightLevels,
+          kWeightOffset,
+          speed,
+          kTokenRows,
+          {rotate_rows<float>, round_rows<float>},
+          {rotate_rows<double>, round_rows<double>},
+          {rotate_rows<bfloat16>, round_rows<bfloat16>},
+          {rotate_rows<float16>, round_rows<float16>},
+          multiply,
+          find_pairs};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu

@@ -1,0 +1,168 @@
+// head forward on sm_90a, max pooling, bfloat16, float16, float32 as TF32 and scaled e4m3: one kernel multiplies and
+// reduces; logits never leave the registers.
+//
+// product_sm90.cuh multiplies; head_sm90_tiles.h has the order of the tiles and their reduction.
+//
+// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2760 instructions, no
+// local memory, 168 registers at the start, then 40 and 232. The main loop is four HGMMA.64x256x16 to a group, with
+// nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
+// frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
+// FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
+#include "cuda/head/sm90/dense.h"
+#include "cuda/head/sm90/merge_key.cuh"
+#include "cuda/head/sm90/product.cuh"
+
+namespace splade_fast::cuda::sm90 {
+namespace {
+
+// Which sequence the walk over a tile's segments begins with.
+constexpr int kPlanThreads = 256;
+__global__ void __launch_bounds__(kPlanThreads)
+    first_sequences_kernel(const int32_t* starts, int batch, int tiles, int32_t* first_sequences) {
+  const int tile = static_cast<int>(blockIdx.x) * kPlanThreads + static_cast<int>(threadIdx.x);
+  if (tile < tiles) first_sequences[tile] = first_sequence_after(starts, batch, tile * kTileTokens);
+}
+
+using hopper::Operand;
+
+// The type of bias and pooled values that goes with operands.
+template <Operand kOperand>
+using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16,
+                                   std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
+
+// Outputs and keys of a task.
+template <Operand kOperand, bool kPositions>
+struct DeviceSink {
+  const HeadTask& task;
+
+  __device__ Key<kPositions>* key(int slot, int entry) const {
+    return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
+  }
+  __device__ void store(int sequence, int entry, float value, int position, bool counted) {
+    // Scales are positive: the maximum is the same with them and without. That of no rows is -inf whatever they are.
+    if constexpr (kOperand == Operand::kE4m3) {
+      if (counted) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
+    }
+    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
+  }
+  __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
+  __device__ Key<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
+};
+
+template <Operand kOperand, bool kPositions>
+__device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kAccumulators], int token_tile,
+                            int first_entry) {
+  const int thread = static_cast<int>(threadIdx.x) % hopper::kWarpgroupThreads, quarter = thread % 4;
+  const int first_row = token_tile * kTileTokens;
+  // Two of four neighbouring threads write, one entry each.
+  const int entry = first_entry + hopper::accumulator_row(thread, 2 * (quarter % 2));
+  const bool writes = quarter < 2 && entry < task.shape.vocabulary;
+  DeviceSink<kOperand, kPositions> sink{task};
+  for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
+                   [&](const Segment& segment) {
+                     Key<kPositions> key[2];
+                     max_of_segment<kPositions>(accumulators, thread, segment, key);
+#pragma unroll
+                     for (int half = 0; half < 2; ++half) {
+                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 1));
+                       key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
+                     }
+                     if (writes) emit(task.rows, segment, first_row, entry, quarter == 0 ? key[0] : key[1], sink);
+                   });
+}
+
+// What is done with the tiles of the product.
+template <Operand kOperand, bool kPositions>
+struct Reduction {
+  const HeadTask& task;
+
+  __device__ void begin(int, int) {}
+  __device__ void reduce(const float (&accumulators)[kAccumulators], int token_tile, int first_entry) {
+    reduce_tile<kOperand, kPositions>(task, accumulators, token_tile, first_entry);
+  }
+};
+
+template <Operand kOperand, bool kPositions, int kCluster>
+__global__ void __launch_bounds__(kThreads, 1)
+    head_sm90_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
+                     const __grid_constant__ HeadTask task) {
+#if defined(SPLADE_FAST_SM90A)
+  if (!task.only_if.holds()) return;
+  Reduction<kOperand, kPositions> reduction{task};
+  multiply_tiles<kOperand, kCluster>(weight_map, token_map, static_cast<int>(task.shape.vocabulary),
+                                     task.rows.starts[task.rows.batch], static_cast<int>(task.shape.depth), reduction);
+#endif
+}
+
+// The results of sequences that no single tile had all rows of, and of those without rows. blockIdx.y walks over them.
+constexpr int kFinishThreads = 256;
+template <Operand kOperand, bool kPositions>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
+  const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
+  if (entry >= task.shape.vocabulary || !task.only_if.holds()) return;
+  DeviceSink<kOperand, kPositions> sink{task};
+  for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
+    finish(task.rows, b, entry, sink);
+  }
+}
+
+// Host functions -------------------------------------------------------------------------------------------------
+
+template <Operand kOperand, bool kPositions, int kCluster>
+cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
+  return launch_product<kOperand, kCluster>(head_sm90_kernel<kOperand, kPositions, kCluster>,
+                                            {task.weight, task.tokens}, task.shape, task, stream);
+}
+
+template <Operand kOperand, bool kPositions>
+cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
+  const int batch = task.rows.batch, tiles = task.rows.tiles;
+  cudaError_t error = cudaSuccess;
+  if (!task.keys_are_zero) {
+    error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
+    if (error != cudaSuccess) return error;
+  }
+  first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
+      task.rows.starts, batch, tiles, task.first_sequences);
+  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)
+                                                     : launch_kernel<kOperand, kPositions, 1>(task, stream);
+  if (error != cudaSuccess) return error;
+  constexpr int kMaxWalkers = 1024;
+  const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
+                  static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
+  finish_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
+  return cudaGetLastError();
+}
+
+template <Operand kOperand>
+cudaError_t launch_operand(const HeadTask& task, cudaStream_t stream) {
+  return task.outputs.max_logits != nullptr ? launch_all<kOperand, true>(task, stream)
+                                            : launch_all<kOperand, false>(task, stream);
+}
+
+}  // namespace
+
+bool is_built() {
+#if defined(SPLADE_FAST_BUILT_FOR_SM90A)
+  return true;
+#else
+  return false;
+#endif
+}
+
+cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
+  switch (task.operand) {
+    case Operand::kBfloat16:
+      return launch_operand<Operand::kBfloat16>(task, stream);
+    case Operand::kFloat16:
+      return launch_operand<Operand::kFloat16>(task, stream);
+    case Operand::kTfloat32:
+      return launch_operand<Operand::kTfloat32>(task, stream);
+    case Operand::kE4m3:
+      return launch_operand<Operand::kE4m3>(task, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+}  // namespace splade_fast::cuda::sm90

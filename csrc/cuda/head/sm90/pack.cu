@@ -1,0 +1,121 @@
+// Packing on CUDA: count per sequence, scan, number the rows that count, move them.
+#include "cuda/head/sm90/pack.h"
+#include "cuda/warp.cuh"
+
+namespace splade_fast::cuda {
+namespace {
+
+constexpr int kThreads = 256, kScanThreads = 1024;
+
+// A warp per sequence: the number of its rows that count, where the scan expects it.
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const bool* mask, int64_t length, int64_t batch, int32_t* starts) {
+  const int64_t b = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  if (b >= batch) return;
+  const int lane = threadIdx.x % kWarp;
+  int count = 0;
+  for (int64_t l = lane; l < length; l += kWarp) count += mask[b * length + l];
+  for (int step = kWarp / 2; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, step);
+  if (lane == 0) starts[b + 1] = count;
+}
+
+// The sum of the values of all threads of the block before this one, and of all.
+struct BlockSum {
+  int before, total;
+};
+
+template <int kBlockThreads>
+__device__ BlockSum block_sum(int value) {
+  constexpr int kWarps = kBlockThreads / kWarp;
+  __shared__ int totals[kWarps];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int inclusive = value;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += before;
+  }
+  __syncthreads();  // the totals of the last call have been read
+  if (lane == kWarp - 1) totals[warp] = inclusive;
+  __syncthreads();
+  BlockSum sum{inclusive - value, 0};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) sum.before += totals[w];
+    sum.total += totals[w];
+  }
+  return sum;
+}
+
+// Counts to starts, one block.
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(int32_t* starts, int64_t batch) {
+  int carried = 0;
+  for (int64_t first = 0; first < batch; first += kScanThreads) {
+    const int64_t b = first + threadIdx.x;
+    const int count = b < batch ? starts[b + 1] : 0;
+    const BlockSum sum = block_sum<kScanThreads>(count);
+    if (b < batch) starts[b + 1] = carried + sum.before + count;
+    carried += sum.total;
+  }
+  if (threadIdx.x == 0) starts[0] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads) starts_kernel(Sequences sequences, int64_t batch, int32_t* starts) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (b > batch) return;
+  // The end of the last sequence is the start of the one after it.
+  starts[b] =
+      static_cast<int32_t>(b < batch ? sequence_span(sequences, b).start : sequence_span(sequences, b - 1).stop);
+}
+
+// A block per sequence.
+__global__ void __launch_bounds__(kThreads)
+    number_kernel(const bool* mask, int64_t length, const int32_t* starts, int32_t* source_rows) {
+  const int64_t b = blockIdx.x;
+  int32_t* target = source_rows + starts[b];
+  for (int64_t first = 0; first < length; first += kThreads) {
+    const int64_t l = first + threadIdx.x, row = b * length + l;
+    const bool counts = l < length && mask[row];
+    const BlockSum sum = block_sum<kThreads>(counts);
+    if (counts) target[sum.before] = static_cast<int32_t>(row);
+    target += sum.total;
+  }
+}
+
+// A warp per packed row, in turns.
+__global__ void __launch_bounds__(kThreads)
+    move_kernel(const uint4* rows, int64_t vectors, const int32_t* source_rows, const int32_t* count, uint4* packed) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads / kWarp, end = *count;
+  for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; row < end; row += stride) {
+    const uint4* source = rows + source_rows[row] * vectors;
+    uint4* target = packed + row * vectors;
+#pragma unroll 4
+    for (int64_t i = lane; i < vectors; i += kWarp) target[i] = source[i];
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_pack(const PackTask& task, int64_t multiprocessors, cudaStream_t stream) {
+  const auto blocks = [](int64_t count, int64_t per_block) {
+    return static_cast<unsigned>(ceil_div(count, per_block));
+  };
+  if (task.mask == nullptr) {
+    starts_kernel<<<blocks(task.batch + 1, kThreads), kThreads, 0, stream>>>(task.sequences, task.batch, task.starts);
+    return cudaGetLastError();
+  }
+  constexpr int64_t kBlocksPerMultiprocessor = 8;
+  const int64_t length = task.sequences.length, warps = kThreads / kWarp;
+  count_kernel<<<blocks(task.batch, warps), kThreads, 0, stream>>>(task.mask, length, task.batch, task.starts);
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(task.starts, task.batch);
+  number_kernel<<<static_cast<unsigned>(task.batch), kThreads, 0, stream>>>(task.mask, length, task.starts,
+                                                                            task.source_rows);
+  const int64_t movers = ceil_div(task.sequences.rows, warps), most = multiprocessors * kBlocksPerMultiprocessor;
+  move_kernel<<<static_cast<unsigned>(movers < most ? movers : most), kThreads, 0, stream>>>(
+      static_cast<const uint4*>(task.rows), task.row_bytes / kVectorBytes, task.source_rows, task.starts + task.batch,
+      static_cast<uint4*>(task.packed));
+  return cudaGetLastError();
+}
+
+}  // namespace splade_fast::cuda

@@ -1,0 +1,244 @@
+// Rows to int8: h - mean, or w, rotated by random signs and Hadamard transforms of blocks, then divided by a scale. A
+// warp takes a row, a lane some consecutive depths of a block, which stays in registers. A row is rotated twice, to
+// find its largest entry and to round it: reading it again from the second-level cache is cheaper than keeping it.
+#include <cfloat>
+
+#include "cuda/device.cuh"
+#include "cuda/head/sm90/screen_rows.h"
+#include "cuda/warp.cuh"
+
+namespace splade_fast::cuda {
+namespace {
+
+constexpr int kThreads = 256, kBlocks = 2;  // blocks that surely fit a multiprocessor: more would cost spills
+
+// Hadamard transform, without its norm, of 32 kPerLane values.
+template <int kPerLane>
+__device__ void hadamard(float (&x)[kPerLane], int lane) {
+#pragma unroll
+  for (int half = 1; half < kPerLane; half *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i & half) continue;
+      const float a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float other = __shfl_xor_sync(kAllLanes, x[i], step);
+      x[i] = lane & step ? other - x[i] : x[i] + other;
+    }
+  }
+}
+
+// Rows of one kind, and how they are rotated.
+template <typename T>
+struct Rows {
+  const T* rows;
+  int depth, padded_depth;
+  const float* mean;  // null: nothing is taken from them
+
+  __device__ Rows(const RowsToRound& given, bool minus_mean)
+      : rows(static_cast<const T*>(given.rows)),
+        depth(static_cast<int>(given.depth)),
+        padded_depth(static_cast<int>(screen_padded_depth(given.depth))),
+        mean(minus_mean ? given.mean : nullptr) {}
+
+  // use(first depth, values of this lane) for every block of a row.
+  template <int kPerLane, typename Use>
+  __device__ void for_rotated(int64_t row, Use use) const {
+    constexpr int kBlock = kWarp * kPerLane, kVector = kPerLane < kMaxVector<T> ? kPerLane : kMaxVector<T>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
+    const T* source = rows + row * depth;
+#pragma unroll 1
+    for (int block = 0; block < padded_depth; block += kBlock) {
+      const int first = block + lane * kPerLane;
+      float x[kPerLane];
+#pragma unroll
+      for (int i = 0; i < kPerLane; i += kVector) {
+        Vector<T, kVector> vector;
+        const bool inside = first + i < depth;
+        if (inside) vector = load_vector<kVector>(source + first + i);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          const int d = first + i + j;
+          const float value = inside ? to_acc(vector.element[j]) - (mean != nullptr ? mean[d] : 0.0f) : 0.0f;
+          x[i + j] = value * (screen_sign(d) * norm);
+        }
+      }
+      hadamard(x, lane);
+      use(first, x);
+    }
+  }
+
+  // Of a rotated row, inf if it cannot be rounded for not being finite or for being too large.
+  template <int kPerLane>
+  __device__ float largest(int64_t row) const {
+    float largest = 0;
+    for_rotated<kPerLane>(row, [&](int, const float (&x)[kPerLane]) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float size = fabsf(x[i]);
+        largest = size <= kScreenLargest ? fmaxf(largest, size) : INFINITY;
+      }
+    });
+    return warp_max(largest);
+  }
+};
+
+__device__ bool is_finite(float largest) { return largest <= kScreenLargest; }
+
+// Whether a row is rounded; if not, it is all residual.
+__device__ bool is_rounded(float largest) { return is_finite(largest) && largest >= kScreenSmallest; }
+
+// Upper bounds: of the norm of what rounding has taken, and of those of the row and of the rounded row.
+struct Norms {
+  float residual, norm;
+};
+
+// Writes a row of integers. shared_largest: the entry that the scale is made for, at least the row's own.
+template <int kPerLane, typename T>
+__device__ Norms round_row(const Rows<T>& rows, int64_t row, float largest, float shared_largest, int8_t* target) {
+  const bool rounds = is_rounded(largest);
+  const float scale = screen_scale(shared_largest), inverse = rounds ? kScreenLevels / shared_largest : 0.0f;
+  float lost_squares = 0, squares = 0;
+  rows.template for_rotated<kPerLane>(row, [&](int first, const float (&x)[kPerLane]) {
+    constexpr int kVector = kPerLane < kVectorBytes ? kPerLane : kVectorBytes;
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += kVector) {
+      Vector<int8_t, kVector> integers;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const float value = rounds ? x[i + j] : 0.0f, level = rintf(value * inverse), lost = value - scale * level;
+        lost_squares += lost * lost;
+        squares += value * value;
+        integers.element[j] = static_cast<int8_t>(level);
+      }
+      store_vector(target + first + i, integers);
+    }
+  });
+  lost_squares = warp_sum(lost_squares);
+  squares = warp_sum(squares);
+  const float inflation = screen_inflation(rows.padded_depth);
+  const float whole = is_finite(largest) ? largest * sqrtf(static_cast<float>(rows.padded_depth)) : INFINITY;
+  const float residual = (rounds ? sqrtf(lost_squares) : whole) * inflation;
+  return {residual, (rounds ? sqrtf(squares) : whole) * inflation + residual};
+}
+
+// Of a float vector, an upper bound; a warp works on it.
+__device__ float norm_of(const float* vector, int depth) {
+  float squares = 0;
+  for (int d = static_cast<int>(threadIdx.x) % kWarp; d < depth; d += kWarp) squares += vector[d] * vector[d];
+  return sqrtf(warp_sum(squares)) * screen_inflation(depth);
+}
+
+__device__ int64_t first_row() { return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; }
+__device__ int64_t row_stride() { return static_cast<int64_t>(gridDim.x) * kThreads / kWarp; }
+
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kBlocks) round_weight_kernel(const WeightToRound task) {
+  const Rows<T> rows(task.weight, false);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t entry = first_row(); entry < task.vocabulary; entry += row_stride()) {
+    const T* source = rows.rows + entry * rows.depth;
+    float mean_dot = 0;
+    for (int d = lane; d < rows.depth; d += kWarp) mean_dot += task.weight.mean[d] * to_acc(source[d]);
+    mean_dot = warp_sum(mean_dot);
+    const float largest = rows.template largest<kPerLane>(entry);
+    const bool rounds = is_rounded(largest);
+    const Norms norms =
+        round_row<kPerLane>(rows, entry, largest, rounds ? largest : 0.0f, task.integers + entry * rows.padded_depth);
+    if (lane > 0) continue;
+    const auto keep = [&](WeightFact fact, float value) { task.facts[fact * task.vocabulary + entry] = value; };
+    keep(kWeightScale, rounds ? screen_scale(largest) : 0.0f);
+    keep(kWeightResidual, norms.residual + kScreenTiny);
+    keep(kWeightNorm, norms.norm);
+    keep(kWeightMeanDot, mean_dot);
+    keep(kWeightSample, to_acc(source[sampled_depth(entry, rows.depth)]));
+  }
+}
+
+// The largest of what several warps have, none of them negative or NaN.
+__device__ void merge_largest(float* target, float value) {
+  atomicMax(reinterpret_cast<unsigned*>(target), bits_of(value));
+}
+
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kBlocks) measure_tokens_kernel(const TokensToRound task) {
+  const Rows<T> rows(task.tokens, true);
+  for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
+    const float largest = rows.template largest<kPerLane>(token);
+    if (threadIdx.x % kWarp > 0) continue;
+    task.largest[token] = largest;
+    if (is_rounded(largest)) merge_largest(&task.tiles[token / task.tile_tokens].largest, largest);
+  }
+}
+
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(kThreads, kBlocks) round_tokens_kernel(const TokensToRound task) {
+  const Rows<T> rows(task.tokens, true);
+  const float rounding = screen_rounding(rows.depth), mean_norm = norm_of(rows.mean, rows.depth);
+  for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
+    ScreenTile& tile = task.tiles[token / task.tile_tokens];
+    const Norms norms =
+        round_row<kPerLane>(rows, token, task.largest[token], tile.largest, task.integers + token * rows.padded_depth);
+    if (threadIdx.x % kWarp > 0) continue;
+    const float residual = norms.residual + (rounding * (norms.norm + mean_norm) + kScreenTiny);
+    merge_largest(&tile.norm, norms.norm);
+    // A mean that is not finite proves nothing.
+    merge_largest(&tile.residual, residual <= FLT_MAX ? residual : INFINITY);
+  }
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+// launch(Type<T>, Constant<values per lane>, blocks) for the type of the rows and the block that they are rotated by.
+template <typename Launch>
+cudaError_t dispatch_rows(const RowsToRound& rows, int64_t count, int64_t multiprocessors, Launch launch) {
+  constexpr int64_t kBlocksPerMultiprocessor = 8;
+  const int64_t blocks = ceil_div(count, kThreads / kWarp), most = multiprocessors * kBlocksPerMultiprocessor;
+  const unsigned grid = static_cast<unsigned>(blocks < most ? blocks : most);
+  const auto with_type = [&](auto type) {
+    switch (screen_block(screen_padded_depth(rows.depth)) / kWarp) {
+      case 2:
+        return launch(type, Constant<2>{}, grid);
+      case 4:
+        return launch(type, Constant<4>{}, grid);
+      case 8:
+        return launch(type, Constant<8>{}, grid);
+      case 16:
+        return launch(type, Constant<16>{}, grid);
+      default:
+        static_assert(kScreenMaxBlock == 32 * kWarp);
+        return launch(type, Constant<32>{}, grid);
+    }
+  };
+  rows.is_bfloat16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocessors, cudaStream_t stream) {
+  return dispatch_rows(task.weight, task.vocabulary, multiprocessors, [&](auto type, auto per_lane, unsigned grid) {
+    using T = decltype(type);
+    constexpr int kPerLane = decltype(per_lane)::value;
+    round_weight_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
+  });
+}
+
+cudaError_t launch_round_tokens(const TokensToRound& task, int64_t multiprocessors, cudaStream_t stream) {
+  return dispatch_rows(task.tokens, task.room, multiprocessors, [&](auto type, auto per_lane, unsigned grid) {
+    using T = decltype(type);
+    constexpr int kPerLane = decltype(per_lane)::value;
+    measure_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
+    round_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
+  });
+}
+
+}  // namespace splade_fast::cuda

@@ -1,0 +1,27 @@
+// The screened head forward for max pooling on sm_90a: what it needs, and its launch. Raw pointers of one device;
+// nothing here knows torch.
+#pragma once
+
+#include "cuda/head/sm90/dense.h"
+#include "cuda/head/sm90/screen_candidates.h"
+#include "cuda/head/sm90/screen_rows.h"
+
+namespace splade_fast::cuda::sm90 {
+
+struct ScreenedTask {
+  // The full precision: of the candidates; and of everything, where there are too many of them. Its keys are
+  // (batch, vocabulary), of 8 bytes with positions or 4, zero before the launch; keys_are_zero and only_if are set.
+  HeadTask head;
+  const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_depth(head.shape.depth)
+  const float* weight_facts;      // (kWeightFacts, vocabulary)
+  const ScreenTile* tiles;
+  ScreenEntry* entries;       // (vocabulary,), filled by the launch
+  Candidate* candidates;      // (capacity,), likewise
+  unsigned long long* count;  // of the candidates, zero before the launch; more than the capacity: too many
+  int64_t capacity;
+  int64_t* report;  // (4,), filled by the launch: what head_forward_screened reports
+};
+
+cudaError_t launch_screened_head(const ScreenedTask& task, int64_t multiprocessors, cudaStream_t stream);
+
+}  // namespace splade_fast::cuda::sm90

@@ -1,0 +1,53 @@
+// Matrices as the copy engine of sm_90a reads them. Host functions; raw pointers of one device.
+#pragma once
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include "cuda/head/sm90/layout.h"
+
+namespace splade_fast::cuda::hopper {
+
+using EncodeTensorMap = PFN_cuTensorMapEncodeTiled_v12000;
+
+// From the driver that is loaded, so that the library needs none to link to.
+inline EncodeTensorMap find_encode_tensor_map() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTensorMap>(function)
+                                                                       : nullptr;
+}
+
+inline CUtensorMapDataType tensor_map_type(Operand operand) {
+  switch (operand) {
+    case Operand::kBfloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case Operand::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    // float32 that the copy engine rounds: wgmma itself would cut bits off.
+    case Operand::kTfloat32:
+      return CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  }
+}
+
+// A row-major matrix (rows, depth), copied in boxes of box_rows x row_elements(operand); what is outside of it reads as
+// 0.
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int64_t rows, int64_t depth, int box_rows,
+                                   Operand operand) {
+  static const EncodeTensorMap encode = find_encode_tensor_map();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[]{static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[]{static_cast<cuuint64_t>(depth * element_bytes(operand))};
+  const cuuint32_t box[]{static_cast<cuuint32_t>(row_elements(operand)), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t element_strides[]{1, 1};
+  const CUresult result = encode(&map, tensor_map_type(operand), 2, const_cast<void*>(data), sizes, strides, box,
+                                 element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace splade_fast::cuda::hopper
