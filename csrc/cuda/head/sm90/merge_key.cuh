@@ -1,6 +1,8 @@
 // The maximum of keys in memory, whichever thread comes first.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace splade_fast::cuda {
