@@ -12,6 +12,14 @@ from torch.nn import functional
 from splade_fast._checks import check_floating, check_tensor
 from splade_fast._distributed import gather_rows_of_ranks, mean_over_ranks
 
+__all__ = [
+    "in_batch_loss",
+    "kl_distillation_loss",
+    "margin_mse_loss",
+    "pairwise_loss",
+    "pointwise_loss",
+]
+
 
 def pointwise_loss(
     scores: Tensor, labels: Tensor, *, check_labels: bool = True, across_ranks: bool = True

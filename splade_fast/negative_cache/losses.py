@@ -22,7 +22,7 @@ from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
 from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, Updates, agree
-from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
 
 Features = Mapping[str, Value]

@@ -11,7 +11,7 @@ from torch import Tensor
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.negative_cache.transforms import Scale
-from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.ops.rng import Philox
 from splade_fast.ops.sample import NegativeSamples, sample_negatives, sample_scores
 from splade_fast.ops.score import sparse_scores

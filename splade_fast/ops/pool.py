@@ -13,7 +13,7 @@ from splade_fast._checks import (
     check_floating,
     check_mask,
 )
-from splade_fast.ops._autograd import (
+from splade_fast.ops.autograd import (
     argmax_dtype,
     empty_forward,
     needs_gradient,

@@ -15,7 +15,7 @@ from splade_fast._checks import (
     check_floating,
     check_tensor,
 )
-from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.ops.rng import Philox
 from splade_fast.ops.score import check_same_space, op_tensors, plain_scores
 from splade_fast.ops.sparse_rows import SparseRows

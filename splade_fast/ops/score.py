@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from splade_fast import _library
 from splade_fast._checks import check_count
-from splade_fast.ops._autograd import accumulation_dtype, refuse_double_backward
+from splade_fast.ops.autograd import accumulation_dtype, refuse_double_backward
 from splade_fast.ops.sparse_rows import SparseRows
 
 # Where search goes by tiles, not on the CPU: queries at a time, and the scores of a tile.

@@ -16,7 +16,7 @@ from splade_fast.losses import (
     pairwise_loss,
     pointwise_loss,
 )
-from splade_fast.ops._autograd import accumulation_dtype
+from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
 from splade_fast.training.document_cache import CacheStep, DocumentCacheHandler, Network
 from splade_fast.training.objective_arguments import ObjectiveArguments

@@ -15,7 +15,7 @@ from splade_fast._checks import (
     check_like,
     check_mask,
 )
-from splade_fast.ops._autograd import (
+from splade_fast.ops.autograd import (
     argmax_dtype,
     empty_forward,
     needs_gradient,
