@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
+.PHONY: env build demo demo-scratch test test-all test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
 	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
@@ -35,6 +35,11 @@ demo-scratch: build
 	python -m examples.docstrings.scratch $(ARGS)
 
 test: test-cpp test-python
+
+# Every combination of parameters, of which make test takes every pair; an hour or more.
+test-all: export TEST_ALL := 1
+test-all: EMULATION_CASES := 200
+test-all: test
 
 test-cpp: env
 	cmake -S . -B build/cpp -G Ninja -DSPLADE_FAST_CUDA=0 -DPython_EXECUTABLE=$(BIN)/python
