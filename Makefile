@@ -38,7 +38,7 @@ test: test-cpp test-python
 
 # Every combination of parameters, of which make test takes every pair; an hour or more.
 test-all: export TEST_ALL := 1
-test-all: EMULATION_CASES := 200
+test-all: export EMULATION_CASES := 200
 test-all: test
 
 test-cpp: env

@@ -1,4 +1,4 @@
-"""Selection of parameters: every pair of values in make test, every combination in make test-all."""
+"""Selection of parameters: every pair of values, or with make test-all every combination."""
 
 import os
 from collections.abc import Iterable, Sequence
