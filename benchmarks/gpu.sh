@@ -80,7 +80,7 @@ stage fused_tests "$python" "${fused_tests[@]}" --junitxml="$out/junit_fused.xml
 if ((has_sanitizer)); then
     for tool in memcheck racecheck synccheck initcheck; do
         sanitizer "fused_$tool" "${fused_tests[@]}" \
-            -k "(fused and (test_packed or tie or not_read)) or screened_packed or fp8"
+            -k "(fused and (test_packed or tie or not_read)) or screened_packed"
     done
 fi
 stage fused_benchmarks env SPLADE_FAST_HOPPER=1 "$python" -m benchmarks head head_trained --device cuda \

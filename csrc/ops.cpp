@@ -14,26 +14,18 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def("pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
   m.def("pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
 
-  // The dense product, the screened one or, with fp8, the scaled one: ops/head.py chooses among those below.
+  // The dense product or the screened one: ops/head.py chooses between the two below.
   // algorithm: 0 = auto, 1 = dense, 2 = screened. source: what weight was cast from, if it was; what is remembered of
   // the weight goes by it.
   // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
-      "int pooling, int activation, bool save_for_backward, bool float_output, int algorithm, "
-      "Tensor? source, bool fp8=False) "
+      "int pooling, int activation, bool save_for_backward, bool float_output, int algorithm, Tensor? source) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
   // allow_tf32: a float32 product may read its operands as TF32, which one kernel of CUDA can.
   m.def(
       "head_forward_dense(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, bool allow_tf32=False) "
-      "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
-  // Max pooling of float8_e4m3fn hidden and weight, multiplied by the float32 scales of their sequence (B,) and row
-  // (V,) once the maximum is found. bias and outputs are float32. Only CUDA has it, and where its kernel cannot run or
-  // was not asked for, nothing is computed and the outputs have no elements.
-  m.def(
-      "head_forward_scaled(Tensor hidden, Tensor weight, Tensor hidden_scale, Tensor weight_scale, Tensor? bias, "
-      "Tensor? attention_mask, Tensor? cu_seqlens, int activation, bool save_for_backward) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
   // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
   // mean of the hidden states that will come. basis (2, D, padded D) float32, if any: matrices P and Q by which hidden

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice
-from splade_fast.ops.head.head import check_precision, splade_head
+from splade_fast.ops.head.head import splade_head
 from splade_fast.ops.head.screening import ALGORITHMS
 from splade_fast.ops.pool import splade_pool
 
@@ -27,7 +27,6 @@ class SpladeHead(nn.Module):
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
         algorithm: "auto", "dense" or "screened", see `splade_head`.
-        precision: None or "fp8", see `splade_head`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or name.
@@ -44,19 +43,16 @@ class SpladeHead(nn.Module):
         pooling: str = "max",
         activation: str = "log1p_relu",
         algorithm: str = "auto",
-        precision: str | None = None,
     ) -> None:
         super().__init__()
         weight, bias = _parameters(decoder, bias)
         _check_options(pooling, activation)
         check_choice("algorithm", algorithm, ALGORITHMS)
-        check_precision(precision)
         self.weight = weight
         self.register_parameter("bias", bias)
         self.pooling = pooling
         self.activation = activation
         self.algorithm = algorithm
-        self.precision = precision
 
     def forward(
         self,
@@ -83,7 +79,6 @@ class SpladeHead(nn.Module):
             pooling=self.pooling,
             activation=self.activation,
             algorithm=self.algorithm,
-            precision=self.precision,
         )
 
     def extra_repr(self) -> str:
@@ -91,8 +86,7 @@ class SpladeHead(nn.Module):
         vocabulary, dim = self.weight.shape
         return (
             f"{dim}, {vocabulary}, bias={self.bias is not None}, pooling={self.pooling!r}, "
-            f"activation={self.activation!r}, algorithm={self.algorithm!r}, "
-            f"precision={self.precision!r}"
+            f"activation={self.activation!r}, algorithm={self.algorithm!r}"
         )
 
 

@@ -42,13 +42,6 @@ def test_head_pools_the_decoders_logits(decoder, hidden, mask, pooling, activati
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_head_rounds_to_fp8_if_asked_to(decoder, hidden, mask):
-    rounded = sf.SpladeHead(decoder, precision="fp8")(hidden, mask)
-    parameters = (decoder.weight, decoder.bias)
-    assert torch.equal(rounded, sf.splade_head(hidden, *parameters, mask, precision="fp8"))
-    assert not torch.equal(rounded, sf.SpladeHead(decoder)(hidden, mask))
-
-
 def test_packed_sequences(decoder, hidden):
     head = sf.SpladeHead(decoder)
     starts = torch.tensor([0, L, L, 3 * L], dtype=torch.int32)
@@ -113,8 +106,7 @@ def test_pool(hidden, mask, pooling, activation):
 
 def test_modules_say_what_they_are(decoder):
     assert repr(sf.SpladeHead(decoder, pooling="sum")) == (
-        f"SpladeHead({D}, {V}, bias=True, pooling='sum', activation='log1p_relu', "
-        "algorithm='auto', precision=None)"
+        f"SpladeHead({D}, {V}, bias=True, pooling='sum', activation='log1p_relu', algorithm='auto')"
     )
     assert repr(sf.SpladePool()) == "SpladePool(pooling='max', activation='log1p_relu')"
 
@@ -149,11 +141,6 @@ def test_modules_say_what_they_are(decoder):
         ),
         (lambda: sf.SpladePool("mean"), ValueError, "pooling must be one of 'max', 'sum'"),
         (lambda: sf.SpladePool(activation="gelu"), ValueError, "activation must be one of"),
-        (
-            lambda: sf.SpladeHead(nn.Linear(D, V), precision="fp4"),
-            ValueError,
-            "precision must be None or 'fp8', got 'fp4'",
-        ),
         (
             lambda: sf.SpladeHead(nn.Linear(D, V), algorithm="fast"),
             ValueError,

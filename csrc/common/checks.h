@@ -93,8 +93,9 @@ struct SequenceShape {
   int64_t length;  // padded length; for packed input the number of tokens, an upper bound of any length
 };
 
-inline SequenceShape check_cuts(const Tensor& hidden, const std::optional<Tensor>& mask,
-                                const std::optional<Tensor>& cu_seqlens) {
+inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<Tensor>& mask,
+                                     const std::optional<Tensor>& cu_seqlens) {
+  check_floating("hidden", hidden, cu_seqlens ? 2 : 3);
   if (!cu_seqlens) {
     STD_TORCH_CHECK(hidden.size(0) <= INT32_MAX, "hidden must be at most 2^31 - 1 sequences, got ", hidden.size(0));
     check_mask(mask, hidden, hidden.size(0), hidden.size(1));
@@ -105,38 +106,6 @@ inline SequenceShape check_cuts(const Tensor& hidden, const std::optional<Tensor
                   "cu_seqlens must be int32 (batch + 1,), got ", described(*cu_seqlens));
   STD_TORCH_CHECK(cu_seqlens->device() == hidden.device(), "cu_seqlens must be on the device of hidden");
   return {cu_seqlens->size(0) - 1, hidden.size(0)};
-}
-
-inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<Tensor>& mask,
-                                     const std::optional<Tensor>& cu_seqlens) {
-  check_floating("hidden", hidden, cu_seqlens ? 2 : 3);
-  return check_cuts(hidden, mask, cu_seqlens);
-}
-
-// A tensor of the head whose operands are e4m3, beside hidden.
-inline void check_scaled(const char* name, const Tensor& tensor, ScalarType dtype, int64_t dims, const Tensor& hidden) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.dim() == dims && tensor.device() == hidden.device(), name,
-                  " must be ", torch::headeronly::toString(dtype), " with ", dims,
-                  " dimensions on the device of hidden, got ", described(tensor));
-}
-
-// Operands in e4m3 with a scale per sequence and per entry.
-inline SequenceShape check_scaled_head(const Tensor& hidden, const Tensor& weight, const Tensor& hidden_scale,
-                                       const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
-  check_scaled("hidden", hidden, ScalarType::Float8_e4m3fn, cu_seqlens ? 2 : 3, hidden);
-  check_scaled("weight", weight, ScalarType::Float8_e4m3fn, 2, hidden);
-  check_scaled("hidden_scale", hidden_scale, ScalarType::Float, 1, hidden);
-  check_scaled("weight_scale", weight_scale, ScalarType::Float, 1, hidden);
-  const SequenceShape shape = check_cuts(hidden, mask, cu_seqlens);
-  check_size("weight", weight, 1, hidden.size(hidden.dim() - 1));
-  check_size("hidden_scale", hidden_scale, 0, shape.batch);
-  check_size("weight_scale", weight_scale, 0, weight.size(0));
-  if (bias) {
-    check_scaled("bias", *bias, ScalarType::Float, 1, hidden);
-    check_size("bias", *bias, 0, weight.size(0));
-  }
-  return shape;
 }
 
 inline void check_row_values(const std::string& prefix, const Tensor& values) {

@@ -111,12 +111,11 @@ void test_layouts() {
   static_assert(tile_offset(Operand::kTfloat32, 9, 31) == 9 * 128 + 6 * 16 + 12);
   static_assert(tile_offset(Operand::kInt8, 9, 127) == 9 * 128 + 6 * 16 + 15);
   static_assert(std::is_same_v<OperandSum<Operand::kInt8>, int32_t> &&
-                std::is_same_v<OperandSum<Operand::kE4m3>, float>);
+                std::is_same_v<OperandSum<Operand::kBfloat16>, float>);
   // K of m64n256: k16, k8 and k32.
   test_layout<uint16_t>(Operand::kBfloat16, 16);
   test_layout<uint16_t>(Operand::kFloat16, 16);
   test_layout<uint32_t>(Operand::kTfloat32, 8);
-  test_layout<uint8_t>(Operand::kE4m3, 32);
   test_layout<uint8_t>(Operand::kInt8, 32);
 }
 
@@ -154,7 +153,7 @@ void test_rules() {
   EXPECT(fits_bfloat16({32768, 128, 250002, 4096}, 16), "large");
   EXPECT(!fits_bfloat16({1, 1, 1, 4}, 32) && !fits_bfloat16({1, 1, 1, 20}, 32), "rows of whole 16 bytes");
   EXPECT(fits({1, 1, 1, 4}, Operand::kTfloat32, 0) && !fits({1, 1, 1, 6}, Operand::kTfloat32, 0), "of float32");
-  EXPECT(fits({1, 1, 1, 16}, Operand::kE4m3, 0) && !fits({1, 1, 1, 8}, Operand::kE4m3, 0), "of one byte");
+  EXPECT(fits({1, 1, 1, 16}, Operand::kInt8, 0) && !fits({1, 1, 1, 8}, Operand::kInt8, 0), "of one byte");
   EXPECT(!fits_bfloat16({1, 1, 1, 8}, 8), "aligned");
   EXPECT(!fits_bfloat16({0, 1, 1, 8}, 0) && !fits_bfloat16({1, 0, 1, 8}, 0) && !fits_bfloat16({1, 1, 0, 8}, 0) &&
              !fits_bfloat16({1, 1, 1, 0}, 0),

@@ -149,24 +149,17 @@ bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice&
          sm90::fits(fused_shape(input), operand, address_of(input.tokens) | address_of(input.weight));
 }
 
-// Scales go with operands in e4m3.
-struct Scales {
-  const float *sequences, *entries;
-};
-
-void head_fused(const HeadInput& input, hopper::Operand operand, const Scales& scales, Activation activation,
-                const HeadOutputs& outputs, const OnDevice& device, const char* op) {
+void head_fused(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
+                const OnDevice& device, const char* op) {
   const FusedHead fused(input, operand, activation, outputs, device, op);
   sm90::HeadTask task = fused.task();
   const Tensor keys =
       new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(task.shape, outputs.saved)}, ScalarType::Byte);
   task.keys = keys.mutable_data_ptr();
-  task.sequence_scales = scales.sequences;
-  task.entry_scales = scales.entries;
   check_cuda(sm90::launch_head(task, device.stream()), op);
 }
 
-// Host functions -------------------------------------------------------------------------------------------------
+// Host function --------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
@@ -182,34 +175,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
     const std::optional<hopper::Operand> operand =
         pooling == Pooling::kMax ? fused_operand(hidden.scalar_type(), allow_tf32) : std::nullopt;
     if (operand && runs_fused(input, *operand, device)) {
-      head_fused(input, *operand, {}, activation, outputs, device, op);
+      head_fused(input, *operand, activation, outputs, device, op);
     } else {
       head_by_chunks(input, pooling, activation, outputs, device, op);
     }
-  }
-  return {outputs.pooled, outputs.max_logits, outputs.argmax};
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward_scaled(const Tensor& hidden, const Tensor& weight,
-                                                  const Tensor& hidden_scale, const Tensor& weight_scale,
-                                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                                                  const std::optional<Tensor>& cu_seqlens, int64_t activation_code,
-                                                  bool save) {
-  const char* op = "head_forward_scaled";
-  const Activation activation = check_activation(activation_code);
-  const SequenceShape sequences = check_scaled_head(hidden, weight, hidden_scale, weight_scale, bias, mask, cu_seqlens);
-  const HeadInput input = make_input(sequences, hidden, weight, bias, mask, cu_seqlens);
-  const Tensor sequence_scales = as_contiguous(hidden_scale), entry_scales = as_contiguous(weight_scale);
-  const OnDevice device(hidden, op);
-  const bool runs = runs_fused(input, hopper::Operand::kE4m3, device);
-  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
-  const HeadOutputs outputs{new_tensor(hidden, runs ? shape : none, ScalarType::Float),
-                            new_tensor(hidden, runs && save ? shape : none, ScalarType::Float),
-                            new_tensor(hidden, runs && save ? shape : none, head_position_type(hidden, cu_seqlens)),
-                            save};
-  if (runs) {
-    head_fused(input, hopper::Operand::kE4m3, {const_data<float>(sequence_scales), const_data<float>(entry_scales)},
-               activation, outputs, device, op);
   }
   return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
@@ -219,5 +188,4 @@ std::tuple<Tensor, Tensor, Tensor> forward_scaled(const Tensor& hidden, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CUDA, m) {
   m.impl("head_forward_dense", TORCH_BOX(&splade_fast::cuda::forward));
-  m.impl("head_forward_scaled", TORCH_BOX(&splade_fast::cuda::forward_scaled));
 }

@@ -17,9 +17,10 @@ struct HeadInput {
   Sequences sequences() const { return {cu_seqlens ? const_data<int32_t>(*cu_seqlens) : nullptr, length, rows()}; }
 };
 
-inline HeadInput make_input(const SequenceShape& shape, const Tensor& hidden, const Tensor& weight,
-                            const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                            const std::optional<Tensor>& cu_seqlens) {
+inline HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
+  const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
+  check_decoder(hidden, weight, bias);
   const int64_t rows = cu_seqlens ? hidden.size(0) : shape.batch * shape.length;
   return {torch::stable::view(as_contiguous(hidden), std::vector<int64_t>{rows, weight.size(1)}),
           as_contiguous(weight),
@@ -28,13 +29,6 @@ inline HeadInput make_input(const SequenceShape& shape, const Tensor& hidden, co
           contiguous_or_none(cu_seqlens),
           shape.batch,
           shape.length};
-}
-
-inline HeadInput check_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
-  const SequenceShape shape = check_sequences(hidden, mask, cu_seqlens);
-  check_decoder(hidden, weight, bias);
-  return make_input(shape, hidden, weight, bias, mask, cu_seqlens);
 }
 
 }  // namespace splade_fast::cuda

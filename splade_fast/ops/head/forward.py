@@ -1,13 +1,11 @@
-"""Which product the head's forward makes: dense or screened, in full precision or in e4m3."""
+"""Choose the product of the head's forward: dense or screened."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from splade_fast._checks import POOLINGS
 from splade_fast.ops.head import screening_hopper
-from splade_fast.ops.head.fp8 import hidden_scales, restored, rounded, weight_scales
 from splade_fast.ops.head.screening import DENSE, SCREENED, decoder_of, is_candidate
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # pooled, max_logits, argmax
@@ -75,38 +73,6 @@ def _forward_on_hopper(call: HeadCall, source: Tensor) -> Outputs:
         *call, *ready.arguments, False
     )
     return outputs[:3]
-
-
-def forward_fp8(call: HeadCall) -> Outputs:
-    """The product in e4m3 where there is a kernel for it, else that of what e4m3 left of both."""
-    ops = torch.ops.splade_fast
-    dtype = call.hidden.dtype
-    sequence_scale, token_scale = hidden_scales(call.hidden, call.attention_mask, call.cu_seqlens)
-    entry_scale = weight_scales(call.weight)
-    operands = rounded(call.hidden, token_scale), rounded(call.weight, entry_scale)
-    pooled_dtype = torch.float32 if call.float_output else dtype
-    if call.on_cuda and call.pooling == POOLINGS["max"]:
-        pooled, max_logits, argmax = ops.head_forward_scaled(
-            *operands,
-            sequence_scale,
-            entry_scale,
-            None if call.bias is None else call.bias.float(),
-            call.attention_mask,
-            call.cu_seqlens,
-            call.activation,
-            call.save,
-        )
-        if pooled.numel() > 0:
-            return pooled.to(pooled_dtype), max_logits, argmax
-    # float16 has too few exponents. TF32 is exact here.
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    of_rounded = call._replace(
-        hidden=restored(operands[0], token_scale, wide),
-        weight=restored(operands[1], entry_scale, wide),
-        bias=None if call.bias is None else call.bias.to(wide),
-    )
-    pooled, max_logits, argmax = ops.head_forward_dense(*of_rounded, True)
-    return pooled.to(pooled_dtype), max_logits, argmax
 
 
 def permits_tf32() -> bool:

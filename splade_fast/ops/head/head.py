@@ -21,7 +21,7 @@ from splade_fast.ops.autograd import (
     needs_gradient,
     refuse_double_backward,
 )
-from splade_fast.ops.head.forward import HeadCall, Outputs, forward, forward_fp8
+from splade_fast.ops.head.forward import HeadCall, Outputs, forward
 from splade_fast.ops.head.screening import ALGORITHMS, MAX_DIM, SCREENED
 
 MAX = POOLINGS["max"]
@@ -37,7 +37,6 @@ def splade_head(
     pooling: str = "max",
     activation: str = "log1p_relu",
     algorithm: str = "auto",
-    precision: str | None = None,
 ) -> Tensor:
     """pooled[b, v] = max or sum over counted l of activation(hidden[b, l] · weight[v] + bias[v]).
 
@@ -63,14 +62,6 @@ def splade_head(
             logits are positive. "auto" finds out which is faster on the CPU, where the result is
             the same to the bit, and is "dense" on a GPU, where "screened" is for Hopper with
             SPLADE_FAST_HOPPER=1 and sums are rounded in another order.
-        precision: None multiplies hidden and weight as they are. "fp8" first rounds them to e4m3,
-            each sequence and each row of the weight divided by a power of two s of its own, the
-            least by which none of its values is above 448. A value loses at most a relative 2^-4,
-            or 2^-10 s where it is below 2^-6 s: a logit is off by at most
-            (2^-3 + 2^-8) Σ |hidden| |weight| and what such small values add. On Hopper the tensor
-            cores also add up with fewer bits than float32 has. An infinity or a NaN makes its whole
-            sequence, or entry, NaN. The gradient is as if nothing had been rounded, but for max
-            pooling with the position and the value of the rounded maximum.
 
     Returns:
         (B, V) in the dtype of hidden; a sequence without counted positions is all zero.
@@ -96,9 +87,6 @@ def splade_head(
     _check_decoder(hidden, weight, bias)
     if algorithm_code == SCREENED:
         _check_screened(hidden)
-    check_precision(precision)
-    if precision is not None:
-        _check_fp8(hidden, algorithm_code)
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     if not _library.has_kernels(hidden.device):
         pooled = reference.splade_head(
@@ -109,7 +97,6 @@ def splade_head(
             cu_seqlens=cu_seqlens,
             pooling=pooling,
             activation=activation,
-            precision=precision,
         )
         return pooled if autocast is None else pooled.float()
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.head_forward(
@@ -124,7 +111,6 @@ def splade_head(
         autocast is not None,
         algorithm_code,
         None if source is weight else source,
-        precision is not None,
     )
     return outputs[0]
 
@@ -144,28 +130,6 @@ def _check_screened(hidden: Tensor) -> None:
     if hidden.ndim and hidden.shape[-1] > MAX_DIM:
         raise NotImplementedError(
             f'algorithm="screened" takes at most {MAX_DIM} dimensions, got {hidden.shape[-1]}'
-        )
-
-
-def check_precision(precision: object) -> None:
-    """Refuses what is not one of the two.
-
-    Raises:
-        ValueError: it is another.
-    """
-    if precision not in (None, "fp8"):
-        raise ValueError(f"precision must be None or 'fp8', got {precision!r}")
-
-
-def _check_fp8(hidden: Tensor, algorithm: int) -> None:
-    if hidden.dtype == torch.float64:
-        raise TypeError(
-            "hidden must be float32, bfloat16 or float16 with precision='fp8', got torch.float64"
-        )
-    if algorithm == SCREENED:
-        raise ValueError(
-            "algorithm must be 'auto' or 'dense' with precision='fp8', got 'screened', "
-            "which is for products in full precision"
         )
 
 
@@ -223,14 +187,11 @@ def _forward(
     float_output: bool,
     algorithm: int,
     source: Tensor | None,
-    fp8: bool = False,
 ) -> Outputs:
     call = HeadCall(
         *(hidden, weight, bias, attention_mask, cu_seqlens),
         *(pooling, activation, save, float_output),
     )
-    if fp8:
-        return forward_fp8(call)
     return forward(call, algorithm, weight if source is None else source)
 
 
@@ -246,7 +207,6 @@ def _fake_forward(
     float_output: bool,
     algorithm: int,
     source: Tensor | None,
-    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_seqlens is not None:
         batch, position_dtype = cu_seqlens.shape[0] - 1, torch.int32
@@ -307,7 +267,7 @@ def _setup_context(
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 11
     needs = ctx.needs_input_grad[:3]
     if ctx.pooling == MAX:
         gradients = torch.ops.splade_fast.head_backward_max(
@@ -318,7 +278,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
             grad, *ctx.saved_tensors, ctx.activation, *needs
         )
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*given, *(None,) * 9)
+    return (*given, *(None,) * 8)
 
 
 if _library.cpu_library_loaded():

@@ -23,7 +23,6 @@ def splade_head_topk(
     pooling: str = "max",
     activation: str = "log1p_relu",
     algorithm: str = "auto",
-    precision: str | None = None,
 ) -> SparseRows:
     """SparseRows.from_dense(splade_head(…), k), a block of sequences at a time; for inference.
 
@@ -38,7 +37,7 @@ def splade_head_topk(
         k: keep at most the k largest entries of a row, at least 0; None keeps all that are
             positive.
         cu_seqlens: (B + 1,) int32; its values are read, which waits for a GPU.
-        pooling, activation, algorithm, precision: as in splade_head.
+        pooling, activation, algorithm: as in splade_head.
 
     Returns:
         SparseRows of B rows over V columns.
@@ -73,7 +72,6 @@ def splade_head_topk(
             pooling=pooling,
             activation=activation,
             algorithm=algorithm,
-            precision=precision,
         )
         parts.append(SparseRows.from_dense(pooled, k))
     return SparseRows.cat(parts)

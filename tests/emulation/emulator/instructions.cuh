@@ -80,10 +80,6 @@ struct Emulated<Operand::kTfloat32> {
   using Element = emulation::hopper::Tfloat32;
 };
 template <>
-struct Emulated<Operand::kE4m3> {
-  using Element = emulation::hopper::E4m3;
-};
-template <>
 struct Emulated<Operand::kInt8> {
   using Element = emulation::hopper::Int8;
 };

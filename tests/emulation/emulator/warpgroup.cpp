@@ -1,8 +1,5 @@
 #include "warpgroup.h"
 
-#include <cmath>
-#include <limits>
-
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
@@ -72,15 +69,6 @@ float Tfloat32::value(uint32_t bits) {
   return result;
 }
 
-// A sign, 4 bits of exponent with bias 7, 3 of mantissa. No infinity; NaN where all but the sign are 1.
-float E4m3::value(uint8_t bits) {
-  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  if ((bits & 0x7f) == 0x7f) return std::numeric_limits<float>::quiet_NaN();
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                                        : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  return bits & 0x80 ? -magnitude : magnitude;
-}
-
 // The last thread to come does the work.
 template <typename Work>
 void Warpgroup::together(const std::string& call, Work work) {
@@ -112,7 +100,6 @@ void Warpgroup::multiply(typename Type::Sum* d, uint64_t a, uint64_t b, bool acc
 template void Warpgroup::multiply<Bfloat16>(float*, uint64_t, uint64_t, bool);
 template void Warpgroup::multiply<Float16>(float*, uint64_t, uint64_t, bool);
 template void Warpgroup::multiply<Tfloat32>(float*, uint64_t, uint64_t, bool);
-template void Warpgroup::multiply<E4m3>(float*, uint64_t, uint64_t, bool);
 template void Warpgroup::multiply<Int8>(int32_t*, uint64_t, uint64_t, bool);
 
 // Products are done at the latest or at the earliest time, as it happens: operands and accumulators must be what they

@@ -39,10 +39,6 @@ struct Tfloat32 : Element<uint32_t, float> {
   static float value(uint32_t bits);
 };
 
-struct E4m3 : Element<uint8_t, float> {
-  static float value(uint8_t bits);
-};
-
 struct Int8 : Element<int8_t, int32_t> {
   static int32_t value(int8_t bits) { return bits; }
 };

@@ -243,25 +243,6 @@ def test_tf32_rounds_each_operand_by_a_unit_of_tf32_at_most(fused):
     assert ((actual.double() - exact.relu()).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("bits", [(40, 1), (1, 40)])
-def test_fp8(kernel, bits):
-    """By either kernel the values that the rounding in plain PyTorch gives.
-
-    One side is rounded, the other -1, 0 or 1: sums have 12 bits, fewer than may be lost.
-    """
-    lengths = [300, 0, 24, 24, 700, 5]
-    hidden, weight = (
-        torch.randint(-most, most + 1, (rows, 64), device=CUDA).float()
-        for most, rows in zip(bits, (sum(lengths), 500), strict=True)
-    )
-    bias = torch.randint(-40, 41, (500,), device=CUDA).float()
-    options = {"cu_seqlens": starts(lengths), "precision": "fp8"}
-    names = kernels_of(hidden, weight, bias, **options)
-    assert any(FUSED_KERNEL in name for name in names) == (kernel == "fused")
-    for dtype in DTYPES:
-        compare(hidden.to(dtype), weight.to(dtype), bias.to(dtype), **options)
-
-
 SCREEN_KERNEL = "screen_sm90_kernel"
 
 

@@ -1,5 +1,5 @@
-// head forward on sm_90a, max pooling, bfloat16, float16, float32 as TF32 and scaled e4m3: one kernel multiplies and
-// reduces; logits never leave the registers.
+// head forward on sm_90a, max pooling, bfloat16, float16 and float32 as TF32: one kernel multiplies and reduces; logits
+// never leave the registers.
 //
 // product_sm90.cuh multiplies; head_sm90_tiles.h has the order of the tiles and their reduction.
 //
@@ -39,10 +39,6 @@ struct DeviceSink {
     return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
   __device__ void store(int sequence, int entry, float value, int position, bool counted) {
-    // Scales are positive: the maximum is the same with them and without. That of no rows is -inf whatever they are.
-    if constexpr (kOperand == Operand::kE4m3) {
-      if (counted) value = value * task.sequence_scales[sequence] * task.entry_scales[entry];
-    }
     store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
   }
   __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
@@ -158,8 +154,6 @@ cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
       return launch_operand<Operand::kFloat16>(task, stream);
     case Operand::kTfloat32:
       return launch_operand<Operand::kTfloat32>(task, stream);
-    case Operand::kE4m3:
-      return launch_operand<Operand::kE4m3>(task, stream);
     default:
       return cudaErrorNotSupported;
   }

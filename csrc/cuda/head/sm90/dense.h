@@ -28,10 +28,8 @@ struct HeadTask {
   int32_t* first_sequences;  // (token tiles,), filled by the launch
   void* keys;                // key_bytes(), filled by the launch
   bool keys_are_zero;        // already
-  PooledOutputs outputs;     // in the type of the operands, float for TF32 and e4m3
-  // What e4m3 operands were divided by: of each sequence and each entry.
-  const float *sequence_scales, *entry_scales;
-  OnlyIf only_if;  // on the device, when the launch begins: nothing is written unless this holds
+  PooledOutputs outputs;     // in the type of the operands, float for TF32
+  OnlyIf only_if;            // on the device, when the launch begins: nothing is written unless this holds
 };
 
 // Whether the library has machine code for sm_90a.

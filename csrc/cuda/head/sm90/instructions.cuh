@@ -175,8 +175,6 @@ __device__ inline void wgmma(OperandSum<kOperand> (&d)[128], uint64_t a, uint64_
     SPLADE_FAST_WGMMA_M64N256("k16.f32.f16.f16", "+f", ", 1, 1, 0, 0");
   } else if constexpr (kOperand == Operand::kTfloat32) {
     SPLADE_FAST_WGMMA_M64N256("k8.f32.tf32.tf32", "+f", ", 1, 1");
-  } else if constexpr (kOperand == Operand::kE4m3) {
-    SPLADE_FAST_WGMMA_M64N256("k32.f32.e4m3.e4m3", "+f", ", 1, 1");
   } else {
     SPLADE_FAST_WGMMA_M64N256("k32.s32.s8.s8", "+r", "");
   }

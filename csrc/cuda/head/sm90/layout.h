@@ -18,10 +18,10 @@
 namespace splade_fast::cuda::hopper {
 
 // What wgmma multiplies: both operands have the same type. float32 is read as TF32, its low 13 bits are ignored.
-enum class Operand { kBfloat16, kFloat16, kTfloat32, kE4m3, kInt8 };
+enum class Operand { kBfloat16, kFloat16, kTfloat32, kInt8 };
 
 SPLADE_FAST_INLINE constexpr int element_bytes(Operand operand) {
-  return operand == Operand::kTfloat32 ? 4 : operand == Operand::kE4m3 || operand == Operand::kInt8 ? 1 : 2;
+  return operand == Operand::kTfloat32 ? 4 : operand == Operand::kInt8 ? 1 : 2;
 }
 
 // What it adds up in.
