@@ -1,9 +1,9 @@
-"""What the ranks of torch.distributed compute together.
+"""Collectives over the ranks of torch.distributed: exchange, sums and errors.
 
-`Ranks` moves tensors of any dtype, without gradients. Sums, means and rows over all ranks have
-gradients: a loss that every rank computes from these is the loss of the joined batch, the same on
-every rank, and once DistributedDataParallel has averaged the gradients, they are those of the
-joined batch.
+`Ranks` moves tensors of any dtype, without gradients. `sum_over_ranks`, `mean_over_ranks` and
+`gather_rows_of_ranks` are differentiable: a loss computed from their results is the loss of the
+joined batch and has the same value on every rank. Once DistributedDataParallel has averaged the
+gradients, they are the gradients of the joined batch.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def is_distributed() -> bool:
+    """Return whether torch.distributed is initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
-    """How many ranks there are; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of ranks, 1 without torch.distributed."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 class OtherRankError(RuntimeError):
-    """What all ranks do together has failed on another one, which has the reason."""
+    """Error on a rank whose own part succeeded, while the same action failed on another rank."""
 
 
 class Ranks:
-    """The processes of a group. Every call is a collective: all ranks make it, with equal shapes.
+    """The processes of a group.
 
-    Tensors travel as bytes, since backends lack some dtypes, and through the memory that the
-    backend works on: gloo's in the host's, NCCL's on this process's GPU.
+    Every method is a collective: all ranks must call it, with tensors of equal shapes. Tensors
+    travel as bytes, since backends lack some dtypes, and through the memory that the backend works
+    on: host memory for gloo, the GPU of this process for NCCL.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             raise RuntimeError(
                 "torch.distributed must be initialised (init_process_group) for what is "
                 "spread over ranks"
@@ -46,55 +52,49 @@ class Ranks:
         self.count = dist.get_world_size(group)
 
     def all_gather(self, *tensors: Tensor) -> list[Tensor]:
-        """(ranks, ...) for each tensor."""
+        """Return a (ranks, ...) tensor for each tensor."""
 
         def collect(mine: Tensor) -> Tensor:
             parts = [torch.empty_like(mine) for _ in range(self.count)]
             dist.all_gather(parts, mine, group=self._group)
             return torch.stack(parts)
 
-        return self._as_bytes(tensors, 0, collect)
+        return self._exchange_bytes(tensors, 0, collect)
 
     def all_to_all(self, *tensors: Tensor) -> list[Tensor]:
-        """Row r of a (ranks, ...) tensor goes to rank r; row r of the result came from it."""
+        """Send row r of each (ranks, ...) tensor to rank r; row r of a result is from rank r."""
 
         def exchange(mine: Tensor) -> Tensor:
             theirs = torch.empty_like(mine)
             dist.all_to_all_single(theirs, mine, group=self._group)
             return theirs
 
-        return self._as_bytes(tensors, 1, exchange)
+        return self._exchange_bytes(tensors, 1, exchange)
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """What fails on one rank fails on all, here, and none waits for one that has left.
-
-        Args:
-            what: is done inside, for the message.
-
-        Raises:
-            Exception: the error inside, on the rank that has it.
-            OtherRankError: on all others.
-        """
+    def fail_together(self, action: str, *, raise_once: bool = False) -> Iterator[None]:
+        """Raise on all ranks if the block raises on any; see the function `fail_together`."""
         error: Exception | None = None
         try:
             yield
-        except Exception as problem:
-            error = problem
-        (failed,) = self.all_gather(torch.tensor(error is not None))
-        if error is not None:
+        except Exception as raised:
+            error = raised
+        (has_failed,) = self.all_gather(torch.tensor(error is not None))
+        if not bool(has_failed.any()):
+            return
+        first = int(has_failed.int().argmax())
+        if error is not None and (self.rank == first or not raise_once):
             raise error
-        if bool(failed.any()):
-            raise OtherRankError(f"{what} failed on rank {int(failed.int().argmax())}, see there")
+        raise OtherRankError(f"{action} failed on rank {first}; see the error of that rank")
 
-    def _as_bytes(
+    def _exchange_bytes(
         self, tensors: Sequence[Tensor], rank_dims: int, run: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """One collective for all tensors, the bytes of each behind those of the last."""
+        """Run one collective for all tensors, whose bytes are concatenated."""
         flat = [_bytes(tensor, rank_dims) for tensor in tensors]
         packed = torch.cat(flat, -1)
         device = packed.device
-        received = run(packed.to(self._device(device)).contiguous()).to(device)
+        received = run(packed.to(self._backend_device(device)).contiguous()).to(device)
         parts = received.split([part.shape[-1] for part in flat], -1)
         return [
             part.contiguous()
@@ -104,27 +104,48 @@ class Ranks:
             for part, tensor in zip(parts, tensors, strict=True)
         ]
 
-    def _device(self, device: torch.device) -> torch.device:
+    def _backend_device(self, device: torch.device) -> torch.device:
         backend = dist.get_backend(self._group)
         if backend == "nccl":
             return device if device.type == "cuda" else torch.device("cuda")
         return torch.device("cpu") if backend == "gloo" else device
 
 
-def together(what: str, group: dist.ProcessGroup | None = None) -> AbstractContextManager[None]:
-    """`Ranks.together` of the group; without torch.distributed nothing but what is inside."""
-    return Ranks(group).together(what) if world_size() > 1 else nullcontext()
+def fail_together(
+    action: str, group: dist.ProcessGroup | None = None, *, raise_once: bool = False
+) -> AbstractContextManager[None]:
+    """Raise on all ranks if the block raises on any, so that no rank waits for one that has left.
+
+    All ranks must enter the block. Its end is a collective. Without torch.distributed, or with one
+    rank, errors pass through as they are::
+
+        with fail_together("loading the model"):
+            model = load()
+
+    Args:
+        action: what the block does, for the message, e.g. "loading the model".
+        group: the ranks; None: all.
+        raise_once: raise the error of the block on the first failing rank alone, for programs that
+            print it. By default every failing rank raises its own.
+
+    Raises:
+        Exception: the error of the block, on a rank where it failed.
+        OtherRankError: on all other ranks.
+    """
+    if world_size() == 1:
+        return nullcontext()
+    return Ranks(group).fail_together(action, raise_once=raise_once)
 
 
 @contextmanager
-def ranks_of_torchrun() -> Iterator[int]:
-    """The processes that `torchrun` has started are the ranks of a gloo group inside.
+def join_torchrun() -> Iterator[int]:
+    """Make the processes that `torchrun` started the ranks of a gloo group inside the block.
 
     Yields:
-        This process's rank; 0 without torchrun.
+        The rank of this process, 0 without torchrun.
 
     Raises:
-        ValueError: the environment has the WORLD_SIZE of torchrun, but lacks the rest.
+        ValueError: the environment has torchrun's WORLD_SIZE but lacks its other variables.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
@@ -136,36 +157,38 @@ def ranks_of_torchrun() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+# torch.distributed.nn.functional has both of these, but torch 2.13 deprecates it in favour of an
+# underscored module, and warns at every call.
 class _SumOverRanks(torch.autograd.Function):
-    """Every rank's result depends on every rank's input, so gradients are summed up as well."""
+    """Sum over ranks. Every result depends on every input, so gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _total(x)
+        return _all_reduce(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _total(grads[0])
+        return _all_reduce(grads[0])
 
 
 class _RowsOfRanks(torch.autograd.Function):
-    """Every rank's result holds every rank's rows: their gradients are summed up over the ranks."""
+    """Rows of all ranks. Every rank has every row, so gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], first: int) -> Tensor:
-        ctx.mine = slice(first, first + len(x))
-        (parts,) = Ranks().all_gather(padded(x, max(counts)))
+        ctx.own_rows = slice(first, first + len(x))
+        (parts,) = Ranks().all_gather(pad_rows(x, max(counts)))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _total(grads[0])[ctx.mine], None, None
+        return _all_reduce(grads[0])[ctx.own_rows], None, None
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Σ over ranks of x, on every rank.
+    """Return the sum of x over all ranks, on every rank.
 
     Args:
         x: any shape, the same on all ranks.
@@ -175,32 +198,33 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor, across_ranks: bool = True) -> Tensor:
-    """The mean of the entries of all ranks' values, on every rank.
+    """Return the mean of the entries of all ranks' values, on every rank.
 
     Args:
         values: any shape; the ranks may have different numbers of entries.
-        across_ranks: false: of this rank's alone.
+        across_ranks: False returns the mean of this rank's entries.
 
     Returns:
         A scalar; 0 where there are no entries.
     """
     if not across_ranks or world_size() == 1:
         return values.sum() / max(1, values.numel())
+    # bfloat16 cannot hold large counts.
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    # Numbers that bfloat16 could not count.
     sums = sum_over_ranks(torch.stack([total, torch.full_like(total, values.numel())]))
     return (sums[0] / sums[1].clamp(min=1)).to(values.dtype)
 
 
 def gather_rows_of_ranks(x: Tensor) -> tuple[Tensor, int]:
-    """The rows of all ranks, on every rank, in the order of the ranks.
+    """Return the rows of all ranks in the order of the ranks, on every rank.
 
     Args:
-        x: (N, ...), N may differ between ranks (learning the numbers waits for a GPU), the other
-            dimensions not.
+        x: (N, ...). N may differ between ranks, the other dimensions may not. The exchange of the
+            numbers N synchronises with a GPU.
 
     Returns:
-        (Σ N, ...), x itself where there is one rank; and which of them is the first row of x.
+        The rows (Σ N, ...), and the position of the first row of x among them. With one rank the
+        rows are x itself.
     """
     if world_size() == 1:
         return x, 0
@@ -212,20 +236,20 @@ def gather_rows_of_ranks(x: Tensor) -> tuple[Tensor, int]:
     return rows, first
 
 
-def padded(tensor: Tensor, count: int, value: float = 0) -> Tensor:
-    """The first dimension filled up to `count`."""
-    more = tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)
-    return torch.cat([tensor, more])
+def pad_rows(tensor: Tensor, count: int, value: float = 0) -> Tensor:
+    """Append rows of `value` until there are `count` rows."""
+    padding = tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)
+    return torch.cat([tensor, padding])
 
 
-def _total(x: Tensor) -> Tensor:
-    # The ranks' strides may differ, and bytes are what is added up.
+def _all_reduce(x: Tensor) -> Tensor:
+    # all_reduce adds buffers up as they lie in memory, and strides may differ between ranks.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
 
 def _bytes(tensor: Tensor, rank_dims: int) -> Tensor:
-    """(bytes,), or (ranks, bytes)."""
+    """View a tensor as uint8, (bytes,) or (ranks, bytes)."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     return flat.view(len(tensor), flat.numel() // len(tensor)) if rank_dims else flat

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from splade_fast._distributed import OtherRankError, ranks_of_torchrun, together
+from splade_fast._distributed import OtherRankError, fail_together, join_torchrun
 from splade_fast._library import build_info
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.export.command import EmptyDocuments, ExportFormat, export_index
@@ -51,8 +51,8 @@ def encode(
     device: Annotated[Device, typer.Option(help="Under torchrun a GPU for each process.")] = "cpu",
 ) -> None:
     """Encode a corpus into an index folder; several processes: torchrun -m splade_fast encode …"""
-    with _bad_input_exits_with_2(), _leaving_nothing_behind(), ranks_of_torchrun() as rank:
-        with together("loading the model"):
+    with _bad_input_exits_with_2(), _leaving_nothing_behind(), join_torchrun() as rank:
+        with fail_together("loading the model"):
             if index.exists():
                 raise FileExistsError(f"{index} must not exist yet")
             encoder = SpladeEncoder.from_pretrained(model).to(_device_of_rank(device))

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from splade_fast._distributed import gather_rows_of_ranks, mean_over_ranks, sum_over_ranks
+from splade_fast._distributed import (
+    OtherRankError,
+    Ranks,
+    fail_together,
+    gather_rows_of_ranks,
+    mean_over_ranks,
+    sum_over_ranks,
+)
 from tests.ranks import run_ranks
 
 COUNTS = [2, 0, 3]
@@ -44,12 +51,40 @@ def rows_and_means(rank: int, count: int) -> None:
             once.sum().backward()
 
 
+def fail_on(ranks: set[int]) -> None:
+    """Raise ValueError on some of the ranks, without waiting for the others."""
+    if Ranks().rank in ranks:
+        raise ValueError(f"rank {Ranks().rank} says why")
+
+
+def errors_are_shared(rank: int, count: int) -> None:
+    failing = {1, count - 1}
+    for raise_once in (False, True):
+        reporting = {1} if raise_once else failing
+        error = ValueError if rank in reporting else OtherRankError
+        message = (
+            f"^rank {rank} says why$" if rank in reporting else "^trying failed on rank 1; see"
+        )
+        with pytest.raises(error, match=message):  # noqa: SIM117
+            with fail_together("trying", raise_once=raise_once):
+                fail_on(failing)
+    with fail_together("trying"):  # the group still works
+        fail_on(set())
+
+
+def all_checks(rank: int, count: int) -> None:
+    rows_and_means(rank, count)
+    errors_are_shared(rank, count)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_over_ranks(count, tmp_path):
-    run_ranks(count, rows_and_means, tmp_path)
+    run_ranks(count, all_checks, tmp_path)
 
 
 def test_one_rank():
     x = torch.randn(3, 2)
     assert gather_rows_of_ranks(x) == (x, 0)
     assert mean_over_ranks(x) == x.sum() / 6
+    with pytest.raises(ValueError, match="^rank 0 says why$"), fail_together("trying"):
+        raise ValueError("rank 0 says why")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splade_fast._distributed import Ranks, padded
+from splade_fast._distributed import Ranks, pad_rows
 from splade_fast.negative_cache.features import Tables, Value, chosen
 from splade_fast.negative_cache.losses import AbstractCacheClassificationLoss, CacheLossReturn
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache
@@ -61,7 +61,7 @@ class _Handler(nn.Module):
         if isinstance(self.cache_loss, AbstractCacheClassificationLoss):
             options["pos_features"] = pos_features
         ranks = Ranks(self.process_group) if self.use_cross_replica else None
-        with nullcontext() if ranks is None else ranks.together("the loss over the cache"):
+        with nullcontext() if ranks is None else ranks.fail_together("the loss over the cache"):
             result: CacheLossReturn = self.cache_loss(
                 doc_network=item_network,
                 query_embeddings=query_embeddings,
@@ -333,5 +333,5 @@ def _of_all_ranks(
 
 
 def _gathered(ranks: Ranks, rows: Tables, most: int) -> Tables:
-    gathered = ranks.all_gather(*(padded(table, most) for table in rows.values()))
+    gathered = ranks.all_gather(*(pad_rows(table, most) for table in rows.values()))
     return {name: table.flatten(0, 1) for name, table in zip(rows, gathered, strict=True)}

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from splade_fast._distributed import Ranks, padded
+from splade_fast._distributed import Ranks, pad_rows
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.retrieval import (
@@ -153,7 +153,7 @@ class ShardedCaches:
         cache.offset = self._starts[ranks.rank]
         self._cache = cache
         sent = {"": queries} | (items or {})
-        gathered = ranks.all_gather(*(padded(tensor, self._most) for tensor in sent.values()))
+        gathered = ranks.all_gather(*(pad_rows(tensor, self._most) for tensor in sent.values()))
         whole = [self._unpadded(tensor) for tensor in gathered]
         everyone = dict(zip(sent, whole, strict=True))
         all_queries = everyone.pop("")
@@ -226,12 +226,12 @@ class ShardedCaches:
         return {name: answer[owner, places] for name, answer in zip(tables, answers, strict=True)}
 
     def together(self, what: str) -> AbstractContextManager[None]:
-        return self._ranks.together(what)
+        return self._ranks.fail_together(what)
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """Every rank stores what any rank has refreshed of its slots."""
         asked, count = self._asked(slots), self._most * slots.shape[1]
-        tables = self._ranks.all_gather(*(padded(table, count) for table in fresh.values()))
+        tables = self._ranks.all_gather(*(pad_rows(table, count) for table in fresh.values()))
         rows = {name: table.flatten(0, 1) for name, table in zip(fresh, tables, strict=True)}
         local = asked.flatten() - self._cache.offset
         return _updates(self._cache, local, rows)
@@ -258,7 +258,7 @@ class ShardedCaches:
     def _to_owners_of_queries(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """From (all queries, ...) to the queries of this rank, a part from every rank."""
         by_rank = [
-            torch.stack([padded(part, self._most) for part in tensor.split(self._batches)])
+            torch.stack([pad_rows(part, self._most) for part in tensor.split(self._batches)])
             for tensor in tensors
         ]
         mine = self._batches[self._ranks.rank]
@@ -272,7 +272,7 @@ class ShardedCaches:
 
     def _asked(self, slots: Tensor) -> Tensor:
         """What all ranks ask for, (ranks, most * n) from (B, n); -1 behind small batches."""
-        return self._ranks.all_gather(padded(slots, self._most, -1).flatten())[0]
+        return self._ranks.all_gather(pad_rows(slots, self._most, -1).flatten())[0]
 
     def _owner(self, slots: Tensor) -> Tensor:
         """The rank that has a slot; any rank for those outside."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from splade_fast._atomic_files import new_folder, partial_folder
-from splade_fast._distributed import Ranks, together, world_size
+from splade_fast._distributed import Ranks, fail_together, world_size
 from splade_fast.encoders.text_encoder import TextEncoder, check_positive
 from splade_fast.search.index import IndexMeta, join_index, lasting_name
 from splade_fast.search.texts import DataError, checked_texts, each_text
@@ -78,14 +78,14 @@ def encode_corpus(
     prompt = encoder.prompt_text(encoder.settings.prompt_for("document"))
     with _all_ranks() as (group, rank, ranks), ExitStack() as stack:
         pieces = _Pieces(partial_folder(index) / "pieces")
-        with together("making the folder of the index", group):
+        with fail_together("making the folder of the index", group):
             if rank == 0:
                 folder = stack.enter_context(new_folder(index))
                 pieces.folder.mkdir()
         if group is not None:
             _check_all_see(pieces.folder, group)
         checked = _Read()
-        with together("checking the corpus", group):
+        with fail_together("checking the corpus", group):
             if rank == 0:
                 ids = [text_id for text_id, _ in checked.each(checked_texts(corpus))]
         if group is not None:
@@ -95,7 +95,7 @@ def encode_corpus(
         starts = range(0, checked.count, chunk_size)
         share = sum(min(chunk_size, checked.count - start) for start in starts[rank::ranks])
         with (
-            together("encoding the corpus", group),
+            fail_together("encoding the corpus", group),
             pieces.while_no_rank_fails(),
             tqdm(
                 total=share,
@@ -121,7 +121,7 @@ def encode_corpus(
                     f"{read.count} texts after {checked.count}, or other ones"
                 )
 
-        with together("joining the index", group):
+        with fail_together("joining the index", group):
             if rank == 0:
                 files = [pieces.file(number) for number in range(len(starts))]
                 join_index(folder, files, ids, IndexMeta(lasting_name(model), max_length, k))

@@ -250,7 +250,7 @@ def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
         (lambda features: torch.zeros(1, 8), ValueError, r"doc_network must be \(2, 8\), got"),
     ):
         if not last:
-            error, message = RuntimeError, f"failed on rank {count - 1}, see there"
+            error, message = RuntimeError, f"failed on rank {count - 1}; see the error of that rank"
         for loss in (DistributedCacheClassificationLoss(**KEYS), CacheClassificationLoss(**KEYS)):
             handler = CacheLossHandler(
                 tower_manager(9),

@@ -310,7 +310,7 @@ def _damaged_corpus(rank, folder):
 
 def _fails(rank, count, folder, way, message, who):
     encoder, corpus = way(rank, folder)
-    reason = message if rank in who else f"failed on rank {min(who)}, see there"
+    reason = message if rank in who else f"failed on rank {min(who)}; see the error of that rank"
     with pytest.raises(ValueError if rank in who else OtherRankError, match=reason):
         sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=CHUNK, **OPTIONS)
     assert not list(folder.glob("*index*"))  # for any rank, as soon as it is through
