@@ -68,6 +68,7 @@ lint: build
 	ruff check .
 	ruff format --check .
 	mypy
+	MYPYPATH=. mypy --strict --config-file= --follow-imports=silent tests/public_api.py
 	clang-format --dry-run -Werror $(CPP)
 
 format: build
