@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from splade_fast.integrations.transformers import accelerate, restore
     from splade_fast.search.encode_corpus import encode_corpus
 
-# They bring transformers along, which users of the ops alone should not wait for.
+# These need transformers, whose import takes seconds: they are imported when they are first used.
 _LAZY = {
     "BagOfWordsQueryEncoder": "encoders.bag_of_words",
     "SpladeEncoder": "encoders.splade",

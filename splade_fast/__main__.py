@@ -1,4 +1,4 @@
-"""`python -m splade_fast` is `splade-fast`, which torchrun can start as well."""
+"""Run the command line tool as `python -m splade_fast`, which torchrun can start."""
 
 from splade_fast.cli import app
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises before anything is computed; expected and got are named."""
+"""Checks of arguments. Each raises before anything is computed and names expected and got."""
 
 import operator
 from itertools import pairwise
@@ -13,11 +13,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError if the value is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError if the tensor is not a dense tensor of one of DTYPES."""
     check_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -27,7 +29,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Same dtype and same device as another argument."""
+    """Raise if the tensor has another dtype or device than another argument."""
     if tensor.dtype != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}"
@@ -36,6 +38,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError if the tensor is on another device than another argument."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
@@ -43,7 +46,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_count(name: str, value: SupportsIndex, least: int) -> int:
-    """The count as an int: numpy's integers and tensors of one integer are taken too."""
+    """Return the count as an int. Integers of NumPy and tensors of one integer are accepted too."""
     if not isinstance(value, int):
         try:
             value = operator.index(value)
@@ -57,7 +60,7 @@ def check_count(name: str, value: SupportsIndex, least: int) -> int:
 
 
 def check_choice(name: str, value: object, choices: dict[str, int]) -> int:
-    """The number by which the C++ side knows a choice."""
+    """Return the number of a choice, as the C++ side has it."""
     if not isinstance(value, str) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
@@ -72,7 +75,7 @@ def check_mask(
     other: Tensor,
     name: str = "attention_mask",
 ) -> Tensor:
-    """The mask as bool: nonzero counts."""
+    """Return the mask as bool: True where it is nonzero."""
     check_tensor(name, attention_mask)
     if attention_mask.dtype.is_complex:
         raise TypeError(f"{name} must be bool, int or float, got {attention_mask.dtype}")
@@ -86,7 +89,10 @@ def check_mask(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, other_name: str, other: Tensor) -> None:
-    """Shape, dtype, device; on the CPU the values too (reading them on a GPU would wait for it)."""
+    """Check shape, dtype and device of cu_seqlens, and on the CPU its values.
+
+    Reading the values on a GPU would wait for it.
+    """
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")

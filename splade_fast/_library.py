@@ -1,4 +1,4 @@
-"""Loads the compiled op libraries, says which there are, and why not where there are none."""
+"""Load the compiled op libraries, and tell which are loaded and why others are not."""
 
 import ctypes
 import functools
@@ -13,11 +13,26 @@ import torch
 from splade_fast._version import __version__
 
 _FOLDER = Path(__file__).parent
-_CPU = torch.device("cpu")  # comparing devices takes a tenth of asking one for the name of its type
+_CPU = torch.device("cpu")  # comparing devices is ten times faster than reading device.type
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, for which architectures, what is loaded, and why not."""
+    """Return facts about the build, and which compiled libraries are loaded.
+
+    Returns:
+        A dict with the versions of splade_fast (``version``) and torch (``torch``), the facts that
+        the build recorded (``built``: compiler, CUDA architectures, …), for ``cpu`` and ``cuda``
+        whether the library is ``loaded`` and ``why_not``, and the instruction set of the CPU
+        kernels (``cpu_instruction_set``).
+
+    Example::
+
+        >>> info = sf.build_info()
+        >>> info["version"] == sf.__version__
+        True
+        >>> sorted(info["cuda"])
+        ['loaded', 'why_not']
+    """
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -28,18 +43,21 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def cpu_library_loaded() -> bool:
+def is_cpu_library_loaded() -> bool:
+    """Return whether the library with the op schemas and the CPU kernels is loaded."""
     return _STATE.cpu_reason is None
 
 
-def cuda_library_loaded() -> bool:
+def is_cuda_library_loaded() -> bool:
+    """Return whether the library with the CUDA kernels is loaded."""
     return _STATE.cuda_reason is None
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether compiled kernels serve this device; where not, one warning says why.
+    """Return whether there are compiled kernels for a device; warn once per type where not.
 
-    Raises RuntimeError for a GPU whose architecture is not in the build.
+    Raises:
+        RuntimeError: the device is a GPU whose architecture is not in the build.
     """
     if device == _CPU or device.type in ("cpu", "meta"):
         reason = _STATE.cpu_reason
@@ -55,7 +73,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 class _State:
-    """The outcome of loading: a reason is None where the library is loaded."""
+    """Outcome of loading. A reason is None where the library is loaded."""
 
     def __init__(self) -> None:
         self.built: dict[str, Any] = {}
@@ -104,7 +122,7 @@ def _check_versions(built: dict[str, Any]) -> None:
 
 @functools.cache
 def _check_architecture(index: int) -> None:
-    """Refuse a GPU for which neither machine code nor PTX was compiled."""
+    """Raise RuntimeError for a GPU for which neither machine code nor PTX was compiled."""
     device = torch.device("cuda", index if index >= 0 else torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     architectures = str(_STATE.built["cuda_architectures"]).split()
@@ -117,11 +135,14 @@ def _check_architecture(index: int) -> None:
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """sm_XY serves its major from minor Y up, sm_XYa XY alone, compute_XY (PTX) all later ones."""
+    """Return whether code for an architecture runs on a compute capability.
+
+    Code for sm_XY runs on major X from minor Y up, code for sm_XYa on X.Y alone, and compute_XY
+    (PTX) on X.Y and everything later.
+    """
     kind, _, number = architecture.partition("_")
-    exact = number.endswith("a")
     built_major, built_minor = divmod(int(number.rstrip("a")), 10)
-    if exact:
+    if number.endswith("a"):
         return (built_major, built_minor) == (major, minor)
     if kind == "compute":
         return (built_major, built_minor) <= (major, minor)
@@ -138,11 +159,11 @@ def _warn_once(device_type: str, reason: str) -> None:
 
 
 def prefer_huge_pages(fresh: torch.Tensor) -> None:
-    """Ask the system for 2 MiB pages behind a tensor that nothing was written to yet.
+    """Ask the system for 2 MiB pages for a tensor that has not been written yet.
 
-    Rows far from each other then cost fewer walks through the tables of pages.
+    Access to scattered rows then misses the TLB less often.
     """
-    if cpu_library_loaded() and fresh.device == _CPU and type(fresh) is torch.Tensor:
+    if is_cpu_library_loaded() and fresh.device == _CPU and type(fresh) is torch.Tensor:
         prefer = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_prefer_huge_pages
         prefer.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         prefer.restype = None
@@ -151,7 +172,10 @@ def prefer_huge_pages(fresh: torch.Tensor) -> None:
 
 @functools.cache
 def cpu_instruction_set() -> str | None:
-    """The instruction set of the CPU kernels; None without them, or if SPLADE_FAST_ISA is wrong."""
+    """Return the instruction set of the CPU kernels.
+
+    It is None without compiled kernels, and where SPLADE_FAST_ISA names an unknown set.
+    """
     if _STATE.cpu_reason is not None:
         return None
     name = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_cpu_instruction_set

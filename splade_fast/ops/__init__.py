@@ -1,4 +1,4 @@
-"""The public ops. Each module holds all of one op's Python: function, fake, autograd, autocast."""
+"""The public ops. Each module has the function, fake, autograd and autocast of one op."""
 
 from splade_fast.ops.gather import gather_rows, scatter_rows_
 from splade_fast.ops.head import splade_head, splade_head_topk

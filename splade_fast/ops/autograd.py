@@ -1,4 +1,4 @@
-"""What the autograd registrations of the ops share."""
+"""Helpers that the autograd registrations of the ops share."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,19 @@ from splade_fast import _library
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a forward has to save anything for a backward."""
+    """Return whether a forward has to save tensors for a backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def argmax_dtype(length: int | torch.SymInt) -> torch.dtype:
-    """The smallest integer type that holds positions 0 … length - 1."""
+    """Return the smallest integer dtype that holds the positions 0 to length - 1."""
     if length <= 256:
         return torch.uint8
     return torch.int16 if length <= 32768 else torch.int32
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over values of a dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +31,7 @@ def empty_forward(
     position_dtype: torch.dtype,
     saved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of a forward without their values: pooled, max_logits, argmax."""
+    """Return the outputs of a forward, uninitialised: pooled, max_logits, argmax."""
     shape = (batch, vocabulary)
     saved_shape = shape if saved else (0,)
     return (
@@ -41,7 +42,7 @@ def empty_forward(
 
 
 def refuse_double_backward(op: str) -> None:
-    """Register a backward for a backward op that says clearly that there is none."""
+    """Register a backward of a backward op that raises a RuntimeError with a clear message."""
 
     def backward(ctx: object, *grads: object) -> None:
         raise RuntimeError(
@@ -49,5 +50,5 @@ def refuse_double_backward(op: str) -> None:
             "Use splade_fast.reference for double backward."
         )
 
-    if _library.cpu_library_loaded():
+    if _library.is_cpu_library_loaded():
         torch.library.register_autograd(f"splade_fast::{op}", backward)

@@ -12,25 +12,30 @@ from splade_fast._checks import check_device, check_tensor
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
-    """rows[name][i] = tables[name][indices[i]], of all tables in one launch.
+    """Read rows of several tables in one launch: rows[name][i] = tables[name][indices[i]].
 
-    Nothing is differentiable here: tables are a store of values.
+    Not differentiable: tables store values.
 
     Args:
-        tables: (C, ...) each, of any dtype and row shape, with the same C; on the device of the
-            indices, or, with indices on a GPU, in pinned host memory, which the GPU then reads in
-            place. Pinned tables have to outlive the work that reads them.
+        tables: (C, ...) each, of any dtype and row shape, all with the same C. Tables are on the
+            device of the indices. With indices on a GPU they may also be in pinned host memory,
+            which the GPU reads in place; pinned tables have to live until that has happened.
         indices: (N,) int64 or int32, between 0 and C - 1.
 
     Returns:
-        For each table (N, ...), a new tensor on the device of the indices.
+        A new tensor (N, ...) for each table, on the device of the indices.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device, or a table requires
             a gradient while gradients are recorded.
-        RuntimeError: an index is out of range. On a GPU, where looking would mean waiting, the
-            kernel stops by a device-side assertion, as PyTorch's indexing does: the next call that
-            waits for the GPU raises.
+        RuntimeError: an index is out of range. On a GPU the kernel stops with a device-side
+            assertion, as PyTorch's indexing does, and the next call that waits for the GPU raises.
+
+    Example::
+
+        >>> tables = {"id": torch.tensor([7, 8, 9]), "age": torch.tensor([0, 1, 2])}
+        >>> sf.gather_rows(tables, torch.tensor([2, 0]))
+        {'id': tensor([9, 7]), 'age': tensor([2, 0])}
     """
     names, values = _check_tables(tables, indices)
     if not _library.has_kernels(indices.device):
@@ -46,25 +51,31 @@ def scatter_rows_(
     *,
     mask: Tensor | None = None,
 ) -> None:
-    """tables[name][indices[i]] = rows[name][i] for i = 0 … N - 1, in all tables or in none.
+    """Write rows of several tables in one launch: tables[name][indices[i]] = rows[name][i].
 
-    Of several rows for the same place the last one stays. Rows are stored as values: what is
-    written has no gradient.
+    Either all tables are written or none. Where an index repeats, the row with the highest i
+    remains. Rows are stored as values, without their gradients.
 
     Args:
-        tables: (C, ...) each, as in `gather_rows`; each row in one piece, and no memory in two
-            tables. On a GPU a pinned table changes when the kernel runs: wait for it before
-            looking.
-        indices: (N,) int64 or int32, between 0 and C - 1 where the mask is true.
-        rows: (N, ...) for each table, on the device of the indices, with its dtype and row shape.
-        mask: (N,) bool; rows where it is false are not written, and their index may be anything.
-            None: all are written.
+        tables: (C, ...) each, as in `gather_rows`. Rows are contiguous, and tables do not share
+            memory. With indices on a GPU, a pinned table changes only when the kernel runs:
+            synchronise before reading it.
+        indices: (N,) int64 or int32, between 0 and C - 1 where the mask is True.
+        rows: (N, ...) for each table, with its dtype and row shape, on the device of the indices.
+        mask: (N,) bool; rows with False are not written, and their index may have any value. None:
+            all rows are written.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device, or a table requires
             a gradient while gradients are recorded.
-        RuntimeError: an index is out of range; nothing was written. On a GPU the next call that
-            waits for it raises, see `gather_rows`.
+        RuntimeError: an index is out of range; nothing was written. On a GPU see `gather_rows`.
+
+    Example::
+
+        >>> tables = {"id": torch.tensor([7, 8, 9])}
+        >>> sf.scatter_rows_(tables, torch.tensor([2, 0]), {"id": torch.tensor([5, 6])})
+        >>> tables["id"]
+        tensor([6, 8, 5])
     """
     names, values = _check_tables(tables, indices)
     if set(rows) != set(names):
@@ -97,7 +108,7 @@ def scatter_rows_(
             )
         return
     torch.ops.splade_fast.scatter_rows_(values, indices.long(), sources, mask)
-    _count_change(values)
+    _mark_modified(values)
 
 
 def update_cache_(
@@ -112,29 +123,33 @@ def update_cache_(
     refreshed_mask: Tensor | None = None,
     use_lru: bool = True,
 ) -> None:
-    """A step of a cache in one call: refresh, replace the oldest, age += 1; all of it or nothing.
+    """Refresh rows of a cache, replace its oldest rows and age all others, in one launch.
 
-    First tables[name][refreshed_slots[i]] = refreshed_rows[name][i], with age -1 if `use_lru`. Then
-    the m-th new row that is not masked takes the m-th oldest slot, of equal ages the lowest first,
-    with age -1. Then every age grows by one.
+    1. tables[name][refreshed_slots[i]] = refreshed_rows[name][i], with age -1 if `use_lru`.
+    2. The m-th unmasked new row replaces the row of the m-th largest age, with age -1. Of equal
+       ages the lowest slot is replaced first.
+    3. age += 1.
 
-    Arguments are `negative_cache.CacheManager`'s, whose Python checks them in the words of its
-    callers; here the op does, before it writes.
+    Either all of this happens or nothing. `negative_cache.CacheManager` checks its arguments in
+    Python; callers of this function rely on the checks that the op makes before it writes.
 
     Args:
         tables: (C, ...) each, as in `scatter_rows_`.
-        age: (C,) int32, contiguous; with the other tensors on its device, but pinned tables.
-        valid: (C,) bool, contiguous: becomes true for new rows.
-        new_rows: (N, ...) for each table without a gradient, N at most C; None: none.
-        new_mask: (N,) bool; rows where it is false are not added. None: all are.
-        refreshed_rows: (M, ...) for some tables, without a gradient.
-        refreshed_slots: (M,) int64, of several for one slot the last counts; None: none.
-        refreshed_mask: (M,) bool; rows where it is false are not written, and their slot may be
-            anything. None: all are.
-        use_lru: refreshed rows become as young as new ones.
+        age: (C,) int32, contiguous. All tensors are on its device, except pinned tables.
+        valid: (C,) bool, contiguous; becomes True where a new row is written.
+        new_rows: (N, ...) for each table, without gradients; at most C unmasked rows. None: no
+            new rows.
+        new_mask: (N,) bool; rows with False are not added. None: all rows are added.
+        refreshed_rows: (M, ...) for some of the tables, without gradients.
+        refreshed_slots: (M,) int64; where a slot repeats, the last row remains. None: no row is
+            refreshed.
+        refreshed_mask: (M,) bool; rows with False are not written, and their slot may have any
+            value. None: all rows are written.
+        use_lru: whether refreshed rows become as young as new ones.
 
     Raises:
-        RuntimeError: an argument does not fit, or a slot is out of range; see `scatter_rows_`.
+        RuntimeError: an argument has the wrong dtype, shape or device, or a slot is out of range;
+            see `scatter_rows_`.
     """
     if not _library.has_kernels(age.device):
         reference.update_cache_(
@@ -150,7 +165,7 @@ def update_cache_(
         )
         return
     if refreshed_rows:
-        tables = {**refreshed_rows, **tables}  # in the order of the op: the refreshed ones first
+        tables = {**refreshed_rows, **tables}  # the op takes the refreshed tables first
     written = list(tables.values())
     _UPDATE_CACHE(
         written,
@@ -163,16 +178,17 @@ def update_cache_(
         refreshed_mask,
         use_lru,
     )
-    _count_change([*written, age, valid])
+    _mark_modified([*written, age, valid])
 
 
-def _count_change(tables: list[Tensor]) -> None:
-    """What a backward has saved of a table must not be used as if it had not changed."""
+def _mark_modified(tables: list[Tensor]) -> None:
+    """Let autograd notice that a table which a backward has saved was modified."""
     if not is_compiling():
         increment_version(tables)
 
 
 def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[str], list[Tensor]]:
+    """Return the names and the tables. Raise if they or the indices do not go together."""
     check_tensor("indices", indices)
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
@@ -184,7 +200,7 @@ def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[s
         check_tensor(label, table)
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{label} must not require a gradient: gathering has none; detach the table"
+                f"{label} must not require a gradient, as gathering has none: detach the table"
             )
         if table.ndim < 1:
             raise ValueError(f"{label} must be (rows, ...), got a scalar")
@@ -198,35 +214,19 @@ def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[s
     return list(tables), list(tables.values())
 
 
-def _gather_fake(tables: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+def _fake_gather(tables: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     return [
         table.new_empty((indices.shape[0], *table.shape[1:]), device=indices.device)
         for table in tables
     ]
 
 
-def _scatter_fake(
-    tables: Sequence[Tensor], indices: Tensor, rows: Sequence[Tensor], mask: Tensor | None
-) -> None:
+def _fake_in_place(*arguments: object) -> None:
     return None
 
 
-def _update_fake(
-    tables: Sequence[Tensor],
-    age: Tensor,
-    valid: Tensor,
-    new_rows: Sequence[Tensor],
-    new_mask: Tensor | None,
-    refreshed_rows: Sequence[Tensor],
-    refreshed_slots: Tensor | None,
-    refreshed_mask: Tensor | None,
-    use_lru: bool,
-) -> None:
-    return None
-
-
-if _library.cpu_library_loaded():
-    torch.library.register_fake("splade_fast::gather_rows", _gather_fake)
-    torch.library.register_fake("splade_fast::scatter_rows_", _scatter_fake)
-    torch.library.register_fake("splade_fast::update_cache_", _update_fake)
+if _library.is_cpu_library_loaded():
+    torch.library.register_fake("splade_fast::gather_rows", _fake_gather)
+    torch.library.register_fake("splade_fast::scatter_rows_", _fake_in_place)
+    torch.library.register_fake("splade_fast::update_cache_", _fake_in_place)
     _UPDATE_CACHE = torch.ops.splade_fast.update_cache_.default

@@ -1,4 +1,4 @@
-"""pool: logits (B, L, V) -> pooled (B, V), without a second tensor of the size of the logits."""
+"""pool: logits (B, L, V) -> pooled (B, V), without a second tensor as large as the logits."""
 
 from typing import Any
 
@@ -30,25 +30,35 @@ def splade_pool(
     pooling: str = "max",
     activation: str = "log1p_relu",
 ) -> Tensor:
-    """pooled[b, v] = max or sum over the counted positions l of activation(logits[b, l, v]).
+    """Pool the logits of each sequence into one weight per vocabulary entry.
 
-    Follows SPLADE (Formal et al., SIGIR 2021; max pooling: SPLADE v2, 2021). Sums run in float32
-    (float64 for float64). Ties of the maximum go to the lowest position, which alone gets the
-    gradient. NaN at a counted position shows in the output; other positions are not read.
+    pooled[b, v] = max or sum over l with attention_mask[b, l] ≠ 0 of activation(logits[b, l, v])
+
+    Follows SPLADE (Formal et al., SIGIR 2021) with the max pooling of SPLADE v2 (2021). Sums are
+    accumulated in float32 (float64 for float64). Ties of the maximum go to the lowest position,
+    which alone gets the gradient. NaN at an attended position propagates to the output. Masked
+    positions are not read.
 
     Args:
-        logits: (B, L, V), float32, float64, bfloat16 or float16, any strides.
-        attention_mask: (B, L), bool, int or float; nonzero = counts. None: all count.
+        logits: (B, L, V), float32, float64, bfloat16 or float16, with any strides.
+        attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
+            positions take part.
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
 
     Returns:
-        (B, V) in the dtype of logits; a row without counted positions is all zero. Under autocast
-        to bfloat16 or float16 the dtype stays that of logits.
+        (B, V) in the dtype of logits, also under autocast. A sequence whose positions are all
+        masked gives zeros.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        RuntimeError: a gradient of the gradient is asked for.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: a second derivative is requested.
+
+    Example::
+
+        >>> logits = torch.tensor([[[2.0, -1.0], [0.5, 3.0]]])
+        >>> sf.splade_pool(logits, activation="relu")
+        tensor([[2., 3.]])
     """
     check_floating("logits", logits)
     if logits.ndim != 3:
@@ -114,7 +124,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return grad_logits, None, None, None, None
 
 
-if _library.cpu_library_loaded():
+if _library.is_cpu_library_loaded():
     torch.library.register_fake("splade_fast::pool_forward", _fake_forward)
     torch.library.register_fake("splade_fast::pool_backward_max", _fake_backward_max)
     torch.library.register_fake("splade_fast::pool_backward_sum", _fake_backward_sum)

@@ -11,21 +11,27 @@ from splade_fast.reference.prune import keep_largest
 
 
 def prune_topk(x: Tensor, k: int) -> Tensor:
-    """All but the k largest entries of each row set to 0.
+    """Set all but the k largest entries of each row to 0.
 
     Negative entries are kept where they are among the k largest. Of equal entries the one in the
     lowest column counts as the larger; NaN counts as the largest. The gradient goes to the kept
-    entries alone, also to those that are 0. `SparseRows.from_dense` keeps them sparse instead.
+    entries, also to kept zeros. See `SparseRows.from_dense` for sparse output.
 
     Args:
-        x: (B, V), float32, float64, bfloat16 or float16, any strides.
-        k: how many entries of a row to keep, at least 0; with V or more nothing changes.
+        x: (B, V), float32, float64, bfloat16 or float16, with any strides.
+        k: number of entries to keep in each row, at least 0. All are kept if k ≥ V.
 
     Returns:
-        (B, V), a new tensor.
+        A new tensor (B, V) in the dtype of x.
 
     Raises:
-        TypeError, ValueError: x is no floating-point matrix, or k no integer of at least 0.
+        TypeError, ValueError: x is not a floating-point matrix, or k is not an integer ≥ 0.
+
+    Example::
+
+        >>> x = torch.tensor([[0.0, 3.0, 1.0]])
+        >>> sf.prune_topk(x, 1)
+        tensor([[0., 3., 0.]])
     """
     check_floating("x", x)
     if x.ndim != 2:
@@ -45,10 +51,11 @@ def prune_rows(
     max_ratio: float | None,
     mass: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, values, lengths of `SparseRows.from_dense`, which checks the arguments.
+    """Return indices, values and lengths for `SparseRows.from_dense`, which checks the arguments.
 
-    The rows are as wide as the longest, except on a GPU without `mass`: with k they are min(k, V)
-    wide and nothing waits for the GPU; without k, as wide as the most entries above the threshold.
+    The width is the largest length, except on a GPU without `mass`: there it is min(k, V), which
+    is known without waiting for the GPU, or without k the largest number of entries above the
+    threshold.
     """
     if x.dtype not in DTYPES or not _library.has_kernels(x.device):
         return reference.prune_rows(x, k, threshold, max_ratio, mass)
@@ -56,18 +63,18 @@ def prune_rows(
         return _prune_rows(x, k, threshold, max_ratio, mass)
     if k is not None and mass is None:
         return _prune_rows(x, k, threshold, max_ratio, None)
-    # All that are above the threshold: only their number says how wide the rows must be.
-    counts = (~(x.detach() <= threshold)).sum(1)
-    most = int(counts.max()) if len(counts) else 0
+    # The width has to be known before the kernel runs: count the entries above the threshold.
+    above = (~(x.detach() <= threshold)).sum(1)
+    most = int(above.max()) if len(above) else 0
     if mass is None:
         return _prune_rows(x, most, threshold, max_ratio, None)
-    # mass adds entries up from the largest to the smallest, which needs them sorted.
+    # mass needs the entries in sorted order, which the kernel does not produce.
     candidates = _prune_rows(x, most, threshold, None, None)
     return keep_largest(*candidates, k, max_ratio, mass)
 
 
 def dense_rows(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> Tensor:
-    """(B, num_cols) of `SparseRows.to_dense`; nothing waits for a GPU."""
+    """Return padded rows (B, K) as a dense (B, num_cols) tensor, without waiting for a GPU."""
     if values.device.type not in ("cpu", "meta") or values.dtype not in DTYPES:
         return reference.dense_rows(indices, values, lengths, num_cols)
     if not _library.has_kernels(values.device):
@@ -83,12 +90,12 @@ def _prune_rows(
     max_ratio: float | None,
     mass: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The op returns the values first: torch.library.opcheck adds up the outputs, in place.
+    # The op returns the values first, since torch.library.opcheck adds the outputs up in place.
     values, indices, lengths = torch.ops.splade_fast.prune_rows(x, k, threshold, max_ratio, mass)
     return indices, values, lengths
 
 
-def _fake(
+def _fake_prune(
     x: Tensor,
     k: int | None,
     threshold: float | None,
@@ -109,7 +116,7 @@ def _fake(
     )
 
 
-def _setup_context(
+def _setup_context_prune(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     ctx.set_materialize_grads(False)
@@ -117,10 +124,10 @@ def _setup_context(
     ctx.save_for_backward(output[1])
 
 
-def _backward(
+def _backward_prune(
     ctx: Any, grad: Tensor | None, _indices: None, _lengths: None
 ) -> tuple[Tensor | None, ...]:
-    """In differentiable ops, so that a gradient of the gradient comes by itself."""
+    """Compute the gradient with differentiable ops, which makes second derivatives possible."""
     if grad is None:
         return (None,) * 5
     (indices,) = ctx.saved_tensors
@@ -140,18 +147,18 @@ def _setup_context_dense(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _backward_dense(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    if grad.shape[1] == 0:  # there is no column that unused slots could read
+    if grad.shape[1] == 0:  # no column that the gather below could read
         return grad.new_zeros(indices.shape), None, None, None
     used = grad.gather(1, indices.clamp(min=0).long()).masked_fill(indices < 0, 0)
     return used, None, None, None
 
 
-if _library.cpu_library_loaded():
-    torch.library.register_fake("splade_fast::prune_rows", _fake)
+if _library.is_cpu_library_loaded():
+    torch.library.register_fake("splade_fast::prune_rows", _fake_prune)
     torch.library.register_fake("splade_fast::dense_rows", _fake_dense)
     torch.library.register_autograd(
         "splade_fast::dense_rows", _backward_dense, setup_context=_setup_context_dense
     )
     torch.library.register_autograd(
-        "splade_fast::prune_rows", _backward, setup_context=_setup_context
+        "splade_fast::prune_rows", _backward_prune, setup_context=_setup_context_prune
     )

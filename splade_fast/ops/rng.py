@@ -5,29 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from splade_fast.reference.sample import FORK, block_of_state
+from splade_fast.reference.sample import FORK, philox_block
 
 
 class Philox(nn.Module):
-    """Seed and step of a Philox4x32-10 generator (Salmon, Moraes, Dror, Shaw, SC 2011).
+    """Counter-based random number generator Philox4x32-10, for draws on a device.
 
-    A module whose one buffer is the state: as an attribute of another module it moves with `.to()`
-    and is saved and resumed with its `state_dict()`, bit for bit. What draws with it advances the
-    step by one, in place and on the device, so nothing waits for a GPU and a replayed CUDA graph
-    draws anew each time. Equal states draw the same on every device.
+    Follows Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+    The generator is a module whose buffer `state` (2,) int64 holds seed and step. As an attribute
+    of another module it moves with `.to()` and is saved in `state_dict()`. Each function that draws
+    advances the step by one, in place and on the device: nothing waits for a GPU, and every replay
+    of a CUDA graph draws new numbers. Equal states draw the same numbers on every device.
+
+    Args:
+        seed: a 64-bit integer, signed or unsigned.
+        device: device of the draws.
+
+    Raises:
+        TypeError, ValueError: seed is not a 64-bit integer.
+
+    Example::
+
+        >>> rng = sf.Philox(seed=0)
+        >>> first, second = (sf.gumbel_max(torch.zeros(1, 1000), rng=rng) for _ in range(2))
+        >>> bool(first == second), rng.state.tolist()
+        (False, [0, 2])
     """
 
-    state: Tensor  # (2,) int64: seed, step
+    state: Tensor
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        """
-        Args:
-            seed: any integer of 64 bits, signed or unsigned.
-            device: where the draws will be.
-
-        Raises:
-            TypeError, ValueError: seed is no integer of 64 bits.
-        """
         super().__init__()
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
@@ -38,30 +45,54 @@ class Philox(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the state is."""
+        """Device of the state."""
         return self.state.device
 
     def advance(self) -> None:
-        """One step on, on the device."""
+        """Advance the step by one, in place on the device.
+
+        Example::
+
+            >>> rng = sf.Philox(seed=3)
+            >>> rng.advance()
+            >>> rng.state
+            tensor([3, 1])
+        """
         self.state[1:].add_(1)
 
     def clone(self) -> Philox:
-        """A generator of its own that goes on from the same state."""
+        """Return an independent generator that continues from the same state.
+
+        Example::
+
+            >>> rng = sf.Philox(seed=3)
+            >>> copy = rng.clone()
+            >>> scores = torch.zeros(4, 100)
+            >>> torch.equal(sf.gumbel_max(scores, rng=rng), sf.gumbel_max(scores, rng=copy))
+            True
+        """
         return self._with_state(self.state.clone())
 
     def fork(self, stream: int) -> Philox:
-        """A generator with a seed of its own, made of this one's seed and the number of a stream.
+        """Return a generator at step 0 whose seed is derived from this seed and a stream number.
 
         Args:
-            stream: at least 0 and below 2^64; equal streams of equal seeds are equal.
+            stream: number of the stream, from 0 to 2^64 - 1. Equal numbers of equal seeds give
+                equal generators.
 
         Raises:
             ValueError: stream is out of range.
+
+        Example::
+
+            >>> rng = sf.Philox(seed=3)
+            >>> torch.equal(rng.fork(0).state, rng.fork(1).state)
+            False
         """
         if not 0 <= stream < 2**64:
             raise ValueError(f"stream must be at least 0 and below 2^64, got {stream}")
         seed = self.state * torch.tensor([1, 0], device=self.device)
-        low, high, _, _ = block_of_state(seed, stream & 0xFFFFFFFF, stream >> 32, FORK)
+        low, high, _, _ = philox_block(seed, stream & 0xFFFFFFFF, stream >> 32, FORK)
         return self._with_state(torch.stack([high << 32 | low, torch.zeros_like(low)]))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""sample: Gumbel-Max draws from given scores, and from a cache without its (B, C) scores."""
+"""sample: Gumbel-Max draws from given scores, or from a cache whose (B, C) scores never exist."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from splade_fast._checks import (
 )
 from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.ops.rng import Philox
-from splade_fast.ops.score import check_same_space, op_tensors, plain_scores
+from splade_fast.ops.score import ScoreOperands, check_same_space, plain_scores
 from splade_fast.ops.sparse_rows import SparseRows
 
 TOP_K_METHODS = {"grouped": 0, "exact": 1}
 
-# What the counter of the noise has room for.
+# Limits of the counter of the noise.
 _MAX_SLOTS = 2**34
 _MAX_QUERIES = 2**32
 
@@ -30,12 +30,25 @@ _INFINITY = float("inf")
 
 
 class NegativeSamples(NamedTuple):
-    """What `sample_negatives` draws for each of B queries; no gradient."""
+    """Result of `sample_negatives`: m draws for each of B queries, without gradients.
 
-    indices: Tensor  # (B, m) int64, rows of the cache in the order of the draw; -1: none left
-    scores: Tensor  # (B, m), scaled; -inf where there is no row
-    logsumexp: Tensor  # (B,) of the scaled scores of all rows that may be drawn; -inf where none
-    perturbed: Tensor  # (B, m), inv_temp * scores + noise, descending
+    Args:
+        indices: (B, m) int64, rows of the cache in the order of the draws; -1 where none was left.
+        scores: (B, m), the scaled scores of the draws; -inf where no row was left.
+        logsumexp: (B,), over the scaled scores of all rows that could be drawn; -inf without any.
+        perturbed: (B, m), inv_temp * scores + noise, descending.
+
+    Example::
+
+        >>> drawn = sf.sample_negatives(torch.randn(2, 8), torch.randn(5, 8), num_samples=3)
+        >>> drawn.indices.shape, drawn.logsumexp.shape
+        (torch.Size([2, 3]), torch.Size([2]))
+    """
+
+    indices: Tensor
+    scores: Tensor
+    logsumexp: Tensor
+    perturbed: Tensor
 
 
 @torch.no_grad()
@@ -47,25 +60,34 @@ def gumbel_max(
     valid: Tensor | None = None,
     rng: Philox | None = None,
 ) -> Tensor:
-    """indices[b] = the first num_samples of argsort(inv_temp * scores[b] + G[b], descending).
+    """Draw slots without replacement, slot c with probability softmax(inv_temp * scores[b])[c].
 
-    With G Gumbel noise these are draws without replacement with probabilities
-    softmax(inv_temp * scores[b]) (Kool, van Hoof, Welling, ICML 2019). Equal perturbed scores come
-    by ascending slot. -inf is never drawn; +inf and, before it, NaN always are.
+    indices[b] = first num_samples of argsort(inv_temp * scores[b] + G[b], descending)
+
+    G is Gumbel noise (Kool, van Hoof, Welling, ICML 2019). Equal perturbed scores are ordered by
+    ascending slot. Slots of score -inf are never drawn. Slots of score NaN are drawn first, then
+    those of +inf.
 
     Args:
-        scores: (B, C), float32, float64, bfloat16 or float16, any strides.
-        num_samples: draws of each row, m, at least 1.
+        scores: (B, C), float32, float64, bfloat16 or float16, with any strides.
+        num_samples: number of draws for each row, m, at least 1.
         inv_temp: inverse temperature, at least 0; 0 draws uniformly.
-        valid: (C,) or (B, C) bool; what is False is never drawn. None: all may be.
-        rng: the generator, which goes one step on. None: one that is seeded from torch's default
-            generator of the device.
+        valid: (C,) or (B, C) bool; slots with False are never drawn. None: all may be drawn.
+        rng: the generator, which advances by one step. None: a generator that is seeded from
+            torch's default generator of the device.
 
     Returns:
-        (B, m) int64; -1 where fewer than m slots can be drawn. No gradient.
+        (B, m) int64, without gradient; -1 where fewer than m slots could be drawn.
 
     Raises:
-        TypeError, ValueError: an argument has another type, shape, dtype, device or range.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or is out of
+            range.
+
+    Example::
+
+        >>> scores = torch.tensor([[0.0, -torch.inf, 100.0]])
+        >>> sf.gumbel_max(scores, num_samples=3, rng=sf.Philox(seed=0))
+        tensor([[ 2,  0, -1]])
     """
     check_floating("scores", scores)
     if scores.ndim != 2:
@@ -104,44 +126,59 @@ def sample_negatives(
     slot_offset: int = 0,
     query_offset: int = 0,
 ) -> NegativeSamples:
-    """Slots c drawn with probability softmax(inv_temp * s)[c], s = scale * queries[b] · cache[c].
+    """Draw negatives for each query from a cache, slot c with probability softmax(inv_temp * s)[c].
 
-    One pass over the cache by tiles: scores, their logsumexp and the draws; (B, C) never exists.
-    The noise depends on the seed, the step, the query's and the slot's number alone, so shards of a
-    cache draw what the whole would: of their candidates the first by `perturbed` are its draws,
-    equal ones by ascending slot. Streaming negatives of Lindgren et al., NeurIPS 2021; draws
-    without replacement as Kool, van Hoof, Welling, ICML 2019.
+    s[b, c] = scale * queries[b] · cache[c]
 
-    Slots of score -inf are never drawn; those of +inf and, before them, of NaN always are, the
-    lowest first. NaN makes the logsumexp NaN.
+    Scores, their logsumexp and the draws are computed in one pass over the cache; the (B, C)
+    scores never exist. The draws are without replacement (Kool, van Hoof, Welling, ICML 2019), for
+    the streaming negatives of Lindgren et al. (NeurIPS 2021).
+
+    The noise depends only on seed, step, and the numbers of query and slot. Shards of a cache
+    therefore draw as the whole cache does: its draws are the draws of the shards with the largest
+    `perturbed`, equal ones by ascending slot.
+
+    Slots of score -inf are never drawn. Slots of score NaN are drawn first, then those of +inf, the
+    lowest slot first. NaN makes the logsumexp NaN.
 
     Args:
-        queries: (B, D) beside a dense cache; (B, V) or SparseRows beside a sparse one.
-        cache: (C, D) or SparseRows of C rows over V columns, on the device of the queries.
-        num_samples: draws of each query without replacement, m, at least 1.
+        queries: (B, D) with a dense cache; (B, V) or SparseRows with a sparse cache.
+        cache: (C, D), or SparseRows of C rows over V columns, on the device of the queries.
+        num_samples: number of draws for each query, m, at least 1.
         scale: factor of the scores.
-        inv_temp: inverse temperature of the draw, at least 0; 0 draws uniformly. It affects neither
-            `scores` nor `logsumexp`.
-        top_k: count and draw only so many slots of each query, at least 1; None: all.
-        top_k_method: "grouped" cuts the C slots into top_k contiguous groups, the first C % top_k
-            of them one slot longer, and keeps the highest of each, as the paper's code does;
-            "exact" keeps the top_k highest. Equal scores: the lowest slot.
-        valid: (C,) bool; what is False is neither counted nor drawn, whatever its row holds.
-        exclude: what else a query must not count or draw: (B, E) int64 slots, where those outside
-            [0, C), such as -1, are unused; or (B, C) bool.
-        rng: the generator, which goes one step on. None: one that is seeded from torch's default
-            generator of the device.
-        slot_offset: number of the first slot among those of all shards; indices stay local.
-        query_offset: number of the first query, likewise.
+        inv_temp: inverse temperature of the draws, at least 0; 0 draws uniformly. It does not
+            change the returned `scores` and `logsumexp`.
+        top_k: number of slots that each query keeps, at least 1; all others are masked. None: all
+            slots are kept.
+        top_k_method: "grouped" splits the C slots into top_k contiguous groups, of which the first
+            C % top_k have one slot more, and keeps the highest score of each group, as the paper's
+            code does. "exact" keeps the top_k highest scores. Ties go to the lowest slot.
+        valid: (C,) bool; slots with False are masked, whatever their row contains. None: all slots
+            are valid.
+        exclude: slots to mask for each query: (B, E) int64 slots, where those outside [0, C), such
+            as -1, have no effect; or a (B, C) bool mask.
+        rng: the generator, which advances by one step. None: a generator that is seeded from
+            torch's default generator of the device.
+        slot_offset: number of the first slot among the slots of all shards. Returned indices are
+            those of this shard.
+        query_offset: number of the first query among the queries of all shards.
 
     Returns:
-        NegativeSamples in float32 (float64 where queries or cache are); no gradient.
+        NegativeSamples in float32 (float64 if queries or cache are float64), without gradients.
 
     Raises:
-        TypeError, ValueError: an argument has another type, shape, dtype, device or range.
-        RuntimeError: on the CPU, a length or a used index of sparse rows is out of its range.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or is out of
+            range.
+        RuntimeError: a length or a used index of sparse rows is out of range (checked on the CPU).
+
+    Example::
+
+        >>> queries, cache = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0], [50.0, 0.0]])
+        >>> drawn = sf.sample_negatives(queries, cache, rng=sf.Philox(seed=0))
+        >>> drawn.indices, drawn.scores, drawn.logsumexp
+        (tensor([[1]]), tensor([[50.]]), tensor([50.]))
     """
-    _check_scored(queries, cache)
+    _check_operands(queries, cache)
     batch, num_slots = len(queries), len(cache)
     like = cache if isinstance(cache, Tensor) else cache.values
     num_samples = _check_draw(num_samples, inv_temp)
@@ -175,16 +212,16 @@ def sample_scores(
     slot_offset: int = 0,
     query_offset: int = 0,
 ) -> NegativeSamples:
-    """The draws of `sample_negatives` from scores that are there, in the present step of rng.
+    """Draw as `sample_negatives` does, from scores that already exist.
 
     Args:
-        scores: (B, N) float32 or float64, -inf where a slot must be neither counted nor drawn.
-        slots: (B, N) int64, ascending, whose scores they are; None: those from slot_offset on.
-        rng: is not advanced.
-        others: as in `sample_negatives`.
+        scores: (B, N) float32 or float64; -inf masks a slot.
+        slots: (B, N) int64, ascending, the slots of the scores. None: slots from slot_offset on.
+        rng: the generator, which does not advance.
+        num_samples, inv_temp, slot_offset, query_offset: as in `sample_negatives`.
     """
     if slots is not None:
-        # As many as count, which are few.
+        # Without a kernel: the kept slots are few.
         kept = reference.sample_kept(
             scores, slots, rng.state, num_samples, inv_temp=inv_temp, query_offset=query_offset
         )
@@ -207,7 +244,7 @@ def sample_scores(
 
 
 class _Draw(NamedTuple):
-    """What the ops take besides scores and state, in their order."""
+    """Arguments of the ops besides operands and state, in the order of the schemas."""
 
     num_samples: int
     scale: float
@@ -224,16 +261,18 @@ def _sample(
     queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
 ) -> NegativeSamples:
     if not _library.has_kernels(state.device):
-        return _sample_plainly(queries, cache, state, draw)
+        return _sample_without_kernels(queries, cache, state, draw)
     if isinstance(cache, SparseRows):
-        found = torch.ops.splade_fast.sample_sparse(*op_tensors(queries, cache), state, *draw)
+        found = torch.ops.splade_fast.sample_sparse(
+            *ScoreOperands.build(queries, cache), state, *draw
+        )
     else:
         found = torch.ops.splade_fast.sample_dense(queries, cache, state, *draw)
     scores, perturbed, logsumexp, indices = found
     return NegativeSamples(indices, scores, logsumexp, perturbed)
 
 
-def _sample_plainly(
+def _sample_without_kernels(
     queries: SparseRows | Tensor, cache: SparseRows | Tensor, state: Tensor, draw: _Draw
 ) -> NegativeSamples:
     return NegativeSamples(
@@ -253,7 +292,7 @@ def _sample_plainly(
 
 
 def _state(rng: Philox | None, device: torch.device) -> Tensor:
-    """(2,) int64: seed and step."""
+    """Return seed and step (2,) int64 of a generator, or random ones."""
     if rng is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
     if not isinstance(rng, Philox):
@@ -264,7 +303,7 @@ def _state(rng: Philox | None, device: torch.device) -> Tensor:
 
 
 def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) -> Tensor:
-    """(B, C) in the accumulation dtype, where there are no kernels."""
+    """Return inner products (B, C) in the accumulation dtype, computed by PyTorch."""
     if isinstance(cache, SparseRows):
         return plain_scores(queries, cache)
     assert isinstance(queries, Tensor)
@@ -273,7 +312,8 @@ def _plain_products(queries: SparseRows | Tensor, cache: SparseRows | Tensor) ->
         return queries.to(acc) @ cache.to(acc).t()
 
 
-def _check_scored(queries: Any, cache: Any) -> None:
+def _check_operands(queries: Any, cache: Any) -> None:
+    """Raise if queries and cache do not go together."""
     if isinstance(cache, SparseRows):
         check_same_space(queries, cache, docs_name="cache")
         return
@@ -283,7 +323,7 @@ def _check_scored(queries: Any, cache: Any) -> None:
     if cache.ndim != 2:
         raise ValueError(f"cache must be (slots, depth), got {tuple(cache.shape)}")
     if isinstance(queries, SparseRows):
-        raise TypeError("queries must be a tensor beside a dense cache, got SparseRows")
+        raise TypeError("queries must be a tensor with a dense cache, got SparseRows")
     check_floating("queries", queries)
     if queries.ndim != 2 or queries.shape[1] != cache.shape[1]:
         raise ValueError(
@@ -294,7 +334,7 @@ def _check_scored(queries: Any, cache: Any) -> None:
 
 
 def _check_draw(num_samples: int, inv_temp: object) -> int:
-    """The number of samples."""
+    """Return the number of samples as an int. Raise if an argument is out of range."""
     num_samples = check_count("num_samples", num_samples, 1)
     if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < _INFINITY:
         raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
@@ -351,9 +391,11 @@ def _fake_dense(
 
 
 def _fake_sparse(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query_values, doc_values, num_samples = arguments[1], arguments[4], arguments[8]
-    dtype = torch.promote_types(query_values.dtype, doc_values.dtype)
-    return _empty_samples(doc_values, dtype, query_values.shape[0], num_samples)
+    num_operands = len(ScoreOperands._fields)
+    operands = ScoreOperands(*arguments[:num_operands])
+    draw = _Draw(*arguments[num_operands + 1 :])  # the state comes between them
+    batch = operands.query_values.shape[0]
+    return _empty_samples(operands.doc_values, operands.dtype, batch, draw.num_samples)
 
 
 def _empty_samples(
@@ -368,7 +410,7 @@ def _empty_samples(
     )
 
 
-if _library.cpu_library_loaded():
+if _library.is_cpu_library_loaded():
     torch.library.register_fake("splade_fast::sample_scores", _fake_scores)
     torch.library.register_fake("splade_fast::sample_dense", _fake_dense)
     torch.library.register_fake("splade_fast::sample_sparse", _fake_sparse)

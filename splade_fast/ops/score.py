@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,33 +13,40 @@ from splade_fast._checks import check_count
 from splade_fast.ops.autograd import accumulation_dtype, refuse_double_backward
 from splade_fast.ops.sparse_rows import SparseRows
 
-# Where search goes by tiles, not on the CPU: queries at a time, and the scores of a tile.
-_QUERIES_AT_ONCE = 1024
+# Sizes of the tiles of `_search_by_tiles`: queries, and scores.
+_TILE_QUERIES = 1024
 _TILE_SCORES = 2**24
 
 
 def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
-    """scores[q, n] = Σ_v queries[q, v] · docs[n, v], accumulated in fp32 (fp64 for fp64).
+    """Compute the inner product of each query with each document.
 
-    The sum runs over the columns that docs[n] names, in ascending order; a column that a query
-    lacks counts as 0 there. A score does not depend on the other queries and documents or on the
-    number of threads.
+    scores[q, n] = Σ_v queries[q, v] · docs[n, v], accumulated in float32 (float64 for float64)
+
+    The sum runs over the columns of docs[n] in ascending order. A score does not depend on the
+    other queries and documents or on the number of threads.
 
     Args:
         queries: SparseRows of Q rows, or dense (Q, V).
         docs: SparseRows of N rows over the same V columns.
 
     Returns:
-        (Q, N) in the wider dtype of the two; differentiable once in dense queries and in all
-        values.
+        (Q, N) in the wider dtype of the two; differentiable once in the values of both.
 
     Raises:
         TypeError, ValueError: queries and docs differ in their columns or devices.
-        RuntimeError: on the CPU, a length or a used index is out of its range.
+        RuntimeError: a length or a used index is out of range (checked on the CPU), or a second
+            derivative is requested.
+
+    Example::
+
+        >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> sf.sparse_scores(torch.tensor([[3.0, 1.0]]), docs)
+        tensor([[2., 3.]])
     """
     check_same_space(queries, docs)
     if _library.has_kernels(docs.device):
-        scores: Tensor = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, docs))
+        scores: Tensor = torch.ops.splade_fast.sparse_scores(*ScoreOperands.build(queries, docs))
         return scores
     dtype = torch.promote_types(queries.dtype, docs.dtype)
     return plain_scores(queries, docs).to(dtype)
@@ -47,88 +54,114 @@ def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
 
 @torch.no_grad()
 def sparse_search(queries: SparseRows | Tensor, docs: SparseRows, k: int) -> tuple[Tensor, Tensor]:
-    """The k documents with the highest `sparse_scores` for each query: exact, never (Q, N).
+    """Return the k documents with the highest `sparse_scores` for each query.
 
-    On the CPU, documents are read once for every 64 queries, front to back, which suits
-    memory-mapped ones (`SparseRows.load`). For queries on a GPU, documents may also stay in host
-    memory; they are copied tile by tile, without blocking if they are pinned.
+    The search is exact and never holds all (Q, N) scores. On the CPU, documents are read front to
+    back once for every 64 queries, which suits memory-mapped documents (`SparseRows.load`). With
+    queries on a GPU, documents may stay in host memory: they are copied tile by tile, without
+    blocking if they are pinned.
 
     Args:
         queries: SparseRows of Q rows, or dense (Q, V).
         docs: SparseRows of N rows over the same V columns.
-        k: how many documents to return for each query; at most all N.
+        k: number of documents for each query; all N if k ≥ N.
 
     Returns:
-        scores (Q, min(k, N)), highest first, and document ids of the same shape, int64. Equal
-        scores come by ascending id; documents that score 0 fill up the places. NaN ranks first.
-        Ranked before the scores are rounded to their dtype.
+        scores (Q, min(k, N)), highest first, and ids of documents (Q, min(k, N)) int64. Equal
+        scores are ordered by ascending id. Documents that score 0 fill the remaining places. NaN
+        ranks first. Documents are ranked before their scores are rounded to the output dtype.
 
     Raises:
-        TypeError, ValueError: queries and docs differ in their columns or devices; k is no
-            integer of at least 1.
-        RuntimeError: on the CPU, a length or a used index is out of its range.
+        TypeError, ValueError: queries and docs differ in their columns or devices, or k is not an
+            integer ≥ 1.
+        RuntimeError: a length or a used index is out of range (checked on the CPU).
+
+    Example::
+
+        >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> sf.sparse_search(torch.tensor([[3.0, 1.0]]), docs, k=1)
+        (tensor([[3.]]), tensor([[1]]))
     """
-    check_same_space(queries, docs, docs_on_host=True)
+    check_same_space(queries, docs, is_host_allowed=True)
     k = check_count("k", k, 1)
     if _library.has_kernels(queries.device):
         result: tuple[Tensor, Tensor] = torch.ops.splade_fast.sparse_search(
-            *op_tensors(queries, docs), k
+            *ScoreOperands.build(queries, docs), k
         )
         return result
     return _search_by_tiles(queries, docs, k)
 
 
-def op_tensors(queries: SparseRows | Tensor, docs: SparseRows) -> tuple[Any, ...]:
-    """The arguments that all ops here share."""
-    ours = (
-        (queries.indices, queries.values, queries.lengths)
-        if isinstance(queries, SparseRows)
-        else (None, queries, None)
-    )
-    return *ours, docs.indices, docs.values, docs.lengths, docs.num_cols
+class ScoreOperands(NamedTuple):
+    """Arguments that the ops on queries and sparse documents share, in the order of the schemas."""
 
+    query_indices: Tensor | None
+    query_values: Tensor
+    query_lengths: Tensor | None
+    doc_indices: Tensor
+    doc_values: Tensor
+    doc_lengths: Tensor
+    num_cols: int
 
-def _from_tensors(
-    indices: Tensor | None, values: Tensor, lengths: Tensor | None, num_cols: int
-) -> Any:
-    """The inverse of `op_tensors` for one side."""
-    if indices is None or lengths is None:
-        return values
-    return SparseRows(indices, values, lengths, num_cols)
+    @classmethod
+    def build(cls, queries: SparseRows | Tensor, docs: SparseRows) -> ScoreOperands:
+        """Return the arguments for queries and documents."""
+        doc_arguments = (docs.indices, docs.values, docs.lengths, docs.num_cols)
+        if isinstance(queries, SparseRows):
+            return cls(queries.indices, queries.values, queries.lengths, *doc_arguments)
+        return cls(None, queries, None, *doc_arguments)
+
+    @property
+    def queries(self) -> SparseRows | Tensor:
+        """Queries as they were passed to `build`."""
+        if self.query_indices is None or self.query_lengths is None:
+            return self.query_values
+        return SparseRows(self.query_indices, self.query_values, self.query_lengths, self.num_cols)
+
+    @property
+    def docs(self) -> SparseRows:
+        """Documents as they were passed to `build`."""
+        return SparseRows(self.doc_indices, self.doc_values, self.doc_lengths, self.num_cols)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the scores."""
+        return torch.promote_types(self.query_values.dtype, self.doc_values.dtype)
 
 
 def _search_by_tiles(
     queries: SparseRows | Tensor, docs: SparseRows, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Search by the scores of tiles of documents, keeping only the k best while going on.
+    """Search by the scores of one tile of documents at a time, without waiting for a GPU.
 
-    Nothing waits for a GPU. Documents may be in host memory, also where queries are not: a tile is
-    copied when its turn comes, without blocking if it is pinned.
+    Documents may be in host memory while queries are on a GPU: each tile is copied when it is
+    needed, without blocking if it is pinned.
     """
     dtype = torch.promote_types(queries.dtype, docs.dtype)
-    found = [
-        _search_at_once(queries[start : start + _QUERIES_AT_ONCE], docs, k)
-        for start in range(0, max(len(queries), 1), _QUERIES_AT_ONCE)
-    ]
-    return torch.cat([scores for scores, _ in found]).to(dtype), torch.cat(
-        [ids for _, ids in found]
+    scores, ids = zip(
+        *(
+            _search_query_tile(queries[start : start + _TILE_QUERIES], docs, k)
+            for start in range(0, max(len(queries), 1), _TILE_QUERIES)
+        ),
+        strict=True,
     )
+    return torch.cat(scores).to(dtype), torch.cat(ids)
 
 
-def _search_at_once(
+def _search_query_tile(
     queries: SparseRows | Tensor, docs: SparseRows, k: int
 ) -> tuple[Tensor, Tensor]:
     device = queries.device
     has_kernels = _library.has_kernels(device)
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
-    queries = queries.to(dtype=acc)  # so that scores are ranked before they are rounded
+    queries = queries.to(dtype=acc)  # documents are ranked before their scores are rounded
     best_scores = torch.empty(len(queries), 0, dtype=acc, device=device)
     best_ids = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     tile_docs = max(k, _TILE_SCORES // max(len(queries), 1))
     for start in range(0, len(docs), tile_docs):
         tile = docs[start : start + tile_docs].to(device, non_blocking=True)
         if has_kernels:
-            scores = torch.ops.splade_fast.sparse_scores(*op_tensors(queries, tile))
+            scores = torch.ops.splade_fast.sparse_scores(*ScoreOperands.build(queries, tile))
         else:
             scores = plain_scores(queries, tile)
         ids = torch.arange(start, start + len(tile), device=device).expand_as(scores)
@@ -139,27 +172,27 @@ def _search_at_once(
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order, equal ones by ascending id, NaN first.
+    """Return the k largest scores of each row in descending order with their ids, NaN first.
 
-    Of equal scores the one with the lower id has to stand first.
+    Of equal scores the first in the row comes first, which must be the one with the lower id.
     """
     k = min(k, scores.shape[1])
     if scores.dtype == torch.float64 or k == scores.shape[1]:
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return scores[:, :k], ids.gather(1, order)[:, :k]
-    # topk chooses freely among equal entries, so it gets none: integers in the order of the scores
-    # with the positions, reversed, in the lower half.
+    # topk orders equal entries arbitrarily. These 64-bit keys are distinct: the upper half orders
+    # as the float32 scores do, and the lower half is the reversed position.
     top = torch.iinfo(torch.int32).max
     bits = torch.where(scores == 0, 0, scores).view(torch.int32)
-    keys = torch.where(scores.isnan(), top, torch.where(bits < 0, bits ^ top, bits))
+    ordered = torch.where(scores.isnan(), top, torch.where(bits < 0, bits ^ top, bits))
     positions = torch.arange(scores.shape[1], device=scores.device)
-    words = (keys.long() << 32) | (top - positions)
-    taken = top - (words.topk(k, dim=1)[0] & top)
-    return scores.gather(1, taken), ids.gather(1, taken)
+    keys = (ordered.long() << 32) | (top - positions)
+    best = top - (keys.topk(k, dim=1)[0] & top)
+    return scores.gather(1, best), ids.gather(1, best)
 
 
 def plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
-    """(Q, N) in the accumulation dtype: each document sums the rows of the table it names."""
+    """Return scores (Q, N) in the accumulation dtype, computed by PyTorch's embedding_bag."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
     table = _query_table(queries, acc)
     if len(docs) == 0 or table.numel() == 0:
@@ -173,13 +206,9 @@ def plain_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
 
 
 def _query_table(queries: SparseRows | Tensor, dtype: torch.dtype) -> Tensor:
-    """Queries as the (V, Q) table that documents gather from."""
+    """Return queries as a (V, Q) table, from which documents gather rows."""
     dense = queries.to_dense() if isinstance(queries, SparseRows) else queries
     return dense.t().contiguous().to(dtype)
-
-
-def _num_cols(queries: SparseRows | Tensor) -> int:
-    return queries.num_cols if isinstance(queries, SparseRows) else queries.shape[1]
 
 
 def check_same_space(
@@ -187,9 +216,9 @@ def check_same_space(
     docs: SparseRows,
     *,
     docs_name: str = "docs",
-    docs_on_host: bool = False,
+    is_host_allowed: bool = False,
 ) -> None:
-    """Both are what they should be, over the same columns and on the same device."""
+    """Raise if queries and documents differ in their columns or devices."""
     if not isinstance(docs, SparseRows):
         raise TypeError(f"{docs_name} must be SparseRows, got {type(docs).__name__}")
     if not isinstance(queries, SparseRows | Tensor):
@@ -199,12 +228,12 @@ def check_same_space(
             f"queries must be floating point (queries, {docs.num_cols}), "
             f"got {queries.dtype} {tuple(queries.shape)}"
         )
-    if _num_cols(queries) != docs.num_cols:
+    num_cols = queries.shape[1]
+    if num_cols != docs.num_cols:
         raise ValueError(
-            f"queries must have {docs_name}.num_cols = {docs.num_cols} columns, "
-            f"got {_num_cols(queries)}"
+            f"queries must have {docs_name}.num_cols = {docs.num_cols} columns, got {num_cols}"
         )
-    if docs_on_host and docs.device.type == "cpu" and queries.device.type == "cuda":
+    if is_host_allowed and docs.device.type == "cpu" and queries.device.type == "cuda":
         return
     if queries.device != docs.device:
         raise ValueError(
@@ -212,88 +241,61 @@ def check_same_space(
         )
 
 
-def _fake_scores(
-    query_indices: Tensor | None,
-    query_values: Tensor,
-    query_lengths: Tensor | None,
-    doc_indices: Tensor,
-    doc_values: Tensor,
-    doc_lengths: Tensor,
-    num_cols: int,
-) -> Tensor:
-    dtype = torch.promote_types(query_values.dtype, doc_values.dtype)
-    return query_values.new_empty((query_values.shape[0], doc_values.shape[0]), dtype=dtype)
+def _fake_scores(*arguments: Any) -> Tensor:
+    operands = ScoreOperands(*arguments)
+    shape = (operands.query_values.shape[0], operands.doc_values.shape[0])
+    return operands.query_values.new_empty(shape, dtype=operands.dtype)
 
 
-def _fake_search(*tensors: Any) -> tuple[Tensor, Tensor]:
-    *inputs, k = tensors
-    query_values, doc_values = inputs[1], inputs[4]
-    dtype = torch.promote_types(query_values.dtype, doc_values.dtype)
-    shape = (query_values.shape[0], torch.sym_min(k, doc_values.shape[0]))
-    return query_values.new_empty(shape, dtype=dtype), query_values.new_empty(
-        shape, dtype=torch.int64
-    )
+def _fake_search(*arguments: Any) -> tuple[Tensor, Tensor]:
+    operands, k = ScoreOperands(*arguments[:-1]), arguments[-1]
+    values = operands.query_values
+    shape = (values.shape[0], torch.sym_min(k, operands.doc_values.shape[0]))
+    return values.new_empty(shape, dtype=operands.dtype), values.new_empty(shape, dtype=torch.int64)
 
 
-def _sparse_search_cuda(
-    query_indices: Tensor | None,
-    query_values: Tensor,
-    query_lengths: Tensor | None,
-    doc_indices: Tensor,
-    doc_values: Tensor,
-    doc_lengths: Tensor,
-    num_cols: int,
-    k: int,
-) -> tuple[Tensor, Tensor]:
-    queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
-    return _search_by_tiles(queries, SparseRows(doc_indices, doc_values, doc_lengths, num_cols), k)
+def _search_on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    operands, k = ScoreOperands(*arguments[:-1]), arguments[-1]
+    return _search_by_tiles(operands.queries, operands.docs, k)
 
 
-def _fake_backward(grad: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
-    *inputs, needs_query, needs_doc = tensors
-    query_values, doc_values = inputs[1], inputs[4]
+def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    operands, (needs_query, needs_doc) = ScoreOperands(*arguments[:-2]), arguments[-2:]
+    query_values, doc_values = operands.query_values, operands.doc_values
     return (
         query_values.new_empty(query_values.shape if needs_query else (0,)),
         doc_values.new_empty(doc_values.shape if needs_doc else (0,)),
     )
 
 
-def _sparse_scores_backward(
-    grad: Tensor,
-    query_indices: Tensor | None,
-    query_values: Tensor,
-    query_lengths: Tensor | None,
-    doc_indices: Tensor,
-    doc_values: Tensor,
-    doc_lengths: Tensor,
-    num_cols: int,
-    needs_query: bool,
-    needs_doc: bool,
-) -> tuple[Tensor, Tensor]:
-    """Of both values, on either device, in sums whose order is fixed.
+def _sparse_scores_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query_values and doc_values, with sums in a fixed order.
 
-    d docs[n, j] = Σ_q grad[q, n] · queries[q, docs.indices[n, j]], and
-    d queries[q, v] = Σ_n grad[q, n] · docs[n, v], taken where queries have an entry.
+    d docs[n, j] = Σ_q grad[q, n] · queries[q, docs.indices[n, j]]
+    d queries[q, v] = Σ_n grad[q, n] · docs[n, v], where queries have an entry
     """
-    acc = accumulation_dtype(torch.promote_types(query_values.dtype, doc_values.dtype))
-    docs = SparseRows(doc_indices, doc_values, doc_lengths, num_cols)
-    queries = _from_tensors(query_indices, query_values, query_lengths, num_cols)
-    by_doc = grad.t().to(acc).contiguous()
+    operands, (needs_query, needs_doc) = ScoreOperands(*arguments[:-2]), arguments[-2:]
+    queries, docs = operands.queries, operands.docs
+    doc_grad = grad.t().to(accumulation_dtype(operands.dtype)).contiguous()
+    no_query_gradient, no_doc_gradient = (
+        values.new_empty(0) for values in (operands.query_values, operands.doc_values)
+    )
     return (
-        _query_gradient(by_doc, queries, docs) if needs_query else query_values.new_empty(0),
-        _doc_gradient(by_doc, queries, docs) if needs_doc else doc_values.new_empty(0),
+        _query_gradient(doc_grad, queries, docs) if needs_query else no_query_gradient,
+        _doc_gradient(doc_grad, queries, docs) if needs_doc else no_doc_gradient,
     )
 
 
-def _doc_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
-    """Of docs.values, from the (N, Q) gradient of the scores in the accumulation dtype."""
+def _doc_gradient(doc_grad: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Return the gradient of docs.values for the (N, Q) gradient of the transposed scores."""
     gradient = torch.zeros_like(docs.values)
     rows, columns, _ = docs.coordinates()
     if len(rows) > 0 and len(queries) > 0:
-        # The dot product of a table row with a row of the gradient, for each entry.
+        # The gradient of an entry is the dot product of a table row and a row of doc_grad, which is
+        # how embedding_bag differentiates its weights.
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            by_doc,
-            _query_table(queries, by_doc.dtype),
+            doc_grad,
+            _query_table(queries, doc_grad.dtype),
             columns,
             docs.lengths.long().cumsum(0) - docs.lengths,
             rows,
@@ -303,18 +305,18 @@ def _doc_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows
     return gradient
 
 
-def _query_gradient(by_doc: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
-    """Of queries, or their values, from the (N, Q) gradient of the scores, likewise."""
-    table = by_doc.new_zeros(docs.num_cols, len(queries))
+def _query_gradient(doc_grad: Tensor, queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
+    """Return the gradient of the values of queries, likewise."""
+    table = doc_grad.new_zeros(docs.num_cols, len(queries))
     rows, columns, entries = docs.coordinates()
     if table.numel() > 0 and len(rows) > 0:
         order = columns.argsort(stable=True)
-        counts = torch.bincount(columns, minlength=docs.num_cols)
+        column_sizes = torch.bincount(columns, minlength=docs.num_cols)
         table = embedding_bag(
             rows[order],
-            by_doc,
-            counts.cumsum(0) - counts,
-            per_sample_weights=entries[order].to(by_doc.dtype),
+            doc_grad,
+            column_sizes.cumsum(0) - column_sizes,
+            per_sample_weights=entries[order].to(doc_grad.dtype),
             mode="sum",
         )
     dense = table.t().to(queries.dtype)
@@ -347,14 +349,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-if _library.cpu_library_loaded():
+if _library.is_cpu_library_loaded():
     torch.library.register_fake("splade_fast::sparse_scores", _fake_scores)
     torch.library.register_fake("splade_fast::sparse_search", _fake_search)
     torch.library.register_fake("splade_fast::sparse_scores_backward", _fake_backward)
     torch.library.impl(
         "splade_fast::sparse_scores_backward", ("CPU", "CUDA"), _sparse_scores_backward
     )
-    torch.library.impl("splade_fast::sparse_search", "CUDA", _sparse_search_cuda)
+    torch.library.impl("splade_fast::sparse_search", "CUDA", _search_on_cuda)
     torch.library.register_autograd(
         "splade_fast::sparse_scores", _backward, setup_context=_setup_context
     )

@@ -1,4 +1,4 @@
-"""Plain PyTorch versions of every op: slow, readable, the yardstick of tests and benchmarks."""
+"""Plain PyTorch versions of every op: slow, readable, the baseline of tests and benchmarks."""
 
 from splade_fast.reference.gather import gather_rows, scatter_rows_, update_cache_
 from splade_fast.reference.head import splade_head

@@ -9,7 +9,7 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
-    """rows[name][i] = tables[name][indices[i]], on the device of the indices."""
+    """Return rows[name][i] = tables[name][indices[i]], on the device of the indices."""
     _check_range(tables, indices)
     return {
         name: _bits(table)[indices.to(table.device)].to(indices.device).view(table.dtype)
@@ -23,7 +23,7 @@ def scatter_rows_(
     rows: Mapping[str, Tensor],
     mask: Tensor | None = None,
 ) -> None:
-    """tables[name][indices[i]] = rows[name][i] for i = 0, 1, … where the mask allows it."""
+    """Set tables[name][indices[i]] = rows[name][i] where the mask is True, in the order of i."""
     written = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
     _check_range(tables, indices[written])
     for name, table in tables.items():
@@ -46,7 +46,7 @@ def update_cache_(
     refreshed_mask: Tensor | None = None,
     use_lru: bool = True,
 ) -> None:
-    """Refresh rows, put new ones in place of the oldest, lowest slots first, and age all others."""
+    """Compute `splade_fast.ops.gather.update_cache_`."""
     new, fresh = (
         {name: rows.clone() for name, rows in (given or {}).items()}
         for given in (new_rows, refreshed_rows)
@@ -72,11 +72,12 @@ def update_cache_(
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same memory in a dtype that PyTorch can index: it cannot with all unsigned ones."""
+    """View the memory in a dtype that PyTorch can index, which some unsigned dtypes are not."""
     return tensor.view(_SIGNED.get(tensor.dtype, tensor.dtype))
 
 
 def _check_range(tables: Mapping[str, Tensor], indices: Tensor) -> None:
+    """Raise RuntimeError if an index is not a row of every table."""
     for table in tables.values():
         outside = indices[(indices < 0) | (indices >= len(table))]
         if len(outside):

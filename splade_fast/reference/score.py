@@ -1,4 +1,4 @@
-"""Inner products of sparse rows: the formula in plain PyTorch, with everything dense."""
+"""score in plain PyTorch: inner products of dense queries with padded sparse documents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sparse_scores(query_rows: Tensor, doc_indices: Tensor, doc_values: Tensor) -> Tensor:
-    """scores[q, n] = Σ_j query_rows[q, doc_indices[n, j]] · doc_values[n, j].
+    """Compute scores[q, n] = Σ_j query_rows[q, doc_indices[n, j]] · doc_values[n, j].
 
     Args:
         query_rows: (Q, V).
@@ -25,7 +25,7 @@ def sparse_scores(query_rows: Tensor, doc_indices: Tensor, doc_values: Tensor) -
 def sparse_search(
     query_rows: Tensor, doc_indices: Tensor, doc_values: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k documents of each query with the highest scores; equal scores by ascending id.
+    """Return the k documents with the highest scores for each query; equal scores by ascending id.
 
     Returns:
         scores (Q, k) and document ids (Q, k) int64; fewer columns if there are fewer documents.

@@ -132,7 +132,7 @@ def test_words_and_their_refinements_are_where_the_counter_says():
         counter = [slot >> 2, query, step & 0xFFFFFFFF, step >> 32 | domain << 30]
         return reference.philox4x32([torch.tensor(x) for x in counter], key)[slot & 3]
 
-    assert found.item() == reference.noise_of_words(word(0), word(1)).item()
+    assert found.item() == reference.noise_from_words(word(0), word(1)).item()
 
 
 def exact_noise(words: Tensor, refinements: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def test_noise_is_accurate_over_all_its_range():
     words = torch.cat([near, torch.randint(0, 2**32, (2**20,)), 2 ** torch.arange(32)])
     refinements = torch.randint(0, 2**32, words.shape)
     refinements[0] = 0
-    found, truth = reference.noise_of_words(words, refinements), exact_noise(words, refinements)
+    found, truth = reference.noise_from_words(words, refinements), exact_noise(words, refinements)
     error = (found.double() - truth).abs()
     ulp = 2.0 ** (truth.abs().clamp(min=1).log2().floor() - 23)
     large = truth.abs() >= 1
@@ -916,7 +916,7 @@ def test_bad_options_are_refused_before_a_step(options, error, message):
             SparseRows.from_dense(torch.ones(3, 2)),
             torch.ones(7, 2),
             TypeError,
-            "queries must be a tensor beside a dense cache, got SparseRows",
+            "queries must be a tensor with a dense cache, got SparseRows",
         ),
         (
             torch.ones(3, 2),

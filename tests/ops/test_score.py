@@ -40,7 +40,7 @@ def stable_order(scores: Tensor, k: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Several tiles of queries and of documents, where search goes by them."""
-    monkeypatch.setattr(score_module, "_QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(score_module, "_TILE_QUERIES", 3)
     monkeypatch.setattr(score_module, "_TILE_SCORES", 12)
 
 
@@ -336,7 +336,7 @@ def test_any_rows(data):
 
 
 def op_arguments(queries: SparseRows | Tensor, docs: SparseRows) -> tuple:
-    return score_module.op_tensors(queries, docs)
+    return tuple(score_module.ScoreOperands.build(queries, docs))
 
 
 def test_opcheck(device):

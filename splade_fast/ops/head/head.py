@@ -281,7 +281,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return (*given, *(None,) * 8)
 
 
-if _library.cpu_library_loaded():
+if _library.is_cpu_library_loaded():
     for backend in ("CPU", "CUDA"):
         torch.library.impl("splade_fast::head_forward", backend, _forward)
     torch.library.register_fake("splade_fast::head_forward", _fake_forward)
