@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "splade_fast"
 
-# Pages that are not named here come before the last ones, by name.
+# Other pages stand between these two groups, by name.
 FIRST = ("index.md", "concepts.md", "sparse_rows.md", "training.md", "negative_cache.md")
 LAST = (
     "kernels.md",
@@ -21,17 +21,10 @@ LAST = (
     "compatibility.md",
     "contributing.md",
 )
-# What other modules are made of, and what is no library.
-INTERNAL = {
-    "checkpoints",
-    "cli",
-    "demo",
-    "distributed",
-    "hidden_states",
-    "sparse_rows_files",
-    "text_encoder",
-    "whole_folders",
-}
+# Packages whose modules have a page each. Any other package has one page.
+SPLIT = ("encoders", "integrations", "search")
+# Modules without a page: they serve other modules, or the command line.
+INTERNAL = {"batching", "cli", "hidden_states", "join_files", "pretrained", "text_encoder"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -49,10 +42,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def api_modules() -> list[str]:
-    """The public modules of the package and of its integrations, a package counting as one."""
+    """Return the dotted names of the public modules and packages."""
+    folders = [PACKAGE, *(PACKAGE / name for name in SPLIT)]
     found = [
-        f"{'.'.join(folder.relative_to(ROOT).parts)}.{path.stem}"
-        for folder in (PACKAGE, PACKAGE / "integrations")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in folders
         for path in sorted(folder.glob("*"))
         if path.suffix == ".py" or (path / "__init__.py").exists()
     ]
@@ -60,7 +54,7 @@ def api_modules() -> list[str]:
 
 
 def is_public(name: str) -> bool:
-    return not name.startswith("_") and name not in INTERNAL | {"integrations"}
+    return not name.startswith("_") and name not in INTERNAL | set(SPLIT)
 
 
 def in_order(pages: list[str]) -> list[str]:
