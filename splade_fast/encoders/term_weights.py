@@ -1,4 +1,4 @@
-"""TermWeightEncoder: an encoder that weighs the terms that a text itself contains."""
+"""TermWeightEncoder: an encoder that weighs the terms of a text and adds none."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ from transformers import (
 
 from splade_fast._atomic_files import whole_folder
 from splade_fast._checks import check_mask
-from splade_fast.encoders.hidden_states import has_cache
+from splade_fast.encoders.hidden_states import has_key_value_cache
 from splade_fast.encoders.pretrained import (
-    EncoderSettings,
     find_file,
     hub_arguments,
     load_config,
     load_model,
     load_tokenizer,
     read_json,
-    weights_only,
+    refuse_pickled_objects,
     write_json_files,
 )
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "term_weights.safetensors"
 _SETTINGS_FILE = "term_weights.json"
-_BGE_M3_FILE = "sparse_linear.pt"  # beside the encoder: the projection's state
+_BGE_M3_FILE = "sparse_linear.pt"  # state of the projection
 
 
 class TermWeightEncoder(TextEncoder):
-    """y[v] = max over positions t with token v of log(1 + relu(w · hidden[t] + b)), else 0.
+    """Encode texts as y[v] = max over positions t with token v of log(1 + relu(w · hidden[t] + b)).
 
-    uniCOIL (Lin and Ma, arXiv:2106.14807); with the activation "relu" the lexical weights of BGE-M3
-    (arXiv:2402.03216). Special tokens never weigh. Use `from_pretrained`.
+    Entries of tokens that the text does not contain, and of special tokens, are 0. The model is
+    uniCOIL (Lin and Ma, arXiv:2106.14807) or, with the activation "relu", the lexical weights of
+    BGE-M3 (arXiv:2402.03216). `from_pretrained` loads one.
 
     Args:
         model: a transformers encoder without a head.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         settings: activation ("log1p_relu" or "relu"), maximum length and prompts.
-        projection: a Linear (D -> 1); by default a new one that weighs all alike.
+        projection: a Linear (D -> 1); by default a new one, which gives all terms similar weights.
 
     Raises:
-        ValueError: an argument does not fit the model, or a setting has no meaning here.
+        ValueError: an argument does not fit the model, or a setting is not supported.
+
+    Example::
+
+        >>> encoder = sf.TermWeightEncoder.from_pretrained("CHECKPOINT")
+        >>> [terms] = encoder.top_terms(encoder.encode("quick fox", show_progress=False))
+        >>> sorted(terms)
+        ['fox', 'quick']
     """
 
     def __init__(
@@ -82,28 +90,28 @@ class TermWeightEncoder(TextEncoder):
             )
         self.model = model
         self.projection = projection
-        self._has_cache = has_cache(model)
-        self.train(model.training)  # encode restores the mode of both
-        special = [i for i in tokenizer.all_special_ids if i < self.vocab_size]
-        weighs = torch.ones(self.vocab_size, dtype=torch.bool)
-        weighs[special] = False
-        self.register_buffer("weighs", weighs.to(model.device), persistent=False)
-        self.weighs: Tensor
+        self._has_key_value_cache = has_key_value_cache(model)
+        self.train(model.training)  # `encode` restores the mode of the encoder and of the model
+        special_ids = [i for i in tokenizer.all_special_ids if i < self.vocab_size]
+        term_mask = torch.ones(self.vocab_size, dtype=torch.bool)  # False for special tokens
+        term_mask[special_ids] = False
+        self.register_buffer("term_mask", term_mask.to(model.device), persistent=False)
+        self.term_mask: Tensor
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> TermWeightEncoder:
-        """Load a saved TermWeightEncoder, BGE-M3, or any encoder with a new projection.
+        """Load a saved TermWeightEncoder or BGE-M3, or add a new projection to any other encoder.
 
         Args:
             name_or_path: a hub name or a folder.
-            kwargs: passed to transformers (`dtype`, `revision`, `attn_implementation`, …).
+            kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
-            OSError: nothing of that name was found.
-            ValueError: the checkpoint needs code of its own, pickles hold more than weights, or
-                its files do not fit together.
+            OSError: no checkpoint of that name was found.
+            ValueError: the checkpoint needs its own code, a pickle holds more than weights, or the
+                files do not fit together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
@@ -115,55 +123,56 @@ class TermWeightEncoder(TextEncoder):
         if (weights := find_file(name, _WEIGHTS_FILE, hub)) is not None:
             state = load_file(weights)
         elif (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:
-            with weights_only(name):
+            with refuse_pickled_objects(name):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             settings.activation = "relu"
         config = load_config(name, hub)
-        # A pooler would be a parameter that never gets a gradient.
-        model_class = MODEL_MAPPING.get(type(config), None)
-        if isinstance(model_class, type) and (  # a few configurations have several
-            "add_pooling_layer" in inspect.signature(model_class).parameters
+        # Parameters of a pooling layer would never get a gradient.
+        model_class = MODEL_MAPPING.get(type(config), None)  # a tuple for a few configurations
+        if (
+            isinstance(model_class, type)
+            and "add_pooling_layer" in inspect.signature(model_class).parameters
         ):
             kwargs["add_pooling_layer"] = False
         model = load_model(AutoModel, name, config, kwargs)
-        tokenizer = load_tokenizer(name, hub)
-        encoder = cls(model, tokenizer, settings)
+        encoder = cls(model, load_tokenizer(name, hub), settings)
         if state is not None:
             encoder.projection.load_state_dict(state)
         return encoder.eval()
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of columns of every vector."""
+        """Number of columns of every vector, V."""
         embeddings: Any = self.model.get_input_embeddings()
         return int(embeddings.num_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the vectors' values."""
+        """Dtype of the vectors' values."""
         return self.projection.weight.dtype
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Vectors (B, V), differentiable in all parameters.
+        """Return vectors (B, V), differentiable in all parameters.
 
-        Equal weights of one term share its gradient evenly, as in torch.amax. Under autocast the
-        result is float32.
+        Positions of one token with equal weights share the gradient evenly, as in torch.amax.
+        Under autocast the result is float32.
 
         Args:
             input_ids: (B, L) token ids.
-            attention_mask: (B, L), nonzero counts; all count without it.
+            attention_mask: (B, L), zero at padding; by default nothing is padding.
             kwargs: further inputs of the transformer, such as `token_type_ids`.
 
         Raises:
-            TypeError, ValueError: the mask is not (B, L), or no bool, int or float.
+            TypeError: the mask is not a tensor of bool, int or float.
+            ValueError: the mask is not (B, L).
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch, length = input_ids.shape
-        counts = check_mask(attention_mask, batch, length, "input_ids", input_ids)
-        if self._has_cache:  # of keys and values, for generating text
+        mask = check_mask(attention_mask, batch, length, "input_ids", input_ids)
+        if self._has_key_value_cache:  # needed to generate text only
             kwargs.setdefault("use_cache", False)
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.projection(outputs.last_hidden_state).squeeze(-1)
@@ -172,18 +181,21 @@ class TermWeightEncoder(TextEncoder):
         weights = torch.relu(logits)
         if self.settings.activation == "log1p_relu":
             weights = torch.log1p(weights)
-        weights = torch.where(counts & self.weighs[input_ids], weights, 0)
+        weights = torch.where(mask & self.term_mask[input_ids], weights, 0)
         vectors = weights.new_zeros(batch, self.vocab_size)
         return vectors.scatter_reduce(1, input_ids, weights, "amax")
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
-        """The vectors of `tokenize`'s output, at most the k largest entries of each."""
+        """Return the vectors of `tokenize`'s output, with at most the k largest entries of each."""
         return SparseRows.from_dense(self(**inputs), k)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder for `from_pretrained`, whose encoder plain transformers loads as well.
+        """Write a folder for `from_pretrained`; transformers loads the encoder from it as well.
 
-        It is written whole or not at all; see `splade_fast._atomic_files`.
+        The folder appears complete or not at all.
+
+        Args:
+            path: the folder; existing files of the same names are replaced.
         """
         with whole_folder(path) as folder:
             self.model.save_pretrained(folder)
@@ -193,7 +205,7 @@ class TermWeightEncoder(TextEncoder):
 
 
 def _new_projection(model: PreTrainedModel) -> nn.Linear:
-    """Every term weighs about log(2): where all weights start negative, none gets a gradient."""
+    """Return a projection to about 1, since terms of negative projection get no gradient."""
     projection = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
     nn.init.normal_(projection.weight, std=0.02)
     nn.init.ones_(projection.bias)

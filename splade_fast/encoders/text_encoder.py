@@ -1,4 +1,4 @@
-"""What all encoders share: texts in, sparse vectors out."""
+"""TextEncoder: the base class of all encoders of texts into sparse vectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splade_fast._checks import check_count
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
-from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -22,7 +22,17 @@ def token_tensors(
     max_length: int,
     add_special_tokens: bool = True,
 ) -> dict[str, Tensor]:
-    """Inputs of a transformer on the CPU, padded to the longest of at least one text."""
+    """Tokenize texts into inputs of a transformer, on the CPU.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: at least one text.
+        max_length: number of tokens kept of each text.
+        add_special_tokens: whether special tokens surround each text.
+
+    Returns:
+        Tensors (N, L) by name, padded to the longest text.
+    """
     encoding = tokenizer(
         list(texts),
         truncation=True,
@@ -35,11 +45,11 @@ def token_tensors(
 
 
 def check_positive(**numbers: int | None) -> None:
-    """Refuse the arguments, given by name, that are less than 1; None is none.
+    """Check that the arguments, given by name, are None or integers of at least 1.
 
     Raises:
-        TypeError: naming the first that is no integer.
-        ValueError: naming the first that is less.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is less than 1.
     """
     for name, number in numbers.items():
         if number is not None:
@@ -47,13 +57,17 @@ def check_positive(**numbers: int | None) -> None:
 
 
 class TextEncoder(nn.Module):
-    """Base of the encoders: tokenizing, batching and naming the terms; see the subclasses.
+    """Base class of the encoders: tokenize texts, sort them into batches, name the terms.
 
-    A subclass has a forward (input_ids, attention_mask) -> (B, V) and says what `vocab_size`,
-    `dtype` and `sparse_rows` are.
+    A subclass implements `forward(input_ids, attention_mask) -> (B, V)`, `vocab_size`, `dtype`
+    and `sparse_rows`.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        settings: maximum length, prompts and, for some encoders, pooling and activation.
     """
 
-    adds_special_tokens = True
+    has_special_tokens = True
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings | None = None
@@ -64,33 +78,36 @@ class TextEncoder(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of columns of every vector."""
+        """Number of columns of every vector, V."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the vectors' values."""
+        """Dtype of the vectors' values."""
         raise NotImplementedError
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
-        """The vectors of `tokenize`'s output, at most the k largest entries of each."""
+        """Return the vectors of `tokenize`'s output, with at most the k largest entries of each."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are and the inputs have to be."""
+        """Device of the parameters, on which inputs must be."""
         return next(self.parameters()).device
 
     def tokenize(self, texts: Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
-        """Inputs of `forward` on the model's device, padded to the longest text.
+        """Tokenize texts into inputs of `forward`, on the encoder's device.
 
         Args:
             texts: at least one text.
-            max_length: tokens kept of each text, special ones included; never more than the
-                model's own limit.
+            max_length: number of tokens kept of each text, special tokens included; the model's
+                own limit applies as well.
+
+        Returns:
+            Tensors (N, L) by name, padded to the longest text.
         """
         tokens = token_tensors(
-            self.tokenizer, texts, self.length_limit(max_length), self.adds_special_tokens
+            self.tokenizer, texts, self.length_limit(max_length), self.has_special_tokens
         )
         return {name: tensor.to(self.device) for name, tensor in tokens.items()}
 
@@ -104,23 +121,24 @@ class TextEncoder(nn.Module):
         show_progress: bool = True,
         prompt_name: str | None = None,
     ) -> SparseRows:
-        """One sparse vector per text, in the order of the texts, in CPU memory.
+        """Encode texts into sparse vectors.
 
         Args:
             texts: any number of texts; a single string counts as one text.
             k: keep at most the k largest entries of each vector.
-            batch_size: texts of about as many tokens that go through the model together.
-            max_length: tokens kept of each text, special ones included; never more than the
-                model's own limit.
+            batch_size: number of texts that go through the model together.
+            max_length: number of tokens kept of each text, special tokens included; the model's
+                own limit applies as well.
             show_progress: draw a progress bar.
-            prompt_name: which of `settings.prompts` goes before each text; by default the
-                model's default prompt, which most models do not have.
+            prompt_name: name of the prompt in `settings.prompts` that goes before each text; by
+                default the model's default prompt, if there is one.
 
         Returns:
-            SparseRows of len(texts) rows; a single string gives one row.
+            SparseRows (N, V) in CPU memory, one row for each text in their order.
 
         Raises:
-            TypeError, ValueError: an argument is out of range.
+            TypeError: an argument has a wrong type.
+            ValueError: an argument is out of range, or no prompt has that name.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(texts):
@@ -141,12 +159,12 @@ class TextEncoder(nn.Module):
         max_length: int,
         after_batch: Callable[[int], object],
     ) -> SparseRows:
-        """What `encode` does once it has checked its arguments.
+        """Encode texts as `encode` does, without checks of the arguments.
 
         Args:
-            texts, k, batch_size, max_length: as of `encode`.
-            prompt: goes before each text.
-            after_batch: called with the number of texts of each batch that is through.
+            texts, k, batch_size, max_length: see `encode`.
+            prompt: text that goes before each text.
+            after_batch: function that is called after each batch with its number of texts.
         """
         order: list[Tensor] = []
         parts: list[SparseRows] = []
@@ -162,11 +180,19 @@ class TextEncoder(nn.Module):
         finally:
             self.train(was_training)
         if not parts:
-            return self._no_rows()
+            return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=self.dtype))
         return SparseRows.cat(parts)[torch.cat(order).argsort()]
 
     def top_terms(self, rows: SparseRows, count: int | None = None) -> list[dict[str, float]]:
-        """{token: weight} of the `count` heaviest entries of each row, heaviest first."""
+        """Return the terms of each row by name, heaviest first.
+
+        Args:
+            rows: (N, V).
+            count: number of terms kept of each row; all by default.
+
+        Returns:
+            A dictionary {token: weight} for each row.
+        """
         names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
         return [
             dict(sorted(weights.items(), key=lambda item: -item[1])[:count])
@@ -174,15 +200,15 @@ class TextEncoder(nn.Module):
         ]
 
     def length_limit(self, max_length: int) -> int:
-        """max_length, or what the model takes where that is less."""
-        # tokenizer.model_max_length is a huge number where the tokenizer knows no limit.
+        """Return the smallest of `max_length` and the limits of the tokenizer and the settings."""
+        # A tokenizer without a limit has a huge model_max_length.
         limits = [max_length, self.tokenizer.model_max_length]
         if self.settings.max_length is not None:
             limits.append(self.settings.max_length)
         return min(limits)
 
     def prompt_text(self, name: str | None) -> str:
-        """What goes before a text: the prompt of that name, or the model's default one.
+        """Return the prompt of that name; without a name, the default prompt or an empty string.
 
         Raises:
             ValueError: the model has no such prompt.
@@ -195,6 +221,3 @@ class TextEncoder(nn.Module):
                 f"prompt_name must be one of {sorted(self.settings.prompts)}, got {name!r}"
             )
         return self.settings.prompts[name]
-
-    def _no_rows(self) -> SparseRows:
-        return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=self.dtype))

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from splade_fast.encoders.pretrained import load_tokenizer, read_settings
+from splade_fast.encoders.pretrained import load_tokenizer
+from splade_fast.encoders.settings import read_settings
 from splade_fast.export import (
     write_anserini,
     write_bm25s,

@@ -14,11 +14,11 @@ from transformers.utils.generic import ModelOutput
 from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
-    decoder_of,
-    has_cache,
+    find_decoder,
+    forward_signature,
+    has_key_value_cache,
     head_inputs,
-    remove_exit,
-    signature_of,
+    remove_decoder_hook,
 )
 from splade_fast.ops.head import splade_head
 
@@ -102,13 +102,13 @@ class _PooledForward:
         self._earlier = model.__dict__.get("forward")  # what else sits on the instance
         self._pooling = pooling
         self._activation = activation
-        self._names = tuple(signature_of(model).parameters)
-        self._has_cache = has_cache(model)
+        self._names = tuple(forward_signature(model).parameters)
+        self._has_key_value_cache = has_key_value_cache(model)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """For those who ask what the model takes, as Trainer does of a dataset's columns."""
-        return signature_of(self._model)
+        return forward_signature(self._model)
 
     def __call__(
         self, *args: Any, pooling_mask: Tensor | None = None, **kwargs: Any
@@ -126,7 +126,7 @@ class _PooledForward:
                     "before its logits; splade_fast.restore(model) gives its own forward back"
                 )
         as_dict = inputs.pop("return_dict", None)
-        if self._has_cache:  # of keys and values, for generating text
+        if self._has_key_value_cache:  # of keys and values, for generating text
             inputs.setdefault("use_cache", False)
         pooled = splade_head(
             *head_inputs(self._model, inputs, pooling_mask, self._own_forward()),
@@ -140,7 +140,7 @@ class _PooledForward:
     def undo(self) -> None:
         if self._earlier is not None:
             self._model.__dict__["forward"] = self._earlier
-        remove_exit(decoder_of(self._model))
+        remove_decoder_hook(find_decoder(self._model))
 
     def _own_forward(self) -> Callable[..., Any]:
         earlier: Callable[..., Any] | None = self._earlier

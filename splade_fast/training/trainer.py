@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from splade_fast._distributed import world_size
-from splade_fast.encoders.pretrained import sparse_encoder_files
+from splade_fast.encoders.settings import sparse_encoder_files
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.training.arguments import SpladeTrainingArguments

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from safetensors.torch import save_file
 
 import splade_fast as sf
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.settings import EncoderSettings
 from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, make_tokenizer
 
 TEXTS = ["quick quick fox", "", "the lazy dog sleeps under the old tree", "fox"]
@@ -78,6 +79,16 @@ def test_weights_of_a_corpus_are_its_inverse_document_frequencies():
         column = len(SPECIAL) + WORDS.index(word)
         expected = torch.tensor(1 + (4 - count + 0.5) / (count + 0.5)).log()
         torch.testing.assert_close(encoder.weight[column], expected)
+
+
+def test_texts_beyond_the_models_limit_are_counted_without_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    texts = ["quick " * 1000 + "fox"]
+    encoder = BagOfWordsQueryEncoder.from_texts(texts, make_tokenizer(), VOCAB_SIZE)
+    encoder.encode(texts, show_progress=False)
+    assert caplog.text == ""
+    counted = encoder.weight[encoder.tokenizer.convert_tokens_to_ids(["quick", "fox"])]
+    torch.testing.assert_close(counted, torch.tensor([4 / 3, 4 / 3]).log())
 
 
 @pytest.mark.parametrize("frozen", [True, False])

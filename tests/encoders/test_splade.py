@@ -10,8 +10,8 @@ from transformers import (
 )
 
 from splade_fast import reference
-from splade_fast.encoders.hidden_states import decoder_of
-from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.hidden_states import find_decoder
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.ops.sparse_rows import SparseRows
 from tests.tiny_models import (
@@ -66,7 +66,7 @@ def test_loading_leaves_the_model_as_it_is(checkpoint):
     assert list(encoder.model.state_dict()) == list(plain.state_dict())
     assert len(list(encoder.parameters())) == len(list(plain.parameters()))
     embeddings = encoder.model.get_input_embeddings()
-    assert decoder_of(encoder.model).weight is embeddings.weight
+    assert find_decoder(encoder.model).weight is embeddings.weight
     inputs = encoder.tokenize(["quick fox"])
     assert encoder.model(**inputs).logits.shape == (1, 4, VOCAB_SIZE)
 

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModel
 
 import splade_fast as sf
-from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from tests.tiny_models import (
     SPECIAL,

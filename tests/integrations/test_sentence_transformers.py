@@ -19,7 +19,7 @@ from sentence_transformers.sparse_encoder.modules import (
 )
 from transformers import DebertaV2Config
 
-from splade_fast.encoders.hidden_states import decoder_of
+from splade_fast.encoders.hidden_states import find_decoder
 from splade_fast.integrations.sentence_transformers import accelerate, modules, restore
 from tests.integrations.sparse_encoders import (
     FAMILIES,
@@ -48,7 +48,7 @@ def encoded(model, texts=TEXTS, **options):
 @contextmanager
 def decoders_rest(model):
     """Fails where logits are computed."""
-    decoders = [decoder_of(m.model) for m in model.modules() if isinstance(m, Transformer)]
+    decoders = [find_decoder(m.model) for m in model.modules() if isinstance(m, Transformer)]
     handles = [
         decoder.register_forward_hook(lambda *_: pytest.fail("logits were computed"))
         for decoder in decoders

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.encoders.pretrained import EncoderSettings
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.search.texts import DataError, Texts
 from splade_fast.training import RetrievalEvaluator

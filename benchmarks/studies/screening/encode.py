@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness.timing import WARM_UPS, Contender, garbage_collection_off, time_in_turns
 from benchmarks.studies.screening.facts import Finding
 from examples.docstrings.contenders import as_sparse_rows, load_contender
-from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.sparse_rows import SparseRows
@@ -44,7 +44,7 @@ def study(
         Finding,
         study="encode",
         model=f"{len(texts)} texts of <= {max_length} tokens",
-        dim=decoder_of(encoder.model).weight.shape[1],
+        dim=find_decoder(encoder.model).weight.shape[1],
         dtype="float32",
     )
     found = []
@@ -123,7 +123,7 @@ def _add_batch(
     end_of_stage()
     hidden = hidden_before_decoder(encoder.model, **inputs)
     end_of_stage()
-    decoder = decoder_of(encoder.model)
+    decoder = find_decoder(encoder.model)
     pooled = splade_head(
         hidden, decoder.weight, decoder.bias, inputs["attention_mask"], algorithm=algorithm
     )

@@ -12,7 +12,7 @@ from benchmarks.harness.timing import Contender, nothing, time_in_turns
 from benchmarks.inputs.inputs import seeded
 from benchmarks.inputs.trained import TrainedInputs
 from benchmarks.studies.screening.facts import Finding
-from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.ops.head.screening import Decoder
 
@@ -55,7 +55,7 @@ def study_of_training(
     encoder = SpladeEncoder.from_pretrained(folder).train()
     batch = encoder.tokenize(texts, max_length)
     upstream = torch.randn(len(texts), encoder.vocab_size, generator=seeded("cpu"))
-    decoder = decoder_of(encoder.model)
+    decoder = find_decoder(encoder.model)
     with torch.no_grad():
         hidden = hidden_before_decoder(encoder.model, **batch)
     weight, mask = decoder.weight.detach(), batch["attention_mask"]

@@ -23,7 +23,7 @@ from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 from benchmarks.harness.memory import peak_growth
 from benchmarks.inputs.trained import bias_for_share, fetched, largest_logits, sample_texts
 from examples.docstrings.checkpoint import DEMO
-from splade_fast.encoders.hidden_states import decoder_of, hidden_before_decoder
+from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 from splade_fast.integrations.sentence_transformers import accelerate
 from splade_fast.integrations.sentence_transformers.batches import batches
 
@@ -174,7 +174,7 @@ def _set_activity(transformer: Any) -> None:
     """A bias of the decoder that leaves as few entries positive as in a trained model."""
     encoder = SparseEncoder(modules=[transformer, SpladePooling()], device="cpu")
     inputs = _model_inputs(encoder, sample_texts(2))
-    decoder = decoder_of(transformer.model)
+    decoder = find_decoder(transformer.model)
     hidden = hidden_before_decoder(transformer.model, **inputs)
     largest = largest_logits(hidden, inputs["attention_mask"], decoder.weight)
     decoder.bias.fill_(bias_for_share(largest, _ACTIVE))

@@ -10,7 +10,11 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
-from splade_fast.encoders.hidden_states import check_decoder_is_last, decoder_of, remove_exit
+from splade_fast.encoders.hidden_states import (
+    check_decoder_is_last,
+    find_decoder,
+    remove_decoder_hook,
+)
 from splade_fast.integrations.sentence_transformers.encoder import SparseRowsEncoder
 from splade_fast.integrations.sentence_transformers.modules import HeadPooling, HiddenTransformer
 from splade_fast.integrations.sentence_transformers.swapping import (
@@ -66,7 +70,7 @@ def restore(sparse_encoder: Encoder) -> Encoder:
     """
     for module in sparse_encoder.modules():
         if isinstance(module, HiddenTransformer):
-            remove_exit(decoder_of(module.model))
+            remove_decoder_hook(find_decoder(module.model))
         swap_back(module)
     return sparse_encoder
 

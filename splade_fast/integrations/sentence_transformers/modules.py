@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splade_fast.encoders.hidden_states import decoder_of, left_at_decoder
-from splade_fast.encoders.pretrained import ACTIVATION_OF_SPLADE_POOLING
+from splade_fast.encoders.hidden_states import find_decoder, run_to_decoder
+from splade_fast.encoders.settings import SPLADE_POOLING_ACTIVATIONS
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
@@ -33,8 +33,8 @@ class HiddenTransformer(Role):
         if self._has_to_finish():
             features = self._original.forward(self, features, **kwargs)
         else:
-            hidden = left_at_decoder(self.model, self._original.forward, self, features, **kwargs)
-            decoder = decoder_of(self.model)
+            hidden = run_to_decoder(self.model, self._original.forward, self, features, **kwargs)
+            decoder = find_decoder(self.model)
             features[self.module_output_name] = hidden
             features[_DECODER] = (decoder.weight, decoder.bias)
         features.update(request)
@@ -69,7 +69,7 @@ class HeadPooling(Role):
         options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
             "pooling": self.pooling_strategy,
-            "activation": ACTIVATION_OF_SPLADE_POOLING[self.activation_function],
+            "activation": SPLADE_POOLING_ACTIVATIONS[self.activation_function],
         }
         if self.embedding_dimension is None:
             self.embedding_dimension = weight.shape[0]

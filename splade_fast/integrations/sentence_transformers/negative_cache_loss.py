@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from splade_fast.encoders.hidden_states import decoder_of
+from splade_fast.encoders.hidden_states import find_decoder
 from splade_fast.losses import in_batch_loss
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
@@ -307,7 +307,7 @@ def _vector_size(model: SparseEncoder) -> int:
     transformer: Any = model.transformers_model
     if transformer is None:
         return int(model.get_embedding_dimension() or 0)
-    return decoder_of(transformer).out_features
+    return find_decoder(transformer).out_features
 
 
 def _unwrapped(model: Any) -> Any:

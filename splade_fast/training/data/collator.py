@@ -141,7 +141,7 @@ class _Tokens:
             encoder.tokenizer,
             encoder.prompt_text(name),
             encoder.length_limit(length),
-            encoder.adds_special_tokens,
+            encoder.has_special_tokens,
         )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

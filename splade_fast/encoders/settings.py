@@ -1,0 +1,176 @@
+"""EncoderSettings, and the JSON files in which sentence-transformers keeps them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from splade_fast.encoders.pretrained import read_json
+
+# SpladePooling names the function that it puts inside its own log1p; splade_fast names the whole.
+SPLADE_POOLING_ACTIVATIONS = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
+_SPLADE_POOLING_NAMES = {ours: theirs for theirs, ours in SPLADE_POOLING_ACTIVATIONS.items()}
+_SPLADE_POOLING_FOLDER = "1_SpladePooling"
+_TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
+_MODULES_PACKAGE = "sentence_transformers.sparse_encoder.models"
+
+
+@dataclass
+class EncoderSettings:
+    """Settings of an encoder beside its transformer and its tokenizer.
+
+    Args:
+        pooling: "max" or "sum".
+        activation: "relu", "log1p_relu" or "log1p_log1p_relu".
+        max_length: largest number of tokens of a text; None for the tokenizer's own limit.
+        prompts: texts that can go before each encoded text, by name.
+        default_prompt_name: name of the prompt that is used where none is named.
+        lower_case: lowercase texts before the tokenizer's own normalisation.
+        subfolder: folder of the transformer inside the model folder.
+    """
+
+    pooling: str = "max"
+    activation: str = "log1p_relu"
+    max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    lower_case: bool = False
+    subfolder: str = ""
+
+    def prompt_for(self, role: str) -> str | None:
+        """Return the prompt name for a role ("query" or "document"), else the default name."""
+        return role if role in self.prompts else self.default_prompt_name
+
+
+def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
+    """Read the settings of a SparseEncoder folder; return the defaults for a plain checkpoint.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: `revision`, `token`, `cache_dir` and other arguments of the hub.
+
+    Raises:
+        ValueError: the folder describes something other than a transformer and SpladePooling.
+    """
+    modules = read_json(name_or_path, "modules.json", hub)
+    if modules is None:
+        return EncoderSettings()
+    kinds = _module_kinds(modules, name_or_path)
+    if len(kinds) != 2 or kinds[0] not in _TRANSFORMER_MODULES or kinds[1] != "SpladePooling":
+        raise ValueError(
+            f"modules.json of {name_or_path} must list a Transformer and a SpladePooling, "
+            f"got {', '.join(kinds)}"
+        )
+    folder, pooling_folder = (module["path"] for module in modules)
+    transformer = read_json(name_or_path, os.path.join(folder, "sentence_bert_config.json"), hub)
+    pooling = read_json(name_or_path, os.path.join(pooling_folder, "config.json"), hub) or {}
+    activation = pooling.get("activation_function", "relu")
+    if activation not in SPLADE_POOLING_ACTIVATIONS:
+        raise ValueError(
+            f"activation_function of {name_or_path} must be one of "
+            f"{', '.join(SPLADE_POOLING_ACTIVATIONS)}, got {activation!r}"
+        )
+    return EncoderSettings(
+        pooling=pooling.get("pooling_strategy", "max"),
+        activation=SPLADE_POOLING_ACTIVATIONS[activation],
+        max_length=(transformer or {}).get("max_seq_length"),
+        lower_case=(transformer or {}).get("do_lower_case", False),
+        subfolder=folder,
+        **_read_prompts(name_or_path, hub),
+    )
+
+
+def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
+    """Return the JSON files that make a transformers folder a SparseEncoder folder as well.
+
+    Raises:
+        ValueError: SpladePooling has no such activation.
+    """
+    if settings.activation not in _SPLADE_POOLING_NAMES:
+        raise ValueError(
+            f"activation must be one of {', '.join(_SPLADE_POOLING_NAMES)} to be saved "
+            f"for sentence-transformers, got {settings.activation!r}"
+        )
+    return {
+        # Every sentence-transformers version with a SparseEncoder loads the name MLMTransformer.
+        "modules.json": _module_list(
+            ("", "MLMTransformer"), (_SPLADE_POOLING_FOLDER, "SpladePooling")
+        ),
+        "sentence_bert_config.json": {"max_seq_length": settings.max_length},
+        "config_sentence_transformers.json": _model_config(settings),
+        f"{_SPLADE_POOLING_FOLDER}/config.json": {
+            "pooling_strategy": settings.pooling,
+            "activation_function": _SPLADE_POOLING_NAMES[settings.activation],
+        },
+    }
+
+
+def read_static_embedding_settings(
+    name_or_path: str, hub: dict[str, Any], subfolder: str = ""
+) -> EncoderSettings:
+    """Read the settings of a SparseEncoder folder whose only module is a SparseStaticEmbedding.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: `revision`, `token`, `cache_dir` and other arguments of the hub.
+        subfolder: folder of the SparseStaticEmbedding, if it is one of several modules.
+
+    Raises:
+        ValueError: the folder describes something other than a SparseStaticEmbedding.
+    """
+    modules = read_json(name_or_path, "modules.json", hub) or []
+    kinds = _module_kinds(modules, name_or_path)
+    if not subfolder and kinds != ["SparseStaticEmbedding"]:
+        raise ValueError(
+            f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
+            f"got {', '.join(kinds) or 'nothing'}; name its subfolder if it is one of several"
+        )
+    return EncoderSettings(
+        subfolder=subfolder or modules[0]["path"], **_read_prompts(name_or_path, hub)
+    )
+
+
+def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str, Any]:
+    """Return the JSON files of a SparseEncoder folder with one SparseStaticEmbedding."""
+    return {
+        "modules.json": _module_list(("", "SparseStaticEmbedding")),
+        "config_sentence_transformers.json": _model_config(settings),
+        "config.json": {"frozen": frozen},
+    }
+
+
+def _module_list(*modules: tuple[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"idx": number, "name": str(number), "path": path, "type": f"{_MODULES_PACKAGE}.{kind}"}
+        for number, (path, kind) in enumerate(modules)
+    ]
+
+
+def _module_kinds(modules: Any, name_or_path: str) -> list[str]:
+    """Return the class names of the modules that modules.json lists."""
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
+    ):
+        raise ValueError(
+            f"modules.json of {name_or_path} must list modules with a type and a path, "
+            f"got {modules!r}"
+        )
+    return [str(module["type"]).rpartition(".")[2] for module in modules]
+
+
+def _model_config(settings: EncoderSettings) -> dict[str, Any]:
+    return {
+        "model_type": "SparseEncoder",
+        "prompts": settings.prompts,
+        "default_prompt_name": settings.default_prompt_name,
+        "similarity_fn_name": "dot",
+    }
+
+
+def _read_prompts(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    config = read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
+    return {
+        "prompts": {name: text or "" for name, text in config.get("prompts", {}).items()},
+        "default_prompt_name": config.get("default_prompt_name"),
+    }
