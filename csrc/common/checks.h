@@ -1,5 +1,5 @@
-// Argument checks of both backends. Python checks first and in the caller's words; these keep C++ callers safe
-// and are the only place that sees the values of cu_seqlens on the CPU.
+// Argument checks for both backends. Python code checks its arguments first, under the names that its caller knows; the
+// checks here protect callers from C++.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,7 @@ inline ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The smallest integer type that holds positions 0 … length - 1.
+// Smallest integer type that holds the positions 0 to length - 1.
 inline ScalarType position_type(int64_t length) {
   if (length <= 256) return ScalarType::Byte;
   return length <= 32768 ? ScalarType::Short : ScalarType::Int;
@@ -41,8 +41,8 @@ inline Activation check_activation(int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-// A tensor as error messages name it: Float (3, 4).
-inline std::string described(const Tensor& tensor) {
+// Dtype and shape of a tensor for error messages, such as "Float (3, 4)".
+inline std::string describe(const Tensor& tensor) {
   std::string text = std::string(torch::headeronly::toString(tensor.scalar_type())) + " (";
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
     text += (dim > 0 ? ", " : "") + std::to_string(tensor.size(dim));
@@ -72,7 +72,7 @@ inline void check_mask(const std::optional<Tensor>& mask, const Tensor& other, i
   if (!mask) return;
   STD_TORCH_CHECK(
       mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length,
-      "attention_mask must be bool (batch, length) = (", batch, ", ", length, "), got ", described(*mask));
+      "attention_mask must be bool (batch, length) = (", batch, ", ", length, "), got ", describe(*mask));
   STD_TORCH_CHECK(mask->device() == other.device(), "attention_mask must be on the device of the other tensors");
 }
 
@@ -87,10 +87,10 @@ inline void check_decoder(const Tensor& hidden, const Tensor& weight, const std:
   }
 }
 
-// How hidden is cut into sequences: (B, L, D), or (T, D) with cu_seqlens (B + 1,).
+// Shape of the sequences of hidden, which is (B, L, D), or (T, D) with cu_seqlens (B + 1,).
 struct SequenceShape {
   int64_t batch;
-  int64_t length;  // padded length; for packed input the number of tokens, an upper bound of any length
+  int64_t length;  // L; for packed hidden T, an upper bound of the length of each sequence
 };
 
 inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<Tensor>& mask,
@@ -103,17 +103,17 @@ inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<T
   }
   STD_TORCH_CHECK(!mask, "attention_mask must be None with cu_seqlens");
   STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1,
-                  "cu_seqlens must be int32 (batch + 1,), got ", described(*cu_seqlens));
+                  "cu_seqlens must be int32 (batch + 1,), got ", describe(*cu_seqlens));
   STD_TORCH_CHECK(cu_seqlens->device() == hidden.device(), "cu_seqlens must be on the device of hidden");
   return {cu_seqlens->size(0) - 1, hidden.size(0)};
 }
 
 inline void check_row_values(const std::string& prefix, const Tensor& values) {
   STD_TORCH_CHECK(is_supported(values.scalar_type()) && values.dim() == 2, prefix,
-                  "values must be a matrix of float32, float64, bfloat16 or float16, got ", described(values));
+                  "values must be a matrix of float32, float64, bfloat16 or float16, got ", describe(values));
 }
 
-// Sparse rows (rows, slots); the prefix stands before the names of the three tensors.
+// Checks sparse rows (rows, slots). Error messages put the prefix before the names of the three tensors.
 inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, const Tensor& values,
                               const Tensor& lengths, int64_t num_cols) {
   STD_TORCH_CHECK(num_cols >= 0 && num_cols < INT32_MAX, "num_cols must be a size below 2^31 - 1, got ", num_cols);
@@ -121,14 +121,14 @@ inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, 
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.dim() == 2 && indices.size(0) == values.size(0) &&
                       indices.size(1) == values.size(1),
                   prefix, "indices must be int32 and have the shape of ", prefix, "values, (", values.size(0), ", ",
-                  values.size(1), "), got ", described(indices));
+                  values.size(1), "), got ", describe(indices));
   STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int && lengths.dim() == 1 && lengths.size(0) == values.size(0),
-                  prefix, "lengths must be int32 (", values.size(0), ",), got ", described(lengths));
+                  prefix, "lengths must be int32 (", values.size(0), ",), got ", describe(lengths));
   STD_TORCH_CHECK(indices.device() == values.device() && lengths.device() == values.device(), prefix, "indices and ",
                   prefix, "lengths must be on the device of ", prefix, "values");
 }
 
-// One side of score: sparse rows with indices and lengths, or dense (rows, num_cols) without.
+// Checks the queries or documents of score: sparse rows with indices and lengths, or dense rows (rows, num_cols).
 inline void check_rows(const std::string& prefix, const std::optional<Tensor>& indices, const Tensor& values,
                        const std::optional<Tensor>& lengths, int64_t num_cols) {
   STD_TORCH_CHECK(indices.has_value() == lengths.has_value(), prefix, "indices and ", prefix,
@@ -139,26 +139,26 @@ inline void check_rows(const std::string& prefix, const std::optional<Tensor>& i
                   num_cols, ") without indices, got ", values.size(1), " columns");
 }
 
-inline void check_scored(const std::optional<Tensor>& query_indices, const Tensor& query_values,
-                         const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
-                         const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols) {
+inline void check_score_inputs(const std::optional<Tensor>& query_indices, const Tensor& query_values,
+                               const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
+                               const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols) {
   check_rows("query_", query_indices, query_values, query_lengths, num_cols);
   check_sparse_rows("doc_", doc_indices, doc_values, doc_lengths, num_cols);
   STD_TORCH_CHECK(query_values.device() == doc_values.device(), "doc_values must be on the device of query_values");
 }
 
-// float32 for bfloat16 with float16, the wider one otherwise, as torch.promote_types.
-inline ScalarType wider_type(ScalarType a, ScalarType b) {
+// Common dtype of two floating-point dtypes, as torch.promote_types returns it.
+inline ScalarType promote_types(ScalarType a, ScalarType b) {
   if (a == b) return a;
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Of the head's argmax. A packed sequence may have any length.
+// Dtype of the argmax of the head. A packed sequence may have any length.
 inline ScalarType head_position_type(const Tensor& hidden, const std::optional<Tensor>& cu_seqlens) {
   return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
 }
 
-// The gradient of what the head gave, which is in the dtype of hidden or in its accumulation type.
+// Checks the gradient of the pooled output of the head, which has the dtype of hidden or its accumulation type.
 inline void check_head_grad(const Tensor& grad, const Tensor& hidden, int64_t batch, int64_t vocabulary) {
   check_floating("grad", grad, 2);
   check_size("grad", grad, 0, batch);
@@ -170,21 +170,21 @@ inline void check_head_grad(const Tensor& grad, const Tensor& hidden, int64_t ba
                   torch::headeronly::toString(grad.scalar_type()));
 }
 
-// What the max backward gets from its forward.
+// Checks the inputs of a backward of max pooling: the gradient and what the forward saved.
 inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, int64_t batch,
                         int64_t vocabulary, ScalarType position) {
   check_floating("grad", grad, 2);
   STD_TORCH_CHECK(grad.size(0) == batch && grad.size(1) == vocabulary, "grad must be (batch, vocabulary) = (", batch,
-                  ", ", vocabulary, "), got ", described(grad));
+                  ", ", vocabulary, "), got ", describe(grad));
   STD_TORCH_CHECK(max_logits.dim() == 2 && max_logits.size(0) == batch && max_logits.size(1) == vocabulary &&
                       max_logits.scalar_type() == accumulation_type(grad.scalar_type()),
                   "max_logits must be (batch, vocabulary) in the accumulation type, from a forward that saved it, got ",
-                  described(max_logits));
+                  describe(max_logits));
   STD_TORCH_CHECK(max_logits.is_contiguous() && argmax.is_contiguous(),
                   "max_logits and argmax must be contiguous, as the forward saved them");
   STD_TORCH_CHECK(
       argmax.dim() == 2 && argmax.size(0) == batch && argmax.size(1) == vocabulary && argmax.scalar_type() == position,
-      "argmax must be (batch, vocabulary) in the position type, from a forward that saved it, got ", described(argmax));
+      "argmax must be (batch, vocabulary) in the position type, from a forward that saved it, got ", describe(argmax));
   STD_TORCH_CHECK(grad.device() == max_logits.device() && grad.device() == argmax.device(),
                   "grad, max_logits and argmax must be on one device");
 }

@@ -1,4 +1,4 @@
-// From a tensor's dtype to an element type, and typed pointers that do not know torch's own types.
+// Dispatch from the dtype of a tensor to an element type, typed data pointers, and the layouts that the kernels need.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@ struct Type {
   using type = T;
 };
 
-// body(Type<T>{}) for the element type of dtype; each backend has its own half-precision types.
+// Call body(Type<T>{}) with the element type T of dtype. Each backend brings its own half-precision types.
 template <typename BFloat16, typename Float16, typename Body>
 void dispatch_floating_as(ScalarType dtype, Body body) {
   switch (dtype) {
@@ -49,12 +49,13 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return converted;
 }
 
-// Rows, which run along the last dimension, are read in place wherever they start, as long as each is in one piece.
-inline Tensor with_whole_rows(const Tensor& tensor) {
+// Kernels read rows, along the last dimension, in place. Each row must be contiguous; rows may be any stride apart.
+inline Tensor contiguous_rows(const Tensor& tensor) {
   return tensor.stride(tensor.dim() - 1) == 1 ? tensor : as_contiguous(tensor);
 }
 
-// Elements from one row of a matrix to the next. Without elements its data is null, from where there is no way on.
+// Elements from one row of a matrix to the next. A matrix without elements has a null pointer, to which nothing may be
+// added.
 inline int64_t row_stride(const Tensor& rows) { return rows.numel() == 0 ? 0 : rows.stride(0); }
 
 inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {

@@ -1,4 +1,4 @@
-// Floating-point values as integers, on host and device: their bits, and keys that are in the order of the values.
+// Floating-point values as integers, for host and device: their bits, and keys that sort as the values do.
 #pragma once
 
 #include <cstdint>
@@ -14,19 +14,19 @@
 namespace splade_fast {
 
 template <typename To, typename From>
-SPLADE_FAST_INLINE To same_bits(From from) {
+SPLADE_FAST_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
 }
 
-SPLADE_FAST_INLINE uint32_t bits_of(float x) { return same_bits<uint32_t>(x); }
-SPLADE_FAST_INLINE uint64_t bits_of(double x) { return same_bits<uint64_t>(x); }
-SPLADE_FAST_INLINE float float_of(uint32_t bits) { return same_bits<float>(bits); }
-SPLADE_FAST_INLINE double float_of(uint64_t bits) { return same_bits<double>(bits); }
+SPLADE_FAST_INLINE uint32_t to_bits(float x) { return bit_cast<uint32_t>(x); }
+SPLADE_FAST_INLINE uint64_t to_bits(double x) { return bit_cast<uint64_t>(x); }
+SPLADE_FAST_INLINE float from_bits(uint32_t bits) { return bit_cast<float>(bits); }
+SPLADE_FAST_INLINE double from_bits(uint64_t bits) { return bit_cast<double>(bits); }
 
-// Unsigned integers in the order of the values: -0 equals 0, and every NaN is above everything. No value has key 0.
+// Unsigned integer that sorts as the value does: -0 equals 0, NaN is above all numbers, and no value has key 0.
 template <typename Acc>
 using OrderedKey = std::conditional_t<std::is_same_v<Acc, double>, uint64_t, uint32_t>;
 
@@ -35,7 +35,7 @@ SPLADE_FAST_INLINE OrderedKey<Acc> to_key(Acc value) {
   using Key = OrderedKey<Acc>;
   constexpr Key kSign = Key(1) << (8 * sizeof(Acc) - 1);
   if (value != value) return ~Key(0);
-  const Key bits = value == Acc(0) ? Key(0) : bits_of(value);
+  const Key bits = value == Acc(0) ? Key(0) : to_bits(value);
   return bits & kSign ? ~bits : bits | kSign;
 }
 
@@ -43,7 +43,7 @@ template <typename Acc>
 SPLADE_FAST_INLINE Acc from_key(OrderedKey<Acc> key) {
   using Key = OrderedKey<Acc>;
   constexpr Key kSign = Key(1) << (8 * sizeof(Acc) - 1);
-  return float_of(key & kSign ? key ^ kSign : ~key);
+  return from_bits(key & kSign ? key ^ kSign : ~key);
 }
 
 }  // namespace splade_fast

@@ -1,4 +1,5 @@
-// What gather reads and writes, checked for both backends: tables of any dtype whose rows run along dimension 0.
+// Arguments of the gather ops, with their checks, for both backends: tables of any dtype whose rows run along
+// dimension 0.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -24,8 +25,8 @@ inline int64_t row_stride_bytes(const Tensor& table) {
   return table.stride(0) * static_cast<int64_t>(table.element_size());
 }
 
-// Rows may be apart, but each has to be in one piece.
-inline bool has_whole_rows(const Tensor& table) {
+// Whether each row is contiguous; rows may be any stride apart.
+inline bool has_contiguous_rows(const Tensor& table) {
   if (row_bytes(table) == 0) return true;
   int64_t expected = 1;
   for (int64_t dim = table.dim() - 1; dim > 0; --dim) {
@@ -35,27 +36,27 @@ inline bool has_whole_rows(const Tensor& table) {
   return true;
 }
 
-// Where the bytes of a table lie.
-struct Span {
+// Addresses [first, last) of the bytes of a table.
+struct ByteSpan {
   uintptr_t first, last;
 };
 
-inline Span span_of(const Tensor& table) {
+inline ByteSpan byte_span(const Tensor& table) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(table.const_data_ptr());
   if (table.numel() == 0) return {first, first};
   return {first, first + static_cast<uintptr_t>((table.size(0) - 1) * row_stride_bytes(table) + row_bytes(table))};
 }
 
-inline std::vector<Span> spans_of(const Tensors& tables) {
-  std::vector<Span> spans;
+inline std::vector<ByteSpan> byte_spans(const Tensors& tables) {
+  std::vector<ByteSpan> spans;
   spans.reserve(tables.size());
-  for (const Tensor& table : tables) spans.push_back(span_of(table));
+  for (const Tensor& table : tables) spans.push_back(byte_span(table));
   return spans;
 }
 
-inline bool overlap(const Span& a, const Span& b) { return a.first < b.last && b.first < a.last; }
+inline bool has_overlap(const ByteSpan& a, const ByteSpan& b) { return a.first < b.last && b.first < a.last; }
 
-// The tables' number of rows.
+// Returns the number of rows of the tables.
 inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 1, "indices must be int64 (count,)");
   for (size_t t = 0; t < tables.size(); ++t) {
@@ -66,7 +67,7 @@ inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
   return tables.empty() ? 0 : tables[0].size(0);
 }
 
-// A tensor of a list as messages name it: rows[0]. It is written out only where there is a message.
+// Name of a tensor of a list, such as rows[0]. The name is put together only for an error message.
 struct Element {
   const char* list;
   size_t index;
@@ -75,7 +76,7 @@ struct Element {
   }
 };
 
-// That row i of rows, for 0 <= i < count, can become a row of the table.
+// Checks that rows[i], for 0 <= i < count, can replace a row of the table.
 inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor& table, int64_t count) {
   STD_TORCH_CHECK(rows.scalar_type() == table.scalar_type(), name, " must have the dtype of its table, ",
                   torch::headeronly::toString(table.scalar_type()), ", got ",
@@ -85,16 +86,16 @@ inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor
   STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table");
 }
 
-// That rows can be written to: all of these are written by one call.
+// Checks that one call can write to rows of all these tables.
 inline void check_writable(const Tensors& tables) {
-  const std::vector<Span> spans = spans_of(tables);
+  const std::vector<ByteSpan> spans = byte_spans(tables);
   for (size_t t = 0; t < tables.size(); ++t) {
     const Tensor& table = tables[t];
-    STD_TORCH_CHECK(has_whole_rows(table), "tables[", t, "] must have contiguous rows to be written to");
+    STD_TORCH_CHECK(has_contiguous_rows(table), "tables[", t, "] must have contiguous rows to be written to");
     STD_TORCH_CHECK(table.size(0) < 2 || row_stride_bytes(table) >= row_bytes(table), "tables[", t,
                     "] must have rows that do not overlap");
     for (size_t other = 0; other < t; ++other) {
-      STD_TORCH_CHECK(!overlap(spans[t], spans[other]), "tables[", t, "] must not share memory with tables[", other,
+      STD_TORCH_CHECK(!has_overlap(spans[t], spans[other]), "tables[", t, "] must not share memory with tables[", other,
                       "]");
     }
   }
@@ -111,7 +112,7 @@ void check_on(const Name& name, const Tensor& tensor, const char* other_name, co
   STD_TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name);
 }
 
-inline int64_t check_written(const Tensors& tables, const Tensor& indices, const Tensors& rows,
+inline int64_t check_scatter(const Tensors& tables, const Tensor& indices, const Tensors& rows,
                              const std::optional<Tensor>& mask) {
   const int64_t table_rows = check_tables(tables, indices), count = indices.size(0);
   STD_TORCH_CHECK(rows.size() == tables.size(), "rows must have one tensor for each of the ", tables.size(),
@@ -127,14 +128,14 @@ inline int64_t check_written(const Tensors& tables, const Tensor& indices, const
   return table_rows;
 }
 
-// The refreshed rows and the new items of a cache's update, both possibly none.
+// Arguments of update_cache_.
 struct CacheUpdate {
   const Tensors& tables;
   const Tensor& age;
   const Tensor& valid;
-  const Tensors& new_rows;  // none, or one of each table
+  const Tensors& new_rows;  // one tensor for each table, or none
   const std::optional<Tensor>& new_mask;
-  const Tensors& refreshed_rows;  // of the first tables
+  const Tensors& refreshed_rows;  // one tensor for each of the first tables
   const std::optional<Tensor>& refreshed_slots;
   const std::optional<Tensor>& refreshed_mask;
 
@@ -149,7 +150,7 @@ struct CacheUpdate {
   }
 };
 
-inline void check_update(const CacheUpdate& update) {
+inline void check_cache_update(const CacheUpdate& update) {
   const Tensor &age = update.age, &valid = update.valid;
   const int64_t slots = age.numel(), added = update.new_count(), refreshed = update.refreshed_count();
   STD_TORCH_CHECK(age.scalar_type() == ScalarType::Int && age.dim() == 1 && age.is_contiguous(),
@@ -179,7 +180,8 @@ inline void check_update(const CacheUpdate& update) {
       check_on(element, rows[t], "age", age);
     }
   };
-  // With a mask fewer may count, which a GPU cannot look at without being waited for.
+  // With a mask, new_rows may have more rows: only those whose mask is true are new items. Counting them here would
+  // make the host wait for a GPU.
   STD_TORCH_CHECK(update.new_mask || added <= slots, "new_rows must be at most the ", slots, " slots, got ", added);
   check_rows("new_rows", update.new_rows, added);
   check_rows("refreshed_rows", update.refreshed_rows, refreshed);
@@ -190,16 +192,17 @@ inline void check_update(const CacheUpdate& update) {
   if (update.refreshed_mask) check_on("refreshed_mask", *update.refreshed_mask, "age", age);
 }
 
-// Rows to be written, contiguous, and copied first where they lie in a table that is written to.
+// Contiguous rows that will be written to the tables. Rows that share memory with a table are copied.
 inline Tensors contiguous_sources(const Tensors& rows, const Tensors& tables) {
-  const std::vector<Span> written = spans_of(tables);
+  const std::vector<ByteSpan> written = byte_spans(tables);
   Tensors sources;
   sources.reserve(rows.size());
   for (const Tensor& row : rows) {
     Tensor source = as_contiguous(row);
-    const Span span = span_of(source);
-    const bool overlaps = std::any_of(written.begin(), written.end(), [&](const Span& w) { return overlap(span, w); });
-    sources.push_back(overlaps ? torch::stable::clone(source) : source);
+    const ByteSpan span = byte_span(source);
+    const bool is_shared =
+        std::any_of(written.begin(), written.end(), [&](const ByteSpan& table) { return has_overlap(span, table); });
+    sources.push_back(is_shared ? torch::stable::clone(source) : source);
   }
   return sources;
 }

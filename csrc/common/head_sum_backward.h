@@ -1,5 +1,5 @@
-// head backward for sum pooling, on either device: every position has a gradient, so the logits are recomputed chunk
-// by chunk and two more products per chunk give the gradients. Products go through torch.
+// Backward of the head with sum pooling, for both backends. Every position has a gradient, so the logits are recomputed
+// in chunks, and two more products per chunk give the gradients. torch computes the products.
 //   G = grad * activation'(H W^T + bias),  grad_hidden = G W,  grad_weight = G^T H,  grad_bias = sum of G's rows
 #pragma once
 
@@ -12,13 +12,14 @@
 
 namespace splade_fast {
 
+// The gradients that are needed, to be filled.
 struct SumGradients {
-  std::optional<Tensor> hidden;  // (T, D) like the tokens; set: needed
+  std::optional<Tensor> hidden;  // (T, D) like the tokens
   std::optional<Tensor> weight;
   std::optional<Tensor> bias;
 };
 
-// Chunks of at most max_bytes of logits, as square as the vocabulary allows.
+// Size of a chunk of logits: at most max_bytes, and as square as the vocabulary allows.
 struct SumChunks {
   int64_t tokens, columns;
 };
@@ -30,13 +31,13 @@ inline SumChunks choose_sum_chunks(int64_t tokens, int64_t vocabulary, int64_t e
   return {chunk_tokens, std::max<int64_t>(std::min(columns, vocabulary), 1)};
 }
 
-// tokens (T, D). What depends on the device:
+// tokens: (T, D). Each backend passes a device with two functions:
 //   device.to_gradient(product, first_token, first_column) replaces a chunk of H W^T, without bias, by G;
-//   device.accumulate(sum, part) adds part to sum, which has its type or the accumulation type.
+//   device.accumulate(sum, part) adds part to sum, whose dtype is that of part or its accumulation type.
 template <typename Device>
 void head_sum_backward(const Tensor& tokens, const Tensor& weight, int64_t max_chunk_bytes, const Device& device,
                        const SumGradients& gradients) {
-  const int64_t num_tokens = tokens.size(0), vocabulary = weight.size(0), depth = weight.size(1);
+  const int64_t num_tokens = tokens.size(0), vocabulary = weight.size(0), dim = weight.size(1);
   const ScalarType acc = accumulation_type(weight.scalar_type());
   const SumChunks chunks = choose_sum_chunks(num_tokens, vocabulary, weight.element_size(), max_chunk_bytes);
   for (const auto& gradient : {gradients.weight, gradients.bias}) {
@@ -51,7 +52,7 @@ void head_sum_backward(const Tensor& tokens, const Tensor& weight, int64_t max_c
     chunk = torch::stable::narrow(chunk, 0, token, count);
     std::optional<Tensor> hidden_sum;
     if (gradients.hidden) {
-      hidden_sum = new_zeros_tensor(tokens, std::vector<int64_t>{count, depth}, acc);
+      hidden_sum = new_zeros_tensor(tokens, std::vector<int64_t>{count, dim}, acc);
     }
     for (int64_t column = 0; column < vocabulary; column += chunks.columns) {
       const int64_t columns = std::min(chunks.columns, vocabulary - column);

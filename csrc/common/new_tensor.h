@@ -1,5 +1,5 @@
-// Memory from torch. That there is none is an error that says for what: on its way through the stable ABI the reason
-// is lost.
+// Tensors in new memory. The stable ABI drops torch's reason for a failed allocation, so the error raised here names
+// the shape.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +25,7 @@ torch::stable::Tensor new_or_error(IntHeaderOnlyArrayRef shape, const Make& make
   }
 }
 
-// On the device of `like` and, unless another one is given, in its dtype.
+// An uninitialised tensor on the device of `like`, in its dtype by default.
 inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, IntHeaderOnlyArrayRef shape,
                                         std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   return new_or_error(shape, [&] { return torch::stable::new_empty(like, shape, dtype); });
@@ -36,7 +36,7 @@ inline torch::stable::Tensor new_zeros_tensor(const torch::stable::Tensor& like,
   return new_or_error(shape, [&] { return torch::stable::new_zeros(like, shape, dtype); });
 }
 
-// Itself where it is contiguous, without asking the dispatcher.
+// A contiguous tensor is returned as it is, without a call of the dispatcher.
 inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   return new_or_error(tensor.sizes(), [&] { return torch::stable::contiguous(tensor); });

@@ -1,4 +1,4 @@
-// The options of the ops as numbers, the same in every schema, kernel and in splade_fast/_checks.py.
+// Options that the op schemas carry as integers. splade_fast/_checks.py uses the same numbers.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What of a row prune keeps, checked for both backends.
+// Criteria by which prune keeps entries of a row, with their checks, for both backends.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +8,16 @@
 
 namespace splade_fast {
 
-// An entry is kept that passes all criteria; one that is not set passes everything.
+// An entry is kept if it passes every criterion that is set. NaN is larger than all numbers; of equal entries the one
+// with the lower column counts as larger.
 struct Criteria {
-  std::optional<int64_t> k;         // among the k largest; ties go to the lowest column, NaN is the largest
-  std::optional<double> threshold;  // not <= it
-  std::optional<double> max_ratio;  // not < max_ratio times the largest
-  std::optional<double> mass;       // among the fewest largest whose sum reaches mass times the sum
+  std::optional<int64_t> k;         // the entry is among the k largest
+  std::optional<double> threshold;  // not entry <= threshold
+  std::optional<double> max_ratio;  // not entry < max_ratio * largest entry
+  std::optional<double> mass;       // the entry is among the fewest largest whose sum reaches mass * sum of the row
 
   int64_t width(int64_t columns) const { return k ? std::min(*k, columns) : columns; }
-  bool every_row_is_full() const { return !threshold && !max_ratio && !mass; }
+  bool has_full_rows() const { return !threshold && !max_ratio && !mass; }
 };
 
 inline Criteria check_criteria(const Tensor& x, std::optional<int64_t> k, std::optional<double> threshold,

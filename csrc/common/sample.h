@@ -1,4 +1,4 @@
-// The arguments of the sample ops, checked for both backends.
+// Arguments and results of the sample ops, with their checks, for both backends.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct SampleOptions {
   int64_t slot_offset, query_offset;
 };
 
-// What must be neither counted nor drawn.
+// Slots that take no part: they are never drawn and add nothing to the logsumexp.
 struct SampleMasks {
   std::optional<Tensor> valid;    // bool (slots,) or (queries, slots)
   std::optional<Tensor> exclude;  // bool (queries, slots), or int64 (queries, any) slots
@@ -29,11 +29,11 @@ inline SampleMasks contiguous_masks(const SampleMasks& masks) {
   return {contiguous_or_none(masks.valid), contiguous_or_none(masks.exclude)};
 }
 
-inline void check_mask_of(const char* name, const Tensor& mask, int64_t queries, int64_t slots) {
+inline void check_slot_mask(const char* name, const Tensor& mask, int64_t queries, int64_t slots) {
   const bool per_query = mask.dim() == 2;
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (per_query || mask.dim() == 1) &&
                       mask.size(mask.dim() - 1) == slots && (!per_query || mask.size(0) == queries),
-                  name, " must be bool (", slots, ",) or (", queries, ", ", slots, "), got ", described(mask));
+                  name, " must be bool (", slots, ",) or (", queries, ", ", slots, "), got ", describe(mask));
 }
 
 inline void check_sample(const SampleOptions& options, const SampleMasks& masks, const Tensor& state,
@@ -48,19 +48,19 @@ inline void check_sample(const SampleOptions& options, const SampleMasks& masks,
   STD_TORCH_CHECK(options.query_offset >= 0 && options.query_offset <= philox::kMaxQueries - queries,
                   "query_offset must be at least 0 and leave the queries below 2^32, got ", options.query_offset);
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Long && state.dim() == 1 && state.size(0) == 2,
-                  "state must be int64 (2,), got ", described(state));
+                  "state must be int64 (2,), got ", describe(state));
   STD_TORCH_CHECK(state.device() == like.device(), "state must be on the device of the scores");
   if (masks.valid) {
-    check_mask_of("valid", *masks.valid, queries, slots);
+    check_slot_mask("valid", *masks.valid, queries, slots);
     STD_TORCH_CHECK(masks.valid->device() == like.device(), "valid must be on the device of the scores");
   }
   if (masks.exclude) {
     const Tensor& exclude = *masks.exclude;
     STD_TORCH_CHECK(exclude.device() == like.device(), "exclude must be on the device of the scores");
     STD_TORCH_CHECK(exclude.dim() == 2 && exclude.size(0) == queries, "exclude must be (queries, slots to exclude) = (",
-                    queries, ", any), got ", described(exclude));
+                    queries, ", any), got ", describe(exclude));
     if (exclude.scalar_type() == ScalarType::Bool) {
-      check_mask_of("exclude", exclude, queries, slots);
+      check_slot_mask("exclude", exclude, queries, slots);
     } else {
       STD_TORCH_CHECK(exclude.scalar_type() == ScalarType::Long, "exclude must be int64 slots or bool, got ",
                       torch::headeronly::toString(exclude.scalar_type()));
@@ -75,7 +75,7 @@ inline void check_dense_cache(const Tensor& queries, const Tensor& cache) {
   STD_TORCH_CHECK(queries.device() == cache.device(), "queries must be on the device of cache");
 }
 
-// Outputs without their values; scores and perturbed are in the accumulation type.
+// Outputs of a sample op. All but indices are in the accumulation type.
 struct Samples {
   Tensor scores, perturbed, logsumexp, indices;
 
@@ -84,27 +84,26 @@ struct Samples {
         perturbed(new_tensor(like, std::vector<int64_t>{queries, num_samples}, dtype)),
         logsumexp(new_tensor(like, std::vector<int64_t>{queries}, dtype)),
         indices(new_tensor(like, std::vector<int64_t>{queries, num_samples}, ScalarType::Long)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {scores, perturbed, logsumexp, indices}; }
 };
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> result_of(const Samples& samples) {
-  return {samples.scores, samples.perturbed, samples.logsumexp, samples.indices};
-}
-
-// sum * exp(difference), the part of a logsumexp by another reference. An infinite sum has no maximum to go by: it
-// stays infinite however far it seems to be below the others.
+// sum * exp(difference): a sum of exponentials, relative to another maximum. An infinite sum, which has no finite
+// maximum, stays infinite.
 SPLADE_FAST_INLINE double scaled_sum(double sum, double difference) {
   return sum - sum == 0 ? sum * ::exp(difference) : sum;
 }
 
-// Group g of `groups` contiguous ones whose sizes differ by at most one starts here; the longer ones come first.
+// First slot of a group. Groups are contiguous, and their sizes differ by at most one: the larger ones come first.
 SPLADE_FAST_INLINE int64_t group_start(int64_t group, int64_t groups, int64_t slots) {
   const int64_t extra = slots % groups;
   return group * (slots / groups) + (group < extra ? group : extra);
 }
 
-inline int64_t group_of(int64_t slot, int64_t groups, int64_t slots) {
-  const int64_t size = slots / groups, extra = slots % groups, in_longer = extra * (size + 1);
-  return slot < in_longer ? slot / (size + 1) : extra + (slot - in_longer) / size;
+// Group of a slot.
+inline int64_t find_group(int64_t slot, int64_t groups, int64_t slots) {
+  const int64_t size = slots / groups, extra = slots % groups, in_larger = extra * (size + 1);
+  return slot < in_larger ? slot / (size + 1) : extra + (slot - in_larger) / size;
 }
 
 }  // namespace splade_fast

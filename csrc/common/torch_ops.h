@@ -1,5 +1,5 @@
-// The few ATen ops that the stable headers do not wrap, through the dispatcher. Ops with Scalar arguments (add_,
-// addmm) cannot be called this way.
+// ATen ops that the stable headers do not wrap, called through the dispatcher. Ops with Scalar arguments (add_, addmm)
+// cannot be called this way.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,15 +20,14 @@ Tensor call(const char* op, const char* overload, std::array<StableIValue, kArgs
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out = a @ b. The variant with an output, because it has no autocast rule: a backward that runs inside autocast
-// must not see its products in another dtype.
+// out = a @ b. The variant with an output has no autocast rule, so a backward inside autocast keeps its dtype.
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   call<3>("aten::mm", "out", {from(a), from(b), from(out)});
 }
 
-// The same in out's own type, float for bfloat16 and float16 operands: CUDA only.
-inline void mm_in_type_of(const Tensor& out, const Tensor& a, const Tensor& b) {
+// out = a @ b in the dtype of out, which may be float32 for bfloat16 and float16 operands. CUDA only.
+inline void mm_out_dtype(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   call<4>("aten::mm", "dtype_out", {from(a), from(b), from(out.scalar_type()), from(out)});
 }

@@ -77,7 +77,7 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
-    sources.push_back(has_whole_rows(table) ? table : as_contiguous(table));
+    sources.push_back(has_contiguous_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
@@ -133,7 +133,7 @@ void copy_written(const std::vector<Copy>& copies, const std::vector<Write>& wri
 
 void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
                    const std::optional<Tensor>& mask) {
-  const int64_t table_rows = check_written(tables, indices, rows, mask), count = indices.size(0);
+  const int64_t table_rows = check_scatter(tables, indices, rows, mask), count = indices.size(0);
   if (tables.empty()) return;
   const Tensor places = as_contiguous(indices);
   const std::optional<Tensor> whole_mask = contiguous_or_none(mask);
@@ -223,7 +223,7 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
                    const std::optional<Tensor>& refreshed_slots, const std::optional<Tensor>& refreshed_mask,
                    bool use_lru) {
   const CacheUpdate update{tables, age, valid, new_rows, new_mask, refreshed_rows, refreshed_slots, refreshed_mask};
-  check_update(update);
+  check_cache_update(update);
   const int64_t slots = update.slots(), new_count = update.new_count();
 
   std::vector<Write> refreshed, added;

@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std:
   Tensor pooled = new_tensor(logits, shape);
   Tensor max_logits = new_tensor(logits, saved ? shape : none, accumulation_type(dtype));
   Tensor argmax = new_tensor(logits, saved ? shape : none, position_type(length));
-  const Tensor dense = with_whole_rows(logits);
+  const Tensor dense = contiguous_rows(logits);
   const Sequences sequences = padded_sequences(batch, length, mask);
   dispatch_floating(dtype, [&](auto type) {
     forward<typename decltype(type)::type>(dense, sequences, pooling, activation, pooled, max_logits, argmax);
@@ -166,7 +166,7 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   check_size("grad", grad, 0, logits.size(0));
   check_size("grad", grad, 1, logits.size(2));
   check_mask(mask, logits, logits.size(0), logits.size(1));
-  const Tensor dense = with_whole_rows(logits), dense_grad = as_contiguous(grad);
+  const Tensor dense = contiguous_rows(logits), dense_grad = as_contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   Tensor grad_logits = new_tensor(dense, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;

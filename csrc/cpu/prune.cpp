@@ -217,12 +217,12 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
                                               std::optional<double> mass) {
   const Criteria criteria = check_criteria(x, k, threshold, max_ratio, mass);
   const int64_t batch = x.size(0), columns = x.size(1);
-  const Tensor dense = with_whole_rows(x);
+  const Tensor dense = contiguous_rows(x);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_floating(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const std::vector<Row<T>> rows = prune<T>(dense, criteria);
-    int64_t width = criteria.every_row_is_full() ? criteria.width(columns) : 0;
+    int64_t width = criteria.has_full_rows() ? criteria.width(columns) : 0;
     for (const Row<T>& row : rows) width = std::max(width, static_cast<int64_t>(row.columns.size()));
     const std::vector<int64_t> shape{batch, width};
     outputs = {new_tensor(x, shape), new_tensor(x, shape, ScalarType::Int),

@@ -136,11 +136,11 @@ SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tens
   check_dense_cache(queries, cache);
   const int64_t batch = queries.size(0), slots = cache.size(0);
   check_sample(options, {valid, exclude}, state, cache, batch, slots);
-  const ScalarType dtype = wider_type(queries.scalar_type(), cache.scalar_type());
+  const ScalarType dtype = promote_types(queries.scalar_type(), cache.scalar_type());
   const Samples samples(cache, accumulation_type(dtype), batch, num_samples);
   const SampleMasks masks = contiguous_masks({valid, exclude});
   const philox::State noise = read_state(state);
-  const Tensor rows = with_whole_rows(cache), query_rows = contiguous_as(queries, dtype);
+  const Tensor rows = contiguous_rows(cache), query_rows = contiguous_as(queries, dtype);
   dispatch_floating(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = Accumulator<T>;
@@ -152,7 +152,7 @@ SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tens
       sampler.store(samples, first);
     }
   });
-  return result_of(samples);
+  return samples.tuple();
 }
 
 // Sparse -----------------------------------------------------------------------------------------------------------
@@ -189,10 +189,10 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
                            const std::optional<Tensor>& valid, const std::optional<Tensor>& exclude,
                            int64_t slot_offset, int64_t query_offset) {
   const SampleOptions options{num_samples, scale, inv_temp, top_k, exact, slot_offset, query_offset};
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  check_score_inputs(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
   const int64_t batch = query_values.size(0), slots = doc_values.size(0);
   check_sample(options, {valid, exclude}, state, doc_values, batch, slots);
-  const ScalarType dtype = accumulation_type(wider_type(query_values.scalar_type(), doc_values.scalar_type()));
+  const ScalarType dtype = accumulation_type(promote_types(query_values.scalar_type(), doc_values.scalar_type()));
   const Samples samples(doc_values, dtype, batch, num_samples);
   const SampleMasks masks = contiguous_masks({valid, exclude});
   const philox::State noise = read_state(state);
@@ -206,7 +206,7 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
                    refuse_bad_document(documents, bad);
                    sampler.store(samples, block.first());
                  });
-  return result_of(samples);
+  return samples.tuple();
 }
 
 // Given scores -----------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
   const Samples samples(scores, accumulation_type(scores.scalar_type()), batch, num_samples);
   const SampleMasks masks = contiguous_masks({valid, std::nullopt});
   const philox::State noise = read_state(state);
-  const Tensor rows = with_whole_rows(scores);
+  const Tensor rows = contiguous_rows(scores);
   dispatch_floating(scores.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     for (int64_t first = 0; first < batch; first += kBlockQueries) {
@@ -260,7 +260,7 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
       sampler.store(samples, first);
     }
   });
-  return result_of(samples);
+  return samples.tuple();
 }
 
 }  // namespace

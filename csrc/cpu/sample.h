@@ -238,8 +238,8 @@ class BlockSampler {
 
   void draw(int64_t q, int64_t slot, Acc score, uint32_t word, Draws<Acc>& draws) const {
     if (score == -kInf) return;
-    const float noise = philox::gumbel_of_word(state_, word, static_cast<uint32_t>(first_query_ + q),
-                                               static_cast<uint64_t>(options_.slot_offset + slot));
+    const float noise = philox::gumbel_from_word(state_, word, static_cast<uint32_t>(first_query_ + q),
+                                                 static_cast<uint64_t>(options_.slot_offset + slot));
     add_drawable(philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot, draws);
   }
 
@@ -296,7 +296,7 @@ class BlockSampler {
       const int64_t slot = slots[i * stride], number = options_.slot_offset + slot;
       if (score == -kInf || philox::perturb(score, inv_temp, kAboveNoise) < draws.bound()) continue;
       const float noise =
-          philox::gumbel_of_slot(state_, static_cast<uint32_t>(first_query_ + q), static_cast<uint64_t>(number));
+          philox::gumbel_at_slot(state_, static_cast<uint32_t>(first_query_ + q), static_cast<uint64_t>(number));
       add_drawable(philox::perturb(score, inv_temp, noise), score, slot, draws);
     }
   }

@@ -90,8 +90,8 @@ void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& d
 Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& query_values,
                      const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
                      const Tensor& doc_lengths, int64_t num_cols) {
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
-  const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
+  check_score_inputs(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  const ScalarType result = promote_types(query_values.scalar_type(), doc_values.scalar_type());
   const std::vector<int64_t> shape{query_values.size(0), doc_values.size(0)};
   Tensor scores = new_tensor(query_values, shape, result);
   prefer_huge_pages(scores);
@@ -106,11 +106,11 @@ std::tuple<Tensor, Tensor> sparse_search(const std::optional<Tensor>& query_indi
                                          const std::optional<Tensor>& query_lengths, const Tensor& doc_indices,
                                          const Tensor& doc_values, const Tensor& doc_lengths, int64_t num_cols,
                                          int64_t k) {
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  check_score_inputs(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
   STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
   const int64_t documents = doc_values.size(0), taken = std::min(k, documents);
   STD_TORCH_CHECK(documents <= kMaxDocuments, "doc_values must have at most ", kMaxDocuments, " rows, got ", documents);
-  const ScalarType result = wider_type(query_values.scalar_type(), doc_values.scalar_type());
+  const ScalarType result = promote_types(query_values.scalar_type(), doc_values.scalar_type());
   const std::vector<int64_t> shape{query_values.size(0), taken};
   Tensor scores = new_tensor(query_values, shape, result);
   Tensor ids = new_tensor(query_values, shape, ScalarType::Long);

@@ -344,8 +344,8 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
-    STD_TORCH_CHECK(table.is_cuda() || has_whole_rows(table), "tables in pinned memory must have contiguous rows");
-    sources.push_back(has_whole_rows(table) ? table : as_contiguous(table));
+    STD_TORCH_CHECK(table.is_cuda() || has_contiguous_rows(table), "tables in pinned memory must have contiguous rows");
+    sources.push_back(has_contiguous_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
@@ -385,7 +385,7 @@ void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensor
 void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
                    const std::optional<Tensor>& mask) {
   const char* op = "scatter_rows_";
-  const int64_t table_rows = check_written(tables, indices, rows, mask);
+  const int64_t table_rows = check_scatter(tables, indices, rows, mask);
   STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
   const OnDevice device(indices, op);
   launch_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices), contiguous_or_none(mask),
@@ -398,7 +398,7 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
                    bool use_lru) {
   const char* op = "update_cache_";
   const CacheUpdate update{tables, age, valid, new_rows, new_mask, refreshed_rows, refreshed_slots, refreshed_mask};
-  check_update(update);
+  check_cache_update(update);
   STD_TORCH_CHECK(age.is_cuda(), "age must be on the GPU of the tables");
   const int64_t slots = update.slots(), new_count = update.new_count();
   const OnDevice device(age, op);

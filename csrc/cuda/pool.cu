@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std:
   const Tensor max_logits = new_tensor(logits, saved ? shape : none, accumulation_type(dtype));
   const Tensor argmax = new_tensor(logits, saved ? shape : none, position_type(length));
   if (pooled.numel() == 0) return {pooled, max_logits, argmax};
-  const Tensor dense = with_whole_rows(logits);
+  const Tensor dense = contiguous_rows(logits);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   PoolTask task{};
   task.logits = dense.const_data_ptr();
@@ -355,7 +355,7 @@ Tensor pool_backward_sum(const Tensor& grad, const Tensor& logits, const std::op
   const OnDevice device(logits, op);
   const Tensor grad_logits = new_tensor(logits, std::vector<int64_t>{batch, length, vocabulary});
   if (grad_logits.numel() == 0) return grad_logits;
-  const Tensor dense = with_whole_rows(logits), dense_grad = as_contiguous(grad);
+  const Tensor dense = contiguous_rows(logits), dense_grad = as_contiguous(grad);
   const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   dispatch_floating(logits.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
     torch::stable::zero_(lengths);
     return {values, indices, lengths};
   }
-  const Tensor dense = with_whole_rows(x);
+  const Tensor dense = contiguous_rows(x);
   PruneTask task{};
   task.x = dense.const_data_ptr();
   task.row_stride = dense.stride(0);

@@ -257,14 +257,14 @@ __global__ void __launch_bounds__(kThreads)
         sum = value;
       } else if constexpr (kNoise == Noise::kOfGivenSlots) {
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
-        sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_of_slot(state, query_number, number));
+        sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_at_slot(state, query_number, number));
       } else {
         // The product rounded as perturb() rounds it: contracted with the difference it could be less.
         const Acc tempered = philox::multiply(value, drawing.inv_temp);
         if (!may_be_drawn(static_cast<float>(tempered - bound), words.word[j])) continue;
         const uint64_t number = static_cast<uint64_t>(first_number + start + j);
         sum = philox::perturb(value, drawing.inv_temp,
-                              philox::gumbel_of_word(state, words.word[j], query_number, number));
+                              philox::gumbel_from_word(state, words.word[j], query_number, number));
       }
       perturbed[4 * quad + j] = sum;
       // With one draw its own slots are a bound too.
@@ -522,8 +522,8 @@ Samples sample_groups(const SampleOptions& options, const Tensor& state, const T
   const Tensor scores = matrix(like, queries, groups, kScalarType<Acc>);
   const Tensor kept = matrix(like, queries, groups, ScalarType::Long);
   for_each([&](const Tile<Acc>& tile) {
-    const int64_t first = group_of(tile.first, groups, slots);
-    const int64_t of_tile = group_of(tile.first + tile.columns - 1, groups, slots) - first + 1;
+    const int64_t first = find_group(tile.first, groups, slots);
+    const int64_t of_tile = find_group(tile.first + tile.columns - 1, groups, slots) - first + 1;
     const int threads = ceil_div(slots, groups) > kSmallGroup ? kThreads : kWarp;
     group_kernel<Acc><<<grid_size(queries * of_tile), threads, 0, device.stream()>>>(
         tile, first, of_tile, groups, slots, mutable_data<Acc>(scores), mutable_data<int64_t>(kept));
@@ -542,13 +542,13 @@ SampleResult sample_by_tiles(const SampleOptions& options, const SampleMasks& ma
   };
   const bool keeps_some = options.top_k && *options.top_k < slots;
   if (keeps_some && !options.exact) {
-    return result_of(sample_groups<Acc>(options, state, like, queries, slots, device, for_each));
+    return sample_groups<Acc>(options, state, like, queries, slots, device, for_each).tuple();
   }
   const int64_t draws = keeps_some ? *options.top_k : options.num_samples;
   Sampler<Acc> sampler(options, draws, keeps_some ? Noise::kNone : Noise::kOfColumns, state, like, queries, device);
   for_each([&](const Tile<Acc>& tile) { sampler.add(tile); });
   const Samples& found = sampler.result();
-  return result_of(keeps_some ? sample_kept<Acc>(options, state, found.scores, found.indices, device) : found);
+  return (keeps_some ? sample_kept<Acc>(options, state, found.scores, found.indices, device) : found).tuple();
 }
 
 // Host functions -------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tens
   check_sample(options, {valid, exclude}, state, cache, batch, slots);
   const OnDevice device(cache, op);
   const SampleMasks masks = contiguous_masks({valid, exclude});
-  const ScalarType dtype = wider_type(queries.scalar_type(), cache.scalar_type()), acc = accumulation_type(dtype);
+  const ScalarType dtype = promote_types(queries.scalar_type(), cache.scalar_type()), acc = accumulation_type(dtype);
   const Tensor rows = contiguous_as(queries, dtype);
   const auto products = [&](int64_t first, int64_t count) {
     const Tensor tile = contiguous_as(narrowed(cache, 0, first, count), dtype);
@@ -580,7 +580,7 @@ SampleResult sample_dense(const Tensor& queries, const Tensor& cache, const Tens
     } else if (dtype == acc) {
       aten::mm_out(scores, rows, torch::stable::transpose(tile, 0, 1));
     } else {
-      aten::mm_in_type_of(scores, rows, torch::stable::transpose(tile, 0, 1));
+      aten::mm_out_dtype(scores, rows, torch::stable::transpose(tile, 0, 1));
     }
     return scores;
   };
@@ -600,12 +600,12 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
                            int64_t slot_offset, int64_t query_offset) {
   const char* op = "sample_sparse";
   const SampleOptions options{num_samples, scale, inv_temp, top_k, exact, slot_offset, query_offset};
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  check_score_inputs(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
   const int64_t batch = query_values.size(0), slots = doc_values.size(0);
   check_sample(options, {valid, exclude}, state, doc_values, batch, slots);
   const OnDevice device(doc_values, op);
   const SampleMasks masks = contiguous_masks({valid, exclude});
-  const ScalarType acc = accumulation_type(wider_type(query_values.scalar_type(), doc_values.scalar_type()));
+  const ScalarType acc = accumulation_type(promote_types(query_values.scalar_type(), doc_values.scalar_type()));
   const auto products = [&](int64_t first, int64_t count) {
     return sparse_products({query_indices, query_values, query_lengths, narrowed(doc_indices, 0, first, count),
                             narrowed(doc_values, 0, first, count), narrowed(doc_lengths, 0, first, count), num_cols},
@@ -642,7 +642,7 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
       set_masks(tile, masks);
       sampler.add(tile);
     }
-    result = result_of(sampler.result());
+    result = sampler.result().tuple();
   });
   check_launch(op);
   return *result;

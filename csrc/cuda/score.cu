@@ -169,11 +169,11 @@ Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& q
                      const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
                      const Tensor& doc_lengths, int64_t num_cols) {
   const char* op = "sparse_scores";
-  check_scored(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
+  check_score_inputs(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols);
   const OnDevice device(doc_values, op);
   const Tensor scores =
       sparse_products({query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols},
-                      wider_type(query_values.scalar_type(), doc_values.scalar_type()), device);
+                      promote_types(query_values.scalar_type(), doc_values.scalar_type()), device);
   check_launch(op);
   return scores;
 }

@@ -34,8 +34,8 @@ struct MatrixOf {
 using Matrix = MatrixOf<uint16_t>;  // of bfloat16
 constexpr int kTileDepth = row_elements(Operand::kBfloat16);
 
-uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(bits_of(x) >> 16); }  // exact where the test uses it
-float from_bfloat16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
+uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(to_bits(x) >> 16); }  // exact where the test uses it
+float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
 
 using SharedMemory = std::vector<uint8_t>;
 
@@ -190,7 +190,7 @@ void test_keys() {
     EXPECT(make_key<true>(rising[i], 7) != 0 && make_key<false>(rising[i], 7) != 0, "0 stands for no row");
     EXPECT(make_key<true>(rising[i], 7) > make_key<true>(rising[i], 8), "lower position first");
     const float back = value_of(make_key<true>(rising[i], 7)), also = value_of(make_key<false>(rising[i], 7));
-    EXPECT(bits_of(back) == bits_of(also) && (back == rising[i] || (std::isnan(back) && i == 9)), "value back");
+    EXPECT(to_bits(back) == to_bits(also) && (back == rising[i] || (std::isnan(back) && i == 9)), "value back");
     EXPECT(position_of(make_key<true>(rising[i], 7)) == 7, "position back");
     EXPECT(moved_to(make_key<true>(rising[i], 7), 9) == make_key<true>(rising[i], 9), "moved");
     for (size_t j = 0; j < i; ++j) {

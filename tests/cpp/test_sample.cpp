@@ -17,7 +17,7 @@ using namespace splade_fast::cpu;
 static const double kInf = std::numeric_limits<double>::infinity();
 static const double kNan = std::numeric_limits<double>::quiet_NaN();
 
-static void expect_words(philox::Words counter, philox::Key key, philox::Words expected) {
+static void expect_words(philox::Words counter, philox::Seed key, philox::Words expected) {
   const philox::Words found = philox::philox4x32(counter, key);
   for (int i = 0; i < 4; ++i) {
     EXPECT(found.word[i] == expected.word[i], "word %d: %08x, not %08x", i, found.word[i], expected.word[i]);
@@ -72,7 +72,7 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
   const uint64_t first_query = 0xfffffff0;  // their numbers take 32 bits and wrap around here
   const auto perturbed = [&](int64_t place) {
     const uint32_t query = static_cast<uint32_t>(first_query + place % lanes);
-    const float noise = philox::gumbel_of_slot(state, query, first_slot + place / lanes);
+    const float noise = philox::gumbel_at_slot(state, query, first_slot + place / lanes);
     return philox::perturb(scores[place], inv_temp, noise);
   };
   // Everything passes, or a few do, or the bound is just below the perturbed score of one of the highest slots.
@@ -104,7 +104,7 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
       EXPECT(!passes[place], "a score is found once");
       passes[place] = 1;
       const uint32_t word =
-          philox::block_words(state, static_cast<uint32_t>(slot / 4), query, philox::Domain::kNoise).of_slot(slot);
+          philox::block_words(state, static_cast<uint32_t>(slot / 4), query, philox::Domain::kNoise).at_slot(slot);
       EXPECT(words[i] == word, "slot %ld: %08x, not %08x", static_cast<long>(slot), words[i], word);
     }
   }
@@ -151,7 +151,7 @@ static void test_rounded_products(const Kernels<float>& kernel) {
     const philox::State state = philox::unpack_state(1, step);
     const auto perturbed = [&](int64_t place) {
       const uint32_t query = static_cast<uint32_t>(place % kLanes);
-      return philox::perturb(scores[place], kInvTemp, philox::gumbel_of_slot(state, query, place / kLanes));
+      return philox::perturb(scores[place], kInvTemp, philox::gumbel_at_slot(state, query, place / kLanes));
     };
     // The bound is just below the perturbed score of one of the highest slots.
     for (int64_t q = 0; q < kLanes; ++q) {

@@ -42,8 +42,8 @@ static std::vector<float> signs(int64_t padded_depth) {
 
 // That leaves every row what it is.
 static std::vector<float> identity(int64_t depth) {
-  std::vector<float> basis(depth * screen_padded_depth(depth));
-  for (int64_t d = 0; d < depth; ++d) basis[d * screen_padded_depth(depth) + d] = 1;
+  std::vector<float> basis(depth * screen_padded_dim(depth));
+  for (int64_t d = 0; d < depth; ++d) basis[d * screen_padded_dim(depth) + d] = 1;
   return basis;
 }
 
@@ -51,7 +51,7 @@ static std::vector<float> identity(int64_t depth) {
 // share a scale.
 static Rounded round(const Screen& screen, const std::vector<float>& matrix, int64_t rows, int64_t depth,
                      const std::vector<float>& mean, bool tokens, bool along_basis = false) {
-  const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_depth = screen_padded_depth(depth);
+  const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_depth = screen_padded_dim(depth);
   const int64_t padded = (rows + stride - 1) / stride * stride;
   Rounded result;
   result.rows = rows;
@@ -252,7 +252,7 @@ static int64_t test_screen(const Screen& screen, const Case& inputs, bool larges
 static Case make_close_case(int64_t tokens, int64_t entries, int64_t depth, int64_t panel_columns) {
   Case found = make_case(tokens, entries, depth, 1.0f);
   for (int64_t i = 0; i < tokens * depth; ++i) {
-    if (i % depth >= screen_stage_end(0, screen_padded_depth(depth))) found.hidden[i] = found.mean[i % depth];
+    if (i % depth >= screen_stage_end(0, screen_padded_dim(depth))) found.hidden[i] = found.mean[i % depth];
   }
   std::fill(found.threshold.begin(), found.threshold.end(), kInf);
   for (int64_t v = 0; v < entries; v += panel_columns) {

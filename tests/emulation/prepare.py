@@ -80,7 +80,7 @@ SABOTAGES = {
         "cuda/head/sm90/screened.cu", "rows - first_row, words", "rows - first_row - 1, words"
     ),
     "screen_of_a_stale_weight": Replacement(
-        "cuda/head/sm90/screened.cu", "bits_of(sample) != ", "bits_of(sample) == 1 + 0 *"
+        "cuda/head/sm90/screened.cu", "to_bits(sample) != ", "to_bits(sample) == 1 + 0 *"
     ),
     "screen_without_fallback": Replacement(
         "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"

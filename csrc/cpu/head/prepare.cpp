@@ -19,9 +19,9 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
   check_mean(mean, weight);
   const Screen& kernel = screen();
   const int64_t vocabulary = weight.size(0), depth = weight.size(1), columns = kernel.panel_columns;
-  STD_TORCH_CHECK(depth <= kScreenMaxDepth, "weight must have at most ", kScreenMaxDepth, " columns, got ", depth);
+  STD_TORCH_CHECK(depth <= kScreenMaxDim, "weight must have at most ", kScreenMaxDim, " columns, got ", depth);
   check_basis(basis, order, weight);
-  const int64_t panels = (vocabulary + columns - 1) / columns, padded_depth = screen_padded_depth(depth);
+  const int64_t panels = (vocabulary + columns - 1) / columns, padded_depth = screen_padded_dim(depth);
   const int64_t kinds = basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows;
   const Tensor dense = as_contiguous(weight);
   const PreparedWeight prepared{

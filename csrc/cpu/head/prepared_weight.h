@@ -48,8 +48,8 @@ inline void check_basis(const std::optional<Tensor>& basis, const std::optional<
   STD_TORCH_CHECK(basis.has_value() == order.has_value(), "basis and order must be given together");
   if (!basis) return;
   STD_TORCH_CHECK(basis->scalar_type() == ScalarType::Float && basis->dim() == 3 && basis->size(0) == 2 &&
-                      basis->size(1) == weight.size(1) && basis->size(2) == screen_padded_depth(weight.size(1)),
-                  "basis must be float32 (2, ", weight.size(1), ", ", screen_padded_depth(weight.size(1)), ")");
+                      basis->size(1) == weight.size(1) && basis->size(2) == screen_padded_dim(weight.size(1)),
+                  "basis must be float32 (2, ", weight.size(1), ", ", screen_padded_dim(weight.size(1)), ")");
   STD_TORCH_CHECK(order->scalar_type() == ScalarType::Int && order->dim() == 1 && order->size(0) == weight.size(0),
                   "order must be int32 (", weight.size(0), ",)");
 }

@@ -49,7 +49,7 @@ class Screened {
         columns_(screen().panel_columns),
         panels_((vocabulary_ + columns_ - 1) / columns_),
         entries_(entries_in_order(weight.order, input.vocabulary())),
-        sign_(rotation_signs(screen_padded_depth(input.depth()))),
+        sign_(rotation_signs(screen_padded_dim(input.depth()))),
         bias_(input.bias ? input.vocabulary() : 0) {
     if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
     find_thresholds();
@@ -314,7 +314,7 @@ class Screened {
     const std::vector<int64_t>& offset = input_.sequences.offset;
     // Along a basis there are floats as well, before they are rounded.
     const int64_t bytes = weight_.basis ? 1 + sizeof(float) : 1;
-    const int64_t most = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_depth(input_.depth())), 1);
+    const int64_t most = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_dim(input_.depth())), 1);
     for (int64_t first = 0; first < input_.sequences.batch();) {
       int64_t last = first + 1;
       while (last < input_.sequences.batch() && last - first < kMaxSequences &&
@@ -380,7 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&
-                      packed.size(1) == screen_padded_depth(weight.size(1)) / 4 && packed.size(2) == columns &&
+                      packed.size(1) == screen_padded_dim(weight.size(1)) / 4 && packed.size(2) == columns &&
                       rows.dim() == 3 && rows.size(0) == panels && rows.size(2) == columns &&
                       rows.size(1) == (basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows),
                   "packed and rows must be what head_prepare made of weight");

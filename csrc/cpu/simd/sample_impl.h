@@ -182,13 +182,13 @@ int64_t sample_tile(const SampleTile<Acc>& tile) {
         for (int p = 0; p < kParts<Acc>; ++p) {
           gap[p] = load_bits<Vec<Acc>>(tile.scores + place + p * kLanes<Acc>) * inv_temp - bound[p];
         }
-        const Words32 of_slot = words[slot % philox::kSlotsPerBlock];
-        const Mask<float> passes = may_be_drawn(narrow<Acc>(gap), of_slot);
+        const Words32 at_slot = words[slot % philox::kSlotsPerBlock];
+        const Mask<float> passes = may_be_drawn(narrow<Acc>(gap), at_slot);
         if (!any_lane(passes)) continue;
         for (int i = 0; i < kLanes<float>; ++i) {
           if (!passes[i]) continue;
           tile.places[found] = static_cast<int32_t>(place + i);
-          tile.words[found++] = of_slot[i];
+          tile.words[found++] = at_slot[i];
         }
       }
     }

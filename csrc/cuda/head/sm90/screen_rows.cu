@@ -45,7 +45,7 @@ struct Rows {
   __device__ Rows(const RowsToRound& given, bool minus_mean)
       : rows(static_cast<const T*>(given.rows)),
         depth(static_cast<int>(given.depth)),
-        padded_depth(static_cast<int>(screen_padded_depth(given.depth))),
+        padded_depth(static_cast<int>(screen_padded_dim(given.depth))),
         mean(minus_mean ? given.mean : nullptr) {}
 
   // use(first depth, values of this lane) for every block of a row.
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) round_weight_kernel(const W
 
 // The largest of what several warps have, none of them negative or NaN.
 __device__ void merge_largest(float* target, float value) {
-  atomicMax(reinterpret_cast<unsigned*>(target), bits_of(value));
+  atomicMax(reinterpret_cast<unsigned*>(target), to_bits(value));
 }
 
 template <typename T, int kPerLane>
@@ -204,7 +204,7 @@ cudaError_t dispatch_rows(const RowsToRound& rows, int64_t count, int64_t multip
   const int64_t blocks = ceil_div(count, kThreads / kWarp), most = multiprocessors * kBlocksPerMultiprocessor;
   const unsigned grid = static_cast<unsigned>(blocks < most ? blocks : most);
   const auto with_type = [&](auto type) {
-    switch (screen_block(screen_padded_depth(rows.depth)) / kWarp) {
+    switch (screen_block(screen_padded_dim(rows.depth)) / kWarp) {
       case 2:
         return launch(type, Constant<2>{}, grid);
       case 4:

@@ -31,7 +31,7 @@ SPLADE_FAST_INLINE int64_t sampled_depth(int64_t entry, int64_t depth) {
 struct WeightToRound {
   RowsToRound weight;
   int64_t vocabulary;
-  int8_t* integers;  // (vocabulary, screen_padded_depth(depth))
+  int8_t* integers;  // (vocabulary, screen_padded_dim(depth))
   float* facts;      // (kWeightFacts, vocabulary)
 };
 
@@ -42,7 +42,7 @@ struct TokensToRound {
   int64_t room;          // rows that there is memory for
   const int32_t* count;  // of the tokens, on the device
   int tile_tokens;
-  int8_t* integers;   // (room, screen_padded_depth(depth)), of which the tokens' rows are written
+  int8_t* integers;   // (room, screen_padded_dim(depth)), of which the tokens' rows are written
   float* largest;     // (room,), likewise: the largest entry of a row once rotated, inf if it is not finite
   ScreenTile* tiles;  // (tiles,), zero before the launch
 };

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(cons
   task.entries[entry] = {screen_threshold(bias, fact(kWeightMeanDot)), fact(kWeightScale), fact(kWeightNorm),
                          fact(kWeightResidual)};
   const float sample = to_acc(static_cast<const T*>(task.head.weight)[entry * depth + sampled_depth(entry, depth)]);
-  if (bits_of(sample) != bits_of(fact(kWeightSample))) {
+  if (to_bits(sample) != to_bits(fact(kWeightSample))) {
     atomicMax(task.count, static_cast<unsigned long long>(task.capacity) + 1);
   }
 }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Collector collector{task};
   multiply_tiles<hopper::Operand::kInt8, kCluster>(
       weight_map, token_map, static_cast<int>(task.head.shape.vocabulary), task.head.rows.starts[task.head.rows.batch],
-      static_cast<int>(screen_padded_depth(task.head.shape.depth)), collector);
+      static_cast<int>(screen_padded_dim(task.head.shape.depth)), collector);
 #endif
 }
 
@@ -172,7 +172,7 @@ cudaError_t launch_screen(const ScreenedTask& task, cudaStream_t stream) {
   const Shape& shape = task.head.shape;
   return launch_product<hopper::Operand::kInt8, kCluster>(
       screen_sm90_kernel<kCluster>, {task.weight, task.tokens},
-      {shape.rows, shape.batch, shape.vocabulary, screen_padded_depth(shape.depth)}, task, stream);
+      {shape.rows, shape.batch, shape.vocabulary, screen_padded_dim(shape.depth)}, task, stream);
 }
 
 template <typename T, bool kPositions>

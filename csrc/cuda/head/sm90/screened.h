@@ -12,7 +12,7 @@ struct ScreenedTask {
   // The full precision: of the candidates; and of everything, where there are too many of them. Its keys are
   // (batch, vocabulary), of 8 bytes with positions or 4, zero before the launch; keys_are_zero and only_if are set.
   HeadTask head;
-  const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_depth(head.shape.depth)
+  const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_dim(head.shape.depth)
   const float* weight_facts;      // (kWeightFacts, vocabulary)
   const ScreenTile* tiles;
   ScreenEntry* entries;       // (vocabulary,), filled by the launch

@@ -21,8 +21,8 @@ void check_runs(const Tensor& weight, const std::optional<Tensor>& basis, const 
                   "the screened head runs on GPUs of compute capability 9.0, with a library that has sm_90a");
   STD_TORCH_CHECK(is_half(weight.scalar_type()), "the screened head takes bfloat16 or float16 on a GPU, got ",
                   torch::headeronly::toString(weight.scalar_type()));
-  STD_TORCH_CHECK(weight.size(1) % 8 == 0 && weight.size(1) <= kScreenMaxDepth,
-                  "the screened head takes a multiple of 8 and at most ", kScreenMaxDepth, " dimensions on a GPU, got ",
+  STD_TORCH_CHECK(weight.size(1) % 8 == 0 && weight.size(1) <= kScreenMaxDim,
+                  "the screened head takes a multiple of 8 and at most ", kScreenMaxDim, " dimensions on a GPU, got ",
                   weight.size(1));
   STD_TORCH_CHECK(!basis && !order, "basis and order must be None on a GPU");
 }
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& given_weight, const Tensor& giv
   const OnDevice device(given_weight, op);
   check_runs(given_weight, basis, order, device);
   const Tensor weight = aligned(as_contiguous(given_weight)), mean = as_contiguous(given_mean);
-  const int64_t vocabulary = weight.size(0), padded_depth = screen_padded_depth(weight.size(1));
+  const int64_t vocabulary = weight.size(0), padded_depth = screen_padded_dim(weight.size(1));
   const Tensor packed = new_tensor(weight, std::vector<int64_t>{vocabulary, padded_depth}, ScalarType::Char);
   const Tensor rows = new_tensor(weight, std::vector<int64_t>{kWeightFacts, vocabulary}, ScalarType::Float);
   if (weight.numel() > 0) {
@@ -94,7 +94,7 @@ void head_screened(const HeadInput& input, Activation activation, const HeadOutp
                    const char* op) {
   const FusedHead fused(input, operand_of(input.weight.scalar_type()), activation, outputs, device, op);
   const Zeros zeros(input, outputs.saved, device, op);
-  const int64_t vocabulary = input.vocabulary(), padded_depth = screen_padded_depth(input.depth());
+  const int64_t vocabulary = input.vocabulary(), padded_depth = screen_padded_dim(input.depth());
   const int64_t capacity = candidate_capacity(input.rows(), vocabulary);
   const auto new_of = [&](ScalarType dtype, int64_t first, int64_t second) {
     return new_tensor(input.weight, std::vector<int64_t>{first, second}, dtype);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   check_runs(weight, basis, order, device);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 2 && packed.size(0) == input.vocabulary() &&
-                      packed.size(1) == screen_padded_depth(input.depth()) && rows.dim() == 2 &&
+                      packed.size(1) == screen_padded_dim(input.depth()) && rows.dim() == 2 &&
                       rows.size(0) == kWeightFacts && rows.size(1) == input.vocabulary() && packed.is_contiguous() &&
                       rows.is_contiguous() && packed.device() == weight.device() && rows.device() == weight.device(),
                   "packed and rows must be what head_prepare made of weight");
