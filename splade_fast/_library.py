@@ -158,18 +158,6 @@ def _warn_once(device_type: str, reason: str) -> None:
     )
 
 
-def prefer_huge_pages(fresh: torch.Tensor) -> None:
-    """Ask the system for 2 MiB pages for a tensor that has not been written yet.
-
-    Access to scattered rows then misses the TLB less often.
-    """
-    if is_cpu_library_loaded() and fresh.device == _CPU and type(fresh) is torch.Tensor:
-        prefer = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_prefer_huge_pages
-        prefer.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        prefer.restype = None
-        prefer(fresh.data_ptr(), fresh.nbytes)
-
-
 @functools.cache
 def cpu_instruction_set() -> str | None:
     """Return the instruction set of the CPU kernels.

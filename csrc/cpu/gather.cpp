@@ -269,11 +269,6 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
 }  // namespace
 }  // namespace splade_fast::cpu
 
-// For tables that Python makes: called with ctypes before they are first written, since nothing of it is an op's work.
-extern "C" __attribute__((visibility("default"))) void splade_fast_prefer_huge_pages(void* data, int64_t bytes) {
-  splade_fast::cpu::prefer_huge_pages(data, bytes);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&splade_fast::cpu::gather_rows));
   m.impl("scatter_rows_", TORCH_BOX(&splade_fast::cpu::scatter_rows_));

@@ -25,7 +25,6 @@ from examples.docstrings.corpus import docstring_pairs
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
     CacheLossHandler,
-    CacheLossReturn,
     CacheManager,
     FixedLenFeature,
     Scale,
@@ -126,26 +125,23 @@ def train(
     handler = CacheLossHandler(
         CacheManager(specs, cache_size), cache_loss, embedding_key="embedding", data_keys=("ids",)
     )
-    last: list[CacheLossReturn] = []
-    cache_loss.register_forward_hook(lambda module, arguments, result: last.append(result))
     evaluated = {steps * i // evaluations for i in range(1, evaluations + 1)}
     for step in range(1, steps + 1):
         rows = torch.randint(len(texts) - held_out, (batch,))
         features = {"ids": texts.documents[rows]}
-        loss = handler.update_cache_and_compute_loss(
+        result = handler.step(
             document_tower,
             query_tower({"ids": texts.queries[rows]}),
             document_tower(features),
             features,
         )
         optimizer.zero_grad()
-        loss.backward()
+        result.training_loss.backward()
         optimizer.step()
-        seen = last.pop()
         mrr = None
         if step in evaluated:
             mrr = reciprocal_rank(query_tower, document_tower, texts, held_out)
-        yield Progress(step, seen.interpretable_loss.item(), seen.staleness.item(), mrr)
+        yield Progress(step, result.interpretable_loss.item(), result.staleness.item(), mrr)
 
 
 def plot(progress: list[Progress], path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
-from splade_fast import _library
 from splade_fast.ops.sparse_rows import SparseRows
 
 Tables = dict[str, Tensor]
@@ -20,17 +19,20 @@ _Any = TypeVar("_Any")
 _SPARSE = (":indices", ":values", ":lengths")
 
 
-def chosen(name: str, features: Mapping[str, _Any], keys: Iterable[str]) -> dict[str, _Any]:
-    """The features, or what else, of these keys.
+def select(name: str, values: Mapping[str, _Any], keys: Iterable[str]) -> dict[str, _Any]:
+    """Return the values of these keys.
+
+    Args:
+        name: of the argument, for messages.
 
     Raises:
-        KeyError: one is not among them, in an argument called `name`.
+        KeyError: a key is missing.
     """
     keys = tuple(keys)
     for key in keys:
-        if key not in features:
-            raise KeyError(f"{name} must have {key!r}, got {sorted(features)}")
-    return {key: features[key] for key in keys}
+        if key not in values:
+            raise KeyError(f"{name} must have {key!r}, got {sorted(values)}")
+    return {key: values[key] for key in keys}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class FixedLenFeature:
     default_value: float | None = None
 
     def zeros(self, count: int) -> dict[str, Tensor]:
-        return {"": _filled([count, *self.shape], 0, self.dtype)}
+        return {"": torch.zeros([count, *self.shape], dtype=self.dtype)}
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,12 @@ class SparseFeature:
     dtype: torch.dtype = torch.float32
 
     def zeros(self, count: int) -> dict[str, Tensor]:
-        return dict(
-            zip(
-                _SPARSE,
-                (
-                    _filled((count, self.k), -1, torch.int32),
-                    _filled((count, self.k), 0, self.dtype),
-                    _filled((count,), 0, torch.int32),
-                ),
-                strict=True,
-            )
+        tables = (
+            torch.full((count, self.k), -1, dtype=torch.int32),
+            torch.zeros((count, self.k), dtype=self.dtype),
+            torch.zeros(count, dtype=torch.int32),
         )
+        return dict(zip(_SPARSE, tables, strict=True))
 
 
 Feature = FixedLenFeature | SparseFeature
@@ -176,12 +173,6 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         value.lengths,
         like.num_cols,
     )
-
-
-def _filled(shape: Sequence[int], value: int, dtype: torch.dtype) -> Tensor:
-    table = torch.empty(shape, dtype=dtype)
-    _library.prefer_huge_pages(table)
-    return table.fill_(value)
 
 
 def _shown(shape: Sequence[int]) -> str:

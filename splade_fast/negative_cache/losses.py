@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 from splade_fast._checks import check_choice, check_count
 from splade_fast._distributed import Ranks
-from splade_fast.negative_cache.features import Tables, Value, as_dense, chosen
+from splade_fast.negative_cache.features import Tables, Value, as_dense, select
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
 from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
-from splade_fast.negative_cache.sources import LocalCaches, ShardedCaches, Source, Updates, agree
+from splade_fast.negative_cache.sources import (
+    LocalCaches,
+    ShardedCaches,
+    Source,
+    Updates,
+    exchange_sizes,
+)
 from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.ops.sample import TOP_K_METHODS, NegativeSamples
 
@@ -192,7 +198,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         )
         candidates = self._candidates(positives, hard)
         with torch.no_grad():
-            with source.together("score_transform"):
+            with source.fail_together("score_transform"):
                 others = self._candidate_scores(queries, candidates, items, hard_items)
             found, weights = self._draw(source, others)
             drawn = found.indices[:, : weights.shape[1]]
@@ -234,7 +240,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             slots = torch.where(cached, drawn, -1)
             rows = source.rows(slots, *self.data_keys, self.embedding_key)
             stale = schema.values_of(rows, self.embedding_key)[self.embedding_key]
-        with source.together("doc_network"):
+        with source.fail_together("doc_network"):
             with torch.no_grad():
                 data = self._network_input(schema, rows, cached, pos_features)
             fresh = as_dense(doc_network(dict(data)))
@@ -329,7 +335,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         tables = self._tables(schema, rows)
         if pos_features is not None:
             own = schema.rows(
-                "pos_features", chosen("pos_features", pos_features, self.data_keys), drawn.device
+                "pos_features", select("pos_features", pos_features, self.data_keys), drawn.device
             )
             count = drawn.shape[1]
             from_cache = drawn.flatten()
@@ -402,7 +408,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         """The tables of `exclude` of `count` documents; raises where the features do not fit."""
         if features is None:
             raise ValueError(f"{name} must hold {', '.join(self.exclude)} for exclude, got None")
-        items = schema.rows(name, chosen(name, features, self.exclude), device)
+        items = schema.rows(name, select(name, features, self.exclude), device)
         counts = {len(table) for table in items.values()}
         if counts != {count}:
             raise ValueError(f"{name} must be ({count}, ...), got {sorted(counts)} items")
@@ -487,9 +493,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
         return_topk: int,
     ) -> tuple[Source, Tables | None, Tables | None]:
         ranks = Ranks(self.process_group)
-        error: Exception | None = None
-        joined, items, hard_items, settings = None, None, None, ""
-        try:
+        with ranks.fail_together("checking the arguments of the loss"):
             if self.top_k is not None and self.top_k < ranks.count:
                 raise ValueError(
                     f"top_k must be at least the number of ranks, {ranks.count}, got {self.top_k}"
@@ -498,15 +502,10 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             schema = joined.caches[0].data
             items = self._items(schema, features, len(queries), queries.device)
             hard_items = self._hard_items(schema, hard, queries)
-            settings = self._settings(schema, queries, return_topk)
-        except (TypeError, ValueError, KeyError) as problem:
-            error = problem
         fn = self.retrieval_fn
         state = fn.rng.state if isinstance(fn, GumbelMaxRetrievalFn) else torch.zeros(2).long()
-        slots = joined.size if joined is not None else 0
-        batch = len(queries)
-        sizes, batches, state = agree(ranks, error, batch, slots, settings, state)
-        assert joined is not None
+        settings = self._settings(schema, queries, return_topk)
+        sizes, batches, state = exchange_sizes(ranks, joined.size, len(queries), settings, state)
         with torch.no_grad():
             source = ShardedCaches(
                 ranks, sizes, batches, joined, queries, self.score_transform, items, state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -42,9 +42,6 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         self.storage = storage
         self._defaults = dict(defaults or {})
         self._num_cols: dict[str, int | None] = {}
-        # Of dense features. They stay as they are whatever moves or casts the buffers, and asking a
-        # tensor takes longer than all else that `rows` compares.
-        self._row_shapes: dict[str, tuple[int, ...]] = {}
         for key, value in data.items():
             self[key] = value
 
@@ -64,23 +61,14 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             self._buffers.update(sparse_tables(key, value))
         else:
             self._num_cols[key] = None
-            self._row_shapes[key] = tuple(value.shape[1:])
             self._buffers[key] = value.detach()
 
     def __delitem__(self, key: str) -> None:
         for name in table_names(key, self._num_cols.pop(key)):
             del self._buffers[name]
-        self._row_shapes.pop(key, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._num_cols)
-
-    # Those of a mapping would look up a value for each key.
-    def __contains__(self, key: object) -> bool:
-        return key in self._num_cols
-
-    def keys(self) -> KeysView[str]:
-        return self._num_cols.keys()
 
     def __len__(self) -> int:
         return len(self._num_cols)
@@ -122,29 +110,12 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             TypeError, ValueError: they do not fit; `name` is the argument that held them.
         """
         tables: Tables = {}
-        buffers = self._buffers
-        count, uneven = None, False
+        counts = {}
         for key, value in items.items():
-            dense = buffers.get(key)
-            if dense is not None and isinstance(value, Tensor) and value.ndim:
-                if count is None:
-                    count = value.shape[0]
-                if (
-                    value.dtype is dense.dtype
-                    and value.shape == (count, *self._row_shapes[key])
-                    and value.device == device
-                    and not value.requires_grad
-                ):
-                    tables[key] = value
-                    continue
-            default = self._defaults.get(key)
-            kept = stored(f"{name}[{key!r}]", value, self[key], device, default)
-            tables.update(sparse_tables(key, kept) if isinstance(kept, SparseRows) else {key: kept})
-            if count is None:
-                count = len(kept)
-            uneven |= len(kept) != count
-        if uneven:
-            counts = {key: len(value) for key, value in items.items()}
+            rows = stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
+            tables.update(sparse_tables(key, rows) if isinstance(rows, SparseRows) else {key: rows})
+            counts[key] = len(rows)
+        if len(set(counts.values())) > 1:
             raise ValueError(f"{name} must have as many items for every key, got {counts}")
         return tables
 
@@ -205,13 +176,6 @@ class NegativeCache(nn.Module):
     def device(self) -> torch.device:
         """Where draws and updates happen; pinned features stay in host memory."""
         return self.data.device or self.age.device
-
-    def is_on(self, device: torch.device) -> bool:
-        """Whether everything that does not stay in host memory is there."""
-        tensors = [self.age, self.valid]
-        if self.data.storage == "device":
-            tensors += self.data.tables().values()
-        return all(tensor.device == device for tensor in tensors)
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
         """Rows of the tables of some features, (N, ...) for slots (N,); on the cache's device."""
@@ -296,14 +260,9 @@ class CacheManager:
                 than slots.
             RuntimeError: a slot is out of range, see `scatter_rows_`.
         """
-        # Looking up an attribute in a module takes as long as writing ten rows.
-        modules: Any = cache._modules
-        buffers: Any = cache._buffers
-        data: CacheData = modules["data"]
-        age, valid = buffers["age"], buffers["valid"]
+        data, age, valid, device = cache.data, cache.age, cache.valid, cache.device
         if age.shape != valid.shape:
             raise ValueError(f"cache.age must be {tuple(valid.shape)}, got {tuple(age.shape)}")
-        device = data.device or age.device
         new: Tables | None = None
         new_mask: Tensor | None = None
         if new_items is not None:
@@ -328,7 +287,7 @@ class CacheManager:
                 refreshed_mask = _mask_on(
                     "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
                 )
-            updated_item_indices = _on(updated_item_indices, device, torch.int64)
+            updated_item_indices = updated_item_indices.to(device, torch.int64)
         elif updated_item_data:
             raise ValueError("updated_item_indices must be given with updated_item_data, got None")
         update_cache_(
@@ -372,11 +331,4 @@ def _count(rows: Tables) -> int:
 def _mask_on(name: str, mask: Tensor, count: int, device: torch.device) -> Tensor:
     if mask.shape != (count,):
         raise ValueError(f"{name} must be ({count},), got {tuple(mask.shape)}")
-    return _on(mask, device, torch.bool)
-
-
-def _on(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What is there already is not handed to `to`, which takes longer than both comparisons."""
-    if tensor.dtype is dtype and tensor.device == device:
-        return tensor
-    return tensor.to(device, dtype)
+    return mask.to(device, torch.bool)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from splade_fast._distributed import Ranks, pad_rows
+from splade_fast._distributed import Ranks, is_distributed, pad_rows
 from splade_fast.negative_cache.features import Tables, Value
 from splade_fast.negative_cache.matching import matches
 from splade_fast.negative_cache.retrieval import (
@@ -63,8 +63,8 @@ class Source(Protocol):
     def rows(self, slots: Tensor, *keys: str) -> Tables:
         """Rows of tables, (B * n, ...) for slots (B, n); those of slots outside mean nothing."""
 
-    def together(self, what: str) -> AbstractContextManager[None]:
-        """What fails inside on one process fails on all that share the caches."""
+    def fail_together(self, action: str) -> AbstractContextManager[None]:
+        """Raise on all processes that share the caches if the block raises on any."""
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """By name of a cache of this process: what to store, where, and which of it.
@@ -88,8 +88,7 @@ class LocalCaches:
         self._cache = cache
         self._scored = (queries, cache, transform, _excluded(cache, items))
         self.total = cache.size
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if spread else 0
+        rank = torch.distributed.get_rank() if is_distributed() else 0
         self._first_query = rank * _QUERIES_OF_A_RANK
 
     def draw(
@@ -118,7 +117,7 @@ class LocalCaches:
     def rows(self, slots: Tensor, *keys: str) -> Tables:
         return self._cache.gather(slots.flatten(), *keys)
 
-    def together(self, what: str) -> AbstractContextManager[None]:
+    def fail_together(self, action: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
@@ -173,7 +172,7 @@ class ShardedCaches:
         if top_k is not None:
             found = draw_from_kept(self._keep(top_k), mine)
         else:
-            with self.together("score_transform"):
+            with self.fail_together("score_transform"):
                 of_all = draw(*self._scored, mine._replace(query_offset=0))
             parts = self._to_owners_of_queries(*of_all)
             found = merge_draws(NegativeSamples(*part) for part in parts)
@@ -185,7 +184,7 @@ class ShardedCaches:
         self, fn: torch.nn.Module, top_k: TopK | None, in_batch: Tensor | None
     ) -> NegativeSamples:
         """First a slot of every rank, then a rank by the logsumexp of its scores."""
-        with self.together("score_transform or retrieval_fn"):
+        with self.fail_together("score_transform or retrieval_fn"):
             if top_k is None:
                 kept = all_scores(*self._scored)
             else:
@@ -199,7 +198,7 @@ class ShardedCaches:
                     f"{of_all.indices.shape[1]}"
                 )
         parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*of_all)]
-        with self.together("retrieval_fn"):
+        with self.fail_together("retrieval_fn"):
             if in_batch is not None:
                 slots = torch.arange(in_batch.shape[1], device=in_batch.device) + self.total
                 others = Kept(in_batch, slots.expand_as(in_batch))
@@ -225,8 +224,8 @@ class ShardedCaches:
         places = torch.arange(slots.numel(), device=slots.device)
         return {name: answer[owner, places] for name, answer in zip(tables, answers, strict=True)}
 
-    def together(self, what: str) -> AbstractContextManager[None]:
-        return self._ranks.fail_together(what)
+    def fail_together(self, action: str) -> AbstractContextManager[None]:
+        return self._ranks.fail_together(action)
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """Every rank stores what any rank has refreshed of its slots."""
@@ -238,7 +237,7 @@ class ShardedCaches:
 
     def _keep(self, top_k: TopK) -> Kept:
         """The scores that count of the queries of this rank, from the slots of all."""
-        with self.together("score_transform"):
+        with self.fail_together("score_transform"):
             of_all = keep_top_k(*self._scored, top_k, self.total)
         if top_k.method == "exact":
             missing = (0, min(top_k.k, self.total) - of_all.scores.shape[1])
@@ -280,37 +279,33 @@ class ShardedCaches:
         return torch.searchsorted(last, slots, right=True).clamp(max=self._ranks.count - 1)
 
 
-def agree(
-    ranks: Ranks, error: Exception | None, batch: int, slots: int, settings: str, rng_state: Tensor
+def exchange_sizes(
+    ranks: Ranks, slots: int, batch: int, settings: str, rng_state: Tensor
 ) -> tuple[list[int], list[int], Tensor]:
-    """What all ranks have to know before they exchange anything else.
+    """Tell all ranks how many slots and queries each rank has.
 
     Args:
-        error: what is wrong with this rank's arguments.
-        settings: has to be the same on all ranks.
-        rng_state: (2,) int64; that of the first rank counts.
+        slots: of this rank.
+        batch: queries of this rank.
+        settings: text that must be the same on all ranks.
+        rng_state: (2,) int64.
 
     Returns:
-        Slots and queries of every rank, and the state.
+        The slots of each rank, the queries of each rank, and the rng_state of the first rank.
 
     Raises:
-        Exception: `error`, on the rank that has it.
-        RuntimeError: on all others; or the settings differ.
+        RuntimeError: the settings differ.
     """
     digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "big")
-    mine = torch.tensor([error is None, slots, batch, digest], dtype=torch.int64)
+    mine = torch.tensor([slots, batch, digest], dtype=torch.int64)
     (all_ranks,) = ranks.all_gather(torch.cat([mine, rng_state.cpu()]))
-    if error is not None:
-        raise error
-    rows = all_ranks.tolist()
-    if failed := [rank for rank, row in enumerate(rows) if not row[0]]:
-        raise RuntimeError(f"the arguments of the loss are wrong on rank {failed[0]}")
-    if different := [rank for rank, row in enumerate(rows) if row[3] != rows[0][3]]:
+    sizes, batches, digests = all_ranks[:, :3].t().tolist()
+    if different := [rank for rank, other in enumerate(digests) if other != digests[0]]:
         raise RuntimeError(
             "the embeddings, the caches' features and the options of the loss must be the same on "
             f"all ranks, got others on rank {different[0]} than on rank 0; here {settings}"
         )
-    return [row[1] for row in rows], [row[2] for row in rows], all_ranks[0, 4:]
+    return sizes, batches, all_ranks[0, 3:]
 
 
 def choose_from(

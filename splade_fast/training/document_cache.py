@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,14 +28,6 @@ Network = Callable[[dict[str, Tensor]], Tensor]
 _EMBEDDING = "embedding"
 _IDS, _MASK = "input_ids", "attention_mask"
 _DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # others are int32
-
-
-class CacheStep(NamedTuple):
-    """What a step of the cache returns, over all ranks; the last two without gradient."""
-
-    loss: Tensor
-    interpretable_loss: Tensor
-    staleness: Tensor
 
 
 class DocumentCacheHandler(CacheLossHandler):
@@ -83,8 +74,6 @@ class DocumentCacheHandler(CacheLossHandler):
             tuple(paddings),
             use_cross_replica=ranks > 1 and arguments.cache_sharing == "replicas",
         )
-        self.cache_loss.register_forward_hook(self._remember)
-        self._last: CacheLossReturn | None = None
         self._left_padded = tokenizer.padding_side == "left"
         self._most_tokens = arguments.cache_document_length
 
@@ -102,21 +91,24 @@ class DocumentCacheHandler(CacheLossHandler):
                 f"long, got {width}"
             )
 
-    def step(
+    def step_batch(
         self,
         network: Network,
         queries: Tensor,
         documents: Tensor,
         inputs: Mapping[str, Tensor],
-    ) -> CacheStep:
-        """The loss of a batch; then the cache is updated with it.
+    ) -> CacheLossReturn:
+        """Compute the loss of a batch over the cache, then update the cache with its positives.
 
         Args:
             network: tokenized texts -> vectors; gets the drawn documents without their padding.
             queries: (B, V).
             documents: (m * B, V), the positive of each query, then hard negatives, which are
                 candidates of every query and are not cached.
-            inputs: what the documents were encoded from, (m * B, L) by name, see `check_inputs`.
+            inputs: tokenized documents, (m * B, L) by name, see `check_inputs`.
+
+        Returns:
+            The results of the loss. Its three losses are means over all ranks.
         """
 
         def encode(stored: dict[str, Value]) -> Tensor:
@@ -130,7 +122,7 @@ class DocumentCacheHandler(CacheLossHandler):
         features = _left_aligned(inputs) if self._left_padded else inputs
         batch = len(queries)
         has_hard = len(documents) > batch
-        loss: Tensor = self.update_cache_and_compute_loss(
+        result = self.step(
             encode,
             queries,
             documents[:batch],
@@ -138,17 +130,12 @@ class DocumentCacheHandler(CacheLossHandler):
             hard_negatives=documents[batch:] if has_hard else None,
             hard_features={name: tensor[batch:] for name, tensor in features.items()},
         )
-        assert self._last is not None
-        seen, self._last = self._last, None
-        # Not in the handler: on a rank where the network fails, these would never be met.
-        return CacheStep(
-            mean_over_ranks(loss),
-            mean_over_ranks(seen.interpretable_loss),
-            mean_over_ranks(seen.staleness),
+        # Not in the loss: a rank whose network fails would never take part in these collectives.
+        return result._replace(
+            training_loss=mean_over_ranks(result.training_loss),
+            interpretable_loss=mean_over_ranks(result.interpretable_loss),
+            staleness=mean_over_ranks(result.staleness),
         )
-
-    def _remember(self, _module: object, _inputs: object, result: CacheLossReturn) -> None:
-        self._last = result
 
 
 def _paddings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

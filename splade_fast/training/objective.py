@@ -16,9 +16,10 @@ from splade_fast.losses import (
     pairwise_loss,
     pointwise_loss,
 )
+from splade_fast.negative_cache.losses import CacheLossReturn
 from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
-from splade_fast.training.document_cache import CacheStep, DocumentCacheHandler, Network
+from splade_fast.training.document_cache import DocumentCacheHandler, Network
 from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 
@@ -104,15 +105,15 @@ class Objective(nn.Module):
         count = self.check_batch(len(queries), len(documents), labels, inputs)
         exact = accumulation_dtype(torch.promote_types(queries.dtype, documents.dtype))
         queries, documents = queries.to(exact), documents.to(exact)
-        of_cache: CacheStep | None = None
+        cache_step: CacheLossReturn | None = None
         if self.handler is not None and self.training:
             if network is None or inputs is None:
                 raise ValueError("network and inputs must be given for the loss negative_cache")
-            of_cache = self.handler.step(network, queries, documents, inputs)
+            cache_step = self.handler.step_batch(network, queries, documents, inputs)
         # Scores of many terms need more precision than autocast would give them.
         with torch.autocast(queries.device.type, enabled=False):
-            if of_cache is not None:
-                relevance = of_cache.loss
+            if cache_step is not None:
+                relevance = cache_step.training_loss
             else:
                 relevance = self._relevance(queries, documents, labels, count)
             query_penalty = self.query_sparsity(queries, step)
@@ -124,9 +125,9 @@ class Objective(nn.Module):
             "query_active_dims": active_dims(queries).float().mean(),
             "document_active_dims": active_dims(documents).float().mean(),
         }
-        if of_cache is not None:
-            metrics["cache/interpretable_prediction_loss"] = of_cache.interpretable_loss
-            metrics["cache/staleness"] = of_cache.staleness
+        if cache_step is not None:
+            metrics["cache/interpretable_prediction_loss"] = cache_step.interpretable_loss
+            metrics["cache/staleness"] = cache_step.staleness
         return {
             "loss": relevance + query_penalty + document_penalty,
             "metrics": {name: value.detach() for name, value in metrics.items()},

@@ -215,7 +215,7 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
     error, message = (
         (ValueError, "query_embeddings and pos_doc_embeddings must be")
         if rank == count - 1
-        else (RuntimeError, f"the arguments of the loss are wrong on rank {count - 1}")
+        else (RuntimeError, f"checking the arguments of the loss failed on rank {count - 1}; see")
     )
     with pytest.raises(error, match=message):
         loss(network, queries, positives, cache)
@@ -345,7 +345,9 @@ def replicas_stay_the_same(rank: int, count: int) -> None:
     bad = {"ids": words(2, 0)[:, :2].repeat(1, 4 if rank == 0 else 1)}
     embeddings = network({"ids": words(2, 0)})
     error, message = (
-        (ValueError, "must be") if rank == 0 else (RuntimeError, "wrong on another rank")
+        (ValueError, "must be")
+        if rank == 0
+        else (RuntimeError, "the step of the cache failed on rank 0; see the error of that rank")
     )
     handler.cache_loss = CacheClassificationLoss("embedding", ())
     with pytest.raises(error, match=message):

@@ -95,6 +95,26 @@ def test_refreshed_and_new_items():
     assert handler.cache.age.tolist() == [0, 0, 1, 1]
 
 
+def test_the_known_signature_returns_the_loss_of_a_step():
+    handler, network = tower_handler(top_k=4)
+    other = copy.deepcopy(handler)
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        queries, positives = torch.randint(50, (2, 5, 4), generator=generator)
+        embeddings = network({"ids": queries}), network({"ids": positives})
+        result = handler.step(network, *embeddings, {"ids": positives}, return_topk=2)
+        loss, features = step(other, network, number, return_topk=2)
+        assert torch.equal(loss, result.training_loss)
+        assert len(features) == len(result.topk_features) == 5
+        for mine, expected in zip(features, result.topk_features, strict=True):
+            assert torch.equal(mine["ids"], expected["ids"])
+    assert result.interpretable_loss > 0
+    assert all(
+        torch.equal(mine, expected)
+        for mine, expected in zip(handler.buffers(), other.buffers(), strict=True)
+    )
+
+
 def test_a_step_refreshes_and_adds():
     handler, network = tower_handler()
     losses_seen = []

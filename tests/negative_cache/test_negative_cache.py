@@ -233,7 +233,7 @@ def test_sparse_features():
 
 
 def test_tables_of_many_pages():
-    """Larger than the pages the system is asked for; without memory there is nothing to ask."""
+    """Larger than the pages of the system, and without memory on fake devices."""
     specs = {"embedding": FixedLenFeature([1000], torch.float32), "terms": SparseFeature(50, 900)}
     data = CacheManager(specs, 2000).init_cache().data
     assert data["embedding"].shape == (2000, 1000)

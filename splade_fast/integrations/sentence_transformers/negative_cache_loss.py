@@ -168,11 +168,13 @@ class NegativeCacheLoss(nn.Module):
             vectors: Tensor = self.model(features | others)["sentence_embedding"]
             return vectors
 
-        loss: Tensor = self.handler.update_cache_and_compute_loss(
-            encode, queries, positives, tokens, writer=(_Metrics(self.metrics), 0)
-        )
+        result = self.handler.step(encode, queries, positives, tokens)
         self._inputs.forget()
-        return loss
+        self.metrics = {
+            "cache/interpretable_prediction_loss": float(result.interpretable_loss),
+            "cache/staleness": float(result.staleness),
+        }
+        return result.training_loss
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
@@ -252,16 +254,6 @@ class _Inputs:
     def forget(self) -> None:
         """What the loss itself had encoded."""
         self._last = None
-
-
-class _Metrics:
-    """Stands in for a SummaryWriter."""
-
-    def __init__(self, metrics: dict[str, float]) -> None:
-        self._metrics = metrics
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self._metrics[name] = value
 
 
 def _padded(features: Features) -> Features:
