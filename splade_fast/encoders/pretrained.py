@@ -103,14 +103,6 @@ def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenize
     return tokenizer
 
 
-def adapted_checkpoint(name_or_path: str, hub: dict[str, Any]) -> str | None:
-    """Return the base checkpoint of a folder of PEFT adapters; None for a whole model."""
-    if find_file(name_or_path, "config.json", hub) is not None:
-        return None
-    adapters = read_json(name_or_path, "adapter_config.json", hub)
-    return None if adapters is None else adapters["base_model_name_or_path"]
-
-
 def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
     """Return the local path of a checkpoint's file, downloading it if need be; None if missing."""
     path: str | None = cached_file(

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from splade_fast._atomic_files import whole_folder
+from splade_fast.encoders.adapters import check_saves_adapters, find_base_model, load_adapters
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
     find_decoder,
@@ -24,7 +25,6 @@ from splade_fast.encoders.hidden_states import (
     head_inputs,
 )
 from splade_fast.encoders.pretrained import (
-    adapted_checkpoint,
     hub_arguments,
     load_config,
     load_model,
@@ -46,7 +46,7 @@ class SpladeEncoder(TextEncoder):
     SPLADE v2 (arXiv:2109.10086). `from_pretrained` loads one.
 
     Args:
-        model: a transformers model with a language-modelling head.
+        model: a transformers model with a language-modelling head, wrapped by PEFT or not.
         tokenizer: the model's tokenizer.
         settings: pooling, activation, maximum length and prompts.
 
@@ -84,6 +84,8 @@ class SpladeEncoder(TextEncoder):
             kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
+            ImportError: the checkpoint holds adapters, and peft is missing or does not work with
+                the installed transformers.
             OSError: no checkpoint of that name was found.
             ValueError: the checkpoint needs its own code, a pickle holds more than weights, or the
                 folder describes another kind of model.
@@ -91,9 +93,12 @@ class SpladeEncoder(TextEncoder):
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         settings = read_settings(name, hub)
-        hub["subfolder"] = kwargs["subfolder"] = settings.subfolder
-        config = load_config(adapted_checkpoint(name, hub) or name, hub)
-        model = load_model(_auto_class(config), name, config, kwargs)
+        hub["subfolder"] = settings.subfolder
+        base_name, base_hub = find_base_model(name, hub)
+        config = load_config(base_name, base_hub)
+        model = load_model(_auto_class(config), base_name, config, kwargs | base_hub)
+        if base_name != name:
+            model = load_adapters(model, name, hub)
         tokenizer = load_tokenizer(name, hub)
         if settings.lower_case:
             lower_case_inputs(tokenizer)
@@ -156,11 +161,15 @@ class SpladeEncoder(TextEncoder):
             path: the folder; existing files of the same names are replaced.
 
         Raises:
+            ImportError: transformers added the adapters and refuses the installed peft; nothing is
+                written.
             ValueError: sentence-transformers has no such activation; nothing is written.
         """
+        check_saves_adapters(self.model)
         settings_files = sparse_encoder_files(self.settings)
         with whole_folder(path) as folder:
             self.model.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
             self.tokenizer.save_pretrained(folder)
             write_json_files(folder, settings_files)
 

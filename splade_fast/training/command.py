@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from splade_fast._distributed import world_size
+from splade_fast.encoders.adapters import add_lora
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.pretrained import read_json
 from splade_fast.encoders.splade import SpladeEncoder
@@ -338,17 +339,15 @@ def _add_adapters(encoder: TextEncoder, arguments: ModelArguments) -> None:
             f"lora_rank must be 0 for the architecture {arguments.architecture}, "
             f"got {arguments.lora_rank}"
         )
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("lora_rank needs the package peft: pip install peft") from error
-    encoder.model.add_adapter(
-        LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
-            lora_dropout=arguments.lora_dropout,
-            target_modules="all-linear",
+    if hasattr(encoder.model, "peft_config"):
+        raise ValueError(
+            f"lora_rank must be 0 for a checkpoint that has adapters, got {arguments.lora_rank}"
         )
+    encoder.model = add_lora(
+        encoder.model,
+        rank=arguments.lora_rank,
+        alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
+        dropout=arguments.lora_dropout,
     )
 
 

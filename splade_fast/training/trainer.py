@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from splade_fast._distributed import world_size
@@ -437,11 +437,10 @@ def _collator_of(model: TrainingModel, args: SpladeTrainingArguments) -> Trainin
     )
 
 
-def _is_frozen_at_the_bottom(transformer: nn.Module) -> bool:
+def _is_frozen_at_the_bottom(transformer: Any) -> bool:
     """Whether gradients would not get through the recomputed layers to adapters in them."""
-    return isinstance(transformer, PreTrainedModel) and not any(
-        parameter.requires_grad for parameter in transformer.get_input_embeddings().parameters()
-    )
+    embeddings: nn.Module = transformer.get_input_embeddings()
+    return not any(parameter.requires_grad for parameter in embeddings.parameters())
 
 
 def _endless_if_streamed(dataset: Any) -> Any:

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from splade_fast import reference
 from splade_fast.encoders.splade import SpladeEncoder
+from tests.adapters import WAYS, with_adapters
 from tests.tiny_models import (
     VOCAB_SIZE,
     causal_lm_configs,
@@ -234,20 +234,12 @@ def test_threads_share_an_encoder():
     assert logits.shape[-1] == VOCAB_SIZE
 
 
-LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0, "init_lora_weights": False}
-
-
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_adapters_train_save_and_load(family, wrapped, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_train_save_and_load(family, way, tmp_path):
     folder = save_checkpoint(FAMILIES[family], tmp_path / "base")
     encoder = SpladeEncoder.from_pretrained(folder)
-    if wrapped:
-        model = get_peft_model(encoder.model, LoraConfig(**LORA))
-        encoder = SpladeEncoder(model, encoder.tokenizer)
-    else:
-        encoder.model.add_adapter(LoraConfig(**LORA))
-    encoder.eval()
+    encoder = with_adapters(encoder, way, init_lora_weights=False).eval()
     inputs = encoder.tokenize(TEXTS)
     plain, exact = copy.deepcopy(encoder.model), copy.deepcopy(encoder.model).double()
     ours = trained(encoder.model, lambda: encoder(**inputs))
@@ -269,10 +261,9 @@ def test_adapters_train_save_and_load(family, wrapped, tmp_path):
         torch.testing.assert_close(vectors, ours[0].detach())
 
 
-def test_adapters_on_the_decoder_are_refused():
-    targets = {**LORA, "target_modules": ["decoder"]}
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_on_the_decoder_are_refused(way):
     encoder = encoder_of(MASKED["bert"])
     inputs = encoder.tokenize(TEXTS)
-    encoder.model.add_adapter(LoraConfig(**targets))
     with pytest.raises(ValueError, match=r"Linear, got peft\..*; keep adapters off the decoder"):
-        encoder(**inputs)
+        with_adapters(encoder, way, target_modules=["decoder"])(**inputs)

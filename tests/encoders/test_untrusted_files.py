@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.index import Index, IndexMeta
 from splade_fast.training import load_training_data
+from tests.adapters import WAYS, with_adapters
 from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
 from tests.training.runs import CACHE, checkpoint_in, make_trainer, write_pairs
 
@@ -111,9 +111,9 @@ def test_pickled_projection_of_term_weights(model, sprung):
         TermWeightEncoder.from_pretrained(model)
 
 
-def test_pickled_adapters(model, sprung, tmp_path):
-    encoder = SpladeEncoder.from_pretrained(model)
-    encoder.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+@pytest.mark.parametrize("way", WAYS)
+def test_pickled_adapters(model, sprung, way, tmp_path):
+    encoder = with_adapters(SpladeEncoder.from_pretrained(model), way)
     encoder.save_pretrained(tmp_path / "adapters")
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
     weights.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
@@ -21,6 +21,7 @@ from transformers import DebertaV2Config
 
 from splade_fast.encoders.hidden_states import find_decoder
 from splade_fast.integrations.sentence_transformers import accelerate, modules, restore
+from tests.adapters import WAYS, lora
 from tests.integrations.sparse_encoders import (
     FAMILIES,
     TEXTS,
@@ -316,23 +317,38 @@ def test_legacy_transformer_module(tmp_path):
     assert_same_vectors(SparseEncoder(modules=pair, device="cpu"))
 
 
+def add_adapters(model, way, **options):
+    if way == "add_adapter":
+        model.add_adapter(lora(**options))
+    else:
+        model[0].model = get_peft_model(model[0].model, lora(**options))
+
+
+def disable_adapters(model, way):
+    if way == "add_adapter":
+        model.disable_adapters()
+    else:
+        model[0].model.base_model.disable_adapter_layers()
+
+
 @pytest.mark.parametrize("first", ["accelerate", "adapter"])
-def test_adapters(first, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters(first, way, tmp_path):
     model = splade(tmp_path)
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     if first == "accelerate":
         accelerate(model)
-    model.add_adapter(lora)
+    add_adapters(model, way, init_lora_weights=False)
     with_adapter = encoded(model.eval())
     assert_same_vectors(model)
-    restore(model).disable_adapters()
+    disable_adapters(restore(model), way)
     assert not torch.allclose(encoded(model), with_adapter)
     assert_same_vectors(model)
 
 
-def test_adapters_on_the_decoder_are_refused(tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_on_the_decoder_are_refused(way, tmp_path):
     model = accelerate(splade(tmp_path))
-    model.add_adapter(LoraConfig(r=2, target_modules=["decoder"]))
+    add_adapters(model, way, target_modules=["decoder"])
     with pytest.raises(ValueError, match="keep adapters off the decoder"):
         model.encode(TEXTS)
 

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModel
 
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.training import cached_encode
+from tests.adapters import WAYS, with_adapters
 from tests.tiny_models import (
     VOCAB_SIZE,
     causal_lm_configs,
@@ -141,16 +141,16 @@ def test_autocast_in_all_passes():
         torch.testing.assert_close(mine, theirs)
 
 
-def test_frozen_parameters_and_adapters_get_what_they_get_without():
+def test_frozen_parameters_get_what_they_get_without():
     encoder = encoder_of()
     encoder.model.bert.embeddings.requires_grad_(False)  # the tied decoder among it
     assert_same(encoder, 2)
     assert encoder.model.get_output_embeddings().weight.grad is None
-    encoder = encoder_of()
-    encoder.model.add_adapter(
-        LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
-    )
-    encoder.eval()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_get_what_they_get_without(way):
+    encoder = with_adapters(encoder_of(), way, init_lora_weights=False).eval()
     assert_same(encoder, 2)
     assert all("lora_" in name for name, p in encoder.named_parameters() if p.grad is not None)
     encoder.requires_grad_(False)

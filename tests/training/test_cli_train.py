@@ -192,6 +192,13 @@ def test_adapters(files, model):
     trained(files, "--lora_rank", 2, "--lora_dropout", 0.1, "--resume", "--max_steps", 3)
 
 
+def test_adapters_are_added_once(files):
+    trained(files, "--lora_rank", 2)
+    again = ["--model_name_or_path", files / "run", "--output_dir", files / "again"]
+    message = "lora_rank must be 0 for a checkpoint that has adapters, got 2"
+    assert message in refused(files, "--lora_rank", 2, *again)
+
+
 def test_streams(files):
     trained(files, "--streaming", "--max_steps", 5, "--shuffle_buffer", 4)
     assert len([entry for entry in log_of(files / "run") if "loss" in entry]) == 5

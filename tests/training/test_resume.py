@@ -4,10 +4,10 @@ import random
 import resource
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,6 +26,7 @@ from splade_fast.training.checkpointing import (
     remove_leftovers,
     save_tree,
 )
+from tests.adapters import WAYS, with_adapters
 from tests.ranks import run_ranks
 from tests.training.runs import (
     CACHE,
@@ -85,11 +86,10 @@ class Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-def adapters(checkpoint):
+def adapters(checkpoint, way):
     torch.manual_seed(0)
     encoder = SpladeEncoder.from_pretrained(checkpoint)
-    encoder.model.add_adapter(LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1))
-    return {"model": encoder}
+    return {"model": with_adapters(encoder, way, lora_dropout=0.1)}
 
 
 def bag_of_words(checkpoint):
@@ -107,7 +107,13 @@ def growing_cache(_):
 
 
 @pytest.mark.parametrize(
-    "options", [adapters, bag_of_words, optimizer_with_other_states, growing_cache]
+    "options",
+    [
+        *(pytest.param(partial(adapters, way=way), id=f"adapters-{way}") for way in WAYS),
+        bag_of_words,
+        optimizer_with_other_states,
+        growing_cache,
+    ],
 )
 def test_stopped_runs_go_on(checkpoint, pairs, tmp_path, options):
     data = load_training_data(pairs)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, EarlyStoppingCallback, TrainerCallback
 
@@ -20,6 +19,7 @@ from splade_fast.training import (
     TrainingModel,
     load_training_data,
 )
+from tests.adapters import WAYS, with_adapters
 from tests.tiny_models import WORDS
 from tests.training.runs import CACHE, checkpoint_in, make_trainer, write_pairs
 
@@ -192,12 +192,12 @@ def test_gradient_checkpointing_changes_nothing(checkpoint, pairs, tmp_path):
         torch.testing.assert_close(weight, results[1][name])
 
 
-def test_gradient_checkpointing_reaches_adapters(checkpoint, pairs, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_checkpointing_reaches_adapters(checkpoint, pairs, way, tmp_path):
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        encoder = SpladeEncoder.from_pretrained(checkpoint)
-        encoder.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+        encoder = with_adapters(SpladeEncoder.from_pretrained(checkpoint), way)
         trainer = make_trainer(
             checkpoint,
             pairs,
