@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def("pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
   m.def("pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
 
-  // The dense product or the screened one: ops/head.py chooses between the two below.
+  // The dense product or the screened one: ops/head/forward.py chooses between the two below.
   // algorithm: 0 = auto, 1 = dense, 2 = screened. source: what weight was cast from, if it was; what is remembered of
   // the weight goes by it.
   // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).

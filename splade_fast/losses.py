@@ -1,8 +1,8 @@
 """Relevance losses on scores of queries and documents.
 
-Where torch.distributed has several ranks, all of them call a loss together, and each gets the loss
-of the joined batch; its gradient, averaged by DistributedDataParallel, is that of the joined batch.
-With `across_ranks=False` the batch of each rank stands alone.
+If torch.distributed has several ranks, all ranks have to call a loss together. Each rank gets the
+loss of the joined batch. Its gradient, averaged over ranks by DistributedDataParallel, is the
+gradient for the joined batch. With `across_ranks=False` each rank gets the loss of its own batch.
 """
 
 import torch
@@ -24,15 +24,15 @@ __all__ = [
 def pointwise_loss(
     scores: Tensor, labels: Tensor, *, check_labels: bool = True, across_ranks: bool = True
 ) -> Tensor:
-    """mean_i BCE(σ(scores_i), labels_i): relevance of single pairs.
+    """Compute the binary cross-entropy of the relevance of single pairs.
 
-    With `l1_loss` this is the textbook loss BCEWithLogits + λ‖·‖₁.
+    mean_i BCE(σ(scores_i), labels_i)
 
     Args:
-        scores: (B,), one per (query, document) pair.
-        labels: (B,), from 0 (irrelevant) to 1 (relevant), any dtype.
-        check_labels: look whether they are, which waits for a GPU.
-        across_ranks: see the module.
+        scores: (B,), one score per (query, document) pair.
+        labels: (B,), from 0 (irrelevant) to 1 (relevant), of any dtype.
+        check_labels: whether to check the range of the labels, which waits for a GPU.
+        across_ranks: whether the mean is over the pairs of all ranks.
 
     Returns:
         A scalar.
@@ -40,6 +40,12 @@ def pointwise_loss(
     Raises:
         TypeError, ValueError: scores are not floating point, shapes differ, or a label is out of
             range.
+
+    Example::
+
+        >>> scores, labels = torch.tensor([0.0, 0.0]), torch.tensor([1, 0])
+        >>> sf.losses.pointwise_loss(scores, labels)
+        tensor(0.6931)
     """
     check_floating("scores", scores)
     _check_shape("labels", labels, scores)
@@ -61,15 +67,17 @@ def in_batch_loss(
     temperature: float = 1.0,
     across_ranks: bool = True,
 ) -> Tensor:
-    """mean_i -log softmax_j(queries_i · d_j / temperature)[i] over all documents of the batch.
+    """Compute the cross-entropy of each query's document among all documents of the batch.
+
+    mean_i -log softmax_j(queries_i · d_j / temperature)[i]
 
     Args:
-        queries: (B, V), pooled.
-        documents: (B, V), document i is relevant for query i.
-        negatives: (N, V), hard negatives that every query is compared with as well.
-        temperature: divides the scores.
-        across_ranks: see the module; queries are compared with the documents and hard negatives of
-            all ranks.
+        queries: (B, V), pooled vectors.
+        documents: (B, V), pooled vectors; document i is relevant for query i.
+        negatives: (N, V), hard negatives, with which every query is compared too.
+        temperature: divisor of the scores.
+        across_ranks: whether queries are compared with the documents and hard negatives of all
+            ranks.
 
     Returns:
         A scalar.
@@ -77,6 +85,12 @@ def in_batch_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape, or temperature is not
             positive.
+
+    Example::
+
+        >>> queries = documents = 20 * torch.eye(3)
+        >>> sf.losses.in_batch_loss(queries, documents, temperature=100.0)
+        tensor(0.0360)
     """
     check_floating("queries", queries)
     if queries.ndim != 2:
@@ -92,29 +106,38 @@ def in_batch_loss(
                 f"{documents.shape[1]}, got {tuple(negatives.shape)}"
             )
         documents = torch.cat([documents, negatives])
-    own = 0
+    first = 0  # row of the first own document among the documents of all ranks
     if across_ranks:
-        documents, own = gather_rows_of_ranks(documents)
+        documents, first = gather_rows_of_ranks(documents)
     scores = queries @ documents.T / temperature
-    relevant = torch.arange(own, own + len(queries), device=scores.device)
+    relevant = torch.arange(first, first + len(queries), device=scores.device)
     return mean_over_ranks(
         functional.cross_entropy(scores, relevant, reduction="none"), across_ranks
     )
 
 
 def pairwise_loss(positive: Tensor, negative: Tensor, *, across_ranks: bool = True) -> Tensor:
-    """mean log(1 + exp(negative - positive)): RankNet on a relevant and an irrelevant document.
+    """Compute the RankNet loss of relevant and irrelevant documents.
+
+    mean log(1 + exp(negative - positive))
+
+    Follows Burges et al., "Learning to Rank using Gradient Descent" (ICML 2005).
 
     Args:
         positive: (B,) or (B, 1), scores of the relevant documents.
-        negative: (B,) or (B, m), scores of the irrelevant ones.
-        across_ranks: see the module.
+        negative: (B,) or (B, m), scores of the irrelevant documents.
+        across_ranks: whether the mean is over the pairs of all ranks.
 
     Returns:
         A scalar.
 
     Raises:
         TypeError, ValueError: scores are not floating point, or their shapes do not go together.
+
+    Example::
+
+        >>> sf.losses.pairwise_loss(torch.tensor([2.0]), torch.tensor([2.0]))
+        tensor(0.6931)
     """
     return mean_over_ranks(functional.softplus(-_margins(positive, negative)), across_ranks)
 
@@ -127,22 +150,30 @@ def margin_mse_loss(
     *,
     across_ranks: bool = True,
 ) -> Tensor:
-    """mean ((positive - negative) - (teacher_positive - teacher_negative))².
+    """Compute the squared error of the margins between relevant and irrelevant documents.
+
+    mean ((positive - negative) - (teacher_positive - teacher_negative))²
 
     Follows Hofstätter et al., "Improving Efficient Neural Ranking Models with Cross-Architecture
     Knowledge Distillation" (2020).
 
     Args:
         positive: (B,) or (B, 1), the student's scores of the relevant documents.
-        negative: (B,) or (B, m), the student's scores of the irrelevant ones.
-        teacher_positive, teacher_negative: the teacher's, likewise.
-        across_ranks: see the module.
+        negative: (B,) or (B, m), the student's scores of the irrelevant documents.
+        teacher_positive, teacher_negative: the teacher's scores, of the same shapes.
+        across_ranks: whether the mean is over the pairs of all ranks.
 
     Returns:
         A scalar.
 
     Raises:
         TypeError, ValueError: scores are not floating point, or their shapes do not go together.
+
+    Example::
+
+        >>> student, teacher = torch.tensor([[3.0], [1.0]]), torch.tensor([[5.0], [1.0]])
+        >>> sf.losses.margin_mse_loss(*student, *teacher)
+        tensor(4.)
     """
     student = _margins(positive, negative)
     _check_shape("teacher_positive", teacher_positive, positive)
@@ -154,16 +185,18 @@ def margin_mse_loss(
 def kl_distillation_loss(
     scores: Tensor, teacher: Tensor, *, temperature: float = 1.0, across_ranks: bool = True
 ) -> Tensor:
-    """T² mean_i KL(softmax(teacher_i / T) ‖ softmax(scores_i / T)), T the temperature.
+    """Compute the KL divergence of the student's from the teacher's distribution over documents.
 
-    T² keeps the size of the gradient, as in Hinton et al., "Distilling the Knowledge in a Neural
-    Network" (2015).
+    T² mean_i KL(softmax(teacher_i / T) ‖ softmax(scores_i / T)), with the temperature T
+
+    The factor T² keeps the size of the gradient, as in Hinton et al., "Distilling the Knowledge in
+    a Neural Network" (2015).
 
     Args:
-        scores: (B, m), the student's scores of m documents of each query.
-        teacher: (B, m), the teacher's.
+        scores: (B, m), the student's scores of m documents for each query.
+        teacher: (B, m), the teacher's scores.
         temperature: T.
-        across_ranks: see the module.
+        across_ranks: whether the mean is over the queries of all ranks.
 
     Returns:
         A scalar.
@@ -171,6 +204,12 @@ def kl_distillation_loss(
     Raises:
         TypeError, ValueError: scores are not a floating-point matrix, shapes differ, or temperature
             is not positive.
+
+    Example::
+
+        >>> scores, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, -9.0]])
+        >>> sf.losses.kl_distillation_loss(scores, teacher)
+        tensor(0.6931)
     """
     check_floating("scores", scores)
     if scores.ndim != 2:
@@ -185,12 +224,13 @@ def kl_distillation_loss(
 
 
 def _margins(positive: Tensor, negative: Tensor) -> Tensor:
+    """Return positive - negative. Raise if they do not go together."""
     check_floating("positive", positive)
     check_floating("negative", negative)
     if positive.ndim == 1 and negative.ndim == 2:
         positive = positive[:, None]
-    fits = positive.ndim == negative.ndim and positive.ndim in (1, 2)
-    if not fits or len(positive) != len(negative) or positive.shape[1:] not in ((), (1,)):
+    has_same_rank = positive.ndim == negative.ndim and positive.ndim in (1, 2)
+    if not has_same_rank or len(positive) != len(negative) or positive.shape[1:] not in ((), (1,)):
         raise ValueError(
             "positive and negative must be (batch,) or (batch, 1) and (batch,) or (batch, "
             f"negatives), got {tuple(positive.shape)} and {tuple(negative.shape)}"
@@ -199,6 +239,7 @@ def _margins(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _check_shape(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise if a tensor does not have the shape of another one."""
     check_tensor(name, tensor)
     if tensor.shape != like.shape:
         raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""SpladeHead and SpladePool: the ops head and pool as modules."""
+"""SpladeHead and SpladePool: the ops head and pool as torch modules."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from splade_fast.ops.pool import splade_pool
 
 
 class SpladeHead(nn.Module):
-    """pooled[b, v] = max or sum over counted l of activation(hidden[b, l] · weight[v] + bias[v]).
+    """Module that applies `splade_head` with the parameters of a decoder.
 
-    `splade_head` with a decoder's parameters. They are the decoder's own, so that what trains one
-    trains the other, and their names are those of a `torch.nn.Linear`: either loads the other's
-    `state_dict()`, and a head that takes a decoder's place in a model leaves the names in saved
-    files as they are.
+    The module shares its parameters with the decoder, so that training one trains the other. They
+    have the names of a `torch.nn.Linear`: each loads the `state_dict()` of the other, and a head in
+    the place of a decoder leaves the names in saved files unchanged.
 
     Args:
         decoder: a `torch.nn.Linear(D, V)`, or its weight, a `torch.nn.Parameter` (V, D), such as
-            that of an embedding.
-        bias: a `torch.nn.Parameter` (V,) beside a weight; a Linear brings its own.
+            the weight of an embedding.
+        bias: a `torch.nn.Parameter` (V,) for a decoder that is a weight; None for a Linear, whose
+            own bias is used.
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
         algorithm: "auto", "dense" or "screened", see `splade_head`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or name.
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+
+    Example::
+
+        >>> head = sf.SpladeHead(torch.nn.Linear(8, 100))
+        >>> head(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 100])
     """
 
     weight: nn.Parameter
@@ -60,12 +66,13 @@ class SpladeHead(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Pooled vectors (B, V), differentiable in hidden, weight and bias.
+        """Return pooled vectors (B, V), differentiable in hidden, weight and bias.
 
         Args:
             hidden: (B, L, D), or packed (T, D) with cu_seqlens.
-            attention_mask: (B, L), bool, int or float; nonzero = counts. None: all count.
-            cu_seqlens: (B + 1,) int32, starts of the sequences in packed hidden, ending with T.
+            attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
+                positions take part.
+            cu_seqlens: (B + 1,) int32, the start of each sequence in packed hidden, then T.
 
         Raises:
             TypeError, ValueError, RuntimeError, NotImplementedError: as `splade_head`.
@@ -82,7 +89,7 @@ class SpladeHead(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sizes and options, for `print`."""
+        """Return the sizes and options that `print` shows."""
         vocabulary, dim = self.weight.shape
         return (
             f"{dim}, {vocabulary}, bias={self.bias is not None}, pooling={self.pooling!r}, "
@@ -91,16 +98,22 @@ class SpladeHead(nn.Module):
 
 
 class SpladePool(nn.Module):
-    """pooled[b, v] = max or sum over the counted positions l of activation(logits[b, l, v]).
+    """Module that applies `splade_pool` to logits.
 
-    `splade_pool` for models that compute logits; where they can be left out, see `SpladeHead`.
+    `SpladeHead` is faster where a model can return hidden states instead of logits.
 
     Args:
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
 
     Raises:
-        ValueError: an unknown pooling or activation.
+        ValueError: pooling or activation is unknown.
+
+    Example::
+
+        >>> pool = sf.SpladePool(pooling="sum", activation="relu")
+        >>> pool(torch.tensor([[[2.0, -1.0], [0.5, 3.0]]]))
+        tensor([[2.5000, 3.0000]])
     """
 
     def __init__(self, pooling: str = "max", activation: str = "log1p_relu") -> None:
@@ -110,11 +123,12 @@ class SpladePool(nn.Module):
         self.activation = activation
 
     def forward(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Pooled vectors (B, V), differentiable in logits.
+        """Return pooled vectors (B, V), differentiable in logits.
 
         Args:
             logits: (B, L, V).
-            attention_mask: (B, L), bool, int or float; nonzero = counts. None: all count.
+            attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
+                positions take part.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `splade_pool`.
@@ -122,17 +136,17 @@ class SpladePool(nn.Module):
         return splade_pool(logits, attention_mask, pooling=self.pooling, activation=self.activation)
 
     def extra_repr(self) -> str:
-        """The options, for `print`."""
+        """Return the options that `print` shows."""
         return f"pooling={self.pooling!r}, activation={self.activation!r}"
 
 
 def _parameters(
     decoder: nn.Linear | nn.Parameter, bias: nn.Parameter | None
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias, checked."""
+    """Return weight and bias. Raise if they are not a decoder."""
     if isinstance(decoder, nn.Linear):
         if bias is not None:
-            raise ValueError("bias must be None beside a torch.nn.Linear, which brings its own")
+            raise ValueError("bias must be None with a torch.nn.Linear, which has its own")
         return cast(nn.Parameter, decoder.weight), cast(nn.Parameter | None, decoder.bias)
     if not isinstance(decoder, nn.Parameter):
         raise TypeError(
@@ -151,5 +165,6 @@ def _parameters(
 
 
 def _check_options(pooling: str, activation: str) -> None:
+    """Raise ValueError if pooling or activation is unknown."""
     check_choice("pooling", pooling, POOLINGS)
     check_choice("activation", activation, ACTIVATIONS)

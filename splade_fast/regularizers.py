@@ -1,4 +1,4 @@
-"""Sparsity regularisers of pooled vectors, and schedules of their weight."""
+"""Sparsity regularisers of pooled vectors, and schedules of their weights."""
 
 import math
 from dataclasses import dataclass
@@ -14,25 +14,33 @@ from splade_fast._distributed import mean_over_ranks, sum_over_ranks, world_size
 def flops_loss(
     pooled: Tensor, *, threshold: int | None = None, across_ranks: bool = True
 ) -> Tensor:
-    """Σ_v (mean_b |pooled[b, v]|)², an estimate of the multiplications of a sparse dot product.
+    """Compute the FLOPS regulariser, which estimates the cost of a sparse dot product.
+
+    Σ_v (mean_b |pooled[b, v]|)²
 
     Follows Paria et al., "Minimizing FLOPs to Learn Efficient Sparse Representations" (ICLR 2020).
-    With a threshold, the ℓ0-masked variant of Shen et al., "Exploring ℓ0 Sparsification for
-    Inference-free Sparse Retrievers" (SIGIR 2025): rows that are sparse enough are left alone.
+    A threshold gives the ℓ0-masked variant of Shen et al., "Exploring ℓ0 Sparsification for
+    Inference-free Sparse Retrievers" (SIGIR 2025), which does not regularise sparse rows.
 
     Args:
         pooled: (B, V), floating point.
-        threshold: rows with at most so many entries that are not zero count as zero rows; None: all
-            rows count as they are.
-        across_ranks: the mean is over the batches of all ranks of torch.distributed, where there
-            are several; its gradient, averaged by DistributedDataParallel, is that of the joined
-            batch.
+        threshold: rows with at most this number of active dims are replaced by zeros. None: all
+            rows are regularised.
+        across_ranks: whether the mean is over the batches of all ranks of torch.distributed. The
+            gradient, averaged over ranks by DistributedDataParallel, is then the gradient for the
+            joined batch.
 
     Returns:
         A scalar in the dtype of pooled.
 
     Raises:
-        TypeError, ValueError: pooled is no floating-point matrix, or threshold is negative.
+        TypeError, ValueError: pooled is not a floating-point matrix, or threshold is negative.
+
+    Example::
+
+        >>> pooled = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+        >>> sf.flops_loss(pooled)
+        tensor(4.2500)
     """
     _check_pooled(pooled)
     if threshold is not None:
@@ -51,24 +59,33 @@ def df_flops_loss(
     beta: float = 10.0,
     across_ranks: bool = True,
 ) -> Tensor:
-    """Σ_v (w_v mean_b |pooled[b, v]|)² with w_v = 1 / (1 + (f_v^(log_α 2) - 1)^β).
+    """Compute the FLOPS regulariser with weights that grow with document frequency.
 
-    Terms of many documents weigh about 1, those of few about 0. Follows DF-FLOPS (Porco et al.,
-    "An Alternative to FLOPS Regularization to Effectively Productionize SPLADE-Doc", SIGIR 2025).
+    Σ_v (w_v mean_b |pooled[b, v]|)² with w_v = 1 / (1 + (f_v^(log_α 2) - 1)^β)
+
+    Terms that are active in many documents have a weight near 1, rare terms a weight near 0.
+    Follows DF-FLOPS (Porco et al., "An Alternative to FLOPS Regularization to Effectively
+    Productionize SPLADE-Doc", SIGIR 2025).
 
     Args:
         pooled: (B, V), floating point.
-        document_frequencies: (V,), f: the share of documents, from 0 to 1, in which a term is
-            active, as last estimated; see `document_frequencies`. Takes no gradient.
-        alpha: between 0 and 1: the frequency that weighs 1/2.
-        beta: how steep the weight is there.
-        across_ranks: as in flops_loss.
+        document_frequencies: (V,), f, the share of documents, from 0 to 1, in which each term is
+            active; see `document_frequencies`. It gets no gradient.
+        alpha: α between 0 and 1, the frequency whose weight is 1/2.
+        beta: β > 0, the steepness of the weight at α.
+        across_ranks: as in `flops_loss`.
 
     Returns:
         A scalar in the dtype of pooled.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape, or is out of range.
+
+    Example::
+
+        >>> pooled = torch.tensor([[3.0, 1.0], [3.0, 0.0]])
+        >>> sf.df_flops_loss(pooled, sf.document_frequencies(pooled))
+        tensor(9.2500)
     """
     _check_pooled(pooled)
     check_floating("document_frequencies", document_frequencies)
@@ -86,55 +103,77 @@ def df_flops_loss(
 
 
 def _frequency_weights(frequencies: Tensor, alpha: float, beta: float) -> Tensor:
-    # In float64: f ** (log_α 2) of a rare term is large, and its power to β larger still.
+    """Return the weights w of `df_flops_loss`."""
+    # float64, since the powers of the frequency of a rare term are very large.
     distance = frequencies.double().clamp(0, 1).pow(math.log(2, alpha)) - 1
     return (1 + distance.pow(beta)).reciprocal()
 
 
 def document_frequencies(pooled: Tensor) -> Tensor:
-    """f_v = share of rows with pooled[b, v] ≠ 0.
+    """Return the share of documents in which each term is active.
+
+    f_v = mean_b [pooled[b, v] ≠ 0]
 
     Args:
         pooled: (B, V).
 
     Returns:
         (V,) float32, without gradient.
+
+    Example::
+
+        >>> sf.document_frequencies(torch.tensor([[3.0, 1.0], [3.0, 0.0]]))
+        tensor([1.0000, 0.5000])
     """
     return (pooled.detach() != 0).float().mean(0)
 
 
 def l1_loss(pooled: Tensor, *, across_ranks: bool = True) -> Tensor:
-    """mean_b Σ_v |pooled[b, v]|.
+    """Compute the mean ℓ1 norm of the rows.
+
+    mean_b Σ_v |pooled[b, v]|
 
     Args:
         pooled: (B, V), floating point.
-        across_ranks: as in flops_loss.
+        across_ranks: as in `flops_loss`.
 
     Returns:
-        A scalar in the dtype of pooled; 0 for no rows.
+        A scalar in the dtype of pooled; 0 without rows.
 
     Raises:
-        TypeError, ValueError: pooled is no floating-point matrix.
+        TypeError, ValueError: pooled is not a floating-point matrix.
+
+    Example::
+
+        >>> sf.l1_loss(torch.tensor([[3.0, 1.0], [3.0, 0.0]]))
+        tensor(3.5000)
     """
     _check_pooled(pooled)
     return mean_over_ranks(_absolute_sums(pooled, 1), across_ranks)
 
 
 def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2, across_ranks: bool = True) -> Tensor:
-    """mean_b 1 / (Σ_v |pooled[b, v]| + ε)²: what keeps regularised vectors from vanishing.
+    """Compute a penalty of rows near zero, which keeps regularised vectors from vanishing.
 
-    A row that is all zero has no gradient (the activation has none there); this acts before.
+    mean_b 1 / (Σ_v |pooled[b, v]| + ε)²
+
+    The penalty acts before a row is zero: then the activation has no gradient any more.
 
     Args:
         pooled: (B, V), floating point.
-        epsilon: bounds the loss of an empty row by 1 / ε².
-        across_ranks: as in flops_loss.
+        epsilon: ε; the penalty of a zero row is 1 / ε².
+        across_ranks: as in `flops_loss`.
 
     Returns:
-        A scalar in the dtype of pooled; 0 for no rows.
+        A scalar in the dtype of pooled; 0 without rows.
 
     Raises:
-        TypeError, ValueError: pooled is no floating-point matrix, or epsilon is not positive.
+        TypeError, ValueError: pooled is not a floating-point matrix, or epsilon is not positive.
+
+    Example::
+
+        >>> sf.anti_zero_loss(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), epsilon=1.0)
+        tensor(0.5200)
     """
     _check_pooled(pooled)
     if not epsilon > 0:
@@ -143,19 +182,26 @@ def anti_zero_loss(pooled: Tensor, *, epsilon: float = 1e-2, across_ranks: bool 
 
 
 def active_dims(pooled: Tensor) -> Tensor:
-    """How many entries of each row are not zero.
+    """Return the number of nonzero entries of each row.
 
     Args:
         pooled: (B, V).
 
     Returns:
-        (B,) int64.
+        (B,) int64, without gradient.
+
+    Example::
+
+        >>> sf.active_dims(torch.tensor([[3.0, 1.0], [3.0, 0.0]]))
+        tensor([2, 1])
     """
     return torch.count_nonzero(pooled.detach(), dim=1)
 
 
 @dataclass(frozen=True)
 class _Schedule:
+    """Schedule that raises a weight with a power of the step."""
+
     weight: float
     steps: int
     _power: ClassVar[int]
@@ -166,44 +212,57 @@ class _Schedule:
 
 
 class QuadraticSchedule(_Schedule):
-    """weight(step) = weight · min(1, step / steps)², as SPLADE raises its regularisation.
+    """Schedule weight(step) = weight · min(1, step / steps)², as in SPLADE.
 
     Args:
-        weight: the final weight.
-        steps: how many steps it takes; 0: at once.
+        weight: final weight.
+        steps: number of steps until the final weight; with 0 the weight is constant.
+
+    Example::
+
+        >>> schedule = sf.QuadraticSchedule(weight=0.1, steps=100)
+        >>> schedule(50), schedule(200)
+        (0.025, 0.1)
     """
 
     _power = 2
 
 
 class LinearSchedule(_Schedule):
-    """weight(step) = weight · min(1, step / steps).
+    """Schedule weight(step) = weight · min(1, step / steps).
 
     Args:
-        weight: the final weight.
-        steps: how many steps it takes; 0: at once.
+        weight: final weight.
+        steps: number of steps until the final weight; with 0 the weight is constant.
+
+    Example::
+
+        >>> schedule = sf.LinearSchedule(weight=0.1, steps=100)
+        >>> schedule(50), schedule(200)
+        (0.05, 0.1)
     """
 
     _power = 1
 
 
 def _absolute_sums(pooled: Tensor, dim: int) -> Tensor:
-    """Σ |pooled| in one pass, without the absolute values in memory."""
+    """Return Σ |pooled| over a dimension, without a tensor of absolute values."""
     sums: Tensor = torch.linalg.vector_norm(pooled, 1, dim=dim)
     return sums
 
 
 def _mean_of_columns(pooled: Tensor, across_ranks: bool) -> Tensor:
-    """(V,) mean of |pooled| over rows."""
+    """Return the mean of |pooled| over rows, (V,)."""
     sums = _absolute_sums(pooled, 0)
     if not across_ranks or world_size() == 1:
         return sums / max(1, len(pooled))
-    # A scalar of more precision than the sums: bfloat16 cannot count.
+    # float32, as bfloat16 cannot represent large counts.
     rows = torch.full((), float(len(pooled)), device=sums.device)
     return sum_over_ranks(sums) / sum_over_ranks(rows).clamp(min=1)
 
 
 def _check_pooled(pooled: Tensor) -> None:
+    """Raise if pooled is not a floating-point matrix."""
     check_floating("pooled", pooled)
     if pooled.ndim != 2:
         raise ValueError(f"pooled must be (batch, vocabulary), got {tuple(pooled.shape)}")

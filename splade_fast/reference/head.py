@@ -1,4 +1,4 @@
-"""The masked-LM decoder followed by pooling, with all (B, L, V) logits in memory."""
+"""head in plain PyTorch: the decoder, then pooling, with all (B, L, V) logits in memory."""
 
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ def splade_head(
     pooling: str = "max",
     activation: str = "log1p_relu",
 ) -> Tensor:
-    """splade_pool(hidden @ weight.T + bias): (B, L, D) or packed (T, D) hidden states -> (B, V)."""
+    """Compute splade_pool(hidden @ weight.T + bias) for (B, L, D) or packed (T, D) hidden."""
     logits = linear(hidden, weight, bias)
     if cu_seqlens is None:
         return splade_pool(logits, attention_mask, pooling=pooling, activation=activation)

@@ -24,7 +24,7 @@ def drawn_sequences(draw, batch, length, dim, make):
 
 def test_matches_reference(monkeypatch, emulator, draw):
     # The functions see CPU tensors, which may be screened.
-    monkeypatch.setattr("splade_fast.ops.head.forward.is_candidate", lambda *_: False)
+    monkeypatch.setattr("splade_fast.ops.head.forward.should_consider_screening", lambda *_: False)
     dtype = draw.choice(DTYPES)
     dim, vocabulary = draw.choice([1, 3, 8, 16, 40, 130]), draw.choice([1, 2, 7, 64, 101, 260])
 

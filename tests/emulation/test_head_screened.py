@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from splade_fast.ops.head import screening_hopper
-from splade_fast.ops.head.screening import Decoder
+from splade_fast.ops.head.screening import ScreeningState
 from tests.emulation.inputs import INF, NAN, assert_same, small_integers, starts_of
 from tests.emulation.test_head import CPU, drawn_sequences
 from tests.ops.head.test_head import HALF, compare
@@ -243,12 +243,12 @@ def test_weight_that_has_changed(emulator, draw):
 
 def test_prepared_weight(emulator, monkeypatch):
     """Kept until the weight changes or many more tokens come; of a graph's calls it is not kept."""
-    monkeypatch.setattr(screening_hopper, "_version", lambda source: source._version)
+    monkeypatch.setattr(screening_hopper, "_find_version", lambda source: source._version)
     hidden, weight = torch.randn(2, 9, 16).bfloat16(), torch.randn(30, 16).bfloat16()
     counts = torch.rand(2, 9) < 0.5
     counts[0, 0] = True
     hidden[~counts] = NAN
-    decoder = Decoder()
+    decoder = ScreeningState()
 
     def prepare(hidden=hidden, counts=counts):
         return screening_hopper.prepare(decoder, weight, weight, hidden, counts)
@@ -264,7 +264,7 @@ def test_prepared_weight(emulator, monkeypatch):
         assert not torch.equal(second.packed, first.packed)
         third = prepare(torch.ones(8, 9, 16).bfloat16(), None)
         assert torch.equal(third.mean, torch.ones(16))
-        monkeypatch.setattr(screening_hopper, "_version", lambda source: None)
+        monkeypatch.setattr(screening_hopper, "_find_version", lambda source: None)
         assert prepare() is not third
         assert decoder.prepared is third
         assert torch.equal(prepare(hidden, torch.zeros(2, 9) > 0).mean, torch.zeros(16))

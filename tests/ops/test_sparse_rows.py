@@ -463,7 +463,7 @@ def test_load_maps_the_file_and_checks_it_without_a_copy(tmp_path):
 
 
 def test_contents_are_checked_in_every_part(monkeypatch):
-    monkeypatch.setattr("splade_fast.ops.sparse_rows._CHECKED_ENTRIES", 2)
+    monkeypatch.setattr("splade_fast.ops.sparse_rows.checks._ENTRIES_AT_ONCE", 2)
     rows = SparseRows.from_dense(torch.ones(5, 2))
     rows.check_contents()
     rows.indices[3, 1] = 2
@@ -491,7 +491,7 @@ def test_save_replaces_only_by_a_complete_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("splade_fast.ops.sparse_rows.save_file", fail)
+    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         rows[:1].save(path)
     assert SparseRows.load(path).equal(rows)

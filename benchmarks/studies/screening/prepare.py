@@ -14,7 +14,7 @@ from benchmarks.inputs.trained import TrainedInputs
 from benchmarks.studies.screening.facts import Finding
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 from splade_fast.encoders.splade import SpladeEncoder
-from splade_fast.ops.head.screening import Decoder
+from splade_fast.ops.head.screening import ScreeningState
 
 MAX_SHARE_OF_STEP = 3.0  # %
 MAX_MEMORY = 0.3  # of the float32 weight
@@ -30,7 +30,7 @@ def study(inputs: TrainedInputs, dtype: torch.dtype, rounds: int, seconds: float
         dim=inputs.dim,
         dtype=str(dtype).removeprefix("torch."),
     )
-    prepared = Decoder().prepare(
+    prepared = ScreeningState().prepare(
         typed.weight, typed.weight, typed.bias, typed.hidden, typed.mask.bool()
     )
     tensors = (prepared.mean, prepared.packed, prepared.rows)
@@ -96,7 +96,9 @@ def study_of_training(
 
 
 def _prepare(inputs: TrainedInputs) -> None:
-    Decoder().prepare(inputs.weight, inputs.weight, inputs.bias, inputs.hidden, inputs.mask.bool())
+    ScreeningState().prepare(
+        inputs.weight, inputs.weight, inputs.bias, inputs.hidden, inputs.mask.bool()
+    )
 
 
 def _step(encoder: SpladeEncoder, batch: dict[str, Tensor], upstream: Tensor) -> None:

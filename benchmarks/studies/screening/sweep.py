@@ -18,7 +18,7 @@ from benchmarks.harness.timing import Contender, time_in_turns
 from benchmarks.inputs.trained import TrainedInputs, bias_for_share, largest_logits
 from benchmarks.studies.screening.facts import Finding
 from benchmarks.studies.screening.kernel import screened
-from splade_fast.ops.head.screening import decoder_of
+from splade_fast.ops.head.screening import find_screening_state
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 MAX_OVERHEAD = 5.0  # % of the dense product, where auto declines
@@ -78,17 +78,17 @@ def measured(inputs: TrainedInputs, base: Finding, rounds: int, seconds: float) 
     head = partial(splade_fast.splade_head, inputs.hidden, inputs.weight, inputs.bias, inputs.mask)
     if not torch.equal(report.pooled, head(algorithm="dense")):
         raise AssertionError(f"screened differs from dense: {inputs.model} {inputs.weight.dtype}")
-    decoder = decoder_of(inputs.weight, inputs.weight.dtype)
+    state = find_screening_state(inputs.weight, inputs.weight.dtype)
     contenders = {
-        # What it remembers of earlier calls is forgotten: it asks again.
-        name: Contender(partial(head, algorithm=name), partial(decoder.record, False))
+        # Forget the trials of earlier calls, so that auto tries again.
+        name: Contender(partial(head, algorithm=name), partial(state.record_trial, False))
         for name in ALGORITHMS
     }
     samples = time_in_turns(contenders, rounds=rounds, seconds=seconds, device="cpu")
     times = {name: statistics.median(values) for name, values in samples.items()}
-    decoder.record(False)
+    state.record_trial(False)
     head(algorithm="auto")
-    declined = not decoder.asks()
+    declined = not state.should_try()
 
     active = (report.pooled > 0).float().mean().item()
     finding = partial(dataclasses.replace, base, active=active)

@@ -1,4 +1,4 @@
-"""head: hidden states -> pooled rows, or their largest entries; the logits never exist."""
+"""head: hidden states -> pooled rows, or their largest entries, without storing logits."""
 
 from splade_fast.ops.head.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk

@@ -21,7 +21,7 @@ from splade_fast.ops.autograd import (
     needs_gradient,
     refuse_double_backward,
 )
-from splade_fast.ops.head.forward import HeadCall, Outputs, forward
+from splade_fast.ops.head.forward import HeadArguments, Outputs, forward
 from splade_fast.ops.head.screening import ALGORITHMS, MAX_DIM, SCREENED
 
 MAX = POOLINGS["max"]
@@ -38,41 +38,51 @@ def splade_head(
     activation: str = "log1p_relu",
     algorithm: str = "auto",
 ) -> Tensor:
-    """pooled[b, v] = max or sum over counted l of activation(hidden[b, l] · weight[v] + bias[v]).
+    """Compute the vocabulary weights of sequences from hidden states, without storing logits.
 
-    Follows SPLADE (Formal et al., SIGIR 2021; max pooling: SPLADE v2, 2021), with the product fused
-    into the pooling. Accumulates in float32 (float64 for float64). Ties of the maximum go to the
-    lowest position, which alone gets the gradient. Gradients are bitwise deterministic. NaN at a
-    counted position shows in the output; positions that do not count are not read. Under autocast
-    the product runs in the autocast dtype and the result is float32, as with log1p there. On a GPU
-    float32 products follow torch's setting (torch.set_float32_matmul_precision) as torch.mm does:
-    where TF32 is permitted, each operand may lose a relative 2^-10.
+    pooled[b, v] = max or sum over l with attention_mask[b, l] ≠ 0 of
+    activation(hidden[b, l] · weight[v] + bias[v])
+
+    Follows SPLADE (Formal et al., SIGIR 2021) with the max pooling of SPLADE v2 (2021); the product
+    is fused into the pooling. Products are accumulated in float32 (float64 for float64). Ties of
+    the maximum go to the lowest position, which alone gets the gradient. Gradients are bitwise
+    deterministic. NaN at an attended position propagates to the output. Masked positions are not
+    read. Under autocast the product runs in the autocast dtype and the result is float32. On a GPU
+    float32 products follow `torch.set_float32_matmul_precision`, as `torch.mm` does: where TF32 is
+    permitted, each operand may lose a relative 2^-10.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens; float32, float64, bfloat16 or float16.
-        weight: (V, D), the decoder's weight; dtype and device of hidden.
-        bias: (V,) or None; likewise.
-        attention_mask: (B, L), bool, int or float; nonzero = counts. None: all count.
-        cu_seqlens: (B + 1,) int32, starts of the sequences in packed hidden, ending with T.
+        weight: (V, D), weight of the decoder, in the dtype and on the device of hidden.
+        bias: (V,), likewise, or None.
+        attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
+            positions take part.
+        cu_seqlens: (B + 1,) int32, the start of each sequence in packed hidden, then T.
         pooling: "max" or "sum".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
-        algorithm: how it is computed. "dense" multiplies everything in full precision. "screened"
-            proves in int8 which logits cannot be positive or the maximum, and multiplies the others
-            alone (docs/screening.md): several times faster for a trained model, slower where most
-            logits are positive. "auto" finds out which is faster on the CPU, where the result is
-            the same to the bit, and is "dense" on a GPU, where "screened" is for Hopper with
-            SPLADE_FAST_HOPPER=1 and sums are rounded in another order.
+        algorithm: "dense" computes all logits in full precision. "screened" first proves with int8
+            products which logits cannot be positive or the maximum, and computes only the others
+            (docs/screening.md): several times faster for a trained model, slower where most logits
+            are positive. "auto" chooses the faster one on the CPU, where both give the same bits,
+            and "dense" on a GPU. On a GPU "screened" needs Hopper and SPLADE_FAST_HOPPER=1, and
+            rounds sums in another order.
 
     Returns:
-        (B, V) in the dtype of hidden; a sequence without counted positions is all zero.
+        (B, V) in the dtype of hidden. A sequence whose positions are all masked gives zeros.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on the CPU
-            also cu_seqlens that do not rise from 0 to T (a RuntimeError where it is compiled).
-        RuntimeError: a gradient of the gradient is asked for.
-        NotImplementedError: "screened" for more than 65,536 dimensions; on a GPU also unless it is
-            Hopper and was asked for, for sums, for float32 and float64, and for dimensions that
-            are no multiple of 8.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or, on the
+            CPU, cu_seqlens does not rise from 0 to T (a RuntimeError in compiled code).
+        RuntimeError: a second derivative is requested.
+        NotImplementedError: algorithm is "screened" and hidden has more than 65,536 dimensions, or
+            is on a GPU and is not supported there.
+
+    Example::
+
+        >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+        >>> weight = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [3.0, 0.0]])
+        >>> sf.splade_head(hidden, weight, activation="relu")
+        tensor([[2., 0., 3.]])
     """
     check_floating("hidden", hidden)
     autocast = _autocast_dtype(hidden)
@@ -99,34 +109,37 @@ def splade_head(
             activation=activation,
         )
         return pooled if autocast is None else pooled.float()
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.head_forward(
-        hidden,
-        weight,
-        bias,
-        mask,
-        cu_seqlens,
-        pooling_code,
-        activation_code,
-        needs_gradient(hidden, weight, bias),
-        autocast is not None,
-        algorithm_code,
-        None if source is weight else source,
+    outputs: Outputs = torch.ops.splade_fast.head_forward(
+        *HeadArguments(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            attention_mask=mask,
+            cu_seqlens=cu_seqlens,
+            pooling=pooling_code,
+            activation=activation_code,
+            save_for_backward=needs_gradient(hidden, weight, bias),
+            float_output=autocast is not None,
+            algorithm=algorithm_code,
+            source=None if source is weight else source,
+        )
     )
     return outputs[0]
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast wants the product; float64 is left alone, as in a Linear."""
+    """Return the dtype of the product under autocast; None without autocast and for float64."""
     device = hidden.device.type
     if hidden.dtype == torch.float64 or device == "meta":
         return None
-    # Dynamo of torch 2.10 cannot trace the question, and all that it compiles for has autocast.
+    # Dynamo of torch 2.10 cannot trace this call; all devices that it compiles for have autocast.
     if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _check_screened(hidden: Tensor) -> None:
+    """Raise NotImplementedError if hidden has too many dimensions for int8 products."""
     if hidden.ndim and hidden.shape[-1] > MAX_DIM:
         raise NotImplementedError(
             f'algorithm="screened" takes at most {MAX_DIM} dimensions, got {hidden.shape[-1]}'
@@ -134,7 +147,7 @@ def _check_screened(hidden: Tensor) -> None:
 
 
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The decoder fits hidden."""
+    """Raise if the decoder does not fit hidden."""
     check_floating("weight", weight)
     check_like("weight", weight, "hidden", hidden)
     if weight.ndim != 2 or hidden.ndim == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -155,10 +168,12 @@ def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_sequences(
     hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor | None:
-    """How hidden is cut into sequences is clear and whole; the mask comes back as bool."""
+    """Return the mask as bool. Raise if hidden, mask and cu_seqlens do not go together."""
     if cu_seqlens is not None:
         if attention_mask is not None:
-            raise ValueError("attention_mask must be None with cu_seqlens: packed tokens all count")
+            raise ValueError(
+                "attention_mask must be None with cu_seqlens: packed tokens have no padding"
+            )
         if hidden.ndim != 2:
             raise ValueError(
                 f"hidden must be packed (tokens, dim) with cu_seqlens, got {tuple(hidden.shape)}"
@@ -175,110 +190,69 @@ def check_sequences(
     return check_mask(attention_mask, hidden.shape[0], hidden.shape[1], "hidden", hidden)
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pooling: int,
-    activation: int,
-    save: bool,
-    float_output: bool,
-    algorithm: int,
-    source: Tensor | None,
-) -> Outputs:
-    call = HeadCall(
-        *(hidden, weight, bias, attention_mask, cu_seqlens),
-        *(pooling, activation, save, float_output),
-    )
-    return forward(call, algorithm, weight if source is None else source)
+def _forward(*arguments: Any) -> Outputs:
+    return forward(HeadArguments(*arguments))
 
 
-def _fake_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pooling: int,
-    activation: int,
-    save: bool,
-    float_output: bool,
-    algorithm: int,
-    source: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if cu_seqlens is not None:
-        batch, position_dtype = cu_seqlens.shape[0] - 1, torch.int32
+def _fake_forward(*arguments: Any) -> Outputs:
+    call = HeadArguments(*arguments)
+    if call.cu_seqlens is not None:
+        batch, position_dtype = call.cu_seqlens.shape[0] - 1, torch.int32
     else:
-        batch, position_dtype = hidden.shape[0], argmax_dtype(hidden.shape[1])
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if float_output and half else hidden.dtype
-    saved = save and pooling == MAX
-    return empty_forward(hidden, batch, weight.shape[0], dtype, position_dtype, saved)
+        batch, position_dtype = call.hidden.shape[0], argmax_dtype(call.hidden.shape[1])
+    dtype = call.hidden.dtype
+    if call.float_output and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    has_saved = call.save_for_backward and call.pooling == MAX
+    vocabulary = call.weight.shape[0]
+    return empty_forward(call.hidden, batch, vocabulary, dtype, position_dtype, has_saved)
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if needs[2] else (0,)),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
     )
 
 
 def _fake_backward_max(
-    grad: Tensor,
-    max_logits: Tensor,
-    argmax: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    cu_seqlens: Tensor | None,
-    activation: int,
-    *needs: bool,
+    grad: Tensor, max_logits: Tensor, argmax: Tensor, hidden: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, needs)  # type: ignore[arg-type]
+    return _fake_gradients(hidden, weight, *others[-3:])
 
 
 def _fake_backward_sum(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: int,
-    *needs: bool,
+    grad: Tensor, hidden: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, needs)  # type: ignore[arg-type]
+    return _fake_gradients(hidden, weight, *others[-3:])
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    hidden, weight, bias, attention_mask, cu_seqlens, ctx.pooling, ctx.activation, *_ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    call = HeadArguments(*inputs)
     ctx.set_materialize_grads(False)
-    if ctx.pooling == MAX:
-        ctx.save_for_backward(output[1], output[2], hidden, weight, cu_seqlens)
+    ctx.pooling, ctx.activation = call.pooling, call.activation
+    if call.pooling == MAX:
+        _, max_logits, argmax = output
+        ctx.save_for_backward(max_logits, argmax, call.hidden, call.weight, call.cu_seqlens)
     else:
-        ctx.save_for_backward(hidden, weight, bias, attention_mask, cu_seqlens)
+        ctx.save_for_backward(
+            call.hidden, call.weight, call.bias, call.attention_mask, call.cu_seqlens
+        )
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    no_gradients = (None,) * len(HeadArguments._fields)
     if grad is None:
-        return (None,) * 11
-    needs = ctx.needs_input_grad[:3]
-    if ctx.pooling == MAX:
-        gradients = torch.ops.splade_fast.head_backward_max(
-            grad, *ctx.saved_tensors, ctx.activation, *needs
-        )
-    else:
-        gradients = torch.ops.splade_fast.head_backward_sum(
-            grad, *ctx.saved_tensors, ctx.activation, *needs
-        )
+        return no_gradients
+    needs = ctx.needs_input_grad[:3]  # hidden, weight, bias
+    ops = torch.ops.splade_fast
+    backward = ops.head_backward_max if ctx.pooling == MAX else ops.head_backward_sum
+    gradients = backward(grad, *ctx.saved_tensors, ctx.activation, *needs)
     given = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*given, *(None,) * 8)
+    return (*given, *no_gradients[3:])
 
 
 if _library.is_cpu_library_loaded():

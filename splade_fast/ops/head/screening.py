@@ -1,8 +1,8 @@
-"""Which algorithm the CPU head takes, and the prepared weights that the screened one needs.
+"""When the CPU head tries the screened product, and the prepared weights that the product needs.
 
-The screened product (docs/screening.md) wants the decoder's weight in int8. That is prepared once
-per weight tensor and version, kept as long as the tensor's storage lives, and made anew when the
-weight changes. Which algorithm runs never changes a result, only its time.
+The screened product (docs/screening.md) needs the decoder's weight in int8. The weight is prepared
+once per tensor and version, kept as long as its storage lives, and prepared again after a change.
+The algorithm changes the time of a call, never its result.
 """
 
 from __future__ import annotations
@@ -20,64 +20,72 @@ from splade_fast.ops.head.screening_basis import MAX_BASIS_DIM, Basis, Moments, 
 ALGORITHMS = {"auto": 0, "dense": 1, "screened": 2}
 DENSE, SCREENED = ALGORITHMS["dense"], ALGORITHMS["screened"]
 
-MAX_DIM = 2**16  # products of int8 over more could leave int32
-# Preparing the weight costs as much as the dense product of 80 (float32) to 200 (bfloat16) tokens:
-# for fewer than this it is not worth it where training is about to change the weight again.
+MAX_DIM = 2**16  # with more dimensions a sum of int8 products could overflow int32
+# Preparing the weight takes as long as the dense product of 80 (float32) to 200 (bfloat16) tokens.
+# In training, where the weight changes after each step, batches below this size are not screened.
 _MIN_TRAINING_TOKENS = 512
-# The mean that is taken from the hidden states comes from the first batch; the first one of four
-# times as many tokens gives a better one, up to so many.
+# The mean of the hidden states comes from the first batch. The next batch with _MEAN_GROWTH times
+# as many tokens replaces it, until the mean is over MEAN_TOKENS tokens.
 _MEAN_GROWTH, MEAN_TOKENS = 4, 4096
-# A basis costs as much as the int8 product of 8 to 18 D tokens, of which it saves up to half.
-_TOKENS_BEHIND_BASIS = 32  # per dimension
-_MAX_PERCENT_OF_PRODUCT = 90  # with a basis; else it goes
-# After n declines in a row the next 2**n - 1 calls go dense without asking, but at most so many.
-_MAX_WAIT = 63
+# A basis costs as much as the int8 product of 8 to 18 D tokens, and saves up to half of each later
+# product.
+_BASIS_TOKENS_PER_DIM = 32
+_MAX_PERCENT_OF_PRODUCT = 90  # a basis that leaves more of the product is dropped
+# After n declined trials in a row, min(2**n - 1, _MAX_SKIPS) calls run dense without a trial.
+_MAX_SKIPS = 63
 _SAMPLED_ENTRIES = 4096
 
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """The weight in int8, and its products with a mean of hidden states."""
+    """Weight in int8, and its products with a mean of hidden states."""
 
     mean: Tensor
     packed: Tensor
     rows: Tensor
     basis: Basis | None
-    tokens: int  # behind the mean
+    tokens: int  # number of tokens that the mean is over
     version: object
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
-        """What head_forward_screened takes."""
-        basis = self.basis
-        matrices_and_order = (None, None) if basis is None else (basis.matrices, basis.order)
-        return self.mean, self.packed, self.rows, *matrices_and_order
+        """Arguments of head_forward_screened."""
+        if self.basis is None:
+            return self.mean, self.packed, self.rows, None, None
+        return self.mean, self.packed, self.rows, self.basis.matrices, self.basis.order
 
 
-class Decoder:
-    """What is remembered of one decoder weight."""
+class ScreeningState:
+    """Prepared weight of one decoder, and the outcome of earlier trials with it."""
 
     def __init__(self) -> None:
         self.prepared: PreparedWeight | None = None
         self._declines = 0
-        self._wait = 0
-        self._moments: Moments | None = None  # of the calls since the weight changed
-        self._tried_basis: object = None  # the version of the weight for which there was enough
+        self._skips_left = 0
+        self._moments: Moments | None = None  # over the calls since the weight changed
+        self._basis_version: object = None  # version of the weight for which a basis was computed
 
-    def asks(self) -> bool:
-        """Whether an automatic choice should try the screened product again."""
-        self._wait -= 1
-        return self._wait < 0
+    def should_try(self) -> bool:
+        """Return whether algorithm="auto" should try the screened product in this call."""
+        return self._skips_left <= 0
 
-    def record(self, declined: bool) -> None:
-        """How trying it went."""
-        self._declines = self._declines + 1 if declined else 0
-        self._wait = min(2**self._declines - 1, _MAX_WAIT)
+    def record_skip(self) -> None:
+        """Record that a call ran dense without a trial."""
+        self._skips_left -= 1
+
+    def record_trial(self, is_declined: bool) -> None:
+        """Record a trial, and whether the screened product declined because it would be slower."""
+        self._declines = self._declines + 1 if is_declined else 0
+        self._skips_left = min(2**self._declines - 1, _MAX_SKIPS)
 
     def record_product(self, percent: int) -> None:
-        """How much of the int8 product was made: a basis that spares too little goes."""
-        ready = self.prepared
-        if ready is not None and ready.basis is not None and percent > _MAX_PERCENT_OF_PRODUCT:
+        """Record how much of the int8 product was computed; drop a basis that saves too little."""
+        prepared = self.prepared
+        if (
+            prepared is not None
+            and prepared.basis is not None
+            and percent > _MAX_PERCENT_OF_PRODUCT
+        ):
             self.prepared = None
 
     def prepare(
@@ -86,31 +94,43 @@ class Decoder:
         source: Tensor,
         bias: Tensor | None,
         hidden: Tensor,
-        counts: Tensor | None,
-        training: bool = False,
+        attention_mask: Tensor | None,
+        is_training: bool = False,
     ) -> PreparedWeight:
-        """The weight as it is now, prepared; along a basis after enough tokens without training."""
-        version = _version(source)
-        tokens = count_tokens(hidden, counts)
+        """Return the prepared weight in its present version.
+
+        Outside of training, the weight is prepared along a basis after enough tokens.
+
+        Args:
+            weight: (V, D), the weight to multiply with.
+            source: the tensor that weight was cast from, or weight; its version is observed.
+            bias: (V,) or None.
+            hidden: (B, L, D) or (T, D).
+            attention_mask: (B, L) bool or None.
+            is_training: whether the weight is expected to change soon.
+        """
+        version = _find_version(source)
+        tokens = count_tokens(hidden, attention_mask)
         old = self.prepared
         if old is not None and old.version != version:
             old = None
         if old is not None and old.basis is not None:
             return old
-        may_stay = not training and not source.is_inference()
-        if may_stay and _takes_basis(weight) and self._tried_basis != version:
+        can_be_kept = not is_training and not source.is_inference()
+        if can_be_kept and _should_use_basis(weight) and self._basis_version != version:
             if self._moments is None or old is None:
                 self._moments = Moments(weight.shape[1])
-            self._moments.add(_tokens(hidden, counts))
-            if self._moments.tokens >= _TOKENS_BEHIND_BASIS * weight.shape[1]:
-                self._tried_basis = version
+            self._moments.add(_select_tokens(hidden, attention_mask))
+            if self._moments.tokens >= _BASIS_TOKENS_PER_DIM * weight.shape[1]:
+                self._basis_version = version
                 moments, self._moments = self._moments, None
                 basis = balanced_basis(moments, weight, bias)
                 if basis is not None:
                     return self._prepare(weight, moments.mean.float(), basis, tokens, version)
-        if old is not None and not gives_better_mean(tokens, old.tokens):
+        if old is not None and not is_better_mean(tokens, old.tokens):
             return old
-        return self._prepare(weight, _mean(hidden, counts), None, tokens, version)
+        mean = replace_unusable(_select_tokens(hidden, attention_mask).mean(0))
+        return self._prepare(weight, mean, None, tokens, version)
 
     def _prepare(
         self, weight: Tensor, mean: Tensor, basis: Basis | None, tokens: int, version: object
@@ -121,75 +141,75 @@ class Decoder:
         return self.prepared
 
 
-_decoders: dict[tuple[object, ...], Decoder] = {}
+_states: dict[tuple[object, ...], ScreeningState] = {}
 _lock = threading.Lock()
 
 
-def decoder_of(weight: Tensor, dtype: torch.dtype) -> Decoder:
-    """What is remembered of the weight, used in that dtype, as long as its storage lives."""
+def find_screening_state(weight: Tensor, dtype: torch.dtype) -> ScreeningState:
+    """Return the state for a weight used in a dtype; it lives as long as the weight's storage."""
     storage = weight.untyped_storage()
     place = (storage._cdata, weight.storage_offset(), tuple(weight.shape), weight.stride())
     key = (*place, weight.dtype, dtype)
     with _lock:
-        decoder = _decoders.get(key)
-        if decoder is None:
-            decoder = _decoders[key] = Decoder()
-            weakref.finalize(storage, _decoders.pop, key, None)
-    return decoder
+        state = _states.get(key)
+        if state is None:
+            state = _states[key] = ScreeningState()
+            weakref.finalize(storage, _states.pop, key, None)
+    return state
 
 
-def is_candidate(hidden: Tensor, counts: Tensor | None, training: bool) -> bool:
-    """Whether the screened product could pay for such a call."""
+def should_consider_screening(
+    hidden: Tensor, attention_mask: Tensor | None, is_training: bool
+) -> bool:
+    """Return whether the screened product could be faster for such a call."""
     if hidden.device.type != "cpu" or hidden.dtype == torch.float64 or hidden.shape[-1] > MAX_DIM:
         return False
-    # Without an instruction for products of int8 they are slower than those of floats.
+    # Without special instructions int8 products are slower than those of floats.
     if _library.cpu_instruction_set() == "portable":
         return False
-    return not training or count_tokens(hidden, counts) >= _MIN_TRAINING_TOKENS
+    return not is_training or count_tokens(hidden, attention_mask) >= _MIN_TRAINING_TOKENS
 
 
-def _takes_basis(weight: Tensor) -> bool:
-    """AMX multiplies all dimensions in one go: looking at some costs more than the rest."""
+def _should_use_basis(weight: Tensor) -> bool:
+    """Return whether a basis could save time; with AMX partial products are not cheaper."""
     return weight.shape[1] <= MAX_BASIS_DIM and _library.cpu_instruction_set() != "amx"
 
 
-def gives_better_mean(tokens: int, old_tokens: int) -> bool:
-    """Whether the mean of so many tokens is worth preparing the weight again."""
+def is_better_mean(tokens: int, old_tokens: int) -> bool:
+    """Return whether a mean over more tokens is worth preparing the weight again."""
     return old_tokens < MEAN_TOKENS and tokens >= min(_MEAN_GROWTH * old_tokens, MEAN_TOKENS)
 
 
-def count_tokens(hidden: Tensor, counts: Tensor | None) -> int:
-    """How many tokens count."""
-    if counts is not None:
-        return int(counts.count_nonzero())
+def count_tokens(hidden: Tensor, attention_mask: Tensor | None) -> int:
+    """Return the number of attended tokens."""
+    if attention_mask is not None:
+        return int(attention_mask.count_nonzero())
     return hidden.numel() // max(1, hidden.shape[-1])
 
 
-def _mean(hidden: Tensor, counts: Tensor | None) -> Tensor:
-    """About the mean of the tokens that count; any vector is right, this one makes bounds tight."""
-    return usable_mean(_tokens(hidden, counts).mean(0))
+def replace_unusable(mean: Tensor) -> Tensor:
+    """Return the mean, or zeros if it has entries that are not finite or very large.
 
-
-def usable_mean(mean: Tensor) -> Tensor:
-    """Itself, or zeros where it is not finite or so large that it would spoil every bound."""
+    The screened product is exact with any mean; one near the mean of the tokens gives tight bounds.
+    """
     return torch.where((mean.abs() < 2.0**40).all(), mean, 0.0)
 
 
-def _tokens(hidden: Tensor, counts: Tensor | None) -> Tensor:
-    """(N, D) float32, those that count."""
-    return (hidden.flatten(0, -2) if counts is None else hidden[counts]).float()
+def _select_tokens(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the hidden states of attended tokens, (N, D) float32."""
+    return (hidden.flatten(0, -2) if attention_mask is None else hidden[attention_mask]).float()
 
 
-def _version(weight: Tensor) -> object:
-    """Equal only while the weight has not changed.
+def _find_version(weight: Tensor) -> object:
+    """Return a value that is equal for two calls only if the weight did not change between them.
 
-    Torch counts the changes made in place, except those through `.data`: a sample of the entries
-    shows these where they are more than a few.
+    torch counts changes in place, except those through `.data`. A sample of the entries detects
+    such changes if they affect more than a few entries.
     """
     if weight.is_inference():
-        return object()  # nothing is counted
+        return object()  # torch does not count changes of inference tensors
     flat = weight.detach().reshape(-1)
-    step = flat.numel() // _SAMPLED_ENTRIES | 1  # odd: not always the same dimensions
-    # clone: what is contiguous for being a single entry may have any stride, which view refuses.
+    step = flat.numel() // _SAMPLED_ENTRIES | 1  # odd, so that it visits all dimensions
+    # A tensor of one entry is contiguous with any stride, which view refuses: clone sets it to 1.
     sample = flat[::step].clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return weight._version, sample.numpy().tobytes()

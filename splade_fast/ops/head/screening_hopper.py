@@ -1,7 +1,8 @@
-"""The screened head on Hopper: where it runs, and its prepared weight, without waiting for the GPU.
+"""Screened head on Hopper: where it is supported, and its prepared weight.
 
-Unlike on the CPU nobody looks at the weight's values here: the kernel compares one element of every
-row with what it was, and takes the dense product where one has changed.
+Nothing here waits for the GPU. Unlike on the CPU, the values of the weight are not sampled: the
+kernel compares one element of every row with its earlier value, and computes the dense product if
+one has changed.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from splade_fast._checks import POOLINGS
 from splade_fast.ops.head.screening import (
     MAX_DIM,
     MEAN_TOKENS,
-    Decoder,
     PreparedWeight,
-    gives_better_mean,
-    usable_mean,
+    ScreeningState,
+    is_better_mean,
+    replace_unusable,
 )
 
-_DIM_UNIT = 8  # rows of 16 bytes
+_DIM_UNIT = 8  # the size of a row is a multiple of 16 bytes
 
 
-def check_runs(hidden: Tensor, pooling: int) -> None:
-    """Raises NotImplementedError, which says why, where it cannot run or was not asked for."""
+def check_supported(hidden: Tensor, pooling: int) -> None:
+    """Raise NotImplementedError with the reason if the product is not supported or not enabled."""
     reason = None
     if os.environ.get("SPLADE_FAST_HOPPER") != "1":
-        reason = "has not run there yet and has to be asked for with SPLADE_FAST_HOPPER=1"
+        reason = "has not run there yet and must be enabled with SPLADE_FAST_HOPPER=1"
     elif pooling != POOLINGS["max"]:
-        reason = 'pools by "max" alone'
+        reason = 'supports pooling="max" only'
     elif hidden.dtype not in (torch.bfloat16, torch.float16):
-        reason = f"takes bfloat16 or float16, got {hidden.dtype}"
+        reason = f"needs bfloat16 or float16, got {hidden.dtype}"
     elif hidden.shape[-1] % _DIM_UNIT != 0 or hidden.shape[-1] > MAX_DIM:
         dim = hidden.shape[-1]
-        reason = f"takes at most {MAX_DIM} dimensions, a multiple of {_DIM_UNIT}, got {dim}"
+        reason = f"needs at most {MAX_DIM} dimensions, a multiple of {_DIM_UNIT}, got {dim}"
     elif "head_sm90a" not in _library.build_info()["built"]["cuda_kernels"]:
         reason = "was built without sm_90a"
     elif (capability := torch.cuda.get_device_capability(hidden.device)) != (9, 0):
@@ -48,37 +49,45 @@ def check_runs(hidden: Tensor, pooling: int) -> None:
 
 
 def prepare(
-    decoder: Decoder, weight: Tensor, source: Tensor, hidden: Tensor, counts: Tensor | None
+    state: ScreeningState,
+    weight: Tensor,
+    source: Tensor,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
 ) -> PreparedWeight:
-    """The weight as it is now, in int8; made again where it has changed, which nobody waits for."""
-    version = _version(source)
-    tokens = hidden.numel() // hidden.shape[-1]  # how many count only the GPU knows
-    old = decoder.prepared
-    if old is not None and old.version == version and not gives_better_mean(tokens, old.tokens):
+    """Return the prepared weight; queue preparing it again if the weight has changed."""
+    version = _find_version(source)
+    tokens = (
+        hidden.numel() // hidden.shape[-1]
+    )  # masked ones included: counting would wait for the GPU
+    old = state.prepared
+    if old is not None and old.version == version and not is_better_mean(tokens, old.tokens):
         return old
-    mean = _mean(hidden, counts)
+    mean = _mean(hidden, attention_mask)
     packed, rows = torch.ops.splade_fast.head_prepare(weight, mean)
     prepared = PreparedWeight(mean, packed, rows, None, tokens, version)
     if version is not None:
-        decoder.prepared = prepared
+        state.prepared = prepared
     return prepared
 
 
-def _version(source: Tensor) -> object:
-    """Equal only while what was prepared holds; None: it is for this call alone.
+def _find_version(source: Tensor) -> object:
+    """Return a value that is equal only while a prepared weight is valid; None: not to be kept.
 
-    The stream is part of it, because on another one it may not be ready yet. A graph prepares its
-    own: it would go on reading what is kept here after that has been replaced.
+    It includes the stream, as the prepared weight may not be ready on another one. A CUDA graph
+    prepares its own weight, since it would read a kept one after that has been replaced.
     """
     if source.is_inference() or torch.cuda.is_current_stream_capturing():
         return None
     return source._version, torch.cuda.current_stream(source.device).cuda_stream
 
 
-def _mean(hidden: Tensor, counts: Tensor | None) -> Tensor:
-    """About the mean of the tokens that count: of those among the first rows."""
+def _mean(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the mean of the attended tokens among the first rows."""
     rows = hidden.flatten(0, -2)[:MEAN_TOKENS].float()
-    if counts is None:
-        return usable_mean(rows.mean(0))
-    kept = counts.flatten()[:MEAN_TOKENS, None]
-    return usable_mean(torch.where(kept, rows, 0.0).sum(0) / kept.sum().clamp_min(1))
+    if attention_mask is None:
+        return replace_unusable(rows.mean(0))
+    is_attended = attention_mask.flatten()[:MEAN_TOKENS, None]
+    return replace_unusable(
+        torch.where(is_attended, rows, 0.0).sum(0) / is_attended.sum().clamp_min(1)
+    )

@@ -7,7 +7,7 @@ from splade_fast._checks import check_count, check_floating
 from splade_fast.ops.head.head import check_sequences, splade_head
 from splade_fast.ops.sparse_rows import SparseRows
 
-# Pooled rows of a block, dense for as long as it takes to prune them.
+# Size of a block of dense pooled rows, which are pruned before the next block is computed.
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -24,32 +24,40 @@ def splade_head_topk(
     activation: str = "log1p_relu",
     algorithm: str = "auto",
 ) -> SparseRows:
-    """SparseRows.from_dense(splade_head(…), k), a block of sequences at a time; for inference.
+    """Compute the k largest vocabulary weights of each sequence, without gradients.
 
-    Follows SPLADE (Formal et al., SIGIR 2021) with pruning to the largest entries. On the CPU equal
-    to that to the bit with max pooling, and with sum pooling where one block holds the batch.
+    Equals `SparseRows.from_dense(splade_head(…), k)`, computed for a block of sequences at a time,
+    so that no dense (B, V) exists. On the CPU the results are the same to the bit with max pooling,
+    and with sum pooling if one block holds the batch.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens.
-        weight: (V, D), the decoder's weight.
+        weight: (V, D), weight of the decoder.
         bias: (V,) or None.
-        attention_mask: (B, L), nonzero = counts. None: all count.
-        k: keep at most the k largest entries of a row, at least 0; None keeps all that are
-            positive.
-        cu_seqlens: (B + 1,) int32; its values are read, which waits for a GPU.
-        pooling, activation, algorithm: as in splade_head.
+        attention_mask: (B, L); positions with 0 are left out. None: all positions take part.
+        k: largest number of entries of a row, at least 0. None keeps all positive entries.
+        cu_seqlens: (B + 1,) int32. Its values are read, which waits for a GPU.
+        pooling, activation, algorithm: as in `splade_head`.
 
     Returns:
         SparseRows of B rows over V columns.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as splade_head and SparseRows.from_dense.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as `splade_head` and
+            `SparseRows.from_dense`.
+
+    Example::
+
+        >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+        >>> weight = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [3.0, 0.0]])
+        >>> sf.splade_head_topk(hidden, weight, k=1, activation="relu").to_dicts()
+        [{2: 3.0}]
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
-    k = None if k is None else check_count("k", k, 0)  # as from_dense does, after the head
-    # Of the whole: a block alone could not tell that a mask has too many rows. The decoder is
-    # checked by splade_head, which knows what autocast makes of it.
+    k = None if k is None else check_count("k", k, 0)
+    # Checks of single blocks would not see a mask with too many rows. splade_head checks the
+    # decoder, whose dtype may be another under autocast.
     mask = check_sequences(hidden, attention_mask, cu_seqlens)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     batch = hidden.shape[0] if bounds is None else len(bounds) - 1
@@ -59,15 +67,15 @@ def splade_head_topk(
         last = min(first + block, batch)
         if bounds is None or cu_seqlens is None:
             rows, starts = hidden[first:last], None
-            counts = None if mask is None else mask[first:last]
+            block_mask = None if mask is None else mask[first:last]
         else:
-            rows, counts = hidden[bounds[first] : bounds[last]], None
+            rows, block_mask = hidden[bounds[first] : bounds[last]], None
             starts = cu_seqlens[first : last + 1] - bounds[first]
         pooled = splade_head(
             rows,
             weight,
             bias,
-            counts,
+            block_mask,
             cu_seqlens=starts,
             pooling=pooling,
             activation=activation,

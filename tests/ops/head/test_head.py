@@ -442,8 +442,8 @@ def test_tf32_is_torchs_own_setting(permit):
     """However it is set; in a process of its own, since not every way back is the same."""
     code = (
         "import torch\n"
-        "from splade_fast.ops.head.forward import permits_tf32\n"
-        f"assert not permits_tf32()\n{permit}\nassert permits_tf32()\n"
+        "from splade_fast.ops.head.forward import is_tf32_permitted\n"
+        f"assert not is_tf32_permitted()\n{permit}\nassert is_tf32_permitted()\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

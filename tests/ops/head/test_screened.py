@@ -10,9 +10,9 @@ import torch
 
 import splade_fast as sf
 from splade_fast.ops.head import screening
-from splade_fast.ops.head.screening import Decoder, decoder_of
+from splade_fast.ops.head.screening import ScreeningState, find_screening_state
 from splade_fast.ops.head.screening_basis import Moments, balanced_basis
-from splade_fast.ops.head.screening_hopper import check_runs
+from splade_fast.ops.head.screening_hopper import check_supported
 from tests.ops.inputs import (
     ACTIVATIONS,
     DTYPES,
@@ -31,13 +31,13 @@ def rounding(request, monkeypatch):
     if request.param == "rotated":
         yield
         return
-    prepare = Decoder.prepare
+    prepare = ScreeningState.prepare
 
-    def prepare_with_basis(decoder, *arguments):
-        return prepare(decoder, *arguments[:5], training=False)
+    def prepare_with_basis(state, *arguments):
+        return prepare(state, *arguments[:5], is_training=False)
 
-    monkeypatch.setattr(screening, "_TOKENS_BEHIND_BASIS", 0)
-    monkeypatch.setattr(Decoder, "prepare", prepare_with_basis)
+    monkeypatch.setattr(screening, "_BASIS_TOKENS_PER_DIM", 0)
+    monkeypatch.setattr(ScreeningState, "prepare", prepare_with_basis)
     # The threads of many small products would wait for each other wherever cores are busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -336,20 +336,20 @@ class Calls:
     def __init__(self, monkeypatch):
         self.prepared = 0
         self.declined = []
-        prepare, record = Decoder.prepare, Decoder.record
+        prepare, record = ScreeningState.prepare, ScreeningState.record_trial
 
-        def counting_prepare(decoder, *args):
-            before = decoder.prepared
-            prepared = prepare(decoder, *args)
+        def counting_prepare(state, *args):
+            before = state.prepared
+            prepared = prepare(state, *args)
             self.prepared += prepared is not before
             return prepared
 
-        def counting_record(decoder, declined):
-            self.declined.append(declined)
-            record(decoder, declined)
+        def counting_record(state, is_declined):
+            self.declined.append(is_declined)
+            record(state, is_declined)
 
-        monkeypatch.setattr(Decoder, "prepare", counting_prepare)
-        monkeypatch.setattr(Decoder, "record", counting_record)
+        monkeypatch.setattr(ScreeningState, "prepare", counting_prepare)
+        monkeypatch.setattr(ScreeningState, "record_trial", counting_record)
 
 
 @pytest.fixture
@@ -451,16 +451,16 @@ def test_an_optimiser_step_is_noticed():
 
 def test_prepared_weights_are_freed_with_the_weight():
     gc.collect()
-    before = len(screening._decoders)
+    before = len(screening._states)
     hidden, weight, bias = trained(2, 5, 64, 300, torch.float32)
     sf.splade_head(hidden, weight, bias, algorithm="screened")
     view = weight[10:]
-    assert len(screening._decoders) == before + 1
+    assert len(screening._states) == before + 1
     del weight
-    assert len(screening._decoders) == before + 1  # the view still holds the storage
+    assert len(screening._states) == before + 1  # the view still holds the storage
     del view
     gc.collect()
-    assert len(screening._decoders) == before
+    assert len(screening._states) == before
 
 
 @pytest.mark.parametrize("dim", [128, 384, 768])
@@ -468,14 +468,14 @@ def test_size_of_prepared_weights(dim):
     """At most 0.3 times the float32 weight."""
     hidden, weight, bias = trained(1, 5, dim, 4800, torch.float32)
     sf.splade_head(hidden, weight, bias, algorithm="screened")
-    prepared = decoder_of(weight, weight.dtype).prepared
+    prepared = find_screening_state(weight, weight.dtype).prepared
     size = sum(t.nbytes for t in (prepared.mean, prepared.packed, prepared.rows))
     assert size <= 0.3 * weight.nbytes
 
 
 def test_a_larger_batch_gives_a_better_mean():
     hidden, weight, bias = trained(16, 40, 64, 300, torch.float32)
-    decoder = decoder_of(weight, weight.dtype)
+    decoder = find_screening_state(weight, weight.dtype)
     means = []
     for batch in (1, 2, 4, 16):
         sf.splade_head(hidden[:batch], weight, bias, algorithm="screened")
@@ -488,7 +488,7 @@ def test_hidden_states_that_are_not_finite_leave_no_trace_in_the_mean():
     bad = hidden.clone()
     bad[0, 0] = torch.nan
     sf.splade_head(bad, weight, bias, algorithm="screened")
-    assert decoder_of(weight, weight.dtype).prepared.mean.count_nonzero() == 0
+    assert find_screening_state(weight, weight.dtype).prepared.mean.count_nonzero() == 0
     assert_same(hidden, weight, bias)
 
 
@@ -541,9 +541,9 @@ def test_too_many_dimensions():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"hopper": "0"}, "has to be asked for with SPLADE_FAST_HOPPER=1"),
-        ({"pooling": 1}, 'pools by "max" alone'),
-        ({"dtype": torch.float32}, "takes bfloat16 or float16, got torch.float32"),
+        ({"hopper": "0"}, "must be enabled with SPLADE_FAST_HOPPER=1"),
+        ({"pooling": 1}, 'supports pooling="max" only'),
+        ({"dtype": torch.float32}, "needs bfloat16 or float16, got torch.float32"),
         ({"dim": 12}, "a multiple of 8, got 12"),
         ({"dim": 2**16 + 8}, "at most 65536 dimensions, a multiple of 8, got 65544"),
         ({"kernels": ""}, "was built without sm_90a"),
@@ -558,7 +558,7 @@ def test_what_a_gpu_needs(monkeypatch, change, reason):
         monkeypatch.setattr(
             "splade_fast._library.build_info", lambda: {"built": {"cuda_kernels": kernels}}
         )
-        check_runs(torch.zeros(1, 1, dim, dtype=dtype), pooling)
+        check_supported(torch.zeros(1, 1, dim, dtype=dtype), pooling)
 
     check()
     with pytest.raises(NotImplementedError, match=reason):
@@ -583,7 +583,7 @@ def narrow(tokens, dim, vocabulary, active=0.01):
 
 
 def percent_of_product(hidden, weight, bias):
-    prepared = decoder_of(weight, weight.dtype).prepared
+    prepared = find_screening_state(weight, weight.dtype).prepared
     options = (None, None, 0, 1, False, False)
     report = torch.ops.splade_fast.head_forward_screened(
         hidden, weight, bias, *options, *prepared.arguments, False
@@ -599,10 +599,10 @@ def test_after_enough_tokens_a_basis_spares_part_of_the_product(dtype, pooling):
     expected = sf.splade_head(hidden, weight, bias, pooling=pooling, algorithm="dense")
     options = {"pooling": pooling, "algorithm": "screened"}
     assert torch.equal(sf.splade_head(hidden, weight, bias, **options), expected)
-    assert decoder_of(weight, dtype).prepared.basis is None
+    assert find_screening_state(weight, dtype).prepared.basis is None
     assert percent_of_product(hidden, weight, bias) == 100
     assert torch.equal(sf.splade_head(hidden, weight, bias, **options), expected)
-    assert decoder_of(weight, dtype).prepared.basis is not None
+    assert find_screening_state(weight, dtype).prepared.basis is not None
     assert percent_of_product(hidden, weight, bias) < 70
     # Other hidden states than those it was made for.
     for other in (torch.randn(3, 50, 64), 1e6 * torch.randn(2, 9, 64), torch.zeros(1, 3, 64)):
@@ -647,13 +647,13 @@ def test_a_basis_that_spares_nothing_goes_and_is_not_made_again(monkeypatch):
         sf.splade_head(hidden, weight, bias, algorithm="screened")
     assert len(made) == 1
     assert made[0] is not None
-    assert decoder_of(weight, weight.dtype).prepared.basis is None
+    assert find_screening_state(weight, weight.dtype).prepared.basis is None
 
 
 @in_stages
 def test_no_basis_for_a_weight_that_changes():
     hidden, weight, bias = narrow(2400, 64, 300)
-    decoder = decoder_of(weight, weight.dtype)
+    decoder = find_screening_state(weight, weight.dtype)
     for _ in range(3):  # training
         sf.splade_head(hidden.requires_grad_(), weight, bias, algorithm="screened")
         assert decoder.prepared.basis is None
@@ -677,7 +677,7 @@ def test_a_basis_begun_under_inference_mode_and_ended_without():
     with torch.inference_mode():
         sf.splade_head(hidden, weight, bias, algorithm="screened")
     assert torch.equal(sf.splade_head(hidden, weight, bias, algorithm="screened"), expected)
-    assert decoder_of(weight, weight.dtype).prepared.basis is not None
+    assert find_screening_state(weight, weight.dtype).prepared.basis is not None
     assert_same(hidden, weight, bias)
 
 
@@ -686,7 +686,7 @@ def test_a_basis_made_under_inference_mode_serves_a_backward():
     hidden, weight, bias = narrow(2400, 64, 300)
     with torch.inference_mode():
         sf.splade_head(hidden, weight, bias, algorithm="screened")
-    assert decoder_of(weight, weight.dtype).prepared.basis is not None
+    assert find_screening_state(weight, weight.dtype).prepared.basis is not None
     gradients = []
     for algorithm in ("dense", "screened"):
         leaf = hidden.clone().requires_grad_()
@@ -704,9 +704,7 @@ def test_the_basis_keeps_products_and_balances_moments(dim):
     moments.add(tokens[:2000])
     moments.add(tokens[2000:])
     centred = tokens.double() - tokens.double().mean(0)
-    torch.testing.assert_close(
-        moments.around_mean, centred.T @ centred / 5000, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(moments.covariance, centred.T @ centred / 5000, rtol=1e-4, atol=1e-4)
     basis = balanced_basis(moments, weight, None)
     left, right = basis.matrices.double()
     ends = [left.shape[1] // 4, left.shape[1] // 2]
