@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.utils.peft_utils import check_peft_version
 
-from splade_fast.encoders.pretrained import read_json, weights_only
+from splade_fast.encoders.pretrained import read_json, refuse_pickled_objects
 
 
 def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> Any:
@@ -79,7 +79,7 @@ def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]
             f"peft_type of {name_or_path} must be one of adapters in layers, such as LORA, "
             f"got {config.peft_type}"
         )
-    with weights_only(name_or_path):
+    with refuse_pickled_objects(name_or_path):
         return peft.PeftModel.from_pretrained(
             model, name_or_path, config=config, autocast_adapter_dtype=False, **hub
         )
