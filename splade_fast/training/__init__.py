@@ -8,17 +8,17 @@ if TYPE_CHECKING:
     from splade_fast.training.model import TrainingModel
     from splade_fast.training.objective import Objective, ObjectiveArguments
 
-# They need what the extra "train" installs, each only its own part.
+# Loaded on first use, because some need packages that only the extra "train" installs.
 _MODULES = {
     "Objective": "objective",
     "ObjectiveArguments": "objective",
     "RetrievalEvaluator": "evaluator",
     "SpladeTrainer": "trainer",
     "SpladeTrainingArguments": "arguments",
-    "TrainingCollator": "data.collator",
+    "TrainingCollator": "data",
     "TrainingModel": "model",
     "cached_encode": "gradient_cache",
-    "load_training_data": "data.load",
+    "load_training_data": "data",
 }
 
 __all__ = [

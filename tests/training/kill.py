@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from splade_fast.training.checkpointing import check_checkpoint, checkpoints
+from splade_fast.training.checkpoints.folders import check_checkpoint, find_checkpoints
 from tests.training.runs import CACHE, SMALL, assert_same_state, checkpoint_in, write_pairs
 
 STEPS, SAVE_STEPS = 100, 4
@@ -74,7 +74,7 @@ class KillTest:
         time.sleep(seconds)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        found = [path.name for path in checkpoints(output)]
+        found = [path.name for path in find_checkpoints(output)]
         for name in found:
             check_checkpoint(output / name, 1)
         unfinished = sorted(path.name for path in output.glob(".*"))

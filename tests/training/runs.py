@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import SpladeTrainer, SpladeTrainingArguments, load_training_data
+from splade_fast.training.checkpoints.folders import find_last_checkpoint
 from tests.ranks import PRELOADED
 from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
 
@@ -150,8 +151,6 @@ def train_until(
     checkpoint: Path, pairs: Path, output: Path, streaming: bool, last: int | None, counted: Path
 ) -> None:
     """A run that resumes where one before it was, dies at a moment, or counts the moments."""
-    from splade_fast.training.checkpointing import last_checkpoint
-
     keep_datasets_in(output.parent / "datasets")
     data = load_training_data(pairs, streaming=streaming)
     if streaming:
@@ -168,6 +167,6 @@ def train_until(
         callbacks=[moments],
         **CACHE,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output) is not None)
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(output) is not None)
     trainer.save_model()
     counted.write_text(str(moments.count))

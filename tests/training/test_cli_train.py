@@ -13,7 +13,7 @@ from splade_fast.cli import app
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
-from splade_fast.training.checkpointing import checkpoints
+from splade_fast.training.checkpoints.folders import find_checkpoints
 from tests.training.runs import checkpoint_in, write_pairs
 
 
@@ -84,7 +84,7 @@ def test_trains_as_the_file_says(files, model):
         torch.equal(a, b) for a, b in zip(encoder.parameters(), before.parameters(), strict=True)
     )
     assert AutoModelForMaskedLM.from_pretrained(files / "run")
-    assert [path.name for path in checkpoints(files / "run")] == ["checkpoint-2"]
+    assert [path.name for path in find_checkpoints(files / "run")] == ["checkpoint-2"]
     assert list((files / "run").rglob("events.out.tfevents*"))
 
 
@@ -118,13 +118,13 @@ def test_a_run_goes_on_or_starts_anew(files):
     steps = [entry["step"] for entry in log_of(files / "run") if "loss" in entry]
     assert steps == [1, 2, 3, 4]
     trained(files, "--overwrite_output_dir", "--max_steps", 1)
-    assert [path.name for path in checkpoints(files / "run")] == ["checkpoint-1"]
+    assert [path.name for path in find_checkpoints(files / "run")] == ["checkpoint-1"]
     trained(
         files,
         *("--resume_from_checkpoint", files / "run" / "checkpoint-1"),
         *("--output_dir", files / "other", "--max_steps", 2),
     )
-    assert [path.name for path in checkpoints(files / "other")] == ["checkpoint-2"]
+    assert [path.name for path in find_checkpoints(files / "other")] == ["checkpoint-2"]
 
 
 def test_resuming_without_a_checkpoint_starts(files):
@@ -315,5 +315,5 @@ def test_a_full_disk(files):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"cannot write {files / 'run' / 'checkpoint-2'}" in message
     assert "File too large" in message
-    assert [path.name for path in checkpoints(files / "run")] == ["checkpoint-1"]
+    assert [path.name for path in find_checkpoints(files / "run")] == ["checkpoint-1"]
     assert not list((files / "run").glob(".*"))

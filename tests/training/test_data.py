@@ -6,7 +6,7 @@ import pytest
 
 from splade_fast.search.texts import DataError
 from splade_fast.training import load_training_data
-from splade_fast.training.data.load import kind_of
+from splade_fast.training.data.layout import infer_kind
 
 datasets = pytest.importorskip("datasets")
 
@@ -320,11 +320,11 @@ def test_bad_columns(tmp_path):
 
 
 def test_kinds():
-    assert [kind_of(rows[0]) for rows in (PAIRS, LABELLED, HARD, SCORED)] == [
+    assert [infer_kind(rows[0]) for rows in (PAIRS, LABELLED, HARD, SCORED)] == [
         "pairs",
         "labelled pairs",
         "hard negatives",
         "scored lists",
     ]
     with pytest.raises(DataError, match="expected the columns of load_training_data, got text"):
-        kind_of(["text"])
+        infer_kind(["text"])

@@ -15,17 +15,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import load_training_data
-from splade_fast.training.checkpointing import (
+from splade_fast.training.checkpoints.folders import (
     CheckpointError,
     check_checkpoint,
-    checkpoints,
     delete_checkpoints,
-    keep_checkpoints,
-    last_checkpoint,
-    load_tree,
+    delete_surplus_checkpoints,
+    find_checkpoints,
+    find_last_checkpoint,
     remove_leftovers,
-    save_tree,
 )
+from splade_fast.training.checkpoints.trees import load_tree, save_tree
 from tests.adapters import WAYS, with_adapters
 from tests.ranks import run_ranks
 from tests.training.runs import (
@@ -146,7 +145,7 @@ def _train_rank(rank, count, checkpoint, pairs, output, sharing, stop):
         **options,
     )
     assert trainer.args.world_size == count
-    trainer.train(resume_from_checkpoint=last_checkpoint(output) is not None)
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(output) is not None)
 
 
 @pytest.mark.parametrize("sharing", ["replicas", "shards"])
@@ -218,7 +217,7 @@ def test_other_errors_leave_no_half_checkpoint_either(checkpoint, pairs, tmp_pat
     trainer = make_trainer(
         checkpoint, load_training_data(pairs), tmp_path, max_steps=2, save_steps=1
     )
-    monkeypatch.setattr(trainer, "_own_tensors", lambda: {}["missing"])
+    monkeypatch.setattr(trainer, "_find_rank_tensors", lambda: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         trainer.train()
     assert names(tmp_path) == []
@@ -255,18 +254,18 @@ def test_weights_are_in_a_checkpoint_once(run):
 def test_incomplete_checkpoints_are_none(output):
     shutil.copytree(output / "checkpoint-2", output / ".checkpoint-9.partial")
     assert get_last_checkpoint(output).endswith("checkpoint-4")
-    assert last_checkpoint(output) == output / "checkpoint-4"
-    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    assert find_last_checkpoint(output) == output / "checkpoint-4"
+    assert [path.name for path in find_checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
     weights = output / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert last_checkpoint(output) == output / "checkpoint-2"
+    assert find_last_checkpoint(output) == output / "checkpoint-2"
     with pytest.raises(CheckpointError, match=r"model.safetensors must have \d+ bytes, got \d+"):
         check_checkpoint(output / "checkpoint-4", 1)
     (output / "checkpoint-2" / "checkpoint.json").write_text('{"format_version": 1}')
     with pytest.raises(CheckpointError, match=r"checkpoint.json is damaged \(it lists no files\)"):
         check_checkpoint(output / "checkpoint-2", 1)
     (output / "checkpoint-2" / "checkpoint.json").unlink()
-    assert last_checkpoint(output) is None
+    assert find_last_checkpoint(output) is None
     with pytest.raises(CheckpointError, match=r"checkpoint-2: it has no checkpoint.json"):
         check_checkpoint(output / "checkpoint-2", 1)
     with pytest.raises(CheckpointError, match="no such folder"):
@@ -298,7 +297,9 @@ def test_all_checkpoints_are_deleted_and_nothing_else(output):
 )
 def test_surplus_checkpoints_are_deleted(output, limit, best, left):
     shutil.copytree(output / "checkpoint-4", output / "checkpoint-6")
-    keep_checkpoints(output, limit, None if best is None else str(output / f"checkpoint-{best}"))
+    delete_surplus_checkpoints(
+        output, limit, None if best is None else str(output / f"checkpoint-{best}")
+    )
     assert names(output) == [f"checkpoint-{step}" for step in left]
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splade_fast.training import SpladeTrainingArguments, load_training_data
-from splade_fast.training.command import together
+from splade_fast._distributed import OtherRankError
+from splade_fast.training import command, load_training_data
+from splade_fast.training.configuration import parse_configuration
 from tests.ranks import run_ranks
 from tests.training.runs import be_rank, checkpoint_in, make_trainer, write_pairs
 
@@ -112,19 +113,24 @@ def test_two_ranks(checkpoint, pairs, tmp_path, streaming, options):
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
-def _fail_on_one(rank, count, folder):
+def _fail_on_one(rank, count, checkpoint, pairs, folder):
     be_rank(rank, count, folder)
-    arguments = SpladeTrainingArguments(output_dir=str(folder / "run"), report_to="none")
 
-    def action():
-        if rank == 1:
-            raise ValueError("bad")
-        return "good"
+    def configuration(model, output):
+        flags = [f"--model_name_or_path={model}", f"--train_data={pairs}", "--report_to=none"]
+        return parse_configuration([*flags, f"--output_dir={folder / output}"])
 
-    with pytest.raises(ValueError if rank == 1 else SystemExit, match="bad" if rank else "2"):
-        together(action, arguments)
-    assert together(lambda: rank, arguments) == rank
+    broken = configuration(folder / "missing" if rank == 1 else checkpoint, "broken")
+    error, message = (
+        (OSError, "missing")
+        if rank == 1
+        else (OtherRankError, "loading the encoder failed on rank 1")
+    )
+    with pytest.raises(error, match=message):
+        command.make_trainer(broken)
+    trainer = command.make_trainer(configuration(checkpoint, "good"))
+    assert trainer.args.process_index == rank
 
 
-def test_what_fails_in_one_process_ends_all_with_one_message(tmp_path):
-    run_ranks(2, _fail_on_one, tmp_path, tmp_path)
+def test_what_fails_in_one_process_ends_all(checkpoint, pairs, tmp_path):
+    run_ranks(2, _fail_on_one, tmp_path, checkpoint, pairs, tmp_path)

@@ -1,4 +1,4 @@
-"""Examples of load_training_data in, token tensors out."""
+"""Collator that turns examples into batches of tokens."""
 
 from __future__ import annotations
 
@@ -12,27 +12,35 @@ from transformers import PreTrainedTokenizerBase
 
 from splade_fast.encoders.text_encoder import TextEncoder, token_tensors
 from splade_fast.search.texts import DataError
-from splade_fast.training.data.load import kind_of
+from splade_fast.training.data.layout import Kind, infer_kind
 
 
 class TrainingCollator:
-    """B examples of one kind -> the keyword arguments of `TrainingModel.forward`, on the CPU.
+    """Turn examples of one kind into the keyword arguments of `TrainingModel.forward`.
 
     Args:
-        encoder: encodes the documents.
-        query_encoder: encodes the queries; None: the same encoder.
-        max_query_length: tokens kept of each query, special ones and the prompt included; never
-            more than the model's own limit.
-        max_document_length: tokens kept of each document, likewise.
-        query_prompt: the name of the prompt before each query; None: "query" where the model has
-            that, else its default one.
-        document_prompt: the name of the prompt before each document; None: likewise "document".
-        negatives_per_query: m - 1, the first so many negatives of each example are taken; of scored
-            lists the first document and so many more. None: all, which have to be equally many in
-            all examples of a batch.
+        encoder: encoder of the documents.
+        query_encoder: encoder of the queries; None uses `encoder`.
+        max_query_length: number of tokens kept of each query, including special tokens and the
+            prompt; the model's own limit may be lower.
+        max_document_length: number of tokens kept of each document, likewise.
+        query_prompt: name of the prompt before each query; None uses "query" where the model has
+            that prompt, else its default.
+        document_prompt: name of the prompt before each document; None uses "document", likewise.
+        negatives_per_query: number m - 1 of negatives to take from each example, the first ones.
+            A scored list gives its first document and m - 1 others. None takes all documents, of
+            which all examples of a batch must have equally many.
 
     Raises:
-        ValueError: a length or number is below 1, or a model has no such prompt.
+        ValueError: a length or number is below 1, or a model lacks the prompt.
+
+    Example::
+
+        >>> from splade_fast.training import TrainingCollator
+        >>> collator = TrainingCollator(sf.SpladeEncoder.from_pretrained("CHECKPOINT"))
+        >>> batch = collator([{"query": "quick fox", "document": "a quick brown fox"}])
+        >>> batch["documents"]["input_ids"].shape
+        torch.Size([1, 6])
     """
 
     def __init__(
@@ -54,20 +62,22 @@ class TrainingCollator:
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.negatives_per_query = negatives_per_query
-        self._queries = _Tokens.of(
+        self._queries = _SideTokenizer.make(
             query_encoder or encoder, "query", query_prompt, max_query_length
         )
-        self._documents = _Tokens.of(encoder, "document", document_prompt, max_document_length)
+        self._documents = _SideTokenizer.make(
+            encoder, "document", document_prompt, max_document_length
+        )
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch.
+        """Return the batch of some examples, on the CPU.
 
         Args:
-            examples: B ≥ 1 rows of one kind, in the columns of load_training_data.
+            examples: B ≥ 1 examples of one kind, in the columns of load_training_data.
 
         Returns:
-            {"queries": tokens (B, L), "documents": tokens (m·B, L'), row j·B + i being document j
-            of query i, "labels": (B,) float of labelled pairs, (B, m) of scored lists, else none}.
+            {"queries": tokens (B, L), "documents": tokens (m · B, L')}, where row j · B + i is
+            document j of query i. Labelled pairs add "labels" (B,), scored lists "labels" (B, m).
 
         Raises:
             DataError: the examples are of different kinds, or have too few or unequally many
@@ -75,11 +85,11 @@ class TrainingCollator:
         """
         if not examples:
             raise DataError("a batch must have at least one example, got none")
-        kind = kind_of(examples[0])
+        kind = infer_kind(examples[0])
         if any(set(example) != set(examples[0]) for example in examples):
             raise DataError(f"all examples of a batch must be {kind}, as its first one")
-        lists, scores = _documents_and_scores(examples, kind)
-        count = self._documents_per_query([len(documents) for documents in lists])
+        lists, scores = _split_examples(examples, kind)
+        count = self._count_documents_per_query([len(documents) for documents in lists])
         batch: dict[str, Any] = {
             "queries": self._queries([example["query"] for example in examples]),
             "documents": self._documents(
@@ -92,10 +102,14 @@ class TrainingCollator:
             batch["labels"] = torch.tensor([row[:count] for row in scores], dtype=torch.float32)
         return batch
 
-    def _documents_per_query(self, found: list[int]) -> int:
-        """m, of examples with so many documents each."""
-        fewest, most = min(found), max(found)
-        if self.negatives_per_query is None or most == 1:  # pairs have none
+    def _count_documents_per_query(self, counts: list[int]) -> int:
+        """Return m.
+
+        Args:
+            counts: number of documents of each example.
+        """
+        fewest, most = min(counts), max(counts)
+        if self.negatives_per_query is None or most == 1:  # pairs have no negatives
             if fewest != most:
                 raise DataError(
                     f"examples of a batch must have equally many documents, got {fewest} and "
@@ -110,10 +124,10 @@ class TrainingCollator:
         return 1 + self.negatives_per_query
 
 
-def _documents_and_scores(
-    examples: Sequence[Mapping[str, Any]], kind: str
+def _split_examples(
+    examples: Sequence[Mapping[str, Any]], kind: Kind
 ) -> tuple[list[list[str]], list[list[float]]]:
-    """The documents of each example, the positive first, and the scores of scored lists."""
+    """Return the documents of each example, the positive first, and the scores of scored lists."""
     if kind == "scored lists":
         for example in examples:
             if len(example["documents"]) != len(example["scores"]):
@@ -126,25 +140,28 @@ def _documents_and_scores(
 
 
 @dataclass
-class _Tokens:
-    """How texts of one side become tokens. Holds no weights: processes that load data copy it."""
+class _SideTokenizer:
+    """Tokenizer of queries or documents, without weights: each data loading process copies it."""
 
     tokenizer: PreTrainedTokenizerBase
     prompt: str
     max_length: int
-    special: bool
+    has_special_tokens: bool
 
     @classmethod
-    def of(cls, encoder: TextEncoder, role: str, prompt_name: str | None, length: int) -> _Tokens:
+    def make(
+        cls, encoder: TextEncoder, role: str, prompt_name: str | None, max_length: int
+    ) -> _SideTokenizer:
+        """Return the tokenizer of an encoder for its role, "query" or "document"."""
         name = prompt_name if prompt_name is not None else encoder.settings.prompt_for(role)
         return cls(
             encoder.tokenizer,
             encoder.prompt_text(name),
-            encoder.length_limit(length),
+            encoder.length_limit(max_length),
             encoder.has_special_tokens,
         )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self.prompt:
             texts = [self.prompt + text for text in texts]
-        return token_tensors(self.tokenizer, texts, self.max_length, self.special)
+        return token_tensors(self.tokenizer, texts, self.max_length, self.has_special_tokens)

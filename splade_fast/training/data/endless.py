@@ -1,4 +1,4 @@
-"""A stream of examples that starts over at its end."""
+"""Stream of examples that starts over at its end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from splade_fast.search.texts import DataError
 
 
 class EndlessStream(IterableDataset[Any]):
-    """The examples of a stream again and again, in the order of a new epoch each time.
+    """Repeat the examples of a stream, in the order of a new epoch each time.
 
-    transformers' Trainer counts epochs of a stream without knowing how long it is, and so neither
-    finds the place again where a run stopped, nor keeps a last group of batches that is too small
-    for `gradient_accumulation_steps` from adding to the first one of the next epoch. For it this
-    stream is one epoch, which `max_steps` ends.
+    Transformers' Trainer does not know the length of a stream. At the end of an epoch it would lose
+    its place for resuming, and would add a last, incomplete group of accumulated batches to the
+    first group of the next epoch. It sees this stream as one epoch, which `max_steps` ends.
 
     Args:
-        stream: anything to iterate over; its `set_epoch` is told the epoch where it has one.
+        stream: any iterable; its `set_epoch` is called with each epoch's number if it has one.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -30,12 +29,12 @@ class EndlessStream(IterableDataset[Any]):
         for epoch in count():
             if hasattr(self.stream, "set_epoch"):
                 self.stream.set_epoch(epoch)
-            empty = True
+            is_empty = True
             for example in self.stream:
-                empty = False
+                is_empty = False
                 yield example
-            if empty:
-                # A worker may have no part of a stream that the others have.
+            if is_empty:
+                # With several workers, one worker's part of the stream may be empty.
                 if get_worker_info() is not None:
                     return
                 raise DataError("train_dataset must have at least one example, got none")

@@ -1,26 +1,18 @@
-"""Training data from files, folders, the hub and `datasets` objects, in one common form."""
+"""Loading of training data from files, folders, the hub and `datasets` objects."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splade_fast._version import __version__
-from splade_fast.search.texts import DataError, read_texts
-from splade_fast.training.data.columns import (
-    COLUMNS,
-    Columns,
-    Kind,
-    Layout,
-    Lookups,
-    layout_of,
-    row_of,
-)
-from splade_fast.training.data.lines import LINE_FILES, layout_and_rows
+from splade_fast.search.texts import DataError
+from splade_fast.training.data.layout import COLUMNS, Columns, Kind, Layout
+from splade_fast.training.data.lines import LINE_FILES, read_layout_and_rows
+from splade_fast.training.data.reader import ExampleReader, FileVersion
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
@@ -41,58 +33,71 @@ def load_training_data(
 ) -> Dataset | IterableDataset:
     """Read examples of one kind: pairs, labelled pairs, hard negatives or scored lists.
 
-    Whatever the source calls its columns, the result has those of its kind:
+    The result has the columns of its kind, whatever their names in the source:
 
     - pairs: query, document
     - labelled pairs: query, document, label (a float from 0 to 1)
     - triples and hard negatives: query, document, negatives (a list of texts)
     - scored lists, for distillation: query, documents (a list of at least 2 texts), scores
 
-    The usual names are understood: those of sentence-transformers (anchor, positive, negative,
+    The names of these sources are known: sentence-transformers (anchor, positive, negative,
     negative_1, sentence1, sentence2, label, score), Tevatron (positive_passages,
-    negative_passages) and lists of pos and neg with pos_scores and neg_scores. Of several
-    positives the first counts. One score beside n negatives for each of them is the margin by which
-    the positive is better, and becomes the scores 0, -margin. Other columns are ignored.
+    negative_passages), and lists pos and neg with pos_scores and neg_scores. The first of several
+    positives is used. If an example has n negatives and n scores, a score is the margin of the
+    positive over a negative; the margins become the scores 0, -margin. Other columns are ignored.
 
-    A .tsv file needs no header. Two columns are query and document; three are query, positive and
-    negative, or with a number in the third one of the first line, query, document and label. It has
-    a header if its first line is made of known names alone.
+    A .tsv file needs no header. Two columns are query and document. Three columns are query,
+    positive and negative, or query, document and label if the third field of the first line is a
+    number. The first line is a header if all its fields are known names.
 
     Args:
-        source: a file (.tsv, .jsonl, .csv, .json, .parquet, also followed by .gz), a folder written
-            by save_to_disk or full of such files, a name on the hub, or an object of `datasets`.
-        split: which one of a folder or name, where there are several.
-        streaming: read while training, row by row, instead of converting everything first into
-            memory-mapped files.
-        columns: what the source's columns hold, if the names do not tell: {name: one of query,
-            document, negatives, documents, label, scores, positive_scores, negative_scores}, or for
-            a .tsv without a header a list of those; "-" ignores a column.
-        queries, corpus: files for `splade_fast.search.texts.read_texts`: the queries or
-            documents of the source are ids of their texts (MS MARCO's triples of ids, for
-            example). They are held in memory; take streaming=True, or every text is
-            written once for every example it is in.
-        negatives_per_query: how many negatives each example must have at least; of a scored list
-            one document more.
-        config: which configuration of a name on the hub.
+        source: a file (.tsv, .jsonl, .csv, .json or .parquet, each also with .gz), a folder of such
+            files or from save_to_disk, a name on the hub, or an object of `datasets`.
+        split: split to read of a folder or name with several splits.
+        streaming: whether to read row by row during the training. Otherwise all rows are converted
+            first, into memory-mapped files.
+        columns: {name: part} for columns whose names do not tell the part, or a list of parts for a
+            .tsv without a header. The parts are query, document, negatives, documents, label,
+            scores, positive_scores and negative_scores; "-" ignores a column.
+        queries: file for `splade_fast.search.texts.read_texts` with the texts of the queries, if
+            the source holds ids, as MS MARCO's triples do. The texts are kept in memory. Prefer
+            streaming=True, since the conversion would write a text once for each of its examples.
+        corpus: file with the texts of the documents, likewise.
+        negatives_per_query: number of negatives that each example must have at least; a scored list
+            must have one document more.
+        config: configuration of a name on the hub.
 
     Returns:
-        A `datasets.Dataset`, or with streaming (or from such an object) an `IterableDataset`.
+        A `datasets.Dataset`, or an `IterableDataset` with streaming=True or from a stream.
 
     Raises:
-        DataError: nothing there, unknown columns, or a bad row: an empty text, a label out of
-            range, lists of different lengths, too few negatives. Names the line or row. When
-            streaming, rows are checked as they are read.
+        DataError: the source is missing, its columns are unknown, or a row is bad: an empty text, a
+            label out of range, lists of different lengths, too few negatives. The message names the
+            line or row. With streaming a row is checked when it is read.
         ImportError: `datasets` is not installed.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> _ = Path("pairs.tsv").write_text("quick fox\\ta quick brown fox\\n")
+        >>> from splade_fast.training import load_training_data
+        >>> list(load_training_data("pairs.tsv", streaming=True))
+        [{'query': 'quick fox', 'document': 'a quick brown fox'}]
     """
     datasets = import_datasets()
     if columns is not None and not isinstance(columns, Mapping):
         columns = tuple(columns)
-    reader = _Reader(columns, _stamp(queries), _stamp(corpus), negatives_per_query)
+    reader = ExampleReader(
+        columns,
+        None if queries is None else FileVersion.read(queries),
+        None if corpus is None else FileVersion.read(corpus),
+        negatives_per_query,
+    )
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         suffixes = path.name.lower().removesuffix(".gz")
         if suffixes.endswith(LINE_FILES):
-            return _from_lines(reader, path, split, streaming)
+            return _load_lines(reader, path, split, streaming)
         if suffixes.endswith(tuple(_BUILDERS)):
             if not path.is_file():
                 raise DataError(f"no such file: {path}")
@@ -102,7 +107,7 @@ def load_training_data(
                 builder, data_files=files, split=split, streaming=streaming
             )
         else:
-            source = _folder_or_name(path, os.fspath(source), split, config, streaming)
+            source = _load_folder_or_name(path, os.fspath(source), split, config, streaming)
         name = str(path)
     else:
         name = "the dataset"
@@ -116,14 +121,14 @@ def load_training_data(
         )
     if streaming and isinstance(source, datasets.Dataset):
         source = source.to_iterable_dataset()
-    return _from_dataset(reader, source, name)
+    return _convert_dataset(reader, source, name)
 
 
 def import_datasets() -> Any:
-    """The `datasets` package.
+    """Return the module `datasets`.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the package is not installed.
     """
     try:
         import datasets
@@ -134,94 +139,15 @@ def import_datasets() -> Any:
     return datasets
 
 
-def kind_of(columns: Iterable[str]) -> Kind:
-    """The kind of examples that have these columns, as load_training_data names them.
-
-    Raises:
-        DataError: they are those of no kind.
-    """
-    found = set(columns)
-    for kind, expected in COLUMNS.items():
-        if found == set(expected):
-            return kind
-    raise DataError(
-        f"expected the columns of load_training_data, got {', '.join(sorted(found)) or 'none'}"
-    )
-
-
-@dataclass(frozen=True)
-class _Stamp:
-    """A file and what changes with its content, so that no cached result outlives it."""
-
-    path: str
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> _Stamp:
-        if not Path(path).is_file():
-            raise DataError(f"no such file: {path}")
-        found = Path(path).stat()
-        return cls(os.fspath(path), found.st_size, found.st_mtime_ns)
-
-
-def _stamp(path: str | os.PathLike[str] | None) -> _Stamp | None:
-    return None if path is None else _Stamp.of(path)
-
-
-@functools.lru_cache(maxsize=2)  # the queries and the corpus, once for all epochs
-def _texts_of_ids(stamp: _Stamp) -> Mapping[str, str]:
-    texts = read_texts(stamp.path)
-    return dict(zip(texts.ids, texts.texts, strict=True))
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Turns rows of a source into examples."""
-
-    columns: Columns | None
-    queries: _Stamp | None
-    corpus: _Stamp | None
-    negatives_per_query: int | None
-
-    @property
-    def ids(self) -> Lookups:
-        return Lookups(
-            None if self.queries is None else _texts_of_ids(self.queries),
-            None if self.corpus is None else _texts_of_ids(self.corpus),
-        )
-
-    def layout(self, names: Iterable[str]) -> Layout:
-        """Of a source whose columns have names."""
-        if self.columns is not None and not isinstance(self.columns, Mapping):
-            raise DataError("columns must be {name: part} for a source whose columns have names")
-        return layout_of(names, renamed=self.columns, ids=self.ids)
-
-    def example(self, record: Mapping[str, Any], layout: Layout, where: str) -> dict[str, Any]:
-        try:
-            row = row_of(record, layout, self.ids)
-            self._check_negatives(row)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        return row
-
-    def _check_negatives(self, row: dict[str, Any]) -> None:
-        least = self.negatives_per_query
-        if least is None:
-            return
-        found = len(row["documents"]) - 1 if "documents" in row else len(row.get("negatives", []))
-        if found < least:
-            raise DataError(f"expected at least {least} negatives, got {found}")
-
-
-def _from_lines(
-    reader: _Reader, path: Path, split: str, streaming: bool
+def _load_lines(
+    reader: ExampleReader, path: Path, split: str, streaming: bool
 ) -> Dataset | IterableDataset:
     datasets = import_datasets()
-    file = _Stamp.of(path)
+    file = FileVersion.read(path)
+    layout, _ = read_layout_and_rows(path, reader.columns, reader.lookups)
     arguments = {
-        "generator": _examples_of_file,
-        "features": _features(layout_and_rows(path, reader.columns, reader.ids)[0].kind),
+        "generator": _generate_examples,
+        "features": _make_features(layout.kind),
         "gen_kwargs": {"reader": reader, "file": file, "version": __version__},
         "split": datasets.Split(split),
     }
@@ -235,15 +161,18 @@ def _from_lines(
         raise
 
 
-def _examples_of_file(reader: _Reader, file: _Stamp, version: str) -> Iterator[dict[str, Any]]:
-    # file and version: what a cached result depends on beside the reader
-    layout, rows = layout_and_rows(Path(file.path), reader.columns, reader.ids)
-    for where, record in rows:
-        yield reader.example(record, layout, where)
+def _generate_examples(
+    reader: ExampleReader, file: FileVersion, version: str
+) -> Iterator[dict[str, Any]]:
+    # datasets caches the result by the arguments, so `version` is one though it is not used.
+    layout, rows = read_layout_and_rows(Path(file.path), reader.columns, reader.lookups)
+    for place, record in rows:
+        yield reader.convert(record, layout, place)
 
 
-def _folder_or_name(path: Path, name: str, split: str, config: str | None, streaming: bool) -> Any:
-    """What a folder, or a name on the hub, holds."""
+def _load_folder_or_name(
+    path: Path, name: str, split: str, config: str | None, streaming: bool
+) -> Any:
     datasets = import_datasets()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return datasets.load_from_disk(name)  # memory-mapped
@@ -255,39 +184,39 @@ def _folder_or_name(path: Path, name: str, split: str, config: str | None, strea
         ) from error
 
 
-def _from_dataset(
-    reader: _Reader, source: Dataset | IterableDataset, name: str
+def _convert_dataset(
+    reader: ExampleReader, source: Dataset | IterableDataset, name: str
 ) -> Dataset | IterableDataset:
     names = source.column_names
-    if names is None:  # a stream whose rows alone tell
+    if names is None:  # a stream whose columns only its rows tell
         names = list(next(iter(source), {}))
     if not names:
         raise DataError(f"{name} must hold at least one example, got none")
     try:
-        layout = reader.layout(names)
+        layout = reader.infer_layout(names)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     return source.map(
-        _Convert(reader, layout, name),
+        _RowConverter(reader, layout, name),
         with_indices=True,
         remove_columns=names,
-        features=_features(layout.kind),
+        features=_make_features(layout.kind),
     )
 
 
 @dataclass(frozen=True)
-class _Convert:
-    """The function that `map` applies to every row, numbered from 0."""
+class _RowConverter:
+    """Function that `map` applies to every row and its number, from 0."""
 
-    reader: _Reader
+    reader: ExampleReader
     layout: Layout
     name: str
 
     def __call__(self, record: Mapping[str, Any], number: int) -> dict[str, Any]:
-        return self.reader.example(record, self.layout, f"{self.name}, row {number}")
+        return self.reader.convert(record, self.layout, f"{self.name}, row {number}")
 
 
-def _features(kind: Kind) -> Features:
+def _make_features(kind: Kind) -> Features:
     datasets = import_datasets()
     text, number = datasets.Value("string"), datasets.Value("float32")
     types = {
