@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from splade_fast._distributed import together
+from splade_fast._distributed import OtherRankError, fail_together
 from splade_fast.encoders.adapters import add_lora
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.pretrained import read_json
@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> str | None:
     Raises:
         ConfigError: a flag or key is unknown, or has a value that it cannot have.
         OSError, ValueError, ImportError: bad input, a full disk, or a missing package.
-        OtherRankError: another process has raised one of these errors.
+        SystemExit: bad input, in the processes that do not raise its error.
     """
     for flag in ("--help", "--help-all"):
         if flag in arguments:
@@ -59,7 +59,10 @@ def train(arguments: Sequence[str]) -> str | None:
     with _safetensors_errors_as_os_errors():
         configuration = parse_configuration(arguments)
         training = configuration.training
-        trainer = make_trainer(configuration)
+        try:
+            trainer = make_trainer(configuration)
+        except OtherRankError as error:
+            raise SystemExit(2) from error  # the other process prints its error
         trainer.train(resume_from_checkpoint=_find_checkpoint_to_resume(configuration))
         if training.eval_strategy == "no" and trainer.eval_dataset is not None:
             trainer.evaluate()
@@ -79,23 +82,23 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
     Raises:
         FileExistsError: the output directory is not empty.
         OSError, ValueError, ImportError: a model or data cannot be used, or a package is missing.
-        OtherRankError: another process has raised one of these errors.
+        OtherRankError: another process raises one of these errors, the first that has one.
     """
     model, data, training = configuration.model, configuration.data, configuration.training
-    with together("preparing output_dir"):
+    with fail_together("preparing output_dir", raise_once=True):
         # The other processes would see what the first one writes.
         if training.process_index == 0:
             _prepare_output_dir(configuration)
     set_seed(training.seed)  # of new weights, such as those of adapters
-    with together("loading the encoder"):
+    with fail_together("loading the encoder", raise_once=True):
         encoder = _load_encoder(model)
     train_data = eval_data = None
     for is_converting in (True, False):
         # One process of each machine converts the data; then the others read the result.
-        with together("loading the data"):
+        with fail_together("loading the data", raise_once=True):
             if (training.local_process_index == 0) == is_converting:
                 train_data, eval_data = _load_all_data(data, training)
-    with together("making the trainer"):
+    with fail_together("making the trainer", raise_once=True):
         return SpladeTrainer(
             encoder,
             training,

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from splade_fast._atomic_files import finish_files, flush_folder
-from splade_fast._distributed import OtherRankError, together
+from splade_fast._distributed import OtherRankError, fail_together
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 QUERY_FOLDER = "query"
@@ -53,13 +53,13 @@ def new_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[Path]:
     """
     partial = _hidden_path(folder, "partial")
     try:
-        with together("making the folder"):
+        with fail_together("making the folder"):
             if is_writer:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with together("writing the files"):
+        with fail_together("writing the files"):
             yield partial
-        with together("renaming the folder"):
+        with fail_together("renaming the folder"):
             if is_writer:
                 _write_manifest(partial)
                 finish_files(partial)
