@@ -66,7 +66,7 @@ struct RoundKeys {
   uint64_t step_low, last_word;
 
   explicit RoundKeys(const philox::State& state) : step_low(state.step_low), last_word((state.step_high & 0x3fffffff)) {
-    uint32_t key0 = state.key.word[0], key1 = state.key.word[1];
+    uint32_t key0 = state.seed.word[0], key1 = state.seed.word[1];
     for (int round = 0; round < philox::kRounds; ++round, key0 += philox::kWeyl0, key1 += philox::kWeyl1) {
       key[round][0] = key0;
       key[round][1] = key1;
