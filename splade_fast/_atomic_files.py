@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, whatever ends the program that writes them."""
+"""Folders and files that appear complete or not at all, even if the program is killed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What says which weights a model folder holds: one that a newer save lacks would contradict it.
-_DESCRIBE_WEIGHTS = (
+# Files that say which weights a model folder holds. An old one that a newer save does not replace
+# would contradict the new weights.
+_WEIGHT_FILES = (
     "config.json",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -19,22 +20,21 @@ _DESCRIBE_WEIGHTS = (
     "model-*-of-*.safetensors",
 )
 
-_READ_WRITE = 0o666  # what a program asks for; the user's mask takes some of it away
+_READ_WRITE = 0o666  # default permissions, before the user's mask
 
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes `path` when the block is through.
+    """Yield a temporary folder to write to, and rename it to `path` at the end of the block.
 
-    A folder that is already there gets the new files one by one, each in one step, and keeps what
-    it has beside them; of a model's weights it keeps none. An error in the block, a full disk among
-    them, leaves `path` as it was.
+    If `path` exists, the new files are moved there one by one, each atomically. Other files stay,
+    except for an earlier model's weights. An error in the block leaves `path` unchanged.
 
     Args:
-        path: the folder; those above it are made.
+        path: the folder; missing parents are made.
 
     Raises:
-        NotADirectoryError: path is a file.
+        NotADirectoryError: `path` is a file.
     """
     folder = Path(path).resolve()
     if folder.exists() and not folder.is_dir():
@@ -42,7 +42,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = partial_folder(path)
     parent = temporary.parent
     parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a program that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a program that was killed
     temporary.mkdir()
     try:
         yield temporary
@@ -58,10 +58,10 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `whole_folder`, for a folder that is not there yet.
+    """Yield a temporary folder as `whole_folder` does, for a folder that does not exist yet.
 
     Raises:
-        FileExistsError: it is.
+        FileExistsError: `path` exists.
     """
     if Path(path).exists():
         raise FileExistsError(f"{path} must not exist yet")
@@ -70,24 +70,24 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def partial_folder(path: str | os.PathLike[str]) -> Path:
-    """The temporary folder of `whole_folder`, which other processes may write to as well."""
+    """Return the temporary folder of `whole_folder`, so that other processes can write to it."""
     folder = Path(path).resolve()
-    # Inside a folder that is there: what is beside it may be another file system.
+    # An existing folder may be a mount point, and files can only be renamed within a file system.
     parent = folder if folder.exists() else folder.parent
     return parent / f".{folder.name}.partial"
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The name of a file to write, which becomes `path` when the block is through.
+    """Yield a temporary file to write to, and rename it to `path` at the end of the block.
 
-    An error in the block leaves `path` as it was.
+    An error in the block leaves `path` unchanged.
 
     Args:
-        path: the file, in a folder that is there.
+        path: the file, in an existing folder.
     """
     path = Path(path)
-    # A name of its own: another program may be writing the same file.
+    # A random name, since another program may write the same file.
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     temporary.touch(exist_ok=False)
     permissions = temporary.stat().st_mode & _READ_WRITE
@@ -101,10 +101,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def finish_files(folder: Path) -> None:
-    """Give the files of a new folder the permissions of any new file, and flush them.
-
-    They would survive a loss of power then.
-    """
+    """Give all files of a folder default permissions, and flush them to disk."""
     permissions = folder.stat().st_mode & _READ_WRITE
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -115,7 +112,7 @@ def finish_files(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the names in the folder would survive a loss of power."""
+    """Flush the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -124,13 +121,13 @@ def flush_folder(folder: Path) -> None:
 
 
 def _finish_file(path: Path, permissions: int) -> None:
-    path.chmod(permissions)  # safetensors 0.8 writes for the owner alone
+    path.chmod(permissions)  # safetensors 0.8 makes files that only their owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _remove(folder: Path) -> None:
-    """Remove the folder even if a signal, whose handler raises, comes in the middle."""
+    """Remove a folder, even if a signal handler raises in the middle."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -143,7 +140,7 @@ def _move_files(source: Path, target: Path) -> None:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)
     for folder in {file.parent for file in files}:
-        for pattern in _DESCRIBE_WEIGHTS:
+        for pattern in _WEIGHT_FILES:
             for stale in (target / folder).glob(pattern):
                 if stale.relative_to(target) not in files:
                     stale.unlink()

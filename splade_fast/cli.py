@@ -1,4 +1,4 @@
-"""The command line: encode a corpus, search it, evaluate a model, train one."""
+"""Command line: encode and search a corpus, evaluate and train a model, export an index."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import typer
 from splade_fast._distributed import OtherRankError, fail_together, join_torchrun
 from splade_fast._library import build_info
 from splade_fast.encoders.splade import SpladeEncoder
-from splade_fast.export.command import EmptyDocuments, ExportFormat, export_index
+from splade_fast.export.export_index import EmptyDocuments, ExportFormat, export_index
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.encode_corpus import encode_corpus
-from splade_fast.search.index import Index, IndexMeta, lasting_name
+from splade_fast.search.index import Index, IndexMeta, resolve_model
 from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 app = typer.Typer(
@@ -29,11 +29,11 @@ app = typer.Typer(
     help="Learned sparse retrieval: encode, search, evaluate and train with SPLADE models.",
 )
 
-Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE checkpoint.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts that go through the model together.")]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens kept of each text.")]
+Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE model.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of texts per batch.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Number of tokens kept of each text.")]
 KeptEntries = Annotated[
-    int | None, typer.Option("--k", min=1, help="Keep only the k largest entries of a vector.")
+    int | None, typer.Option("--k", min=1, help="Keep the k largest entries of a vector.")
 ]
 
 Device = Literal["cpu", "cuda"]
@@ -41,21 +41,24 @@ Device = Literal["cpu", "cuda"]
 
 @app.command()
 def encode(
-    corpus: Annotated[Path, typer.Argument(help="id<TAB>text lines, or .jsonl with id and text.")],
-    index: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    corpus: Annotated[Path, typer.Argument(help="File of id<TAB>text lines, or .jsonl file.")],
+    index: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     model: Model,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Documents in memory at a time.")] = 4096,
-    device: Annotated[Device, typer.Option(help="Under torchrun a GPU for each process.")] = "cpu",
+    chunk_size: Annotated[int, typer.Option(min=1, help="Documents encoded at a time.")] = 4096,
+    device: Annotated[Device, typer.Option(help="cuda: one GPU for each process.")] = "cpu",
 ) -> None:
-    """Encode a corpus into an index folder; several processes: torchrun -m splade_fast encode …"""
-    with _bad_input_exits_with_2(), _leaving_nothing_behind(), join_torchrun() as rank:
+    """Encode a corpus into an index folder.
+
+    Several processes share the work under torchrun: torchrun -m splade_fast encode ...
+    """
+    with _exit_with_2_on_bad_input(), _clean_up_on_sigterm(), join_torchrun() as rank:
         with fail_together("loading the model"):
             if index.exists():
                 raise FileExistsError(f"{index} must not exist yet")
-            encoder = SpladeEncoder.from_pretrained(model).to(_device_of_rank(device))
+            encoder = SpladeEncoder.from_pretrained(model).to(_select_device(device))
         count = encode_corpus(
             encoder,
             corpus,
@@ -73,26 +76,26 @@ def encode(
 
 @app.command()
 def search(
-    index: Annotated[Path, typer.Argument(help="A folder written by `encode`.")],
-    query: Annotated[str | None, typer.Argument(help="One query.")] = None,
-    queries: Annotated[Path | None, typer.Option(help="A file of queries instead.")] = None,
-    hits: Annotated[int, typer.Option(min=1, help="Documents shown per query.")] = 10,
-    terms: Annotated[int, typer.Option(min=0, help="Expanded query terms shown.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Default: the index's own model.")] = None,
+    index: Annotated[Path, typer.Argument(help="Folder written by `encode`.")],
+    query: Annotated[str | None, typer.Argument(help="Text of one query.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="File of queries, instead of QUERY.")] = None,
+    hits: Annotated[int, typer.Option(min=1, help="Documents shown for each query.")] = 10,
+    terms: Annotated[int, typer.Option(min=0, help="Number of query terms shown.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Model; default: the index's.")] = None,
     batch_size: BatchSize = 32,
 ) -> None:
-    """Search an index; prints `query id<TAB>rank<TAB>document id<TAB>score` lines."""
-    with _bad_input_exits_with_2():
+    """Search an index and print lines `query id<TAB>rank<TAB>document id<TAB>score`."""
+    with _exit_with_2_on_bad_input():
         if (query is None) == (queries is None):
             raise DataError("give either QUERY or --queries")
-        asked = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
+        texts = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
         loaded = Index.load(index)
-        encoder = _encoder_for(loaded, model)
-        vectors = _encode_queries(encoder, asked, loaded.meta.max_length, batch_size)
+        encoder = _load_query_encoder(loaded, model)
+        vectors = _encode_queries(encoder, texts, loaded.meta.max_length, batch_size)
     scores, found = sparse_search(vectors, loaded.rows, hits)
-    expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(asked)
+    expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(texts)
     for query_id, expansion, row_scores, row_found in zip(
-        asked.ids, expansions, scores.tolist(), found.tolist(), strict=True
+        texts.ids, expansions, scores.tolist(), found.tolist(), strict=True
     ):
         if expansion:
             shown = " ".join(f"{term}:{weight:.3f}" for term, weight in expansion.items())
@@ -103,38 +106,35 @@ def search(
 
 @app.command()
 def evaluate(
-    queries: Annotated[Path, typer.Option(help="A file of queries.")],
-    qrels: Annotated[Path, typer.Option(help="Judgements, TREC or BEIR format.")],
-    index: Annotated[Path | None, typer.Option(help="A folder written by `encode`.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="A corpus, encoded on the fly.")] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the index's own model.")] = None,
+    queries: Annotated[Path, typer.Option(help="File of queries.")],
+    qrels: Annotated[Path, typer.Option(help="File of judgements, TREC or BEIR format.")],
+    index: Annotated[Path | None, typer.Option(help="Folder written by `encode`.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Corpus, instead of an index.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model; default: the index's.")] = None,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
 ) -> None:
-    """Print MRR@10, nDCG@10 and Recall@100 of a model, or of an index."""
-    from splade_fast.search.evaluation import evaluate_run, run_of
+    """Print MRR@10, nDCG@10 and Recall@100 of a model on a corpus or an index."""
+    from splade_fast.search.evaluation import evaluate_vectors, select_judged
 
-    with _bad_input_exits_with_2():
+    with _exit_with_2_on_bad_input():
         if (index is None) == (corpus is None):
             raise DataError("give either --index or --corpus")
-        judged = read_qrels(qrels)
-        asked = read_texts(queries)
+        judgements = read_qrels(qrels)
+        judged = select_judged(read_texts(queries), judgements)
         if index is not None:
             searched = Index.load(index)
-            encoder = _encoder_for(searched, model)
+            encoder = _load_query_encoder(searched, model)
         else:
             if model is None:
-                raise DataError("--corpus needs --model")
+                raise DataError("give --model with --corpus")
             texts = read_texts(str(corpus))
             encoder = SpladeEncoder.from_pretrained(model)
             searched = _build_index(encoder, texts, model, k, batch_size, max_length)
-        unknown = judged.keys() - set(asked.ids)
-        if unknown:
-            raise DataError(f"{qrels} judges queries that {queries} lacks: {min(unknown)!r}, …")
-        vectors = _encode_queries(encoder, asked, searched.meta.max_length, batch_size)
-    scores, found = sparse_search(vectors, searched.rows, 100)
-    for name, value in evaluate_run(judged, run_of(asked.ids, searched.ids, scores, found)).items():
+        vectors = _encode_queries(encoder, judged, searched.meta.max_length, batch_size)
+    measures = evaluate_vectors(judgements, judged.ids, vectors, searched.ids, searched.rows)
+    for name, value in measures.items():
         typer.echo(f"{name}\t{value:.4f}")
 
 
@@ -143,8 +143,8 @@ def evaluate(
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train an encoder as a YAML file and flags say; see `train --help`."""
-    with _bad_input_exits_with_2():
+    """Train an encoder with options from a YAML file and flags; see `train --help`."""
+    with _exit_with_2_on_bad_input():
         from splade_fast.training.command import train as run
 
         message = run(context.args)
@@ -154,17 +154,18 @@ def train(context: typer.Context) -> None:
 
 @app.command()
 def export(
-    index: Annotated[Path, typer.Argument(help="A folder written by `encode`.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
-    file_format: Annotated[ExportFormat, typer.Option("--format", help="Who will read it.")],
+    index: Annotated[Path, typer.Argument(help="Folder written by `encode`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="Reader of the folder.")],
     model: Annotated[
-        str | None, typer.Option(help="Names the tokens; default: the index's.")
+        str | None,
+        typer.Option(help="Source of token names; default: the index's model."),
     ] = None,
     empty: Annotated[EmptyDocuments, typer.Option(help="Documents without entries.")] = "keep",
     scale: Annotated[float, typer.Option(help="anserini: impact = round(scale * weight).")] = 100.0,
 ) -> None:
     """Write an index in the format of a search engine, vector store or library."""
-    with _bad_input_exits_with_2():
+    with _exit_with_2_on_bad_input():
         if out.exists():
             raise FileExistsError(f"{out} must not exist yet")
         count = export_index(Index.load(index), out, file_format, model, empty, scale)
@@ -173,13 +174,13 @@ def export(
 
 @app.command()
 def info() -> None:
-    """Print what was compiled, what is loaded, and why not."""
+    """Print the compiled architectures, the loaded libraries, and reasons for missing ones."""
     for name, value in build_info().items():
         typer.echo(f"{name}: {value}")
 
 
 @contextmanager
-def _bad_input_exits_with_2() -> Iterator[None]:
+def _exit_with_2_on_bad_input() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError, OtherRankError) as error:
@@ -188,11 +189,14 @@ def _bad_input_exits_with_2() -> Iterator[None]:
 
 
 @contextmanager
-def _leaving_nothing_behind() -> Iterator[None]:
-    """A SIGTERM, such as torchrun sends when a process has died, ends the program as errors do."""
+def _clean_up_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, so that the program removes its unfinished files.
+
+    torchrun sends SIGTERM to the other processes when one has died.
+    """
 
     def leave(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
@@ -202,8 +206,8 @@ def _leaving_nothing_behind() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _device_of_rank(kind: Device) -> torch.device:
-    """The CPU, or the GPU of this process among those of its machine."""
+def _select_device(kind: Device) -> torch.device:
+    """Return the CPU, or the GPU with the number that torchrun gave this process."""
     if kind == "cpu":
         return torch.device("cpu")
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -229,10 +233,10 @@ def _build_index(
         max_length=max_length,
         prompt_name=encoder.settings.prompt_for("document"),
     )
-    return Index(rows, texts.ids, IndexMeta(lasting_name(model), max_length, k))
+    return Index(rows, texts.ids, IndexMeta(resolve_model(model), max_length, k))
 
 
-def _encoder_for(index: Index, model: str | None) -> SpladeEncoder:
+def _load_query_encoder(index: Index, model: str | None) -> SpladeEncoder:
     encoder = SpladeEncoder.from_pretrained(model or index.meta.model)
     if encoder.vocab_size != index.rows.num_cols:
         raise DataError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from splade_fast.cli import _device_of_rank, app
+from splade_fast.cli import _select_device, app
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.search.index import Index
 from tests.tiny_models import masked_lm_configs, save_checkpoint
@@ -155,7 +155,7 @@ def test_bad_jsonl_exits_with_2(tmp_path, model, line, message):
         ("q1 0 d1\tone\n", "line 1: expected a whole number as relevance, got 'one'"),
         ("q1 d1\n", "line 1: expected query document relevance"),
         ("q1 d1 1\nq1 0 d1 1\n", "line 2: q1 d1 is judged a second time"),
-        ("q9 d1 1\n", "judges queries that"),
+        ("q9 d1 1\n", "qrels must judge ids of the queries alone, got 'q9'"),
         ("", "must hold at least one judgement, got none"),
     ],
 )
@@ -190,8 +190,8 @@ def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for number, device in (("0", "cuda:0"), ("1", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", number)
-        assert _device_of_rank("cuda") == torch.device(device)
-    assert _device_of_rank("cpu") == torch.device("cpu")
+        assert _select_device("cuda") == torch.device(device)
+    assert _select_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
     result = invoke(*arguments, "--device", "cuda")

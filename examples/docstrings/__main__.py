@@ -37,7 +37,7 @@ from examples.docstrings.training_cost import (
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.evaluation import evaluate_run, run_of
+from splade_fast.search.evaluation import evaluate_run, make_run
 from splade_fast.search.texts import DataError, Qrels, Texts
 from splade_fast.training.evaluator import RetrievalEvaluator
 
@@ -153,7 +153,7 @@ def _evaluate(
         )
         scores, found = sparse_search(vectors, documents, 100)
         runs = {
-            "SPLADE": run_of(queries.ids, task.documents.ids, scores, found),
+            "SPLADE": make_run(queries.ids, task.documents.ids, scores, found),
             "BM25": bm25_run(task.documents, queries, 100),
         }
         results = {name: evaluate_run(qrels, run) for name, run in runs.items()}
@@ -163,7 +163,7 @@ def _evaluate(
     console.print(table)
 
     def mrr_of(rows: SparseRows) -> float:
-        run = run_of(queries.ids, task.documents.ids, *sparse_search(vectors, rows, 10))
+        run = make_run(queries.ids, task.documents.ids, *sparse_search(vectors, rows, 10))
         return evaluate_run(qrels, run)["MRR@10"]
 
     with _stage("Pruning the documents"):

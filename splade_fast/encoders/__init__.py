@@ -1,1 +1,1 @@
-"""Encoders: texts -> sparse rows."""
+"""Encoders of texts into sparse vectors."""

@@ -72,12 +72,9 @@ def load_model(
 
 @contextmanager
 def refuse_pickled_objects(name_or_path: str) -> Iterator[None]:
-    """Report pickles that hold more than tensors, which the block tries to read.
+    """Raise ValueError if the block reads a pickle that holds more than tensors.
 
-    torch's own error explains how to switch its check off, which nobody should do here.
-
-    Raises:
-        ValueError: a pickle is damaged or would run code.
+    The error replaces torch's, whose message explains how to switch the check off.
     """
     try:
         yield

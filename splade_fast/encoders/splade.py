@@ -71,7 +71,7 @@ class SpladeEncoder(TextEncoder):
         check_decoder_is_last(model)
         self.model = model
         self._has_key_value_cache = has_key_value_cache(model)
-        self.train(model.training)  # encode restores the mode of both
+        self.train(model.training)  # `encode` restores the mode of the encoder and of the model
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> SpladeEncoder:

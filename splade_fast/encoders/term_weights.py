@@ -205,7 +205,7 @@ class TermWeightEncoder(TextEncoder):
 
 
 def _new_projection(model: PreTrainedModel) -> nn.Linear:
-    """Return a projection to about 1, since terms of negative projection get no gradient."""
+    """Return a new projection with outputs near 1: terms of negative outputs get no gradient."""
     projection = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
     nn.init.normal_(projection.weight, std=0.02)
     nn.init.ones_(projection.bias)

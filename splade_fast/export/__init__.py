@@ -1,4 +1,4 @@
-"""SparseRows in the formats of search engines, vector stores and libraries (docs/exports.md)."""
+"""Writers of SparseRows for search engines, vector stores and libraries (docs/exports.md)."""
 
 from splade_fast.export.anserini import write_anserini
 from splade_fast.export.bm25s import write_bm25s

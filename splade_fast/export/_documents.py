@@ -1,10 +1,10 @@
-"""Reading SparseRows for an export: some rows at a time, without padding, beside their ids."""
+"""Iteration over SparseRows for an export: some rows at a time, without padding, with their ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,27 @@ DocumentId = str | int
 
 @dataclass
 class Documents:
-    """Consecutive documents: `columns` and `values` hold the entries of one after the other."""
+    """Consecutive documents, whose entries are concatenated.
+
+    Args:
+        ids: ids of the documents.
+        extras: a value for each document, such as its text; None for each if there are none.
+        lengths: (documents,) int64, number of entries of each document.
+        columns: (entries,) int32.
+        values: (entries,) float32 or float64, or int64 once quantised.
+    """
 
     ids: list[DocumentId]
-    extras: list[Any]  # one for each document; None without any
-    lengths: np.ndarray  # (documents,) int64
-    columns: np.ndarray  # (entries,) int32
-    values: np.ndarray  # (entries,) float32 or float64
+    extras: list[Any]
+    lengths: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def bounds(self) -> list[int]:
-        """Where each document's entries start, and the total."""
+        """Return the position of each document's first entry, and the number of entries."""
         return [0, *np.cumsum(self.lengths).tolist()]
 
 
@@ -43,24 +51,25 @@ def check_arguments(
     extras: Iterable[Any] | None = None,
     extras_name: str = "payloads",
 ) -> None:
-    """What can be told before the first row is read.
+    """Check the arguments of an export before a row is read.
 
     Raises:
-        TypeError, ValueError: rows are none, ids or extras are not one a row, `empty` is unknown,
-            or it is "error" and there is an empty row.
+        TypeError: rows are not SparseRows.
+        ValueError: there is not one id or extra for each row, `empty` is unknown, or `empty` is
+            "error" and a row has no entries.
     """
     if not isinstance(rows, SparseRows):
         raise TypeError(f"rows must be SparseRows, got {type(rows).__name__}")
-    for name, given in (("ids", ids), (extras_name, extras)):
-        if isinstance(given, Sized) and len(given) != len(rows):
-            raise ValueError(f"{name} must be one a row, {len(rows)}, got {len(given)}")
+    for name, values in (("ids", ids), (extras_name, extras)):
+        if isinstance(values, Sized) and len(values) != len(rows):
+            raise ValueError(f"{name} must be one per row, {len(rows)}, got {len(values)}")
     if empty not in _EMPTY:
         raise ValueError(f"empty must be one of {', '.join(map(repr, _EMPTY))}, got {empty!r}")
     if empty == "error" and not bool(rows.lengths.all()):
-        raise _empty_row(int((rows.lengths == 0).nonzero()[0]))
+        raise _empty_row_error(int((rows.lengths == 0).nonzero()[0]))
 
 
-def documents(
+def iterate_documents(
     rows: SparseRows,
     ids: Sequence[DocumentId] | None,
     empty: str,
@@ -68,26 +77,27 @@ def documents(
     extras: Iterable[Any] | None = None,
     extras_name: str = "payloads",
     scale: float | None = None,
-    positive: bool = False,
+    should_be_positive: bool = False,
     show_progress: bool = True,
     description: str | None = None,
 ) -> Iterator[Documents]:
-    """All rows in order, as many at a time as have 2¹⁸ slots; memory does not grow with them.
+    """Yield all rows in order, as many at a time as have about 2¹⁸ slots.
 
     Args:
-        rows: the vectors.
-        ids: of the rows; their numbers as strings without.
+        rows: (N, V).
+        ids: N ids; the row numbers as strings by default.
         empty: "keep", "skip" or "error" for rows without entries.
-        extras: one of anything for each row.
-        extras_name: for messages.
-        scale: multiply by it and round to the nearest integer (halves to even), and drop what
-            is 0 then.
-        positive: all values have to be above 0.
+        extras: a value for each row.
+        extras_name: name of the extras in messages.
+        scale: factor by which values are multiplied before they are rounded to the nearest
+            integer, halves to even; entries that become 0 are dropped. None leaves values as they
+            are.
+        should_be_positive: require values above 0.
         show_progress: draw a progress bar.
-        description: of the bar.
+        description: text before the progress bar.
 
     Raises:
-        ValueError: naming a row with an unfit value, or extras end early or late.
+        ValueError: a value is invalid, or there is not one extra for each row.
     """
     remaining = None if extras is None else iter(extras)
     at_once = max(1, _ENTRIES_AT_ONCE // max(rows.width, 1))
@@ -103,8 +113,8 @@ def documents(
             )
             if len(chunk.extras) != count:
                 got = start + len(chunk.extras)
-                raise ValueError(f"{extras_name} must be one a row, {len(rows)}, got {got}")
-            _check_values(chunk, start, positive)
+                raise ValueError(f"{extras_name} must be one per row, {len(rows)}, got {got}")
+            _check_values(chunk, start, should_be_positive)
             if scale is not None:
                 _quantise(chunk, scale, start)
             if empty != "keep":
@@ -112,29 +122,29 @@ def documents(
             yield chunk
             bar.update(count)
     if remaining is not None and list(islice(remaining, 1)):
-        raise ValueError(f"{extras_name} must be one a row, {len(rows)}, got more")
+        raise ValueError(f"{extras_name} must be one per row, {len(rows)}, got more")
 
 
 def _entries(part: SparseRows) -> dict[str, np.ndarray]:
-    used = part.indices >= 0
-    values = part.values.detach()[used]
+    entry_mask = part.indices >= 0
+    values = part.values.detach()[entry_mask]
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()  # numpy has no bfloat16
     return {
         "lengths": part.lengths.long().numpy(),
-        "columns": part.indices[used].numpy(),
+        "columns": part.indices[entry_mask].numpy(),
         "values": values.numpy(),
     }
 
 
-def _check_values(chunk: Documents, start: int, positive: bool) -> None:
-    fits = np.isfinite(chunk.values)
-    if positive:
-        fits &= chunk.values > 0
-    if not fits.all():
-        entry = int(np.argmin(fits))
+def _check_values(chunk: Documents, start: int, should_be_positive: bool) -> None:
+    valid_mask = np.isfinite(chunk.values)
+    if should_be_positive:
+        valid_mask &= chunk.values > 0
+    if not valid_mask.all():
+        entry = int(np.argmin(valid_mask))
         row = start + int(np.searchsorted(np.cumsum(chunk.lengths), entry, side="right"))
-        expected = "finite and above 0" if positive else "finite"
+        expected = "finite and above 0" if should_be_positive else "finite"
         raise ValueError(
             f"rows must have values that are {expected} for this format, "
             f"got {chunk.values[entry]} in row {row}"
@@ -147,23 +157,23 @@ def _quantise(chunk: Documents, scale: float, start: int) -> None:
         raise ValueError(
             f"scale must keep weights below 2**31, got {scale} for {chunk.values.max()}"
         )
-    kept = rounded > 0
-    owners = np.repeat(np.arange(len(chunk)), chunk.lengths)
-    chunk.lengths = np.bincount(owners[kept], minlength=len(chunk))
-    chunk.columns = chunk.columns[kept]
-    chunk.values = rounded[kept].astype(np.int64)
+    kept_mask = rounded > 0
+    rows = np.repeat(np.arange(len(chunk)), chunk.lengths)
+    chunk.lengths = np.bincount(rows[kept_mask], minlength=len(chunk))
+    chunk.columns = chunk.columns[kept_mask]
+    chunk.values = rounded[kept_mask].astype(np.int64)
 
 
-def _empty_row(row: int) -> ValueError:
+def _empty_row_error(row: int) -> ValueError:
     return ValueError(f'rows must not be empty with empty="error", got an empty row {row}')
 
 
 def _drop_empty(chunk: Documents, start: int, empty: str) -> None:
-    kept = chunk.lengths > 0
-    if kept.all():
+    kept_mask = chunk.lengths > 0
+    if kept_mask.all():
         return
-    if empty == "error":  # by rounding: the others were found before
-        raise _empty_row(start + int(np.argmin(kept)))
-    chunk.ids = [id_ for id_, keep in zip(chunk.ids, kept, strict=True) if keep]
-    chunk.extras = [extra for extra, keep in zip(chunk.extras, kept, strict=True) if keep]
-    chunk.lengths = chunk.lengths[kept]
+    if empty == "error":  # emptied by rounding; check_arguments has found all others
+        raise _empty_row_error(start + int(np.argmin(kept_mask)))
+    chunk.ids = list(compress(chunk.ids, kept_mask))
+    chunk.extras = list(compress(chunk.extras, kept_mask))
+    chunk.lengths = chunk.lengths[kept_mask]

@@ -1,4 +1,4 @@
-"""JSON vectors for Anserini, which indexes them with Lucene."""
+"""Writer of JSON vectors for Anserini, which indexes them with Lucene."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from splade_fast.export._documents import DocumentId, check_arguments, documents
+from splade_fast.export._documents import DocumentId, check_arguments, iterate_documents
 from splade_fast.export._json_lines import (
-    templates,
-    token_names,
+    make_templates,
+    name_columns,
     write_texts_and_vectors,
 )
 from splade_fast.ops.sparse_rows import SparseRows
@@ -26,44 +26,53 @@ def write_anserini(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """vector[token] = round(scale · weight), for Anserini's JsonVectorCollection.
+    """Write vector[token] = round(scale · weight) for Anserini's JsonVectorCollection.
 
-    Impacts are whole numbers there: weights are multiplied in float64 and rounded to the nearest
-    integer, halves to the even one, and entries that become 0 are left out. Anserini repeats a
-    token as often as its impact says, separated by white space, and is told not to split further
-    (`-impact -pretokenized`): a token with white space in it goes by `[#column]`.
+    Anserini's impacts are integers: weights are multiplied in float64 and rounded to the nearest
+    integer, halves to even, and entries that become 0 are left out. Index the folder with
+    `-impact -pretokenized`: Anserini then splits at white space alone, so a token that contains
+    white space is named `[#column]`.
 
     Args:
         rows: (N, V), weights above 0.
-        path: a folder to write, with `documents.jsonl` in it; must not exist.
-        ids: of the documents, unique; the rows' numbers without.
-        id_to_token: names of the columns; their numbers without.
-        texts: one for each row, stored as `contents`; not searched.
-        scale: of the weights.
-        empty: "keep", "skip" or "error" for documents without entries, after rounding. Anserini
+        path: folder to write, with a file `documents.jsonl`; must not exist.
+        ids: ids of the documents, unique; the row numbers by default.
+        id_to_token: names of the columns; the column numbers by default.
+        texts: a text for each row, stored as `contents` but not searched.
+        scale: factor of the weights.
+        empty: "keep", "skip" or "error" for documents without entries after rounding. Anserini
             itself counts them and leaves them out.
         show_progress: draw a progress bar.
 
     Returns:
-        How many documents were written.
+        Number of documents written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: an argument does not fit, or a weight is not finite and above 0.
+        FileExistsError: `path` exists.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, or a weight is not finite and above 0.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_anserini(rows, "anserini", ["d1", "d2"], id_to_token=["fox", "dog"])
+        2
+        >>> open("anserini/documents.jsonl").readline()
+        '{"id":"d1","contents":"","vector":{"dog":150}}\\n'
     """
     check_arguments(rows, ids, empty, texts, "texts")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and above 0, got {scale}")
-    names = token_names(id_to_token, rows.num_cols, lambda name: len(name.split()) == 1)
-    fields = templates(names, "%d")
-    chunks = documents(
+    names = name_columns(id_to_token, rows.num_cols, lambda name: len(name.split()) == 1)
+    fields = make_templates(names, "%d")
+    chunks = iterate_documents(
         rows,
         ids,
         empty,
         extras=texts,
         extras_name="texts",
         scale=scale,
-        positive=True,
+        should_be_positive=True,
         show_progress=show_progress,
     )
     return write_texts_and_vectors(path, chunks, fields, "contents")

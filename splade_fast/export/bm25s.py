@@ -1,4 +1,4 @@
-"""An index folder of bm25s, with learned weights for BM25's."""
+"""Writer of bm25s index folders with learned weights in place of BM25 scores."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
-from splade_fast.export._json_lines import token_names
+from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
+from splade_fast.export._json_lines import name_columns
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -24,32 +24,41 @@ def write_bm25s(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """A folder for `bm25s.BM25.load`: its matrix of scores by term, with the weights for scores.
+    """Write a folder for `bm25s.BM25.load` whose scores are the weights.
 
-    bm25s adds up the scores of a query's tokens, as often as each occurs. So it answers queries
-    that are a bag of words (`BagOfWordsQueryEncoder` with weights of 1), not weighted ones.
+    bm25s adds up the scores of a query's tokens. It answers queries that are bags of words, as
+    from a `BagOfWordsQueryEncoder` with weights of 1, but no weighted queries.
 
     Args:
         rows: (N, V); 16-bit values become float32.
-        path: a folder to write; must not exist. `ids.json` in it lists the documents' ids,
-            to which bm25s's numbers point.
-        ids: of the documents; the rows' numbers without.
-        id_to_token: names of the columns; their numbers without.
-        empty: "keep", "skip" or "error" for documents without entries. bm25s takes them.
-        show_progress: draw a progress bar; the rows are read twice.
+        path: folder to write; must not exist. Its file `ids.json` lists the ids by bm25s's document
+            number.
+        ids: ids of the documents; the row numbers by default.
+        id_to_token: names of the columns; the column numbers by default.
+        empty: "keep", "skip" or "error" for documents without entries. bm25s accepts them.
+        show_progress: draw two progress bars, since the rows are read twice.
 
     Returns:
-        How many documents were written.
+        Number of documents written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: an argument does not fit, or a weight is not finite.
+        FileExistsError: `path` exists.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, or a weight is not finite.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_bm25s(rows, "bm25s", ["d1", "d2"], id_to_token=["fox", "dog"])
+        2
     """
     check_arguments(rows, ids, empty)
-    names = token_names(id_to_token, rows.num_cols)
+    names = name_columns(id_to_token, rows.num_cols)
 
     def chunks(description: str) -> Iterator[Documents]:
-        return documents(rows, ids, empty, show_progress=show_progress, description=description)
+        return iterate_documents(
+            rows, ids, empty, show_progress=show_progress, description=description
+        )
 
     value_dtype = "float64" if rows.values.element_size() == 8 else "float32"
     with new_folder(path) as folder:
@@ -75,33 +84,33 @@ def write_bm25s(
 def _write_postings(
     folder: Path, chunks: Iterator[Documents], starts: np.ndarray, value_dtype: str
 ) -> None:
-    """Documents and weights of each term, through memory maps: they may be larger than memory."""
+    """Write the documents and weights of each term into memory-mapped files."""
     total = int(starts[-1])
     numbers = _new_array(folder / "indices.csc.index.npy", "int32", total)
     scores = _new_array(folder / "data.csc.index.npy", value_dtype, total)
-    free = starts[:-1].copy()  # where each term's next document goes
+    next_slots = starts[:-1].copy()  # position of each term's next document
     first = 0
     for chunk in chunks:
-        owners = np.repeat(np.arange(first, first + len(chunk)), chunk.lengths)
+        doc_numbers = np.repeat(np.arange(first, first + len(chunk)), chunk.lengths)
         by_term = np.argsort(chunk.columns, kind="stable")
         columns = chunk.columns[by_term]
         terms, begins, counts = np.unique(columns, return_index=True, return_counts=True)
-        slots = free[columns] + np.arange(len(columns)) - np.repeat(begins, counts)
-        numbers[slots] = owners[by_term]
+        slots = next_slots[columns] + np.arange(len(columns)) - np.repeat(begins, counts)
+        numbers[slots] = doc_numbers[by_term]
         scores[slots] = chunk.values[by_term]
-        free[terms] += counts
+        next_slots[terms] += counts
         first += len(chunk)
 
 
 def _new_array(path: Path, dtype: str, size: int) -> np.ndarray:
-    if size == 0:  # which cannot be mapped
+    if size == 0:  # an empty file cannot be mapped
         np.save(path, np.empty(0, dtype))
         return np.empty(0, dtype)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(size,))
 
 
 def _parameters(count: int, value_dtype: str) -> dict[str, object]:
-    """Those of BM25 are not used: the scores are computed already."""
+    """Return the parameters that bm25s needs to load the scores; those of BM25 are not used."""
     return {
         "method": "lucene",
         "dtype": value_dtype,

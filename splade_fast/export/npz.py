@@ -1,4 +1,4 @@
-"""A CSR matrix for scipy.sparse.load_npz."""
+"""Writer of CSR matrices for scipy.sparse.load_npz."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splade_fast.export._documents import (
     DocumentId,
     Documents,
     check_arguments,
-    documents,
+    iterate_documents,
 )
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -28,43 +28,52 @@ def write_npz(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """`vectors.npz`, a `scipy.sparse.csr_array` for `load_npz`, and `ids.json`, a list.
+    """Write `vectors.npz`, a `scipy.sparse.csr_array` for `load_npz`, and `ids.json`, a list.
 
-    Unlike `rows.to_scipy()` and `save_npz` it holds no more than a part of the rows in memory.
+    The function holds a part of the rows in memory, while `rows.to_scipy()` holds all.
 
     Args:
         rows: (N, V); 16-bit values become float32.
-        path: a folder to write; must not exist.
-        ids: of the documents; the rows' numbers without.
-        compressed: deflate the arrays.
-        empty: "keep", "skip" or "error" for rows without entries; `ids.json` names what is there.
-        show_progress: draw a progress bar; the rows are read twice.
+        path: folder to write; must not exist.
+        ids: ids of the documents; the row numbers by default.
+        compressed: compress the arrays.
+        empty: "keep", "skip" or "error" for rows without entries.
+        show_progress: draw two progress bars, since the rows are read twice.
 
     Returns:
-        How many rows were written.
+        Number of rows written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: an argument does not fit, or a weight is not finite.
+        FileExistsError: `path` exists.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, or a weight is not finite.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_npz(rows, "npz", ["d1", "d2"])
+        2
     """
     check_arguments(rows, ids, empty)
 
     def chunks(description: str) -> Iterator[Documents]:
-        return documents(rows, ids, empty, show_progress=show_progress, description=description)
+        return iterate_documents(
+            rows, ids, empty, show_progress=show_progress, description=description
+        )
 
     lengths = rows.lengths.cpu().numpy()
     if empty == "skip":
         lengths = lengths[lengths > 0]
     starts = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
     total = int(starts[-1])
-    small = max(total, *rows.shape) <= np.iinfo(np.int32).max
-    index_dtype = np.dtype(np.int32 if small else np.int64)
+    is_small = max(total, *rows.shape) <= np.iinfo(np.int32).max
+    index_dtype = np.dtype(np.int32 if is_small else np.int64)
     value_dtype = np.dtype(np.float64 if rows.values.element_size() == 8 else np.float32)
     method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with new_folder(path) as folder:
         with zipfile.ZipFile(folder / "vectors.npz", "w", method) as archive:
             kept: list[DocumentId] = []
-            arrays = _kept_ids(chunks("columns"), kept)
+            arrays = _collect_ids(chunks("columns"), kept)
             _write_array(archive, "indices", index_dtype, (total,), arrays)
             data = (chunk.values for chunk in chunks("values"))
             _write_array(archive, "data", value_dtype, (total,), data)
@@ -79,8 +88,8 @@ def write_npz(
     return len(lengths)
 
 
-def _kept_ids(chunks: Iterable[Documents], kept: list[DocumentId]) -> Iterator[np.ndarray]:
-    """The columns; `kept` collects the ids on the way."""
+def _collect_ids(chunks: Iterable[Documents], kept: list[DocumentId]) -> Iterator[np.ndarray]:
+    """Yield the columns of the chunks and append their ids to `kept`."""
     for chunk in chunks:
         kept += chunk.ids
         yield chunk.columns
@@ -93,7 +102,7 @@ def _write_array(
     shape: tuple[int, ...],
     parts: Iterable[np.ndarray],
 ) -> None:
-    """An array of an .npz file, part by part."""
+    """Write an array into an .npz file part by part."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

@@ -1,4 +1,4 @@
-"""Points for Qdrant: as objects of its client, uploaded, or as JSON lines."""
+"""Points for Qdrant: objects of its client, uploads, and files of JSON lines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
-from splade_fast.export._json_lines import encoded, number_format, write_lines
+from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
+from splade_fast.export._json_lines import number_format, to_json, write_lines
 from splade_fast.ops.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -18,21 +18,31 @@ if TYPE_CHECKING:
     from qdrant_client.models import PointStruct
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://pypi.org/project/splade_fast")
-_NUMBERS = 2**64  # that Qdrant has
+_NUM_IDS = 2**64  # Qdrant's numeric ids are unsigned 64-bit integers
 
 
 def qdrant_id(document_id: DocumentId) -> DocumentId:
-    """The id of a document's point: Qdrant has whole numbers below 2⁶⁴ and UUIDs alone.
+    """Return the id of a document's point: an integer below 2⁶⁴ or a UUID, as Qdrant requires.
 
-    Such a number, also as text ("17", not "017"), and a UUID stay; any other text becomes a UUID
-    made from it, always the same.
+    Integers, their decimal text ("17", but not "017") and UUIDs are kept. Any other text is mapped
+    to a UUID, always to the same one.
+
+    Args:
+        document_id: id of the document.
 
     Raises:
-        ValueError: document_id is a negative or too large int.
+        ValueError: document_id is a negative or too large integer.
+
+    Example::
+
+        >>> sf.export.qdrant_id("17")
+        17
+        >>> sf.export.qdrant_id("d1")
+        '0d6226ff-31c7-5210-955e-fa79b20e54eb'
     """
     if isinstance(document_id, str):
         return _number_or_uuid(document_id)
-    if not 0 <= document_id < _NUMBERS:
+    if not 0 <= document_id < _NUM_IDS:
         raise ValueError(f"ids must be between 0 and 2**64 - 1, got {document_id}")
     return document_id
 
@@ -46,27 +56,35 @@ def qdrant_points(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> Iterator[PointStruct]:
-    """A point for each row, made while they are consumed.
+    """Return an iterator over a point for each row, made on demand.
 
     Args:
         rows: (N, V).
-        ids: of the documents, unique; the rows' numbers without. A point has the id
-            `qdrant_id(id)`, and the document's own in its payload under "id".
-        payloads: one for each row; an "id" in it goes before the document's.
-        vector_name: of the sparse vector in the collection.
-        empty: "keep", "skip" or "error" for documents without entries. Qdrant takes them, and
-            never finds them.
+        ids: ids of the documents, unique; the row numbers by default. A point has the id
+            `qdrant_id(id)`, and the document's id in its payload under "id".
+        payloads: a payload for each row; its "id" replaces the document's.
+        vector_name: name of the sparse vector in the collection.
+        empty: "keep", "skip" or "error" for documents without entries. Qdrant accepts them, but
+            never returns them.
         show_progress: draw a progress bar.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or a weight is not finite.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, or a weight is not finite.
         ImportError: qdrant-client is not installed.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> points = sf.export.qdrant_points(rows, [17, 18], show_progress=False)
+        >>> [point.id for point in points]
+        [17, 18]
     """
-    models = _models()
+    models = _import_models()
     check_arguments(rows, ids, empty, payloads)
     return _points(
         models,
-        documents(rows, ids, empty, extras=payloads, show_progress=show_progress),
+        iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress),
         vector_name,
     )
 
@@ -83,19 +101,28 @@ def upload_to_qdrant(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> None:
-    """Send `qdrant_points` in batches; a collection of that name is made if there is none.
+    """Send `qdrant_points` in batches, after making the collection if it is missing.
 
     Args:
-        client: connected, or in memory.
-        collection: its name.
-        batch_size: points of one request.
+        client: a connected client, or one in memory.
+        collection: name of the collection.
+        batch_size: number of points of a request.
         rows, ids, payloads, vector_name, empty, show_progress: see `qdrant_points`.
 
     Raises:
-        TypeError, ValueError, ImportError: as `qdrant_points`, before anything is sent but for
-            what is wrong with later rows; or batch_size is below 1.
+        TypeError, ValueError, ImportError: see `qdrant_points`; or batch_size is below 1. Invalid
+            arguments raise before anything is sent, invalid weights when their row is reached.
+
+    Example::
+
+        >>> from qdrant_client import QdrantClient
+        >>> client = QdrantClient(":memory:")
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.upload_to_qdrant(client, "documents", rows)
+        >>> client.count("documents").count
+        2
     """
-    models = _models()
+    models = _import_models()
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     points = qdrant_points(
@@ -125,26 +152,32 @@ def write_qdrant(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """The points as JSON lines, as Qdrant's REST interface takes them (`PUT …/points`).
+    """Write the points as JSON lines for Qdrant's REST interface (`PUT .../points`).
 
     Args:
-        path: a folder to write, with `points.jsonl` in it; must not exist.
+        path: folder to write, with a file `points.jsonl`; must not exist.
         rows, ids, payloads, vector_name, empty, show_progress: see `qdrant_points`.
 
     Returns:
-        How many points were written.
+        Number of points written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: as `qdrant_points`.
+        FileExistsError: `path` exists.
+        TypeError, ValueError: see `qdrant_points`.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_qdrant(rows, "qdrant", [17, 18])
+        2
     """
     check_arguments(rows, ids, empty, payloads)
-    chunks = documents(rows, ids, empty, extras=payloads, show_progress=show_progress)
+    chunks = iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress)
     number = number_format(rows)
     with new_folder(path) as folder:
         return write_lines(
             folder / "points.jsonl",
-            (_lines(chunk, encoded(vector_name), number) for chunk in chunks),
+            (_lines(chunk, to_json(vector_name), number) for chunk in chunks),
         )
 
 
@@ -168,9 +201,9 @@ def _lines(chunk: Documents, vector_name: str, number: str) -> Iterator[str]:
         indices = ",".join(map(str, columns[start:stop]))
         weights = ",".join([number] * (stop - start)) % tuple(values[start:stop])
         yield (
-            f'{{"id":{encoded(qdrant_id(id_))},"vector":{{{vector_name}:'
+            f'{{"id":{to_json(qdrant_id(id_))},"vector":{{{vector_name}:'
             f'{{"indices":[{indices}],"values":[{weights}]}}}},'
-            f'"payload":{encoded(_payload(id_, payload))}}}\n'
+            f'"payload":{to_json(_payload(id_, payload))}}}\n'
         )
 
 
@@ -179,9 +212,9 @@ def _payload(document_id: DocumentId, payload: Mapping[str, Any] | None) -> dict
 
 
 def _number_or_uuid(text: str) -> DocumentId:
-    if text.isdecimal() and len(text) <= len(str(_NUMBERS)):
+    if text.isdecimal() and len(text) <= len(str(_NUM_IDS)):
         number = int(text)
-        if text == str(number) and number < _NUMBERS:
+        if text == str(number) and number < _NUM_IDS:
             return number
     try:
         return str(uuid.UUID(text))
@@ -189,11 +222,11 @@ def _number_or_uuid(text: str) -> DocumentId:
         return str(uuid.uuid5(_NAMESPACE, text))
 
 
-def _models() -> Any:
+def _import_models() -> Any:
     try:
         from qdrant_client import models
     except ImportError as error:
         raise ImportError(
-            "points for Qdrant need its client: pip install splade_fast[qdrant]"
+            "points for Qdrant need qdrant-client: pip install splade_fast[qdrant]"
         ) from error
     return models

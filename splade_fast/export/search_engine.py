@@ -1,4 +1,4 @@
-"""Bulk lines, mapping and queries for OpenSearch and Elasticsearch."""
+"""Writers of bulk files and queries for OpenSearch and Elasticsearch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, documents
+from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
 from splade_fast.export._json_lines import (
-    encoded,
-    named_vectors,
+    format_vectors,
+    make_templates,
+    name_columns,
     number_format,
-    templates,
-    token_names,
+    to_json,
     write_lines,
 )
 from splade_fast.ops.sparse_rows import SparseRows
@@ -34,29 +34,36 @@ def write_opensearch(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """Bulk lines for OpenSearch, a `rank_features` field; to be asked by `opensearch_query`.
+    """Write documents with a `rank_features` field for OpenSearch; `opensearch_query` queries it.
 
     `mapping.json` creates the index (`PUT /NAME`), `bulk.ndjson` fills it (`POST /NAME/_bulk`, in
-    pieces of an even number of lines). The store keeps 9 significant bits of a weight. In a query
-    a dot ends the field's name, so a token with a dot in it goes by `[#column]`.
+    parts of an even number of lines). OpenSearch keeps 9 significant bits of a weight. In a query
+    a dot ends the field's name, so a token that contains a dot is named `[#column]`.
 
     Args:
         rows: (N, V), weights above 0.
-        path: a folder to write; must not exist.
-        ids: of the documents, unique; the rows' numbers without.
-        id_to_token: names of the columns; their numbers without.
-        payloads: one for each row, further fields of its document.
-        field: the field's name.
-        empty: "keep", "skip" or "error" for documents without entries. The store takes them.
+        path: folder to write; must not exist.
+        ids: ids of the documents, unique; the row numbers by default.
+        id_to_token: names of the columns; the column numbers by default.
+        payloads: further fields of each document.
+        field: name of the field.
+        empty: "keep", "skip" or "error" for documents without entries. OpenSearch accepts them.
         show_progress: draw a progress bar.
 
     Returns:
-        How many documents were written.
+        Number of documents written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: an argument does not fit, a weight is not finite and above 0, or a
-            payload has the field itself.
+        FileExistsError: `path` exists.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, a weight is not finite and above 0, or a payload
+            contains the field.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_opensearch(rows, "opensearch", ["d1", "d2"])
+        2
     """
     return _write_bulk(
         rows, path, ids, id_to_token, payloads, field, "rank_features", empty, show_progress
@@ -75,17 +82,23 @@ def write_elasticsearch(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """Bulk lines for Elasticsearch; as `write_opensearch`, to be asked by `elasticsearch_query`.
+    """Write documents as `write_opensearch` does, for Elasticsearch and `elasticsearch_query`.
 
     Args:
         field_type: "sparse_vector" (Elasticsearch 8.11 and later) or "rank_features".
         rows, path, ids, id_to_token, payloads, field, empty, show_progress: see `write_opensearch`.
 
     Returns:
-        How many documents were written.
+        Number of documents written.
 
     Raises:
-        FileExistsError, TypeError, ValueError: as `write_opensearch`, or field_type is unknown.
+        FileExistsError, TypeError, ValueError: see `write_opensearch`; or field_type is unknown.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_elasticsearch(rows, "elasticsearch", ["d1", "d2"])
+        2
     """
     return _write_bulk(
         rows, path, ids, id_to_token, payloads, field, field_type, empty, show_progress
@@ -98,17 +111,23 @@ def opensearch_query(
     id_to_token: Sequence[str] | Mapping[int, str] | None = None,
     field: str = "splade",
 ) -> list[Query]:
-    """A `neural_sparse` query of each row, whose score is the dot product.
+    """Return a `neural_sparse` query for each row; the score of a document is the dot product.
 
     Args:
         queries: (Q, V), weights above 0.
-        id_to_token: as the documents were written with.
-        field: likewise.
+        id_to_token: the names that the documents were written with.
+        field: name of the field that the documents were written with.
 
     Raises:
-        TypeError, ValueError: as `write_opensearch`.
+        TypeError, ValueError: see `write_opensearch`.
+
+    Example::
+
+        >>> queries = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5]]))
+        >>> sf.export.opensearch_query(queries, id_to_token=["fox", "dog"])
+        [{'neural_sparse': {'splade': {'query_tokens': {'dog': 1.5}}}}]
     """
-    return _queries(
+    return _make_queries(
         queries, id_to_token, lambda weights: {"neural_sparse": {field: {"query_tokens": weights}}}
     )
 
@@ -120,26 +139,33 @@ def elasticsearch_query(
     field: str = "splade",
     field_type: str = "sparse_vector",
 ) -> list[Query]:
-    """A query of each row, whose score is the dot product.
+    """Return a query for each row; the score of a document is the dot product.
 
     Args:
         queries: (Q, V), weights above 0.
-        id_to_token: as the documents were written with.
-        field: likewise.
-        field_type: likewise. With "rank_features" the query is one clause a token, which suits
-            OpenSearch without its neural plugin as well.
+        id_to_token: the names that the documents were written with.
+        field: name of the field that the documents were written with.
+        field_type: type of the field that the documents were written with. For "rank_features" the
+            query has a clause for each token, which OpenSearch without its neural plugin answers
+            as well.
 
     Raises:
-        TypeError, ValueError: as `write_elasticsearch`.
+        TypeError, ValueError: see `write_elasticsearch`.
+
+    Example::
+
+        >>> queries = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5]]))
+        >>> sf.export.elasticsearch_query(queries, id_to_token=["fox", "dog"])
+        [{'sparse_vector': {'field': 'splade', 'query_vector': {'dog': 1.5}}}]
     """
     _check_field_type(field_type)
     if field_type == "sparse_vector":
-        return _queries(
+        return _make_queries(
             queries,
             id_to_token,
             lambda weights: {"sparse_vector": {"field": field, "query_vector": weights}},
         )
-    return _queries(
+    return _make_queries(
         queries, id_to_token, lambda weights: {"bool": {"should": _clauses(weights, field)}}
     )
 
@@ -151,17 +177,17 @@ def _clauses(weights: dict[str, float], field: str) -> list[Query]:
     ]
 
 
-def _queries(
+def _make_queries(
     queries: SparseRows,
     id_to_token: Sequence[str] | Mapping[int, str] | None,
     query: Callable[[dict[str, float]], Query],
 ) -> list[Query]:
     check_arguments(queries, None, "keep")
     names = _feature_names(id_to_token, queries.num_cols)
-    chunks = documents(queries, None, "keep", positive=True, show_progress=False)
-    fields = templates(names, number_format(queries))
-    vectors = (json.loads(vector) for chunk in chunks for vector in named_vectors(chunk, fields))
-    # Without clauses a bool query would find everything, and the others are errors there.
+    chunks = iterate_documents(queries, None, "keep", should_be_positive=True, show_progress=False)
+    fields = make_templates(names, number_format(queries))
+    vectors = (json.loads(vector) for chunk in chunks for vector in format_vectors(chunk, fields))
+    # A bool query without clauses matches all documents; the other kinds are errors when empty.
     return [query(weights) if weights else {"match_none": {}} for weights in vectors]
 
 
@@ -178,9 +204,9 @@ def _write_bulk(
 ) -> int:
     check_arguments(rows, ids, empty, payloads)
     _check_field_type(field_type)
-    fields = templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))
-    chunks = documents(
-        rows, ids, empty, extras=payloads, positive=True, show_progress=show_progress
+    fields = make_templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))
+    chunks = iterate_documents(
+        rows, ids, empty, extras=payloads, should_be_positive=True, show_progress=show_progress
     )
     mapping = {"mappings": {"properties": {field: {"type": field_type}}}}
     with new_folder(path) as folder:
@@ -191,21 +217,21 @@ def _write_bulk(
 
 
 def _bulk_lines(chunk: Documents, fields: Sequence[str], field: str) -> Iterator[str]:
-    name = encoded(field)
-    vectors = named_vectors(chunk, fields)
+    name = to_json(field)
+    vectors = format_vectors(chunk, fields)
     for id_, payload, vector in zip(chunk.ids, chunk.extras, vectors, strict=True):
         others = ""
         if payload:
             if field in payload:
                 raise ValueError(f"payloads must not have the field {field!r}, got one of {id_!r}")
-            others = "," + encoded(dict(payload))[1:-1]
-        yield f'{{"index":{{"_id":{encoded(str(id_))}}}}}\n{{{name}:{vector}{others}}}\n'
+            others = "," + to_json(dict(payload))[1:-1]
+        yield f'{{"index":{{"_id":{to_json(str(id_))}}}}}\n{{{name}:{vector}{others}}}\n'
 
 
 def _feature_names(
     id_to_token: Sequence[str] | Mapping[int, str] | None, num_cols: int
 ) -> list[str]:
-    return token_names(id_to_token, num_cols, lambda name: "." not in name)
+    return name_columns(id_to_token, num_cols, lambda name: "." not in name)
 
 
 def _check_field_type(field_type: str) -> None:

@@ -1,15 +1,15 @@
-"""JSON lines for Seismic (the package pyseismic-lsr)."""
+"""Writer of JSON lines for Seismic (the package pyseismic-lsr)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from splade_fast.export._documents import DocumentId, check_arguments, documents
+from splade_fast.export._documents import DocumentId, check_arguments, iterate_documents
 from splade_fast.export._json_lines import (
+    make_templates,
+    name_columns,
     number_format,
-    templates,
-    token_names,
     write_texts_and_vectors,
 )
 from splade_fast.ops.sparse_rows import SparseRows
@@ -25,37 +25,46 @@ def write_seismic(
     empty: str = "keep",
     show_progress: bool = True,
 ) -> int:
-    """Lines {"id", "content", "vector": {token: weight}} for `SeismicIndex.build`.
+    """Write lines {"id", "content", "vector": {token: weight}} for `SeismicIndex.build`.
 
-    Seismic (Bruch et al., SIGIR 2024) keeps weights in 16 bits. The strings of its queries hold
-    at most 30 characters.
+    Seismic (Bruch et al., SIGIR 2024) keeps weights in 16 bits. Tokens of its queries have at most
+    30 characters.
 
     Args:
         rows: (N, V), weights above 0.
-        path: a folder to write, with `documents.jsonl` in it; must not exist.
-        ids: of the documents, unique; the rows' numbers without.
-        id_to_token: names of the columns; their numbers without.
-        texts: one for each row, stored as `content`; not searched.
-        empty: "keep", "skip" or "error" for documents without entries. Seismic takes them, and
-            never finds them.
+        path: folder to write, with a file `documents.jsonl`; must not exist.
+        ids: ids of the documents, unique; the row numbers by default.
+        id_to_token: names of the columns; the column numbers by default.
+        texts: a text for each row, stored as `content` but not searched.
+        empty: "keep", "skip" or "error" for documents without entries. Seismic accepts them, but
+            never returns them.
         show_progress: draw a progress bar.
 
     Returns:
-        How many documents were written.
+        Number of documents written.
 
     Raises:
-        FileExistsError: path exists.
-        TypeError, ValueError: an argument does not fit, or a weight is not finite and above 0.
+        FileExistsError: `path` exists.
+        TypeError: rows are not SparseRows.
+        ValueError: an argument is invalid, or a weight is not finite and above 0.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> sf.export.write_seismic(rows, "seismic", ["d1", "d2"], id_to_token=["fox", "dog"])
+        2
+        >>> open("seismic/documents.jsonl").readline()
+        '{"id":"d1","content":"","vector":{"dog":1.5}}\\n'
     """
     check_arguments(rows, ids, empty, texts, "texts")
-    fields = templates(token_names(id_to_token, rows.num_cols), number_format(rows))
-    chunks = documents(
+    fields = make_templates(name_columns(id_to_token, rows.num_cols), number_format(rows))
+    chunks = iterate_documents(
         rows,
         ids,
         empty,
         extras=texts,
         extras_name="texts",
-        positive=True,
+        should_be_positive=True,
         show_progress=show_progress,
     )
     return write_texts_and_vectors(path, chunks, fields, "content")

@@ -1,1 +1,1 @@
-"""Search: texts, index folders, encoding of a corpus, evaluation of a run."""
+"""Search: texts, index folders, encoding of a corpus, evaluation."""

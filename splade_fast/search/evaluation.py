@@ -1,21 +1,53 @@
-"""Retrieval quality of a run, by ir_measures."""
+"""Retrieval quality of a run or of encoded queries and documents, measured by ir_measures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ir_measures
 from torch import Tensor
 
-from splade_fast.search.texts import Qrels
+from splade_fast.ops.score import sparse_search
+from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.texts import DataError, Qrels, Texts
 
-_SHOWN_AS = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
+_DISPLAY_NAMES = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
+_HITS = 100  # the largest cutoff of the measures
 
 Run = dict[str, dict[str, float]]
 
 
-def run_of(query_ids: Sequence[str], doc_ids: Sequence[str], scores: Tensor, hits: Tensor) -> Run:
-    """The result of `sparse_search` as {query id: {document id: score}}.
+def select_judged(queries: Texts, qrels: Qrels) -> Texts:
+    """Return the queries that have judgements.
+
+    Raises:
+        DataError: nothing is judged, or a judged query is not among the queries.
+    """
+    if not qrels:
+        raise DataError("qrels must judge at least one query, got none")
+    check_judged_ids("queries", queries.ids, qrels)
+    judged = [pair for pair in zip(queries.ids, queries.texts, strict=True) if pair[0] in qrels]
+    return Texts([query_id for query_id, _ in judged], [text for _, text in judged])
+
+
+def check_judged_ids(name: str, ids: Sequence[str], judged_ids: Iterable[str]) -> None:
+    """Check that all judged ids are among `ids`.
+
+    Args:
+        name: "queries" or "corpus", for the message.
+        ids: ids of the queries or of the documents.
+        judged_ids: ids in the judgements.
+
+    Raises:
+        DataError: an id is missing.
+    """
+    missing = set(judged_ids) - set(ids)
+    if missing:
+        raise DataError(f"qrels must judge ids of the {name} alone, got {min(missing)!r}")
+
+
+def make_run(query_ids: Sequence[str], doc_ids: Sequence[str], scores: Tensor, hits: Tensor) -> Run:
+    """Return the result of `sparse_search` as {query id: {document id: score}}.
 
     Args:
         query_ids: Q ids.
@@ -32,10 +64,30 @@ def run_of(query_ids: Sequence[str], doc_ids: Sequence[str], scores: Tensor, hit
 
 
 def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
-    """MRR@10, nDCG@10 and Recall@100, each the mean over the judged queries.
+    """Return MRR@10, nDCG@10 and Recall@100, each the mean over the judged queries.
 
-    A judged query without any hit counts as 0.
+    A judged query without hits counts as 0.
     """
-    measures = [ir_measures.parse_measure(name) for name in _SHOWN_AS]
+    measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
     results = ir_measures.calc_aggregate(measures, qrels, run)
-    return {_SHOWN_AS[str(measure)]: float(results[measure]) for measure in measures}
+    return {_DISPLAY_NAMES[str(measure)]: float(results[measure]) for measure in measures}
+
+
+def evaluate_vectors(
+    qrels: Qrels,
+    query_ids: Sequence[str],
+    queries: SparseRows,
+    doc_ids: Sequence[str],
+    documents: SparseRows,
+) -> dict[str, float]:
+    """Search the documents for each query exactly, and return the measures of `evaluate_run`.
+
+    Args:
+        qrels: {query id: {document id: relevance}}.
+        query_ids: Q ids.
+        queries: (Q, V).
+        doc_ids: N ids.
+        documents: (N, V).
+    """
+    scores, hits = sparse_search(queries, documents, min(_HITS, len(documents)))
+    return evaluate_run(qrels, make_run(query_ids, doc_ids, scores, hits))

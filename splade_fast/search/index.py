@@ -1,4 +1,4 @@
-"""An encoded corpus in a folder: vectors, document ids and how they were made."""
+"""Index folder of an encoded corpus: vectors, document ids and the settings of the encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ _VECTORS, _IDS, _META = "vectors.safetensors", "ids.json", "meta.json"
 
 @dataclass
 class IndexMeta:
-    """What has to be the same when queries are encoded for this index."""
+    """Settings of the encoding, which queries for the index must share.
+
+    Args:
+        model: hub name or folder of the model.
+        max_length: number of tokens kept of each text.
+        k: largest number of entries of each document; None without a limit.
+        format_version: version of the folder's format.
+    """
 
     model: str
     max_length: int
@@ -30,17 +37,17 @@ class IndexMeta:
 
 @dataclass
 class Index:
-    """N document vectors, the id of each, and how they were made."""
+    """Document vectors (N, V), the N ids of the documents, and the settings of the encoding."""
 
     rows: SparseRows
     ids: list[str]
     meta: IndexMeta
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder `path`; it appears complete or not at all.
+        """Write the folder `path`, which appears complete or not at all.
 
         Raises:
-            FileExistsError: `path` exists already.
+            FileExistsError: `path` exists.
         """
         with new_folder(path) as folder:
             self.rows.save(folder / _VECTORS)
@@ -48,53 +55,53 @@ class Index:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Index:
-        """Read what `save` wrote.
+        """Read an index folder; the vectors are mapped into memory.
 
         Raises:
             FileNotFoundError: there is no index at `path`.
-            ValueError: its parts do not fit together.
+            ValueError: a file is damaged, or the files do not fit together.
         """
         path = Path(path)
         for name in (_VECTORS, _IDS, _META):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"no index at {path}: {name} is missing")
-        meta, ids = (_json_of(path / name) for name in (_META, _IDS))
+        meta, ids = (_read_json(path / name) for name in (_META, _IDS))
         version = meta.get("format_version") if isinstance(meta, dict) else None
         if version != _FORMAT_VERSION:
             raise ValueError(f"{path} must have format version {_FORMAT_VERSION}, got {version}")
-        if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        if not isinstance(ids, list) or not all(isinstance(doc_id, str) for doc_id in ids):
             raise ValueError(f"{path / _IDS} is damaged: expected a list of ids")
         try:
-            described = IndexMeta(**meta)
+            checked_meta = IndexMeta(**meta)
         except TypeError as error:
             raise ValueError(f"{path / _META} is damaged: {error}") from error
         for name, kinds in _META_TYPES.items():
-            if type(value := getattr(described, name)) not in kinds:
+            if type(value := getattr(checked_meta, name)) not in kinds:
                 raise ValueError(f"{path / _META} is damaged: {name} cannot be {value!r}")
         rows = SparseRows.load(path / _VECTORS)
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
-        return cls(rows, ids, described)
+        return cls(rows, ids, checked_meta)
 
 
-def join_index(folder: Path, pieces: Sequence[Path], ids: list[str], meta: IndexMeta) -> None:
-    """Write into `folder` what `Index.save` would of all rows of the pieces, to the byte.
+def join_index(folder: Path, files: Sequence[Path], ids: list[str], meta: IndexMeta) -> None:
+    """Write the index of all rows of several files, with the same bytes as `Index.save`.
 
     Args:
-        folder: exists, and has nothing of an index in it.
-        pieces: files of `SparseRows.save`, deleted one by one as they are copied.
-        ids: one for each row.
-        meta: how the rows were made.
+        folder: an existing folder without an index.
+        files: files of `SparseRows.save`; each is deleted once it is copied.
+        ids: ids of the documents, one for each row.
+        meta: settings of the encoding.
 
     Raises:
-        OSError, ValueError: as `join_files`.
+        OSError, ValueError: see `join_files`.
     """
-    join_files(pieces, folder / _VECTORS)
+    join_files(files, folder / _VECTORS)
     _write_description(folder, ids, meta)
 
 
-def lasting_name(model: str | os.PathLike[str]) -> str:
-    """A hub name as it is, a folder by its full path: the index may be searched from elsewhere."""
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a model folder, or a hub name as it is."""
     return str(Path(model).resolve()) if Path(model).is_dir() else os.fspath(model)
 
 
@@ -103,7 +110,7 @@ def _write_description(folder: Path, ids: list[str], meta: IndexMeta) -> None:
     (folder / _META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
 
 
-def _json_of(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Files of SparseRows joined into one, whose rows never are in memory together."""
+"""Joining of files of SparseRows without holding all rows in memory."""
 
 from __future__ import annotations
 
@@ -20,43 +20,52 @@ _HEADER_ALIGNMENT = 8
 
 @dataclass
 class _Contents:
-    """What a file holds, as safetensors describes it."""
+    """Metadata of a file, and dtypes and shape of its tensors.
+
+    Args:
+        metadata: metadata of safetensors.
+        dtypes: safetensors' name of each tensor's dtype, in the order of the tensors in the file.
+        count: number of rows.
+        width: number of slots of a row.
+    """
 
     metadata: dict[str, str]
-    dtypes: dict[str, str]  # in the order of the tensors in the file
+    dtypes: dict[str, str]
     count: int
     width: int
 
     @classmethod
-    def of(cls, path: Path) -> _Contents:
+    def read(cls, path: Path) -> _Contents:
         try:
             with safe_open(path, framework="pt") as file:
-                dtypes = {name: file.get_slice(name).get_dtype() for name in _names(path)}
+                dtypes = {name: file.get_slice(name).get_dtype() for name in _tensor_names(path)}
                 count, width = file.get_slice("indices").get_shape()
                 return cls(file.metadata(), dtypes, count, width)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _names(path: Path) -> list[str]:
-    """The tensors of a sound file in its order, also of those that have no bytes."""
+def _tensor_names(path: Path) -> list[str]:
+    """Return tensor names in the header's order; offsets do not order tensors without bytes."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return [name for name in json.loads(file.read(size)) if name != "__metadata__"]
 
 
 def join_files(parts: Sequence[Path], target: Path) -> None:
-    """SparseRows.cat(all parts).save(target), to the byte; each part is deleted once it is copied.
+    """Write the same bytes as `SparseRows.cat(all parts).save(target)`.
 
     Args:
-        parts: at least one file of `SparseRows.save`; all have the same num_cols and dtype.
+        parts: at least one file of `SparseRows.save`, of equal num_cols and dtype. Each file is
+            deleted once it is copied.
         target: the file to write; must not exist.
 
     Raises:
-        OSError: of the file system.
-        ValueError: a part is damaged, or differs from the first one.
+        FileExistsError: `target` exists.
+        OSError: the file system failed.
+        ValueError: a part is damaged, or its num_cols or dtype differs from the first one's.
     """
-    contents = [_Contents.of(part) for part in parts]
+    contents = [_Contents.read(part) for part in parts]
     first = contents[0]
     for part, other in zip(parts, contents, strict=True):
         if (other.metadata, other.dtypes) != (first.metadata, first.dtypes):
@@ -67,24 +76,24 @@ def join_files(parts: Sequence[Path], target: Path) -> None:
     count = sum(one.count for one in contents)
     width = max(one.width for one in contents)
     with target.open("xb") as file:
-        places = _write_header(file, first, count, width)
+        offsets = _write_header(file, first, count, width)
         for part in parts:
             for block in _blocks(SparseRows.load(part), width):
                 for name, tensor in block.items():
-                    file.seek(places[name])
-                    places[name] += file.write(_bytes(tensor))
+                    file.seek(offsets[name])
+                    offsets[name] += file.write(_bytes(tensor))
             part.unlink()
 
 
 def _write_header(file: BinaryIO, like: _Contents, count: int, width: int) -> dict[str, int]:
-    """The header as safetensors writes it; returns where the bytes of each tensor start."""
+    """Write the header as safetensors does, and return the offset of each tensor's bytes."""
     shapes = {"indices": [count, width], "values": [count, width], "lengths": [count]}
     header: dict[str, object] = {"__metadata__": like.metadata}
     starts: dict[str, int] = {}
     end = 0
     for name, dtype in like.dtypes.items():
         starts[name] = end
-        end += _size_of(dtype) * torch.Size(shapes[name]).numel()
+        end += _item_size(dtype) * torch.Size(shapes[name]).numel()
         header[name] = {
             "dtype": dtype,
             "shape": shapes[name],
@@ -98,18 +107,18 @@ def _write_header(file: BinaryIO, like: _Contents, count: int, width: int) -> di
     return {name: data + start for name, start in starts.items()}
 
 
-def _size_of(dtype: str) -> int:
-    """Bytes of one number, of names such as F32 and BF16."""
+def _item_size(dtype: str) -> int:
+    """Return the bytes of a number from the name of its dtype, such as F32 or BF16."""
     return int(dtype.lstrip("BFI")) // 8
 
 
 def _blocks(rows: SparseRows, width: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors of some rows after the other, padded to `width`."""
-    none, no_values = rows.indices.new_empty(0, width), rows.values.new_empty(0, width)
-    widest = SparseRows(none, no_values, rows.lengths[:0], rows.num_cols)
+    """Yield the tensors of consecutive blocks of rows, padded to `width`."""
+    indices, values = rows.indices.new_empty(0, width), rows.values.new_empty(0, width)
+    no_rows = SparseRows(indices, values, rows.lengths[:0], rows.num_cols)  # cat pads to its width
     rows_at_once = max(1, _ENTRIES_AT_A_TIME // max(width, 1))
     for start in range(0, len(rows), rows_at_once):
-        block = SparseRows.cat([rows[start : start + rows_at_once], widest])
+        block = SparseRows.cat([rows[start : start + rows_at_once], no_rows])
         yield {name: getattr(block, name) for name in ("indices", "values", "lengths")}
 
 

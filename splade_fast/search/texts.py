@@ -1,4 +1,4 @@
-"""Corpora, queries and relevance judgements from TSV and JSONL files."""
+"""Readers of corpora, queries and relevance judgements in TSV and JSONL files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Qrels = dict[str, dict[str, int]]
 
 
 class DataError(ValueError):
-    """A file of texts or judgements that cannot be used; says which line and why."""
+    """Error in a file of texts or judgements; the message names the line and the reason."""
 
 
 @dataclass
 class Texts:
-    """Texts with unique ids, in the order of their file."""
+    """Texts and their unique ids, in the order of their file."""
 
     ids: list[str]
     texts: list[str]
@@ -33,86 +33,87 @@ class Texts:
 def read_texts(path: str | os.PathLike[str]) -> Texts:
     """Read a corpus or queries.
 
-    A name ending in .jsonl holds one object per line with `text`, an id under `id` or `_id`, and
-    optionally `title`, which goes before the text; any other file holds `id<TAB>text` lines. Either
-    may be compressed, with .gz after its name.
+    A .jsonl or .ndjson file holds one object per line with `text`, an id under `id` or `_id`, and
+    optionally `title`, which is put before the text. Any other file holds `id<TAB>text` lines.
+    A file whose name ends in .gz is decompressed.
 
     Raises:
-        DataError: no such file, no texts in it, a malformed line or a repeated id.
+        DataError: the file is missing or has no texts, a line is malformed, or an id is repeated.
     """
     found = Texts([], [])
-    for text_id, text in checked_texts(path):
+    for text_id, text in iterate_checked_texts(path):
         found.ids.append(text_id)
         found.texts.append(text)
     return found
 
 
-def checked_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """(id, text) of what `read_texts` reads, one after the other; only the ids are kept.
+def iterate_checked_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) for each text of `read_texts`, keeping the ids alone in memory.
 
     Raises:
-        DataError: as there, on reaching the line; no texts, at the end.
+        DataError: see `read_texts`; raised on reaching the line.
     """
     seen: set[str] = set()
-    for where, (text_id, text) in _parsed_texts(path):
+    for location, (text_id, text) in _parse_texts(path):
         if text_id in seen:
-            raise DataError(f"{where}: id {text_id!r} appears a second time")
+            raise DataError(f"{location}: id {text_id!r} appears a second time")
         seen.add(text_id)
         yield text_id, text
     if not seen:
         raise DataError(f"{path} must hold at least one text, got none")
 
 
-def each_text(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """As `checked_texts`, of a file whose ids have been checked before; nothing is kept."""
-    return (parsed for _, parsed in _parsed_texts(path))
+def iterate_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) as `iterate_checked_texts` does, without a check for repeated ids."""
+    return (parsed for _, parsed in _parse_texts(path))
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
-    """Read judgements {query id: {document id: relevance}}.
+    """Read judgements as {query id: {document id: relevance}}.
 
     Lines hold `query document relevance` (BEIR, with or without its header) or
     `query 0 document relevance` (TREC), separated by white space.
 
     Raises:
-        DataError: no such file, no judgements in it, a malformed line or a repeated pair.
+        DataError: the file is missing or has no judgements, a line is malformed, or a pair is
+            repeated.
     """
     qrels: Qrels = {}
-    for where, judgement in parsed_lines(Path(path), _parse_qrels_line):
-        if judgement is None:
+    for location, judgement in parse_lines(Path(path), _parse_qrels_line):
+        if judgement is None:  # the header
             continue
         query, document, relevance = judgement
         if document in qrels.setdefault(query, {}):
-            raise DataError(f"{where}: {query} {document} is judged a second time")
+            raise DataError(f"{location}: {query} {document} is judged a second time")
         qrels[query][document] = relevance
     if not qrels:
         raise DataError(f"{path} must hold at least one judgement, got none")
     return qrels
 
 
-def parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """(file and line number, parsed line) for all lines that are not blank."""
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}, line {number}"
+def parse_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """Yield (file and line number, parsed line) for each line that is not blank."""
+    for number, line in enumerate(_read_lines(path), start=1):
+        location = f"{path}, line {number}"
         try:
             text = line.decode("utf-8").rstrip("\r\n")
             if text.strip():
-                yield where, parse(text)
+                yield location, parse(text)
         except (DataError, UnicodeDecodeError) as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{location}: {error}") from error
 
 
 def is_json_lines(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name says that every line is a JSON object."""
+    """Return whether a file's name ends in .jsonl or .ndjson, or in one of these and .gz."""
     return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
-def _parsed_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _parse_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
     parse = _parse_json_line if is_json_lines(path) else _parse_tsv_line
-    return parsed_lines(Path(path), parse)
+    return parse_lines(Path(path), parse)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _read_lines(path: Path) -> Iterator[bytes]:
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     compressed = path.suffix.lower() == ".gz"
@@ -126,31 +127,31 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _parse_tsv_line(line: str) -> tuple[str, str]:
     text_id, tab, text = line.partition("\t")
     if not tab or not text_id:
-        raise DataError(f"expected id<TAB>text, got {shortened(line)}")
+        raise DataError(f"expected id<TAB>text, got {quote_start(line)}")
     return text_id, text
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """The object that a line holds.
+def parse_json_object(line: str) -> dict[str, Any]:
+    """Return the JSON object that a line holds.
 
     Raises:
-        DataError: it holds something else.
+        DataError: the line is not a JSON object.
     """
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise DataError(f"expected a JSON object, got {shortened(line)} ({error})") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deep
+        raise DataError(f"expected a JSON object, got {quote_start(line)} ({error})") from error
     if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, got {shortened(line)}")
+        raise DataError(f"expected a JSON object, got {quote_start(line)}")
     return record
 
 
 def _parse_json_line(line: str) -> tuple[str, str]:
-    record = json_object(line)
+    record = parse_json_object(line)
     text_id = record.get("id", record.get("_id"))
     text = record.get("text")
     if not isinstance(text_id, str | int) or not isinstance(text, str):
-        raise DataError(f"expected the keys id (or _id) and text, got {shortened(line)}")
+        raise DataError(f"expected the keys id (or _id) and text, got {quote_start(line)}")
     title = record.get("title")
     return str(text_id), f"{title} {text}" if title else text
 
@@ -162,7 +163,7 @@ def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
     if len(fields) not in (3, 4):
         raise DataError(
             f"expected query document relevance or query 0 document relevance, "
-            f"got {shortened(line)}"
+            f"got {quote_start(line)}"
         )
     try:
         return fields[0], fields[-2], int(fields[-1])
@@ -170,6 +171,6 @@ def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
         raise DataError(f"expected a whole number as relevance, got {fields[-1]!r}") from None
 
 
-def shortened(line: str, limit: int = 60) -> str:
-    """The line, quoted, as a message shows it."""
+def quote_start(line: str, limit: int = 60) -> str:
+    """Return the start of a line in quotes, for a message."""
     return repr(line if len(line) <= limit else line[:limit] + "…")

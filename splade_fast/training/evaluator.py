@@ -6,12 +6,9 @@ import os
 from typing import Any
 
 from splade_fast.encoders.text_encoder import TextEncoder
-from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.evaluation import evaluate_run, run_of
-from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
-
-_HITS = 100  # Recall@100 looks at so many
+from splade_fast.search.evaluation import check_judged_ids, evaluate_vectors, select_judged
+from splade_fast.search.texts import Qrels, Texts, read_qrels, read_texts
 
 
 class RetrievalEvaluator:
@@ -49,19 +46,8 @@ class RetrievalEvaluator:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
     ) -> None:
-        if not qrels:
-            raise DataError("qrels must judge at least one query, got none")
-        for name, known, judged in (
-            ("queries", set(queries.ids), set(qrels)),
-            ("corpus", set(corpus.ids), {d for documents in qrels.values() for d in documents}),
-        ):
-            unknown = judged - known
-            if unknown:
-                raise DataError(f"qrels name what {name} lacks: {min(unknown)!r}, …")
-        judged_texts = [
-            (i, text) for i, text in zip(queries.ids, queries.texts, strict=True) if i in qrels
-        ]
-        self.queries = Texts([i for i, _ in judged_texts], [text for _, text in judged_texts])
+        self.queries = select_judged(queries, qrels)
+        check_judged_ids("corpus", corpus.ids, {doc_id for row in qrels.values() for doc_id in row})
         self.corpus = corpus
         self.qrels = qrels
         self.max_query_length = max_query_length
@@ -118,9 +104,10 @@ class RetrievalEvaluator:
 
     def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
         """The same of vectors that are there already, those of all queries and of the corpus."""
-        scores, hits = sparse_search(queries, documents, min(_HITS, len(documents)))
-        run = run_of(self.queries.ids, self.corpus.ids, scores, hits)
-        return evaluate_run(self.qrels, run) | {
+        measures = evaluate_vectors(
+            self.qrels, self.queries.ids, queries, self.corpus.ids, documents
+        )
+        return measures | {
             "query_active_dims": float(queries.lengths.float().mean()),
             "document_active_dims": float(documents.lengths.float().mean()),
             "index_mib": documents.nbytes / 2**20,

@@ -43,7 +43,7 @@ def with_value(rows, row, value):
 def test_bad_arguments_leave_nothing_behind(write, rows, ids, tmp_path):
     for arguments, error, message in [
         ({"rows": rows.to_dense()}, TypeError, "rows must be SparseRows, got Tensor"),
-        ({"ids": ids[1:]}, ValueError, "ids must be one a row, 40, got 39"),
+        ({"ids": ids[1:]}, ValueError, "ids must be one per row, 40, got 39"),
         ({"empty": "drop"}, ValueError, "empty must be one of 'keep', 'skip', 'error', got 'drop'"),
         ({"empty": "error"}, ValueError, "rows must not be empty .* got an empty row 0"),
         ({"rows": with_value(rows, 5, float("nan"))}, ValueError, "finite.* got nan in row 5"),
@@ -123,7 +123,7 @@ def test_extras_are_one_a_row(name, rows, tmp_path):
         ((one for _ in range(39)), "39"),
         ((one for _ in range(41)), "more"),
     ]:
-        with pytest.raises(ValueError, match=f"{option} must be one a row, 40, got {got}"):
+        with pytest.raises(ValueError, match=f"{option} must be one per row, 40, got {got}"):
             WRITERS[name](rows, tmp_path / "out", show_progress=False, **{option: extras})
     assert list(tmp_path.iterdir()) == []
 

@@ -111,7 +111,7 @@ def test_numbers_out_of_range_are_refused(number):
 def test_bad_arguments_are_refused_before_anything_is_sent(client, rows):
     for options, message in [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"ids": ["a"]}, "ids must be one a row, 40, got 1"),
+        ({"ids": ["a"]}, "ids must be one per row, 40, got 1"),
         ({"empty": "error"}, "got an empty row 0"),
     ]:
         with pytest.raises(ValueError, match=message):

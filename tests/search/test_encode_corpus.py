@@ -220,7 +220,7 @@ def test_arguments_out_of_range(tmp_path, name):
 
 def test_what_a_killed_run_left_is_replaced(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
-    left = tmp_path / ".index.partial" / "pieces"
+    left = tmp_path / ".index.partial" / "chunks"
     left.mkdir(parents=True)
     for name in ("0.safetensors", "9.safetensors", "failed"):
         (left / name).write_text("cut short")

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import splade_fast as sf
 from splade_fast.search.join_files import join_files
+from tests.selection import pairwise
 
 NUM_COLS = 40
 
@@ -28,11 +29,11 @@ def make_rows(count, dtype=torch.float32):
     return sf.SparseRows.from_dense(x.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "sizes", [[1], [23], [0], [0, 0], [5, 5, 3], [1, 1, 1, 20], [0, 7, 0, 1, 0]], ids=str
+@pairwise(
+    sizes=[[1], [23], [0], [0, 0], [5, 5, 3], [1, 1, 1, 20], [0, 7, 0, 1, 0]],
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    entries=[1, 2**20],
 )
-@pytest.mark.parametrize("entries", [1, 2**20])
 def test_joined_as_one_save(tmp_path, monkeypatch, dtype, sizes, entries):
     monkeypatch.setattr("splade_fast.search.join_files._ENTRIES_AT_A_TIME", entries)
     rows = make_rows(sum(sizes), dtype)

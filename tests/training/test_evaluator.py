@@ -95,9 +95,9 @@ def test_files(tmp_path):
 
 
 def test_judgements_have_to_fit():
-    with pytest.raises(DataError, match="qrels name what queries lacks: 'q9'"):
+    with pytest.raises(DataError, match="qrels must judge ids of the queries alone, got 'q9'"):
         RetrievalEvaluator(QUERIES, CORPUS, {"q9": {"d1": 1}})
-    with pytest.raises(DataError, match="qrels name what corpus lacks: 'd99'"):
+    with pytest.raises(DataError, match="qrels must judge ids of the corpus alone, got 'd99'"):
         RetrievalEvaluator(QUERIES, CORPUS, {"fox": {"d99": 1}})
     with pytest.raises(DataError, match="at least one query"):
         RetrievalEvaluator(QUERIES, CORPUS, {})

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from splade_fast.search.texts import DataError, is_json_lines, json_object, parsed_lines
+from splade_fast.search.texts import DataError, is_json_lines, parse_json_object, parse_lines
 from splade_fast.training.data.layout import Columns, Layout, TextLookups, infer_layout, infer_part
 
 LINE_FILES = (".tsv", ".txt", ".jsonl", ".ndjson")  # also followed by .gz
@@ -41,14 +41,14 @@ def _read_json_lines(
 ) -> tuple[Layout, Rows]:
     if columns is not None and not isinstance(columns, Mapping):
         raise DataError(f"columns must be {{key: part}} for {path}, got a list")
-    lines = parsed_lines(path, json_object)
+    lines = parse_lines(path, parse_json_object)
     place, first = _read_first(lines, path)
     layout = _infer_layout(place, list(first), columns, lookups)
     return layout, chain([(place, first)], lines)
 
 
 def _read_tsv(path: Path, columns: Columns | None, lookups: TextLookups) -> tuple[Layout, Rows]:
-    lines = parsed_lines(path, lambda line: line.split("\t"))
+    lines = parse_lines(path, lambda line: line.split("\t"))
     place, fields = _read_first(lines, path)
     if _is_header(fields, columns, lookups):
         names = fields

@@ -1,4 +1,4 @@
-"""What `splade-fast export` does."""
+"""Export of an index folder in a format given by name."""
 
 from __future__ import annotations
 
@@ -43,28 +43,31 @@ def export_index(
     empty: EmptyDocuments = "keep",
     scale: float = 100.0,
 ) -> int:
-    """Write `path` by the function of `splade_fast.export` for the format; returns how many.
+    """Write an index with the function of `splade_fast.export` for a format.
 
     Args:
-        index: what to write.
-        path: the folder to write; must not exist.
-        file_format: for whom.
-        model: whose tokenizer names the columns; by default the index's own.
-        empty: "keep", "skip" or "error".
-        scale: of Anserini's impacts.
+        index: the index.
+        path: folder to write; must not exist.
+        file_format: name of the format.
+        model: model whose tokenizer names the columns; by default the index's model.
+        empty: "keep", "skip" or "error" for documents without entries.
+        scale: factor of Anserini's impacts.
+
+    Returns:
+        Number of documents written.
 
     Raises:
-        OSError, ValueError: as that function, or there is no such model.
+        OSError, ValueError: see the function of the format; or there is no such model.
     """
     options: dict[str, Any] = {"empty": empty}
     if file_format not in _WITHOUT_TOKENS:
-        options["id_to_token"] = _tokens(model or index.meta.model, index.rows.num_cols)
+        options["id_to_token"] = _read_tokens(model or index.meta.model, index.rows.num_cols)
     if file_format == "anserini":
         options["scale"] = scale
     return _WRITERS[file_format](index.rows, path, index.ids, **options)
 
 
-def _tokens(model: str, count: int) -> list[str]:
-    """The names of columns, by the model's tokenizer."""
+def _read_tokens(model: str, count: int) -> list[str]:
+    """Return the first `count` tokens of the model's tokenizer."""
     hub: dict[str, Any] = {"subfolder": read_settings(model, {}).subfolder}
     return list(load_tokenizer(model, hub).convert_ids_to_tokens(list(range(count))))
