@@ -77,7 +77,7 @@ format: build
 	clang-format -i $(CPP)
 
 docs: build
-	python -m benchmarks --report
+	python -m benchmarks report
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # The tests of the ops with the CPU library under AddressSanitizer, UBSan and ThreadSanitizer.
@@ -113,8 +113,9 @@ bench: build
 	python -m benchmarks $(ARGS)
 
 bench-compare: build
-	python -m pytest benchmarks/test_regression.py --benchmark-autosave
-	python -m benchmarks.regression $(ARGS)
+	rm -rf build/benchmarks
+	python -m benchmarks $(ARGS) --out build/benchmarks
+	python -m benchmarks compare benchmarks/results build/benchmarks
 
 clean:
 	rm -rf build dist site docs/benchmarks docs/benchmarks.md *.egg-info splade_fast/*.so $(VENV) .venv-latest

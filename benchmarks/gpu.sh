@@ -56,7 +56,7 @@ sanitizer() {
         compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" "$@"
 }
 tiny_benchmarks() {
-    sanitizer "$1" -m benchmarks "${cases[@]}" --device cuda --quick --repeats 3 \
+    sanitizer "$1" -m benchmarks "${cases[@]}" --device cuda --quick \
         --skip compile peer memory --out "$out/$1"
 }
 fused_tests=(-m pytest tests/ops/head/test_hopper.py -m cuda -x)

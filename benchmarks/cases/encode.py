@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, Workload
-from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.batches import ragged_lengths, right_padding, seeded, shift_for_active_share
 from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder

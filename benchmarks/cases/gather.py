@@ -15,7 +15,7 @@ from torch import Tensor
 
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, Workload
-from benchmarks.inputs.inputs import seeded
+from benchmarks.inputs.batches import seeded
 from splade_fast import reference
 from splade_fast.negative_cache import CacheManager, FixedLenFeature, NegativeCache
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, Workload
-from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.batches import ragged_lengths, right_padding, seeded, shift_for_active_share
 from benchmarks.inputs.peer import PeerHead
 from splade_fast import reference
 

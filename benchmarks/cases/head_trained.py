@@ -20,7 +20,7 @@ import splade_fast
 from benchmarks.cases.head import HeadCase
 from benchmarks.harness.case import Implementation, Target, Workload
 from benchmarks.inputs.peer import PeerHead
-from benchmarks.inputs.trained import ACTIVE, TrainedInputs, trained_inputs
+from benchmarks.inputs.trained_states import ACTIVE, TrainedInputs, trained_inputs
 from splade_fast import SparseRows, reference
 
 

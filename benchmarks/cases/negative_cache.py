@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases.gather import InPlaceCase, assign_rows
 from benchmarks.harness.case import Implementation, Target, Workload
-from benchmarks.inputs.inputs import seeded
+from benchmarks.inputs.batches import seeded
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
     CacheLossHandler,

@@ -11,7 +11,7 @@ from torch import Tensor
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, Workload
 from benchmarks.harness.floors import one_read
-from benchmarks.inputs.inputs import ragged_lengths, right_padding, seeded, shift_for_active_share
+from benchmarks.inputs.batches import ragged_lengths, right_padding, seeded, shift_for_active_share
 from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
 

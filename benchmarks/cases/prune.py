@@ -14,7 +14,7 @@ from torch import Tensor
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, Workload
 from benchmarks.harness.floors import one_read
-from benchmarks.inputs.inputs import seeded
+from benchmarks.inputs.batches import seeded
 from splade_fast import reference
 
 

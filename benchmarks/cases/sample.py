@@ -15,7 +15,7 @@ from torch import Tensor
 import splade_fast
 from benchmarks.cases.score import Formats, ScoreCase, embedding_bag_scores, one_read
 from benchmarks.harness.case import Case, Implementation, Target, Workload
-from benchmarks.inputs.inputs import seeded
+from benchmarks.inputs.batches import seeded
 from splade_fast import Philox, SparseRows
 
 _SCORE_DEVIATION = 3.0

@@ -6,7 +6,7 @@ of 128 draws and most are rare; ranks are spread over the vocabulary at random. 
 counts once, so rows are ragged. Weights are log1p of exponential numbers.
 
 Encoded queries are really encoded summaries, and documents are drawn from the statistics of really
-encoded ones (benchmarks.inputs.encoded).
+encoded ones (benchmarks.inputs.encoded_rows).
 
 Contenders: ours; eager, torch's embedding_bag over the entries; peer, the scipy product, which for
 search finds the same k best; the best of torch's own sparse products; and for search Seismic, an
@@ -25,8 +25,8 @@ from torch.nn.functional import embedding_bag
 
 import splade_fast
 from benchmarks.harness.case import Case, Implementation, Target, UnavailableError, Workload
-from benchmarks.inputs.encoded import encoded_sample, resampled
-from benchmarks.inputs.inputs import seeded
+from benchmarks.inputs.batches import seeded
+from benchmarks.inputs.encoded_rows import encoded_sample, resampled
 from examples.docstrings.checkpoint import CheckpointError
 from splade_fast import SparseRows
 

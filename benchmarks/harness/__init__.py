@@ -1,1 +1,1 @@
-"""Harness: checks, timings, memory, results and plots of a benchmark case."""
+"""Checks, timings, memory, results, plots and comparison of benchmarks."""

@@ -1,4 +1,4 @@
-"""What a benchmark case is: one op on one shape, and the functions that compete on it."""
+"""A benchmark case: one op on one shape, and the functions that compete on it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ Implementation = Callable[..., Tensor]
 
 
 class UnavailableError(RuntimeError):
-    """A case cannot be built on this machine, e.g. because its data cannot be fetched."""
+    """A case or study cannot run on this machine, e.g. because its data cannot be fetched."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound that ours has to keep, e.g. at most 1.10 times the floor."""
+    """Bound that ours has to keep, e.g. at most 1.10 times the floor."""
 
     measure: Literal[
         "times the floor",
@@ -29,12 +29,9 @@ class Target:
     ]
     bound: float
 
-    def verdict(self, measured: float) -> str:
-        larger_is_better = self.measure.startswith("times faster")
-        met = measured >= self.bound if larger_is_better else measured <= self.bound
-        relation = ">=" if larger_is_better else "<="
-        outcome = "met" if met else "missed"
-        return f"{relation} {self.bound:g} {self.measure}: {measured:.2f} {outcome}"
+    def as_bound(self) -> dict[str, float]:
+        """Return the argument of a Measurement that holds this bound."""
+        return {"at_least" if self.measure.startswith("times faster") else "at_most": self.bound}
 
 
 @dataclass
@@ -54,7 +51,7 @@ class Workload:
             return self.run_in_mode(implementation, direction)
 
     def run_in_mode(self, implementation: Implementation, direction: Direction) -> Tensor:
-        """Where gradients are recorded or not as the direction needs it."""
+        """Run where the caller has set whether gradients are recorded."""
         if direction == "forward":
             return implementation(*self.arguments, **self.options)
         output = implementation(*self.arguments, **self.options)
@@ -71,7 +68,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """One row group of the table. Small and picklable: tensors come with `build`."""
+    """One op on one shape. Small and picklable: tensors come with `build`."""
 
     op: ClassVar[str]
     ours: ClassVar[Implementation]
@@ -92,7 +89,7 @@ class Case(ABC):
     @property
     @abstractmethod
     def fill(self) -> float:
-        """Real tokens over all positions."""
+        """Share of real tokens in all positions."""
 
     @property
     @abstractmethod
@@ -100,15 +97,23 @@ class Case(ABC):
 
     @abstractmethod
     def tiny(self) -> "Case":
-        """The same case at a size that loads every library and costs nothing."""
+        """Return the same case at a size that loads every library and costs nothing."""
 
     @abstractmethod
     def build(self, *, floors: bool = True) -> Workload:
-        """Raises UnavailableError where something that the case needs is missing."""
+        """Make the tensors.
+
+        Raises:
+            UnavailableError: something that the case needs is missing.
+        """
 
     @abstractmethod
     def peer(self) -> Implementation:
-        """The same function as the peer library computes it; ImportError where it is missing."""
+        """Return the same function as the peer library computes it.
+
+        Raises:
+            ImportError: the library is missing.
+        """
 
     @property
     def dtype_name(self) -> str:
@@ -122,11 +127,11 @@ class Case(ABC):
         )
 
     def others(self) -> Mapping[str, Callable[[], Implementation]]:
-        """Contenders of this case alone: each by a function that fails where it is missing."""
+        """Return makers of contenders of this case alone, which fail where a library is missing."""
         return {}
 
     def detail(self, contender: str, workload: Workload) -> str:
-        """What else there is to know of a contender that has run, e.g. its recall."""
+        """Return a remark on a contender that has run, e.g. its recall."""
         return ""
 
     def implementation(self, contender: str) -> Implementation:

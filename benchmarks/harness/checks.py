@@ -20,7 +20,7 @@ TIES_IN_EPSILONS = 32.0
 
 @dataclass(frozen=True)
 class Check:
-    correct: bool
+    is_correct: bool
     tensor: str  # the one closest to, or farthest beyond, its tolerance
     error: float
     tolerance: float
@@ -42,7 +42,7 @@ def check(case: Case, workload: Workload) -> Check:
     }
     worst = max(ours, key=lambda name: ours[name] / tolerances[name])
     return Check(
-        correct=all(ours[name] <= tolerances[name] for name in exact),
+        is_correct=all(ours[name] <= tolerances[name] for name in exact),
         tensor=worst,
         error=ours[worst],
         tolerance=tolerances[worst],
@@ -70,7 +70,7 @@ def _errors(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """‖found - exact‖ / ‖exact‖ in fp64, by pieces; infinity for NaN or another shape."""
+    """Return ‖found - exact‖ / ‖exact‖ in fp64; infinity for NaN or another shape."""
     if found.shape != exact.shape:
         return math.inf
     difference = norm = 0.0

@@ -1,15 +1,15 @@
-"""Plots of results: times and peak memory of every contender, case by case."""
+"""Plot of results: a panel for each part and quantity, curves against a size or bars."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
+import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.harness.results import Row, by_case
+from benchmarks.harness.frames import groups_without_bounds, label_inputs
 
-COLOURS = {
+_COLOURS = {
     "ours": "#1b7837",
     "dense": "#7fbf7b",
     "eager": "#b2182b",
@@ -19,48 +19,58 @@ COLOURS = {
     "seismic": "#2166ac",
     "floor": "#999999",
 }
-GROUP = 0.8  # of the space between two cases
+_OTHERS = ("#2166ac", "#e08214", "#d6604d", "#5aae61", "#9970ab", "#4d4d4d", "#bf812d", "#35978f")
+_MIN_SIZES = 3  # of a curve
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    groups = by_case([row for row in rows if row.median_ms is not None])
-    figure = Figure(figsize=(14, 1.5 + 0.85 * len(groups)), layout="constrained")
-    times, memory = figure.subplots(1, 2, sharey=True)
-    _bars(times, groups, "median_ms")
-    _bars(memory, groups, "peak_extra_mib")
-    times.set_xlabel("median time, ms")
-    memory.set_xlabel("peak extra memory, MiB")
-    times.set_yticks(range(len(groups)), [_label(case) for case in groups], fontsize=8)
-    times.invert_yaxis()
-    figure.legend(*times.get_legend_handles_labels(), loc="outside upper right", ncols=len(COLOURS))
-    figure.suptitle(f"{rows[0].op} on {rows[0].gpu or rows[0].cpu}", x=0.01, ha="left")
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """The same plot is the same file: no date, and no names by chance."""
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """Draw the quantities that have a unit, ratios and verdicts apart."""
+    groups = groups_without_bounds(frame, ["study", "part", "quantity"])
+    panels = [rows for _, rows in groups if rows.unit.iloc[0] not in ("", "times")]
+    heights = [_height(rows) for rows in panels]
+    figure = Figure(figsize=(10, sum(heights) + 1))
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure.subplots_adjust(hspace=1.2 * len(panels) / sum(heights))
+    for axes, rows in zip(all_axes, panels, strict=True):
+        first = rows.iloc[0]
+        (_draw_curves if _has_curves(rows) else _draw_bars)(axes, rows)
+        title = ", ".join(filter(None, (first.part, first.quantity)))
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.grid(which="major", alpha=0.3)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    first = frame.iloc[0]
+    all_axes[0].set_title(f"{first.study} on {first.gpu or first.cpu}", fontsize=9, loc="right")
+    # The same plot is the same file: no date, and no names by chance.
     with matplotlib.rc_context({"svg.hashsalt": "splade_fast"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
-def _label(case: tuple[str, ...]) -> str:
-    _, shape, fill, active, dtype, _, direction = case
-    return f"{shape} {dtype}\n{direction}, {active}, {fill}"
+def _has_curves(rows: pd.DataFrame) -> bool:
+    curves = rows.groupby(["subject", "dtype", "contender"])["size"]
+    return bool((curves.nunique() >= _MIN_SIZES).any())
 
 
-def _bars(axes: Axes, groups: dict[tuple[str, ...], list[Row]], quantity: str) -> None:
-    present = {row.contender for rows in groups.values() for row in rows}
-    colours = {name: colour for name, colour in COLOURS.items() if name in present}
-    height = GROUP / max(1, len(colours))
-    for offset, (contender, colour) in enumerate(colours.items()):
-        points = [
-            (position + (offset - (len(colours) - 1) / 2) * height, getattr(row, quantity))
-            for position, rows in enumerate(groups.values())
-            for row in rows
-            if row.contender == contender and getattr(row, quantity) is not None
-        ]
-        if points:
-            positions, values = zip(*points, strict=True)
-            axes.barh(positions, values, height=height, color=colour, label=contender)
-    axes.set_xscale("log")
-    axes.grid(axis="x", which="major", alpha=0.3)
+def _height(rows: pd.DataFrame) -> float:
+    bars = rows.groupby(["subject", "dtype", "size"], dropna=False).ngroups
+    return 3.5 if _has_curves(rows) else 1 + 0.5 * bars
+
+
+def _draw_curves(axes: Any, rows: pd.DataFrame) -> None:
+    labels = rows.subject + " " + rows.dtype + " " + rows.contender
+    table = rows.assign(label=labels).pivot_table(
+        index="size", columns="label", values="value", sort=False
+    )
+    table.sort_index().plot(ax=axes, marker="o", markersize=3, loglog=True)
+    axes.set(xlabel=rows.axis.iloc[0], ylabel=rows.unit.iloc[0])
+
+
+def _draw_bars(axes: Any, rows: pd.DataFrame) -> None:
+    labels = rows.subject + "\n" + rows.dtype + " " + label_inputs(rows)
+    table = rows.assign(label=labels).pivot_table(
+        index="label", columns="contender", values="value", sort=False
+    )
+    others = iter(_OTHERS * 2)
+    colours = [_COLOURS.get(name) or next(others) for name in table.columns]
+    table.plot.barh(ax=axes, logx=True, color=colours, fontsize=7, width=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel=rows.unit.iloc[0], ylabel="")

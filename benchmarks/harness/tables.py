@@ -1,47 +1,28 @@
-"""Tables: of one case, from its rows, and any in Markdown."""
+"""Tables of measurements: plain ones for the terminal, and Markdown."""
 
 from collections.abc import Sequence
 
-from benchmarks.harness.results import Row
-
-HEADER = ("contender", "median ms", "quartiles", "x ours", "floor share", "extra MiB")
+from benchmarks.harness.results import Measurement
 
 
-def format_case(rows: Sequence[Row]) -> str:
-    first = rows[0]
-    outcome = "correct" if first.correct else "WRONG, not timed"
-    lines = [
-        " | ".join(first.case),
-        f"  {outcome}: error {first.error:.2e}, tolerance {first.tolerance:.2e}",
-        _line(HEADER),
-    ]
-    lines += [_line(_cells(row)) for row in rows if row.median_ms is not None]
-    lines += [
-        f"  target {verdict}" for row in rows for verdict in row.verdict.split("; ") if verdict
-    ]
-    return "\n".join(lines)
+def format_measurements(measurements: Sequence[Measurement]) -> str:
+    return "\n".join(_line(measurement) for measurement in measurements)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _line(measurement: Measurement) -> str:
+    m = measurement
+    size = "" if m.size is None else f"{m.axis} {m.size:,g}"
+    quartiles = "" if m.p25 is None or m.p75 is None else f"({m.p25:.4g}..{m.p75:.4g})"
     return (
-        f"{row.contender} ({row.detail})" if row.detail else row.contender,
-        _number(row.median_ms, ".3f"),
-        f"{_number(row.p25_ms, '.3f')}..{_number(row.p75_ms, '.3f')}",
-        _number(row.times_ours, ".2f"),
-        _number(row.share_of_floor, ".0%"),
-        _number(row.peak_extra_mib, ".1f"),
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _line(cells: Sequence[str]) -> str:
-    name, *numbers = cells
-    return f"  {name:<34}" + "".join(f"{number:>20}" for number in numbers)
+        f"  {m.subject:<36} {size:<18} {m.contender:<14} {m.quantity:<26} "
+        f"{m.value:>10.4g} {m.unit:<6} {quartiles:<20} {m.verdict or m.note}"
+    ).rstrip()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def format_number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

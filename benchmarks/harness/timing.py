@@ -1,4 +1,4 @@
-"""Timing in turns: every contender runs once per round, so that drift of the machine hits all."""
+"""Timing in turns: every contender runs once a round, so that drift of the machine hits all."""
 
 import gc
 import itertools
@@ -19,18 +19,29 @@ MINIMUM_ROUNDS = 3
 MINIMUM_SECONDS = 0.5  # a median of a few short rounds would be chance
 
 
-def nothing() -> None:
+@dataclass(frozen=True)
+class Rounds:
+    """Number of rounds, and the seconds after which no further one is started."""
+
+    rounds: int
+    seconds: float
+
+
+QUICK = Rounds(MINIMUM_ROUNDS, 0.0)
+
+
+def do_nothing() -> None:
     pass
 
 
 @dataclass(frozen=True)
 class Contender:
     run: Callable[[], object]
-    before: Callable[[], None] = nothing  # untimed
+    before: Callable[[], None] = do_nothing  # untimed
 
 
 class Clock(Protocol):
-    """Marks are read after the round: reading a CUDA event at once would drain the queue."""
+    """Clock whose marks are read after the round: an event read at once drains the CUDA queue."""
 
     def mark(self, run: Callable[[], object]) -> Any: ...
     def milliseconds(self, mark: Any) -> float: ...
@@ -71,10 +82,6 @@ class CudaClock:
         return float(start.elapsed_time(stop))
 
 
-def clock_of(device: str) -> Clock:
-    return CudaClock() if device == "cuda" else CpuClock()
-
-
 @contextmanager
 def garbage_collection_off() -> Iterator[None]:
     gc.collect()
@@ -86,23 +93,24 @@ def garbage_collection_off() -> Iterator[None]:
 
 
 def time_in_turns(
-    contenders: Mapping[str, Contender], *, rounds: int, seconds: float, device: str
+    contenders: Mapping[str, Contender], rounds: Rounds, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run: `rounds` rounds, more if they take less than half a second, and
-    fewer (but at least 3) if `seconds` run out.
+    """Return the milliseconds of every run, by contender.
 
-    Each round starts with another contender, so that none always follows the same one.
+    There are more rounds than asked for if they take less than half a second, and fewer, but at
+    least three, if the seconds run out. Each round starts with another contender, so that none
+    always follows the same one.
     """
     names = list(contenders)
-    clock = clock_of(device)
+    clock: Clock = CudaClock() if device == "cuda" else CpuClock()
     times: dict[str, list[float]] = {name: [] for name in names}
     with garbage_collection_off():
-        _warm_up(contenders, min(WARM_UP_SECONDS, seconds))
+        _warm_up(contenders, min(WARM_UP_SECONDS, rounds.seconds))
         started = time.perf_counter()
         for turn in itertools.count():
             passed = time.perf_counter() - started
-            out_of_time = turn >= MINIMUM_ROUNDS and passed > seconds
-            if out_of_time or (turn >= rounds and passed > MINIMUM_SECONDS):
+            is_out_of_time = turn >= MINIMUM_ROUNDS and passed > rounds.seconds
+            if is_out_of_time or (turn >= rounds.rounds and passed > MINIMUM_SECONDS):
                 break
             first = turn % len(names)
             marks = {}
@@ -124,8 +132,19 @@ def _warm_up(contenders: Mapping[str, Contender], seconds: float) -> None:
         turn += 1
 
 
-def fastest(candidates: Mapping[str, Callable[[], object]], *, device: str) -> str:
-    """The name of the candidate with the lowest median, from a few rounds."""
+def median_times(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: Rounds,
+    before: Callable[[], None] = do_nothing,
+) -> dict[str, float]:
+    """Return the median milliseconds of every run, timed in turns on the CPU."""
+    contenders = {name: Contender(run, before) for name, run in runs.items()}
+    times = time_in_turns(contenders, rounds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def fastest(candidates: Mapping[str, Callable[[], object]], seconds: float, device: str) -> str:
+    """Return the name of the candidate with the lowest median of a few rounds."""
     contenders = {name: Contender(run) for name, run in candidates.items()}
-    times = time_in_turns(contenders, rounds=5, seconds=10.0, device=device)
+    times = time_in_turns(contenders, Rounds(5, seconds), device)
     return min(times, key=lambda name: statistics.median(times[name]))

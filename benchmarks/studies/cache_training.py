@@ -1,17 +1,15 @@
-"""Share of the negative cache in a training step, kept as CSV.
+"""Share of the negative cache in a training step.
 
 A step of the demo's checkpoint on pairs of its corpus: queries and documents are encoded, the loss
 over a full sparse cache is computed and its backward run, AdamW steps. The clock is read inside the
-step: what the handler takes beside the document network is the cache's part (scores of all slots,
-draw, gather, loss, refresh, insert); the document network's forward of the drawn documents is what
-the method costs whatever the cache is made of.
+step: the cache's part is the time of the handler without the document network (scores of all slots,
+draw, gather, loss, refresh, insert). The forward of the drawn documents is a cost of the method,
+whatever the cache is made of.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.facts import recorded
-from benchmarks.harness.machine import Machine
-from benchmarks.harness.results import write_csv
-from benchmarks.harness.timing import WARM_UPS, garbage_collection_off
-from benchmarks.inputs.trained import fetched
-from benchmarks.studies.screening.facts import Fact, Finding, format_findings
+from benchmarks.harness.case import UnavailableError
+from benchmarks.harness.results import TIME, Measurement
+from benchmarks.harness.timing import WARM_UPS, Rounds, garbage_collection_off
+from benchmarks.inputs.trained_states import fetched
 from examples.docstrings.checkpoint import DEMO
 from examples.docstrings.corpus import Pair, docstring_pairs
 from splade_fast.encoders.splade import SpladeEncoder
@@ -39,12 +35,14 @@ from splade_fast.negative_cache import (
 )
 from splade_fast.training.gradient_cache import without_padding
 
+BATCH, SLOTS = 32, 131_072
+ENCODED = 2048  # documents that the slots hold, again and again
 _LENGTH, _K = 128, 256
 
 
 @dataclass
 class _Clock:
-    """Milliseconds of the parts of a step, added up by name."""
+    """Milliseconds of the parts of a step, by name."""
 
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -59,7 +57,7 @@ class _Clock:
 
 
 class _Training:
-    """A model, its optimiser, and a cache whose slots hold encoded documents of the corpus."""
+    """Model, optimiser, and a cache whose slots hold encoded documents of the corpus."""
 
     def __init__(self, folder: Path, pairs: Sequence[Pair], slots: int, encoded: int) -> None:
         self.encoder = SpladeEncoder.from_pretrained(folder).train()
@@ -74,7 +72,7 @@ class _Training:
         self._fill([pair.document for pair in pairs[:encoded]])
 
     def _fill(self, texts: list[str]) -> None:
-        """All slots, with the same documents again and again, of many ages."""
+        """Fill all slots with these texts, again and again, of many ages."""
         self.encoder.eval()
         rows = self.encoder.encode(texts, k=_K, max_length=_LENGTH, show_progress=False)
         self.encoder.train()
@@ -95,7 +93,7 @@ class _Training:
         return vectors
 
     def step(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """One step; the milliseconds of its parts."""
+        """Take one step; return the milliseconds of its parts."""
         clock = _Clock()
         queries = self.tokenized([pair.query for pair in pairs])
         documents = self.tokenized([pair.document for pair in pairs])
@@ -116,64 +114,50 @@ class _Training:
         return clock.parts
 
 
-def study(*, batch: int, slots: int, encoded: int, steps: int) -> list[Finding]:
-    """Medians over the steps: milliseconds of each part, and the cache's share of the step."""
+def measurements(rounds: Rounds) -> Mapping[str, Callable[[], list[Measurement]]]:
+    return {"step": lambda: measure_steps(rounds.rounds)}
+
+
+def measure_steps(steps: int) -> list[Measurement]:
+    """Return the median milliseconds of each part, and its share of the step.
+
+    Raises:
+        UnavailableError: no installed package has docstrings.
+    """
     pairs = docstring_pairs()
     if not pairs:
-        raise RuntimeError("the study needs installed packages with docstrings, found none")
-    training = _Training(fetched(DEMO), pairs, slots, encoded)
+        raise UnavailableError("installed packages must have docstrings, found none")
+    training = _Training(fetched(DEMO), pairs, SLOTS, ENCODED)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     parts: list[dict[str, float]] = []
     with garbage_collection_off():
         for step in range(WARM_UPS + steps):
-            first = step * batch
-            rows = [order[i % len(order)] for i in range(first, first + batch)]
+            first = step * BATCH
+            rows = [order[i % len(order)] for i in range(first, first + BATCH)]
             parts.append(training.step([pairs[row] for row in rows]))
     measured = parts[WARM_UPS:]
-    medians = {name: statistics.median(p[name] for p in measured) for name in measured[0]}
-    shares = {
-        name: 100 * statistics.median(part[name] / part["step"] for part in measured)
-        for name in ("cache", "update", "drawn documents")
-    }
-    finding = partial(
-        Finding,
-        study="cache training",
-        model=f"B{batch} L{_LENGTH} C{slots} k{_K}",
-        dim=training.encoder.vocab_size,
-        dtype="float32",
+    measurement = partial(
+        Measurement,
+        study="cache_training",
+        part=f"B{BATCH} L{_LENGTH} C{SLOTS} k{_K}",
+        rounds=steps,
     )
-    return [
-        *(
-            finding(variant=name, quantity="median", value=value, unit="ms")
-            for name, value in medians.items()
-        ),
-        *(
-            finding(variant=name, quantity="share of the training step", value=value, unit="%")
-            for name, value in shares.items()
-        ),
+    times = [
+        measurement(
+            subject=name,
+            quantity=TIME,
+            value=statistics.median(part[name] for part in measured),
+            unit="ms",
+        )
+        for name in measured[0]
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.cache_training")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
-    parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
-    parser.add_argument("--slots", type=int, default=131_072)
-    parser.add_argument("--encoded", type=int, default=2048, help="documents that the slots hold")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    machine = Machine.current("cpu")
-    print(machine.title, flush=True)
-    findings = study(
-        batch=options.batch, slots=options.slots, encoded=options.encoded, steps=options.steps
-    )
-    print(format_findings(findings))
-    write_csv(recorded(findings, Fact, machine), Fact, options.out / "cache_training-cpu.csv")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    shares = [
+        measurement(
+            subject=name,
+            quantity="share of the training step",
+            value=100 * statistics.median(part[name] / part["step"] for part in measured),
+            unit="%",
+        )
+        for name in ("cache", "update", "drawn documents")
+    ]
+    return times + shares

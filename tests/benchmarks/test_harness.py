@@ -1,36 +1,35 @@
-"""The benchmark driver runs from end to end and refuses to time a wrong result."""
+"""The driver runs every case, writes rows of one schema, and refuses to time a wrong result."""
 
 import csv
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import regression
+from benchmarks import cases, studies
 from benchmarks.__main__ import main
 from benchmarks.cases.pool import PoolCase
 from benchmarks.cases.score import ScoreCase
 from benchmarks.harness.checks import check, relative_error
-from benchmarks.harness.driver import Options, run_case
+from benchmarks.harness.extra_memory import peak_extra_here
 from benchmarks.harness.machine import Machine
-from benchmarks.harness.results import Row, read_csv, write_csv
-from benchmarks.inputs.encoded import resampled
-from benchmarks.inputs.inputs import ragged_lengths
-from benchmarks.regression import FLOORS
-from benchmarks.report import write_report
-from benchmarks.studies import cache_training
-from benchmarks.studies.screening.facts import Fact
+from benchmarks.harness.report import write_report
+from benchmarks.harness.results import (
+    RESULTS,
+    Measurement,
+    Row,
+    read_csv,
+    to_rows,
+    update_csv,
+    write_csv,
+)
+from benchmarks.harness.run_case import Options, run_case
+from benchmarks.harness.timing import QUICK
 from examples.docstrings.checkpoint import CheckpointError
-from examples.docstrings.corpus import Pair
-from splade_fast import SparseRows
-from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
 
-REPOSITORY = Path(__file__).parents[2]
+THREADS = ["--threads", str(torch.get_num_threads())]
 POOL = PoolCase(
     direction="forward+backward",
     dtype=torch.float32,
@@ -39,136 +38,68 @@ POOL = PoolCase(
     length=8,
     vocab=64,
 )
+OTHERS = {
+    "score": {"torch sparse"},
+    "head_trained": {"dense"},
+    "gather": {"plain rows"},
+}
+WITH_BACKWARD = ("pool", "head", "head_trained", "prune")
+MEASUREMENT = Measurement(study="pool", subject="B8", quantity="time", value=2.0, unit="ms")
+MACHINE = Machine("2026-01-01", "abc", "no", "2.13", "a CPU", 2, 2, "", "avx2")
 
 
-def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def row(**changes: object) -> Row:
+    (found,) = to_rows([dataclasses.replace(MEASUREMENT, **changes)], MACHINE)
+    return found
+
+
+# Cases -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_quick_run_writes_rows_and_report(tmp_path: Path) -> None:
-    quick = ("--quick", "--repeats", "3", "--threads", "1", "--skip", "compile", "peer")
-    ops = ("pool", "head", "head_trained", "prune", "score", "encode", "sample", "gather")
-    ops += ("negative_cache",)
-    run = run_driver(*ops, *quick, "--out", str(tmp_path))
-    assert run.returncode == 0, run.stdout + run.stderr
-    for op in ops:
-        path = tmp_path / f"{op}-cpu-quick.csv"
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        assert header == [field.name for field in dataclasses.fields(Row)]
-        rows = read_csv(Row, path)
-        others = {
-            "score": {"torch sparse"},
-            "head_trained": {"dense"},
-            "gather": {"plain rows"},
-        }
-        expected = {"ours", "eager", "floor"} | others.get(op, set())
-        assert {row.contender for row in rows} == expected
-        backward = (
-            {"forward+backward"} if op in ("pool", "head", "head_trained", "prune") else set()
-        )
-        assert {row.direction for row in rows} == {"forward"} | backward
-        assert all(row.correct and row.median_ms and row.torch and row.rounds == 3 for row in rows)
-        measured = [row for row in rows if row.contender in ("ours", "eager")]
-        assert all(row.peak_extra_mib is not None for row in measured)
-        skipped = op in ("prune", "score", "encode")  # targets against the peer alone, or none
-        assert all(row.verdict or skipped for row in rows if row.contender == "ours")
-    page = tmp_path / "page.md"
-    report = run_driver("--report", str(page), "--out", str(tmp_path))
-    assert report.returncode == 0, report.stderr
-    for op in ops:
-        assert f"## {op}-cpu-quick\n" in page.read_text()
-        assert (tmp_path / "page" / f"{op}-cpu-quick.svg").exists()
-
-
-def row(contender: str, **changes: object) -> Row:
-    facts = {field.name: "" for field in dataclasses.fields(Row)}
-    numbers = {
-        "fill": 0.5,
-        "active": 0.05,
-        "error": 0.0,
-        "tolerance": 1.0,
-        "cores": 2,
-        "threads": 2,
-    }
-    measured = dict.fromkeys(("p25_ms", "p75_ms", "share_of_floor", "peak_extra_mib"), 1.5)
-    given = {"op": "pool", "contender": contender, "correct": True, "rounds": 3, "cores": 2}
-    return Row(**{**facts, **numbers, **measured, **given, **changes})
-
-
-def test_report_is_a_function_of_the_csvs(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    ours = row("ours", median_ms=2.0, times_ours=1.0, verdict="<= 1.3 times the floor: 1.27 met")
-    wrong = row("ours", shape="other", correct=False, median_ms=None, times_ours=None)
-    write_csv(
-        [ours, row("eager", median_ms=250.0, times_ours=125.0), wrong], Row, results / "a.csv"
+@pytest.mark.parametrize("name", cases.names())
+def test_a_case_writes_its_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Here instead of in processes of their own, which take longer to start.
+    monkeypatch.setattr(
+        "benchmarks.harness.run_case.peak_extra_bytes",
+        lambda case, contender, implementation, workload: peak_extra_here(
+            case, contender, workload
+        ),
     )
-    (results / "b.csv").write_text("machine,size,ms\nthis,1,2.5\nthis,2,5|6\n")
-    (results / "b-curve.svg").write_text("<svg/>")
-    fact = {field.name: "" for field in dataclasses.fields(Fact)}
-    numbers = {"dim": 128, "value": 12.5, "active": None, "at_most": 20.0, "at_least": None}
-    study = {"study": "training", "unit": "%", "cores": 2, "threads": 2}
-    write_csv([Fact(**{**fact, **numbers, **study})], Fact, results / "c.csv")
-    (results / "c.svg").write_text("<svg/>")
-    write_report(results, tmp_path / "one.md")
-    write_report(results, tmp_path / "two.md")
-    page = (tmp_path / "one.md").read_text()
-    assert page.replace("(one/", "(two/") == (tmp_path / "two.md").read_text()
-    plots = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert plots == ["a.svg", "b-curve.svg", "c.svg"]
-    for name in plots:
-        assert f"](one/{name})" in page
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert "| **2** | 250 (125 ×) |" in page
-    assert "| WRONG, not timed |  |" in page
-    assert "targets: 1 met, 0 missed" in page
-    assert "<summary>training, 1 values</summary>" in page
-    assert "| 12.5 % | <= 20: met |" in page
-    assert "machine this.\n\n| size | ms |\n| --- | --- |\n| 1 | 2.5 |\n| 2 | 5/6 |" in page
+    arguments = [name, "--quick", "--skip", "compile", "peer", "--out", str(tmp_path)]
+    assert main([*arguments, *THREADS]) == 0
+    path = tmp_path / f"{name}-cpu-quick.csv"
+    with path.open(newline="") as file:
+        assert next(csv.reader(file)) == [field.name for field in dataclasses.fields(Row)]
+    rows = read_csv(path)
+    times = [row for row in rows if row.quantity == "time"]
+    assert {row.contender for row in times} == {"ours", "eager", "floor"} | OTHERS.get(name, set())
+    assert all(row.value > 0 and row.p25 <= row.value <= row.p75 for row in times)
+    assert all(row.rounds == 3 and row.torch for row in times)
+    backward = {"forward+backward"} if name in WITH_BACKWARD else set()
+    assert {row.part for row in rows} == {"forward"} | backward
+    peaks = [row for row in rows if row.quantity == "extra memory"]
+    assert len(peaks) == len([row for row in times if row.contender in ("ours", "eager")])
+    errors = [row for row in rows if row.quantity == "relative error"]
+    assert len(errors) == len([row for row in times if row.contender == "ours"])
+    assert all(row.is_within_bounds for row in errors)
+    only_the_peer = name in ("prune", "encode")  # their bounds are against the peer alone
+    assert any(row.quantity.startswith("times") and row.verdict for row in rows) != only_the_peer
 
 
-def test_report_without_results_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no CSV in"):
-        write_report(tmp_path, tmp_path / "page.md")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_is_measured_in_processes_of_their_own() -> None:
+    found = run_case(POOL, Options(QUICK, contenders=("ours", "eager")))
+    peaks = {m.contender: m.value for m in found if m.quantity == "extra memory"}
+    assert peaks.keys() == {"ours", "eager"}
+    assert all(peak >= 0 for peak in peaks.values())
 
 
-def save_run(storage: Path, number: int, floors: dict[str, float]) -> None:
-    runs = [{"name": name, "extra_info": {FLOORS: ratio}} for name, ratio in floors.items()]
-    path = storage / "machine" / f"{number:04}_run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmarks": runs}))
-
-
-def test_slower_ratios_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    storage = ["--storage", str(tmp_path)]
-    assert regression.main(storage) == 2
-    save_run(tmp_path, 1, {"a": 2.0, "b": 1.0, "gone": 1.0})
-    assert regression.main(storage) == 0
-    save_run(tmp_path, 2, {"a": 2.4, "b": 1.0})
-    assert regression.main(storage) == 0
-    assert "gone: gone" in capsys.readouterr().out
-    save_run(tmp_path, 3, {"a": 2.6, "b": 1.0, "c": 3.0})
-    assert regression.main(storage) == 0  # against run 2
-    capsys.readouterr()
-    assert regression.main(["0001", *storage]) == 1
-    out = capsys.readouterr().out
-    assert [line.split()[-1] for line in out.splitlines() if "SLOWER" in line] == ["a"]
-    assert regression.main(["0001", *storage, "--limit", "1.4"]) == 0
-    assert regression.main(["0007", *storage]) == 2
-
-
-def test_unknown_case_is_refused() -> None:
-    run = run_driver("nosuchop")
-    assert run.returncode == 2
-    assert "nosuchop" in run.stderr
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["nosuchop"], ["study", "nosuchop"], ["study", "scale", "nosuchop"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "nosuchop" in capsys.readouterr().err
 
 
 def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +107,9 @@ def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return PoolCase.eager(logits, attention_mask) * 1.01
 
     monkeypatch.setattr(PoolCase, "ours", staticmethod(wrong))
-    rows = run_case(POOL, Options(rounds=3, seconds=0.0), Machine.current("cpu"))
-    assert [(row.contender, row.correct, row.median_ms) for row in rows] == [("ours", False, None)]
+    (error,) = run_case(POOL, Options(QUICK))
+    assert (error.contender, error.quantity) == ("ours", "relative error")
+    assert not error.is_within_bounds
 
 
 def test_nan_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +119,7 @@ def test_nan_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         return pooled
 
     monkeypatch.setattr(PoolCase, "ours", staticmethod(poisoned))
-    assert not check(POOL, POOL.build()).correct
+    assert not check(POOL, POOL.build()).is_correct
     assert relative_error(torch.tensor([torch.nan]), torch.ones(1).double()) == float("inf")
 
 
@@ -195,14 +127,6 @@ def test_nan_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_active_share_is_as_asked(share: float) -> None:
     case = dataclasses.replace(POOL, active=share, vocab=2000)
     assert check(case, case.build()).active == pytest.approx(share, abs=0.01)
-
-
-@pytest.mark.parametrize("fill", [0.44, 0.65, 1.0])
-def test_ragged_lengths_keep_the_fill(fill: float) -> None:
-    lengths = ragged_lengths(32, 128, fill)
-    assert lengths.float().mean().item() / 128 == pytest.approx(fill, abs=0.01)
-    assert lengths.min() >= 1
-    assert lengths.max() <= 128
 
 
 def test_a_contender_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,13 +141,10 @@ def test_a_contender_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]
             return f"{contender} says" if contender == "twice" else ""
 
     case = Case(**{field.name: getattr(POOL, field.name) for field in dataclasses.fields(POOL)})
-    options = Options(rounds=3, seconds=0.0, contenders=("ours",), memory=False)
-    rows = run_case(case, options, Machine.current("cpu"))
+    found = run_case(case, Options(QUICK, contenders=("ours",), has_memory=False))
     assert "without nowhere: ImportError: No module named 'nowhere'" in capsys.readouterr().out
-    assert [(row.contender, row.detail) for row in rows[:2]] == [
-        ("ours", ""),
-        ("twice", "twice says"),
-    ]
+    times = [(m.contender, m.note) for m in found if m.quantity == "time"]
+    assert times[:2] == [("ours", ""), ("twice", "twice says")]
 
 
 def test_a_case_that_cannot_be_built_is_named_and_fails(
@@ -237,44 +158,93 @@ def test_a_case_that_cannot_be_built_is_named_and_fails(
         direction="forward", dtype=torch.float32, device="cpu", queries=2, docs=9, encoded=True
     )
     monkeypatch.setattr("benchmarks.cases.load", lambda *arguments, **options: [case])
-    arguments = ["score", "--threads", str(torch.get_num_threads()), "--out", str(tmp_path)]
-    assert main(arguments) == 1
+    assert main(["score", "--out", str(tmp_path), *THREADS]) == 1
     assert f"without {case.shape}: no network" in capsys.readouterr().out
 
 
-def test_drawn_documents_have_the_statistics_of_the_encoded() -> None:
-    """Document frequencies nearly; and a document of 50 may lack some that no draw found."""
-    dense = torch.zeros(4, 1000)
-    dense[0, ::20] = 1.0
-    dense[1, 5:500:25] = 2.0
-    dense[2, 20:40] = 3.0
-    encoded = SparseRows.from_dense(dense)
-    drawn = resampled(encoded, 20_000, 1)
-    drawn.check_contents()
-    assert drawn.equal(resampled(encoded, 20_000, 1))
-    assert not drawn.equal(resampled(encoded, 20_000, 2))
-    lengths = drawn.lengths.bincount(minlength=51) / 20_000
-    assert lengths[[0, 20]].tolist() == pytest.approx([0.25, 0.5], abs=0.02)
-    assert lengths[45:].sum().item() == pytest.approx(0.25, abs=0.02)
-    assert lengths[[*range(1, 20), *range(21, 45)]].sum() == 0
-    assert set(drawn.values[drawn.indices == 5].tolist()) == {2.0}
-    weights = drawn.values[drawn.indices == 20]  # of the first and the third document
-    assert weights.mean().item() == pytest.approx(2.0, abs=0.1)
-    counts = drawn.coordinates()[1].bincount(minlength=1000)
-    assert counts[20].item() == pytest.approx(2 * counts[5].item(), rel=0.2)
-    assert (counts > 0).equal((dense > 0).any(0))
+# Results -----------------------------------------------------------------------------------------
 
 
-def test_the_cache_share_of_a_training_step(tmp_path, monkeypatch):
-    folder = save_checkpoint(masked_lm_configs()["bert"], tmp_path / "bert")
-    pairs = [Pair(f"{i}", " ".join(WORDS[i : i + 3]), " ".join(WORDS[i:])) for i in range(6)]
-    monkeypatch.setattr(cache_training, "fetched", lambda checkpoint: folder)
-    monkeypatch.setattr(cache_training, "docstring_pairs", lambda: pairs)
-    sizes = ["--batch", "3", "--slots", "10", "--encoded", "4", "--steps", "2"]
-    assert cache_training.main([*sizes, "--out", str(tmp_path)]) == 0
-    facts = read_csv(Fact, tmp_path / "cache_training-cpu.csv")
-    parts = {fact.variant: fact.value for fact in facts if fact.unit == "ms"}
-    assert 0 < parts["update"] < parts["cache"] < parts["step"]
-    shares = {fact.variant: fact.value for fact in facts if fact.unit == "%"}
-    assert set(shares) == {"cache", "update", "drawn documents"}
-    assert 0 < shares["update"] < shares["cache"] < 100
+def test_bounds_give_a_verdict() -> None:
+    assert row(at_most=1.5).verdict == "<= 1.5: missed"
+    assert row(at_most=2).verdict == "<= 2: met"
+    assert row(at_least=8).verdict == ">= 8: missed"
+    assert row(at_least=1, at_most=8).verdict == ">= 1, <= 8: met"
+    assert row().verdict == ""
+
+
+def test_rows_come_back_and_new_ones_replace_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    first = [row(axis="slots", size=float(size), value=size / 7) for size in (1, 1_048_576)]
+    update_csv(first, path)
+    update_csv([row(axis="slots", size=1.0, value=9.0, p25=8.5), row(dtype="bfloat16")], path)
+    found = read_csv(path)
+    assert [(r.size, r.value, r.p25, r.dtype) for r in found] == [
+        (1, 9.0, 8.5, "float32"),
+        (1_048_576, 149797, None, "float32"),
+        (None, 2.0, None, "bfloat16"),
+    ]
+    write_csv(found, tmp_path / "again.csv")
+    assert read_csv(tmp_path / "again.csv") == found
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_results_have_the_one_schema(path: Path) -> None:
+    rows = read_csv(path)
+    assert len({row.key for row in rows}) == len(rows) > 0
+    assert path.stem.rpartition("-")[0] in [*cases.names(), *studies.names()]
+    assert all(row.commit and row.date for row in rows)
+
+
+def test_report_is_a_function_of_the_results(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    times = [row(contender="eager", value=250.0, note="fast"), row(axis="slots", size=5000.0)]
+    bounds = [row(quantity="times the floor", unit="", value=1.27, at_most=1.3)]
+    write_csv([row(), *times, *bounds], results / "pool-cpu.csv")
+    curve = [
+        row(study="scale", axis="documents", size=float(size), value=3.0 * size)
+        for size in (10, 20, 40)
+    ]
+    write_csv(curve, results / "scale-cpu.csv")
+    for name in ("one", "two"):
+        assert main(["report", str(tmp_path / f"{name}.md"), "--results", str(results)]) == 0
+    page = (tmp_path / "one.md").read_text()
+    assert page.replace("(one/", "(two/") == (tmp_path / "two.md").read_text()
+    for name in ("pool-cpu.svg", "scale-cpu.svg"):
+        assert f"](one/{name})" in page
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert "| B8 | float32 |  | **2** | 250 (125 ×), fast |" in page
+    assert "| B8 | float32 | slots 5,000 | **2** |  |" in page
+    assert "bounds: 1 met, 0 missed" in page
+    assert "| times the floor | 1.27 | <= 1.3: met |" in page
+    assert "|  | B8 | ours | time | documents | 1.00 ± 0.00 | 3 |" in page
+    assert "a CPU, 2 threads, kernels avx2, torch 2.13, commit abc, 2026-01-01." in page
+
+
+def test_report_without_results_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no CSV in"):
+        write_report(tmp_path, tmp_path / "page.md")
+
+
+def save_floors(folder: Path, ratios: dict[str, float]) -> None:
+    for subject, ratio in ratios.items():
+        for contender, value in (("ours", ratio), ("floor", 1.0)):
+            timed = row(subject=subject, contender=contender, value=9.0, p25=value)
+            update_csv([timed], folder / "pool-cpu.csv")
+
+
+def test_slower_ratios_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, newest = (tmp_path / name for name in ("old", "new", "newest"))
+    save_floors(old, {"a": 2.0, "b": 1.0, "gone": 1.0})
+    save_floors(new, {"a": 2.4, "b": 1.0})
+    save_floors(newest, {"a": 2.6, "b": 1.0, "c": 3.0})
+    assert main(["compare", str(old), str(new)]) == 0
+    assert main(["compare", str(new), str(newest)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(old), str(newest)]) == 1
+    out = capsys.readouterr().out
+    flagged = [line for line in out.splitlines() if "SLOWER" in line]
+    assert [line.partition("SLOWER")[2].split()[:2] for line in flagged] == [["pool", "a"]]
+    assert main(["compare", str(old), str(newest), "--limit", "1.4"]) == 0
+    with pytest.raises(FileNotFoundError, match="must have a case in common, got none"):
+        main(["compare", str(old), str(tmp_path / "nothing")])

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.harness.results import read_csv
-from benchmarks.studies.screening.facts import Fact
-from benchmarks.studies.sentence_transformers import __main__ as study
+from benchmarks.harness.timing import QUICK
+from benchmarks.studies import sentence_transformers as study
 from benchmarks.studies.sentence_transformers import workloads
 from benchmarks.studies.sentence_transformers.workloads import Setting
 from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
@@ -22,24 +21,21 @@ def _tiny(tmp_path, monkeypatch):
     texts = [" ".join(WORDS[: 2 + i]) for i in range(6)]
     monkeypatch.setattr(workloads, "fetched", lambda checkpoint: folder)
     monkeypatch.setattr(workloads, "sample_texts", lambda count: texts[:count])
-    monkeypatch.setattr(study, "SETTINGS", TINY)
     # Here instead of in a process of its own, which would not see what is patched.
     threads = torch.get_num_threads()
-    monkeypatch.setattr(study, "_peak", lambda load, *what: load.peak(*what, threads))
+    monkeypatch.setattr(study, "measure_peak", lambda load, *what: load.peak(*what, threads))
 
 
-def test_all_works_are_measured(tmp_path):
-    threads = torch.get_num_threads()
-    arguments = ["--models", "demo", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]
-    assert study.main([*arguments, "--threads", str(threads)]) == 0
-    facts = read_csv(Fact, tmp_path / "sentence_transformers-cpu.csv")
-    assert {(fact.study, fact.dtype) for fact in facts} == {
-        (work, dtype) for work in study.WORKS for dtype in study.DTYPES
+def test_all_works_are_measured(monkeypatch):
+    monkeypatch.setattr(study, "SETTINGS", {"demo": TINY["demo"]})
+    found = [m for measure in study.measurements(QUICK).values() for m in measure()]
+    assert {(m.part, m.dtype) for m in found} == {
+        (work, dtype) for work in study.WORKS for dtype in ("float32", "bfloat16")
     }
-    exact = [f for f in facts if f.quantity == "largest difference" and f.dtype == "float32"]
+    exact = [m for m in found if m.quantity == "largest difference" and m.dtype == "float32"]
     assert len(exact) == 1
     assert exact[0].value < 1e-5
-    faster = {(f.study, f.variant) for f in facts if f.quantity == "times faster"}
+    faster = {(m.part, m.contender) for m in found if m.quantity == "times faster"}
     assert faster == {(w, v) for w in study.WORKS for v in (workloads.OURS, workloads.BODY)}
 
 

@@ -1,6 +1,7 @@
 """The negative cache against its slots: a draw from it, and an update of it. All in float32."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,9 +9,10 @@ from torch import Tensor
 from benchmarks.cases.sample import SampleCase
 from benchmarks.cases.score import ScoreCase
 from benchmarks.harness.memory import peak_growth
-from benchmarks.inputs.inputs import seeded
-from benchmarks.studies.scale.findings import EXTRA_MEMORY, Quantity
-from benchmarks.studies.scale.work import CaseWork, Rounds, Work, WrongError, mebibytes, timed
+from benchmarks.harness.results import EXTRA_MEMORY, Measurement
+from benchmarks.harness.timing import Rounds
+from benchmarks.inputs.batches import seeded
+from benchmarks.studies.scale.work import CaseWork, Work, Works, WrongError, measure_time, mebibytes
 from splade_fast import SparseRows
 from splade_fast.negative_cache import (
     CacheManager,
@@ -22,7 +24,6 @@ from splade_fast.negative_cache import (
 SLOTS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
 DIMS = (64, 256, 768)
 _SPARSE = "sparse k128"
-UPDATE_SPARSE, UPDATE_DENSE = f"update, {_SPARSE}", f"update, dense D{DIMS[-1]}"
 CACHE = "cache"
 
 _TOKENS = 128
@@ -32,28 +33,28 @@ _ROWS = ScoreCase(direction="forward", dtype=torch.float32, device="cpu", querie
 
 @dataclass(frozen=True)
 class UpdateWork(Work):
-    """A full cache of token ids and embeddings: some are refreshed, as many new ones come in."""
+    """Update of a full cache: some embeddings are refreshed, as many new items come in."""
 
     slots: int
     dim: int | None  # None: sparse
     batch: int = 64
 
-    def measure(self, rounds: Rounds) -> list[Quantity]:
+    def measure(self, rounds: Rounds) -> list[Measurement]:
         _Update(replace(self, slots=4 * self.batch)).step()  # libraries do not count
         update = _Update(self)
         peak = peak_growth(update.step)
         found = [
-            timed(update.step, rounds),
+            measure_time(update.step, rounds),
             mebibytes(EXTRA_MEMORY, peak),
             mebibytes(CACHE, sum(table.nbytes for table in update.cache.data.tables().values())),
         ]
-        if not update.is_right():
+        if not update.has_fresh_rows():
             raise WrongError("the refreshed embeddings are not in the cache")
         return found
 
 
 class _Update:
-    """A cache, and what a step puts into it."""
+    """A full cache, and the rows that a step puts into it."""
 
     def __init__(self, work: UpdateWork) -> None:
         self._work = work
@@ -66,7 +67,7 @@ class _Update:
         self._new = {"ids": ids.int(), "embedding": new}
 
     def _full_cache(self) -> tuple[CacheManager, NegativeCache]:
-        """All slots are valid, the first is the oldest, and all pages of it exist."""
+        """Make a cache with all slots valid, the first the oldest, and all pages in memory."""
         dim, slots = self._work.dim, self._work.slots
         embedding = (
             SparseFeature(_ROWS.vocab, _ROWS.doc_terms)
@@ -96,18 +97,19 @@ class _Update:
             updated_item_indices=self._places,
         )
 
-    def is_right(self) -> bool:
+    def has_fresh_rows(self) -> bool:
         found = self.cache.data["embedding"][self._places]
         if isinstance(found, SparseRows):
             return isinstance(self._fresh, SparseRows) and found.equal(self._fresh)
         return isinstance(self._fresh, Tensor) and torch.equal(found, self._fresh)
 
 
-def of_slots(slots: int) -> dict[str, Work]:
-    dense = replace(_SAMPLE, sparse=False, slots=slots)
-    found: dict[str, Work] = {f"draw, {_SPARSE}": CaseWork(replace(_SAMPLE, slots=slots))}
-    found |= {f"draw, dense D{dim}": CaseWork(replace(dense, depth=dim)) for dim in DIMS}
-    return found | {
-        UPDATE_SPARSE: UpdateWork(slots, None),
-        UPDATE_DENSE: UpdateWork(slots, DIMS[-1]),
-    }
+def fill_slots(slots: int, folder: Path) -> Works:
+    sparse = replace(_SAMPLE, slots=slots)
+    dense = [replace(sparse, sparse=False, depth=dim) for dim in DIMS]
+    return [
+        (f"draw, {_SPARSE}", CaseWork(sparse)),
+        *((f"draw, dense D{case.depth}", CaseWork(case)) for case in dense),
+        (f"update, {_SPARSE}", UpdateWork(slots, None)),
+        (f"update, dense D{DIMS[-1]}", UpdateWork(slots, DIMS[-1])),
+    ]

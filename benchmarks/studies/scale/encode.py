@@ -1,4 +1,4 @@
-"""`splade-fast encode`: real docstrings, again and again with other ids, to an index folder."""
+"""`splade-fast encode` of real docstrings, repeated with other ids, to an index folder."""
 
 import functools
 import os
@@ -13,9 +13,10 @@ import torch
 from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.checks import relative_error
 from benchmarks.harness.memory import peak_growth
-from benchmarks.inputs.trained import fetched
-from benchmarks.studies.scale.findings import EXTRA_MEMORY, TIME, Quantity
-from benchmarks.studies.scale.work import Rounds, Work, WrongError, mebibytes, per_second
+from benchmarks.harness.results import EXTRA_MEMORY, TIME, Measurement
+from benchmarks.harness.timing import Rounds
+from benchmarks.inputs.trained_states import fetched
+from benchmarks.studies.scale.work import Work, Works, WrongError, mebibytes, per_second, quantity
 from examples.docstrings.checkpoint import DEMO
 from examples.docstrings.corpus import PACKAGES, docstring_pairs
 from splade_fast import SpladeEncoder, cli
@@ -26,14 +27,14 @@ COMMAND, INDEX = "splade-fast encode", "index on disk"
 
 _WARM_UP = 64  # documents
 _CHECKED = 32
-# Among other texts a batch rounds in another way, and then the last of the k entries may be another
-# of those that are nearly as large.
+# Rounding depends on the other texts of a batch, and the last of the k entries may be another of
+# those that are nearly as large.
 _ALLOWED_ERROR = 0.01
 
 
 @dataclass(frozen=True)
 class EncodeWork(Work):
-    """One run: it takes as long as many rounds of anything else."""
+    """One run, which takes as long as many rounds of anything else."""
 
     model: str
     corpus: Path
@@ -42,14 +43,14 @@ class EncodeWork(Work):
     batch_size: int = 32
     max_length: int = 64
 
-    def measure(self, rounds: Rounds) -> list[Quantity]:
-        few, index = self.corpus.with_name("few.tsv"), _index_of(self.corpus)
+    def measure(self, rounds: Rounds) -> list[Measurement]:
+        few, index = self.corpus.with_name("few.tsv"), _index_path(self.corpus)
         with self.corpus.open(encoding="utf-8") as lines:
             few.write_text("".join(islice(lines, _WARM_UP)), encoding="utf-8")
-        self._encode(few, _index_of(few))  # libraries and threads do not count
+        self._encode(few, _index_path(few))  # libraries and threads do not count
         start = time.perf_counter()
         peak = peak_growth(lambda: self._encode(self.corpus, index))
-        took = Quantity(quantity=TIME, value=(time.perf_counter() - start) * 1e3, unit="ms")
+        took = quantity(quantity=TIME, value=(time.perf_counter() - start) * 1e3, unit="ms")
         self._check(Index.load(index))
         return [
             took,
@@ -63,7 +64,7 @@ class EncodeWork(Work):
             cli.encode(corpus, index, self.model, self.k, self.batch_size, self.max_length)
 
     def _check(self, index: Index) -> None:
-        """Some documents of all parts of the index, against what encoding them alone gives."""
+        """Compare some documents from all parts of the index with encoding them alone."""
         if len(index.ids) != self.documents:
             raise WrongError(f"the index has {len(index.ids)} documents, not {self.documents}")
         chosen = torch.linspace(0, self.documents - 1, _CHECKED).long()
@@ -84,21 +85,21 @@ class EncodeWork(Work):
             raise WrongError(f"index of {self.documents} documents: error {error:.2e}")
 
 
-def _index_of(corpus: Path) -> Path:
+def _index_path(corpus: Path) -> Path:
     return corpus.with_suffix(".index")
 
 
 @functools.lru_cache(maxsize=1)
-def _documents() -> list[str]:
+def _texts() -> list[str]:
     documents = [pair.document for pair in docstring_pairs()]
     if not documents:
         raise UnavailableError(f"one of {', '.join(PACKAGES)} must be installed, got none")
     return documents
 
 
-def of_documents(documents: int, folder: Path) -> dict[str, Work]:
+def encode_documents(documents: int, folder: Path) -> Works:
     corpus = folder / "corpus.tsv"
     with corpus.open("w", encoding="utf-8") as file:
-        for number, text in enumerate(islice(cycle(_documents()), documents)):
+        for number, text in enumerate(islice(cycle(_texts()), documents)):
             file.write(f"{number}\t{text}\n")
-    return {COMMAND: EncodeWork(str(fetched(DEMO)), corpus, documents)}
+    return [(COMMAND, EncodeWork(str(fetched(DEMO)), corpus, documents))]

@@ -1,13 +1,14 @@
-"""The head against V; the head and the pool against L. Forward and backward, float32."""
+"""The head against V, and the head and the pool against L: forward and backward, float32."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from benchmarks.cases.head import HeadCase
 from benchmarks.cases.pool import PoolCase
 from benchmarks.harness.case import Direction
-from benchmarks.studies.scale.work import CaseWork, Work
+from benchmarks.studies.scale.work import CaseWork, Works
 
 VOCABULARIES = (15_625, 31_250, 62_500, 125_001, 250_002)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -34,16 +35,16 @@ _POOL = PoolCase(
 )
 
 
-def of_vocabulary(vocab: int) -> dict[str, Work]:
+def grow_vocabulary(vocab: int, folder: Path) -> Works:
     return _beside_eager("head", replace(_HEAD, vocab=vocab))
 
 
-def of_length(length: int) -> dict[str, Work]:
-    """One whole text: the tokens grow with L and nothing else does."""
+def grow_length(length: int, folder: Path) -> Works:
+    """Make one whole text: only its tokens grow with L."""
     head = replace(_HEAD, batch=1, length=length, mean_fill=1.0)
     pool = replace(_POOL, length=length)
-    return _beside_eager("head", head) | _beside_eager("pool", pool)
+    return _beside_eager("head", head) + _beside_eager("pool", pool)
 
 
-def _beside_eager(name: str, case: HeadCase | PoolCase) -> dict[str, Work]:
-    return {name: CaseWork(case), f"{name}, eager": CaseWork(case, "eager")}
+def _beside_eager(name: str, case: HeadCase | PoolCase) -> Works:
+    return [(name, CaseWork(case)), (name, CaseWork(case, "eager"))]

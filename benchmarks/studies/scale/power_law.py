@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.studies.scale.findings import Finding
+from benchmarks.harness.results import Measurement
 
 MIN_SIZES = 3  # a line through two has no error
 _PAGE = 2.0**-8  # MiB
@@ -24,23 +24,16 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Exponent:
-    """A row of the CSV of exponents."""
+    """Power law of one curve."""
 
-    study: str
-    variant: str
-    quantity: str
+    curve: tuple[str, str, str, str]  # part, subject, contender, quantity
     axis: str
     sizes: int
-    smallest: int
-    largest: int
-    prefactor: float
-    exponent: float
-    standard_error: float
-    unit: str
+    law: PowerLaw
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
-    """Least squares on the logarithms; the error is that of the slope from the residuals.
+    """Fit by least squares on the logarithms; the residuals give the error of the slope.
 
     Raises:
         ValueError: fewer than three sizes, or a number that has no logarithm.
@@ -55,50 +48,19 @@ def power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
     return PowerLaw(math.exp(intercept), slope, math.sqrt(max(0.0, float(covariance[0, 0]))))
 
 
-def law_of(findings: Sequence[Finding]) -> PowerLaw:
-    """Through the findings of one curve."""
-    return power_law([f.size for f in findings], [positive(f) for f in findings])
-
-
-def positive(finding: Finding) -> float:
-    """Its value; memory is counted in pages, and may not grow by one: then it is one."""
-    return max(finding.value, _PAGE) if finding.unit == "MiB" else finding.value
-
-
-def curves(findings: Sequence[Finding]) -> dict[tuple[str, str, str], list[Finding]]:
-    """The findings by study, variant and quantity, by ascending size."""
-    found: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in sorted(findings, key=lambda finding: finding.size):
-        found.setdefault(finding.curve, []).append(finding)
-    return dict(sorted(found.items()))
-
-
-def exponents(findings: Sequence[Finding]) -> list[Exponent]:
-    """Of every curve of enough sizes; rates are times upside down and have none of their own."""
-    found = []
-    for (study, variant, quantity), points in curves(findings).items():
-        if len(points) < MIN_SIZES or points[0].unit == "1/s":
-            continue
-        law = law_of(points)
-        found.append(
-            Exponent(
-                study=study,
-                variant=variant,
-                quantity=quantity,
-                axis=points[0].axis,
-                sizes=len(points),
-                smallest=points[0].size,
-                largest=points[-1].size,
-                **vars(law),
-                unit=points[0].unit,
-            )
-        )
-    return found
-
-
-def format_exponents(found: Sequence[Exponent]) -> str:
-    return "\n".join(
-        f"{e.study:<11} {e.variant:<22} {e.quantity:<18} ~ {e.axis} ** "
-        f"{e.exponent:.3f} +- {e.standard_error:.3f}"
-        for e in found
-    )
+def exponents(measurements: Sequence[Measurement]) -> list[Exponent]:
+    """Fit every curve of enough sizes, but for rates: a rate is a time upside down."""
+    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
+    axes = {}
+    for m in measurements:
+        if m.size is not None and m.unit != "1/s":
+            curve = (m.part, m.subject, m.contender, m.quantity)
+            # Memory is counted in pages, and may not grow by one: then it is one.
+            value = max(m.value, _PAGE) if m.unit == "MiB" else m.value
+            curves.setdefault(curve, []).append((m.size, value))
+            axes[curve] = m.axis
+    return [
+        Exponent(curve, axes[curve], len(points), power_law(*zip(*points, strict=True)))
+        for curve, points in sorted(curves.items())
+        if len(points) >= MIN_SIZES
+    ]

@@ -12,13 +12,22 @@ import splade_fast
 from benchmarks.cases.score import ScoreCase
 from benchmarks.harness.checks import FLOOR_IN_EPSILONS, TIMES_EAGER, relative_error
 from benchmarks.harness.memory import peak_growth
-from benchmarks.studies.scale.findings import EXTRA_MEMORY, Quantity
-from benchmarks.studies.scale.work import Rounds, Work, WrongError, mebibytes, per_second, timed
+from benchmarks.harness.results import EXTRA_MEMORY, Measurement
+from benchmarks.harness.timing import Rounds
+from benchmarks.studies.scale.work import (
+    Work,
+    Works,
+    WrongError,
+    measure_time,
+    mebibytes,
+    per_second,
+    quantity,
+)
 from splade_fast import SparseRows
 from splade_fast.search.join_files import join_files
 
 DOCUMENTS = (312_500, 625_000, 1_250_000, 2_500_000, 5_000_000)
-QUERIES = (1, 64)
+QUERIES = {"1 query": 1, "64 queries": 64}
 ROWS, LOAD = "rows", "load and check"
 
 SYNTHETIC = ScoreCase(direction="forward", dtype=torch.float32, device="cpu", queries=0, docs=0)
@@ -27,22 +36,22 @@ _ROWS_AT_ONCE = 1 << 15
 
 @dataclass(frozen=True)
 class SearchWork(Work):
-    path: Path  # of the rows
+    path: Path  # file of the rows
     queries: int
     k: int = 10
 
-    def measure(self, rounds: Rounds) -> list[Quantity]:
+    def measure(self, rounds: Rounds) -> list[Measurement]:
         queries = SYNTHETIC.rows(self.queries, SYNTHETIC.query_terms, 0)
         start = time.perf_counter()
         docs = SparseRows.load(self.path)  # every page of it is then in memory
-        load = Quantity(quantity=LOAD, value=(time.perf_counter() - start) * 1e3, unit="ms")
+        load = quantity(quantity=LOAD, value=(time.perf_counter() - start) * 1e3, unit="ms")
 
         def search() -> Tensor:
             return splade_fast.sparse_search(queries, docs, self.k)[0]
 
         splade_fast.sparse_search(queries, docs[:_ROWS_AT_ONCE], self.k)  # threads do not count
         peak = peak_growth(search)
-        found = timed(search, rounds)
+        found = measure_time(search, rounds)
         self._check(queries, docs, search())
         return [
             found,
@@ -61,7 +70,7 @@ class SearchWork(Work):
             raise WrongError(f"search of {len(docs)} documents: error {error:.2e} > {allowed:.2e}")
 
     def _best_scores(self, queries: SparseRows, docs: SparseRows, dtype: torch.dtype) -> Tensor:
-        """By torch's sparse product of some documents at a time."""
+        """Return the k best scores by torch's sparse product of some documents at a time."""
         table = queries.to_dense().to(dtype).t()
         best = table.new_empty(len(queries), 0)
         for start in range(0, len(docs), _ROWS_AT_ONCE):
@@ -72,20 +81,16 @@ class SearchWork(Work):
 
 
 def _parts(count: int) -> Iterator[SparseRows]:
-    """The same rows for all counts, as far as they go."""
+    """Yield the first `count` of the same endless rows, some at a time."""
     for seed, start in enumerate(range(0, count, _ROWS_AT_ONCE), start=1):
         yield SYNTHETIC.rows(min(_ROWS_AT_ONCE, count - start), SYNTHETIC.doc_terms, seed)
 
 
-def of_documents(documents: int, folder: Path) -> dict[str, Work]:
+def search_documents(documents: int, folder: Path) -> Works:
     parts = []
     for number, rows in enumerate(_parts(documents)):
         parts.append(folder / f"{number}.safetensors")
         rows.save(parts[-1])
     path = folder / "rows.safetensors"
     join_files(parts, path)
-    return {variant_of(queries): SearchWork(path, queries) for queries in QUERIES}
-
-
-def variant_of(queries: int) -> str:
-    return "1 query" if queries == 1 else f"{queries} queries"
+    return [(title, SearchWork(path, queries)) for title, queries in QUERIES.items()]

@@ -1,8 +1,8 @@
-"""What is measured: encoding, gradients and whole training steps, with and without splade_fast.
+"""Workloads: encoding, gradients and whole training steps, with and without splade_fast.
 
-Both contenders share one transformers model, so that they fit into memory together. Beside them the
-same work without any head is timed: our batches through the tokenizer, the transformer and the
-optimizer, which stay as they are and so bound what an accelerated head can give.
+Both contenders share one transformers model, so that they fit into memory together. The same work
+without any head is timed beside them: tokenizer, transformer and optimizer stay as they are, and
+bound what an accelerated head can give.
 """
 
 import copy
@@ -21,7 +21,7 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from benchmarks.harness.memory import peak_growth
-from benchmarks.inputs.trained import bias_for_share, fetched, largest_logits, sample_texts
+from benchmarks.inputs.trained_states import bias_for_share, fetched, largest_logits, sample_texts
 from examples.docstrings.checkpoint import DEMO
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 from splade_fast.integrations.sentence_transformers import accelerate
@@ -30,29 +30,29 @@ from splade_fast.integrations.sentence_transformers.batches import batches
 OURS, THEIRS, BODY = "accelerated", "as it was", "without a head"
 WORKS = ("encode", "gradients", "step")
 
-_ACTIVE = 0.01  # of the pooled entries of the random model, as of a trained one
+_ACTIVE = 0.01  # share of the pooled entries of the random model, as of a trained one
 _QUERY_WORDS = 8
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, and how many texts of how many tokens go through it."""
+    """Model, and number and length of the texts that go through it."""
 
     name: str
     dim: int
-    layers: int | None  # of a random XLM-R; None: the demo's checkpoint
+    layers: int | None  # layers of a random XLM-R; None: the demo's checkpoint
     documents: int
-    batch_size: int  # of encode
-    pairs: int  # of a training step
+    batch_size: int  # in encode
+    pairs: int  # in a training step
     max_length: int
 
 
 SETTINGS = {
     "demo": Setting("BERT, 2 layers, V 30,522", 128, None, 64, 32, 16, 256),
-    # Of the size of the demo's checkpoint, of mMiniLMv2-L6, and of the base model.
+    # As large as the demo's checkpoint, mMiniLMv2-L6, and the base model.
     "xlm-roberta-tiny": Setting("XLM-R, 2 layers, V 250,002", 128, 2, 32, 16, 16, 128),
     "xlm-roberta-small": Setting("XLM-R, 6 layers, V 250,002", 384, 6, 32, 16, 16, 128),
-    # With four pairs a step of the model as it was takes 7 s already.
+    # Four pairs: a step of the model as it was takes 7 s.
     "xlm-roberta": Setting("XLM-R, 12 layers, V 250,002", 768, 12, 16, 8, 4, 128),
 }
 
@@ -63,7 +63,7 @@ class Workload:
     dtype: torch.dtype
 
     def encoders(self) -> dict[str, SparseEncoder]:
-        """Both contenders, around one model."""
+        """Make both contenders, around one model."""
         transformer = self._transformer()
         pairs = {name: [copy.copy(transformer), SpladePooling()] for name in (OURS, THEIRS)}
         encoders = {name: SparseEncoder(modules=pair, device="cpu") for name, pair in pairs.items()}
@@ -76,7 +76,7 @@ class Workload:
         return {**runs, BODY: self.run(work, encoders[OURS], head=False)}
 
     def run(self, work: str, encoder: SparseEncoder, head: bool = True) -> Callable[[], Any]:
-        """One round of a work; "encode" returns the vectors."""
+        """Return a function for one round of a work; that of "encode" returns the vectors."""
         if work != "encode":
             return self._training(work, encoder, head)
         texts = sample_texts(self.setting.documents)
@@ -126,7 +126,7 @@ class Workload:
         return run
 
     def peak(self, work: str, contender: str, threads: int) -> int:
-        """Bytes beyond model, gradients and optimizer, at the peak; in a process of its own."""
+        """Return the peak in bytes beyond model, gradients and optimizer, in a fresh process."""
         torch.set_num_threads(threads)
         encoder = self.encoders()[contender]
         run = self.run(work, encoder)
@@ -148,13 +148,13 @@ class Workload:
 
 
 def _hidden(encoder: SparseEncoder, features: dict[str, Any]) -> torch.Tensor:
-    """(B, L, D), what goes into the head of an accelerated encoder."""
+    """Return (B, L, D), the input of the head of an accelerated encoder."""
     hidden: torch.Tensor = encoder[0](features)["token_embeddings"]
     return hidden
 
 
 def _random_model(dim: int, layers: int) -> Any:
-    """As xlm-roberta-base with 768 and 12; the texts' tokens are those of the demo's tokenizer."""
+    """Make an XLM-R, with 768 and 12 the base model; tokens are those of the demo's tokenizer."""
     torch.manual_seed(0)
     config = XLMRobertaConfig(
         vocab_size=250_002,
@@ -171,7 +171,7 @@ def _random_model(dim: int, layers: int) -> Any:
 
 @torch.no_grad()
 def _set_activity(transformer: Any) -> None:
-    """A bias of the decoder that leaves as few entries positive as in a trained model."""
+    """Set the decoder's bias to leave as few entries positive as in a trained model."""
     encoder = SparseEncoder(modules=[transformer, SpladePooling()], device="cpu")
     inputs = _model_inputs(encoder, sample_texts(2))
     decoder = find_decoder(transformer.model)

@@ -26,8 +26,8 @@ from torch.nn.functional import layer_norm
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from benchmarks.harness.case import UnavailableError
-from benchmarks.inputs.cache import cache_folder
-from benchmarks.inputs.inputs import right_padding, seeded
+from benchmarks.inputs.batches import right_padding, seeded
+from benchmarks.inputs.cache_folder import cache_folder
 from examples.docstrings.checkpoint import DEMO, CheckpointError, WheelCheckpoint
 from examples.docstrings.corpus import docstring_pairs
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.inputs.cache import cache_folder
+from benchmarks.inputs.cache_folder import cache_folder
 from examples.docstrings.checkpoint import DEMO
 from examples.docstrings.task import docstring_task
 from splade_fast import SparseRows
