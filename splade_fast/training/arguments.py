@@ -1,4 +1,4 @@
-"""What a training run is told: model, data and training, as dataclasses that make flags."""
+"""Arguments of a training run as dataclasses, whose fields are the flags of the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARCHITECTURES = ("splade", "term_weights")
 DTYPES = ("float32", "bfloat16", "float16")
 QUERY_WEIGHTS = ("idf", "learned")
 
-# Of TrainingArguments: what works on the model itself in a way that a TrainingModel does not allow.
+# Fields of TrainingArguments that a TrainingModel does not support, and their only values.
 _UNSUPPORTED: dict[str, Any] = {
     "remove_unused_columns": False,
     "label_smoothing_factor": 0.0,
@@ -33,46 +33,52 @@ _UNSUPPORTED: dict[str, Any] = {
 
 @dataclass
 class ModelArguments:
-    """What is trained.
+    """Encoders to train, and their adapters.
 
     Raises:
-        ValueError: a field is out of range, or two do not go together.
+        ValueError: a field is out of range.
     """
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of the encoder."})
     query_encoder: str = field(
         default="shared",
         metadata={
-            "help": "shared: the same as of documents; bag_of_words: a weight for each term of the "
-            "query, no transformer; or hub name or folder of another encoder."
+            "help": "Encoder of the queries. shared: the encoder of the documents; bag_of_words: a "
+            "weight for each term, without a transformer; else hub name or folder."
         },
     )
     query_weights: str = field(
         default="idf",
         metadata={
-            "help": "bag_of_words: idf: of the training documents, fixed; learned: from there on.",
+            "help": "Weights of bag_of_words. idf: fixed, from the training documents; learned: "
+            "trained, starting from idf.",
             "choices": QUERY_WEIGHTS,
         },
     )
     architecture: str = field(
         default="splade",
         metadata={
-            "help": "splade: weighs all terms of the vocabulary; term_weights: the text's own.",
+            "help": "Terms that get a weight. splade: all of the vocabulary; term_weights: only "
+            "those of the text.",
             "choices": ARCHITECTURES,
         },
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights; see bf16 for mixed precision.", "choices": DTYPES},
+        metadata={
+            "help": "Type of the weights; see bf16 for mixed precision.",
+            "choices": DTYPES,
+        },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "As transformers names it: sdpa, eager, …"}
+        default=None, metadata={"help": "Attention as transformers names it: sdpa, eager, …"}
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Train LoRA adapters of this rank alone; 0: all weights."}
+        default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights instead."}
     )
     lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scale of the adapters times rank; by default 2 · rank."}
+        default=None,
+        metadata={"help": "Scale of the adapters times their rank; by default 2 · rank."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
 
@@ -88,95 +94,109 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained and evaluated on.
+    """Data of the training and of the evaluations.
 
     Raises:
-        ValueError: a field is out of range, or two do not go together.
+        ValueError: a field is out of range, or a file of the evaluation is missing.
     """
 
     train_data: list[str] = field(
         metadata={"help": "Files, folders or hub names, all of one kind; see load_training_data."}
     )
-    train_split: str = field(default="train", metadata={"help": "Which split of a folder or name."})
-    data_config: str | None = field(
-        default=None, metadata={"help": "Which configuration of a name on the hub."}
-    )
+    train_split: str = field(default="train", metadata={"help": "Split of a folder or hub name."})
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a hub name."})
     columns: list[str] | None = field(
         default=None,
-        metadata={"help": "name=part of each column whose name does not tell what it holds."},
+        metadata={"help": "name=part for each column whose name does not tell its part."},
     )
     train_queries: str | None = field(
-        default=None, metadata={"help": "Texts of the queries, where train_data holds their ids."}
+        default=None, metadata={"help": "Texts of the queries, if train_data holds their ids."}
     )
     train_corpus: str | None = field(
-        default=None, metadata={"help": "Texts of the documents, where train_data holds their ids."}
+        default=None,
+        metadata={"help": "Texts of the documents, if train_data holds their ids."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training; needs max_steps."}
+        default=False, metadata={"help": "Read the data during the training; needs max_steps."}
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "streaming: shuffle among so many examples; 0: do not."}
+        default=1000, metadata={"help": "Number of examples to shuffle when streaming; 0: none."}
     )
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "Examples for the evaluation loss, as train_data."}
+        default=None, metadata={"help": "Examples for the evaluation loss, given as train_data."}
     )
-    eval_split: str = field(default="train", metadata={"help": "Which split of eval_data."})
+    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_queries: str | None = field(
-        default=None, metadata={"help": "Queries for MRR, nDCG and Recall; with the two below."}
+        default=None, metadata={"help": "Queries for MRR, nDCG and Recall; needs the next two."}
     )
-    eval_corpus: str | None = field(default=None, metadata={"help": "The documents searched."})
-    eval_qrels: str | None = field(default=None, metadata={"help": "Judgements, TREC or BEIR."})
+    eval_corpus: str | None = field(default=None, metadata={"help": "Documents to search."})
+    eval_qrels: str | None = field(
+        default=None, metadata={"help": "Judgements, as TREC or BEIR writes them."}
+    )
 
     def __post_init__(self) -> None:
         retrieval = ("eval_queries", "eval_corpus", "eval_qrels")
         missing = [name for name in retrieval if getattr(self, name) is None]
         if missing and len(missing) < len(retrieval):
-            raise ValueError(f"{', '.join(retrieval)} go together, got no {', '.join(missing)}")
+            raise ValueError(
+                f"{', '.join(retrieval)} must be given together, got no {', '.join(missing)}"
+            )
         if self.shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be at least 0, got {self.shuffle_buffer}")
 
 
 @dataclass
 class RunArguments:
-    """How a run starts."""
+    """Start of a run: new, resumed or over."""
 
     resume: bool = field(
         default=False,
-        metadata={"help": "Go on from the last checkpoint in output_dir, if there is one."},
+        metadata={"help": "Resume the last checkpoint in output_dir, if there is one."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints that are in output_dir."}
+        default=False, metadata={"help": "Delete the checkpoints in output_dir, and start anew."}
     )
 
 
 @dataclass
 class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
-    """transformers' TrainingArguments, the objective, and how texts become batches.
+    """Arguments of `SpladeTrainer`: transformers' TrainingArguments, the objective, and batches.
 
-    Trains on the CPU where there is no accelerator, with several accelerators on one of them unless
-    `torchrun` starts a process for each.
+    The training runs on the CPU where there is no accelerator, and on one of several accelerators
+    unless `torchrun` starts a process for each.
 
     Raises:
         ImportError: a package of the extra "train" is missing.
-        ValueError: a field is out of range, not supported, or two do not go together.
+        ValueError: a field is out of range or not supported, or two fields contradict each other.
+
+    Example::
+
+        >>> from splade_fast.training import SpladeTrainingArguments
+        >>> args = SpladeTrainingArguments(output_dir="run", loss="kl", temperature=2.0)
+        >>> args.objective_arguments().loss
+        'kl'
     """
 
-    max_query_length: int = field(default=64, metadata={"help": "Tokens kept of each query."})
+    max_query_length: int = field(
+        default=64, metadata={"help": "Number of tokens kept of each query."}
+    )
     max_document_length: int = field(
-        default=256, metadata={"help": "Tokens kept of each document."}
+        default=256, metadata={"help": "Number of tokens kept of each document."}
     )
     query_prompt: str | None = field(
-        default=None, metadata={"help": "Name of the prompt before queries; default: query."}
+        default=None, metadata={"help": "Name of the prompt before queries; by default query."}
     )
     document_prompt: str | None = field(
-        default=None, metadata={"help": "Name of the prompt before documents; default: document."}
+        default=None, metadata={"help": "Name of the prompt before documents; by default document."}
     )
     negatives_per_query: int | None = field(
-        default=None, metadata={"help": "Take the first so many negatives; default: all."}
+        default=None,
+        metadata={"help": "Number of negatives to take, the first ones; by default all."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false."})
     report_to: None | str | list[str] = field(  # noqa: RUF036, the order HfArgumentParser can read
-        default="tensorboard", metadata={"help": "Where logs go beside the terminal; or none."}
+        default="tensorboard",
+        metadata={"help": "Destinations of the log beside the terminal, or none."},
     )
 
     def __post_init__(self) -> None:
@@ -189,7 +209,7 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
             if getattr(self, name, only) != only:
                 raise ValueError(f"{name} must be {only} here, got {getattr(self, name)!r}")
         if self.fsdp:
-            raise ValueError(f"fsdp must be off here, got {self.fsdp!r}: torchrun gives plain DDP")
+            raise ValueError(f"fsdp must be off here, got {self.fsdp!r}; torchrun starts plain DDP")
         if self.save_only_model and self.load_best_model_at_end:
             raise ValueError("save_only_model must be False with load_best_model_at_end, got True")
         if self.ddp_broadcast_buffers:
@@ -203,7 +223,7 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed
-        # A batch is no list of equally many rows: slices of one that rank 0 read would mix them up.
+        # Slices of a batch that rank 0 reads would be wrong: its tensors have unequal row counts.
         accelerator: Any = self.accelerator_config
         accelerator.dispatch_batches = False
         if self.n_gpu > 1:
@@ -211,6 +231,6 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
             self._n_gpu = 1
 
     def objective_arguments(self) -> ObjectiveArguments:
-        """Those of the fields that TrainingModel takes."""
+        """Return the fields that TrainingModel takes."""
         names = [f.name for f in dataclasses.fields(ObjectiveArguments)]
         return ObjectiveArguments(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Retrieval quality, sparsity and index size of encoders on judged queries."""
+"""Evaluation of encoders on judged queries: retrieval quality, sparsity and index size."""
 
 from __future__ import annotations
 
@@ -12,24 +12,33 @@ from splade_fast.search.texts import Qrels, Texts, read_qrels, read_texts
 
 
 class RetrievalEvaluator:
-    """Encodes a corpus and queries, searches exactly, and measures what was found.
+    """Encode a corpus and queries, search exactly, and measure the hits.
 
     Args:
-        queries: the queries, of which those without judgements are left out.
-        corpus: the documents, all of which are searched.
-        qrels: {query id: {document id: relevance}}.
-        max_query_length: tokens kept of each query.
-        max_document_length: tokens kept of each document.
-        batch_size: texts that go through a model together.
-        document_top_k: keep at most so many entries of each document.
-        query_top_k: keep at most so many entries of each query.
-        query_prompt: the name of the prompt before each query; None: "query" where the model has
-            it.
-        document_prompt: the name of the prompt before each document; None: likewise "document".
+        queries: the queries; those without judgements are left out.
+        corpus: the documents.
+        qrels: judgements {query id: {document id: relevance}}.
+        max_query_length: number of tokens kept of each query.
+        max_document_length: number of tokens kept of each document.
+        batch_size: number of texts that a model encodes at a time.
+        document_top_k: number of entries kept of each document's vector; None keeps all.
+        query_top_k: number of entries kept of each query's vector; None keeps all.
+        query_prompt: name of the prompt before each query; None uses "query" where the model has
+            that prompt.
+        document_prompt: name of the prompt before each document; None uses "document", likewise.
 
     Raises:
-        DataError: no query is judged, or the judgements name queries or documents that are not
-            there.
+        DataError: no query is judged, or the judgements name unknown queries or documents.
+
+    Example::
+
+        >>> from splade_fast.search.texts import Texts
+        >>> from splade_fast.training import RetrievalEvaluator
+        >>> corpus = Texts(["d1", "d2"], ["a quick fox", "the lazy dog"])
+        >>> evaluator = RetrievalEvaluator(Texts(["q1"], ["fox"]), corpus, {"q1": {"d1": 1}})
+        >>> metrics = evaluator(sf.SpladeEncoder.from_pretrained("CHECKPOINT"))
+        >>> metrics["Recall@100"]
+        1.0
     """
 
     def __init__(
@@ -66,10 +75,16 @@ class RetrievalEvaluator:
         qrels: str | os.PathLike[str],
         **options: Any,
     ) -> RetrievalEvaluator:
-        """Read files with `read_texts` and `read_qrels`; options as in the constructor.
+        """Make an evaluator of three files.
+
+        Args:
+            queries: file for `read_texts`.
+            corpus: file for `read_texts`.
+            qrels: file for `read_qrels`.
+            options: further arguments of the constructor.
 
         Raises:
-            DataError: a file cannot be used.
+            DataError: a file cannot be read, or its content is not what the constructor takes.
         """
         found = read_texts(queries), read_texts(corpus), read_qrels(qrels)
         return cls(*found, **options)
@@ -82,17 +97,17 @@ class RetrievalEvaluator:
         prefix: str = "",
         show_progress: bool = False,
     ) -> dict[str, float]:
-        """MRR@10, nDCG@10, Recall@100, query_active_dims, document_active_dims and index_mib.
+        """Return MRR@10, nDCG@10, Recall@100, active dims and the size of the index.
 
         Args:
-            encoder: of the documents, and without query_encoder of the queries as well.
-            query_encoder: of the queries.
-            prefix: goes before each name, as in "eval_MRR@10".
-            show_progress: draw a progress bar for the documents.
+            encoder: encoder of the documents.
+            query_encoder: encoder of the queries; None uses `encoder`.
+            prefix: prefix of each name, such as "eval_" for "eval_MRR@10".
+            show_progress: whether to draw a progress bar for the documents.
 
         Returns:
-            {prefix + name: value}; active dims are the mean number of entries that are not 0,
-            index_mib is the size of the documents' vectors.
+            {prefix + name: value}. query_active_dims and document_active_dims are the mean numbers
+            of entries other than 0; index_mib is the size of the documents' vectors in MiB.
         """
         documents = self._encode(
             encoder, "document", self.corpus, self.max_document_length, show_progress
@@ -103,7 +118,7 @@ class RetrievalEvaluator:
         return {prefix + name: value for name, value in self.measure(queries, documents).items()}
 
     def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
-        """The same of vectors that are there already, those of all queries and of the corpus."""
+        """Return the same metrics for the vectors of the judged queries and of the corpus."""
         measures = evaluate_vectors(
             self.qrels, self.queries.ids, queries, self.corpus.ids, documents
         )

@@ -1,8 +1,4 @@
-"""Vectors of a large batch in the memory of a small one.
-
-Gao, Zhang, Han, Callan: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
-(GradCache), RepL4NLP 2021.
-"""
+"""GradCache: vectors of a large batch in the memory of a small one."""
 
 from __future__ import annotations
 
@@ -17,27 +13,39 @@ Inputs = dict[str, Tensor]
 
 
 def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_size: int) -> Tensor:
-    """encoder(**inputs), encoded by mini-batches of similar length, without keeping activations.
+    """Return encoder(**inputs), computed by mini-batches whose activations are not kept.
 
-    The backward pass encodes each mini-batch once more, with the same random numbers, and adds its
-    gradients up. Vectors and gradients are those of encoder(**inputs), but for rounding and for
-    what dropout draws. What is held at any time is the vectors, the activations of one mini-batch
-    and one gradient for each parameter.
+    The backward pass encodes each mini-batch again, with the same random numbers, and accumulates
+    its gradients. Vectors and gradients equal those of encoder(**inputs) up to rounding and the
+    random numbers of dropout. Memory holds the vectors, the activations of one mini-batch and one
+    gradient for each parameter. Mini-batches have texts of similar length.
+
+    Gao, Zhang, Han and Callan: Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup (GradCache), RepL4NLP 2021.
 
     Args:
-        encoder: tokenized texts as keyword arguments -> (N, V).
-        inputs: (N, ...) tensors; with `attention_mask` (N, L), columns (N, L, ...) that are padding
-            at the end of all texts of a mini-batch are left out (learning the lengths waits for a
-            GPU).
-        mini_batch_size: how many texts go through the encoder together.
+        encoder: module from tokenized texts, as keyword arguments, to vectors (N, V).
+        inputs: (N, ...) tensors by name. With `attention_mask` (N, L), each mini-batch leaves out
+            the columns of the (N, L, ...) tensors that are padding at the end of all its texts.
+            Reading the lengths synchronises with a GPU.
+        mini_batch_size: number of texts that the encoder sees at a time.
 
     Returns:
-        (N, V), differentiable once in the parameters of the encoder that require a gradient.
+        (N, V), once differentiable in the parameters of the encoder that require a gradient.
 
     Raises:
         ValueError: mini_batch_size is less than 1, or inputs have different numbers of rows.
-        RuntimeError: in the backward pass, for create_graph=True; by torch, for reentrant gradient
-            checkpointing and for parameters changed since.
+        RuntimeError: in the backward pass: create_graph is True, gradient checkpointing is
+            reentrant, or a parameter has changed since the forward pass.
+
+    Example::
+
+        >>> from splade_fast.training import cached_encode
+        >>> encoder = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
+        >>> inputs = encoder.tokenize(["quick fox", "lazy dog", "an old tree"])
+        >>> vectors = cached_encode(encoder, inputs, mini_batch_size=2)
+        >>> torch.allclose(vectors, encoder(**inputs), atol=1e-5)
+        True
     """
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
@@ -48,32 +56,34 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
         vectors: Tensor = encoder(**inputs)
         return vectors
     parts = _mini_batches(inputs, mini_batch_size)
-    trainable = [p for p in encoder.parameters() if p.requires_grad]  # tied ones once
+    trainable = [p for p in encoder.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and trainable:
         vectors = _CachedEncode.apply(encoder, parts, *trainable)
     else:
-        vectors = _joined(parts, [encoder(**part.inputs) for part in parts])
+        vectors = _join_vectors(parts, [encoder(**part.inputs) for part in parts])
     return vectors
 
 
 def without_padding(inputs: Mapping[str, Tensor]) -> Inputs:
-    """Tokenized texts without the columns that are padding at the end of all of them.
+    """Return tokenized texts without the columns that are padding at the end of all texts.
 
     Args:
-        inputs: `attention_mask` (N, L) and others, of which those with L columns are cut.
+        inputs: `attention_mask` (N, L) and other tensors; those with L columns are cut.
     """
-    lengths = _lengths(inputs["attention_mask"])
-    return _columns(inputs, int(lengths.max()) if len(lengths) else 0)
+    lengths = _text_lengths(inputs["attention_mask"])
+    return _take_columns(inputs, int(lengths.max()) if len(lengths) else 0)
 
 
 class _MiniBatch(NamedTuple):
-    rows: Tensor  # which of all texts
+    rows: Tensor  # indices of its texts in the whole batch
     inputs: Inputs
 
 
 class _CachedEncode(torch.autograd.Function):
-    """The parameters are inputs, so that each gets its whole gradient at once: hooks on it, as
-    DistributedDataParallel's, run once.
+    """Encode by mini-batches.
+
+    The parameters are inputs of the function, so autograd accumulates the whole gradient of each at
+    once, and its hooks run once, as DistributedDataParallel requires.
     """
 
     @staticmethod
@@ -81,14 +91,14 @@ class _CachedEncode(torch.autograd.Function):
         ctx: Any, encoder: nn.Module, parts: Sequence[_MiniBatch], *parameters: Tensor
     ) -> Tensor:
         ctx.encoder, ctx.parts = encoder, parts
-        ctx.surroundings, vectors = [], []
-        ctx.save_for_backward(*parameters)  # so that a change before the backward is an error
+        ctx.states, vectors = [], []
+        ctx.save_for_backward(*parameters)  # autograd raises if a parameter changes before backward
         for part in parts:
-            surroundings = _Surroundings(part.rows.device)
-            ctx.surroundings.append(surroundings)
-            with surroundings.autocast():
+            state = _ForwardState(part.rows.device)
+            ctx.states.append(state)
+            with state.autocast():
                 vectors.append(encoder(**part.inputs))
-        return _joined(parts, vectors)
+        return _join_vectors(parts, vectors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,18 +106,18 @@ class _CachedEncode(torch.autograd.Function):
             raise RuntimeError("cached_encode is differentiable once, got create_graph=True")
         parameters = ctx.saved_tensors
         total: list[Tensor | None] = [None] * len(parameters)
-        for part, surroundings in zip(ctx.parts, ctx.surroundings, strict=True):
-            with torch.enable_grad(), surroundings.restored(), surroundings.autocast():
+        for part, state in zip(ctx.parts, ctx.states, strict=True):
+            with torch.enable_grad(), state.random_numbers(), state.autocast():
                 vectors = ctx.encoder(**part.inputs)
             if vectors.requires_grad:
                 upstream = grad[part.rows]
-                found = torch.autograd.grad(vectors, parameters, upstream, allow_unused=True)
-                total = [_sum(*pair) for pair in zip(total, found, strict=True)]
+                grads = torch.autograd.grad(vectors, parameters, upstream, allow_unused=True)
+                total = [_accumulate(*pair) for pair in zip(total, grads, strict=True)]
         return None, None, *total
 
 
-class _Surroundings:
-    """What a forward pass depends on besides its arguments: random numbers and autocast."""
+class _ForwardState:
+    """Random numbers and autocast modes at the start of a forward pass."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -119,8 +129,8 @@ class _Surroundings:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The random numbers as they were; what they are now comes back afterwards."""
+    def random_numbers(self) -> Iterator[None]:
+        """Set the generators to this state, and back to their present one after the block."""
         devices = [self._device] if self._cuda is not None else []
         with torch.random.fork_rng(devices):
             torch.set_rng_state(self._cpu)
@@ -130,10 +140,10 @@ class _Surroundings:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Autocast as it was, but without its memory of cast weights.
+        """Set the autocast modes of this state, without autocast's cache of cast weights.
 
-        Weights that were cast without a gradient would be used again where one is wanted, and those
-        of one mini-batch in the next, where their graph is gone.
+        The cache would return weights that were cast without a gradient, or whose graph the
+        backward pass of another mini-batch has freed.
         """
         with ExitStack() as stack:
             for name, (enabled, dtype) in self._autocast.items():
@@ -143,32 +153,32 @@ class _Surroundings:
 
 
 def _mini_batches(inputs: Mapping[str, Tensor], size: int) -> list[_MiniBatch]:
-    """The longest texts first, so that what does not fit into memory shows at once."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
+    """Return mini-batches, the longest texts first, so that memory runs out at once or never."""
+    attention_mask = inputs.get("attention_mask")
+    if attention_mask is None:
         some = next(iter(inputs.values()))
         parts = torch.arange(len(some), device=some.device).split(size)
         return [_MiniBatch(rows, {name: x[rows] for name, x in inputs.items()}) for rows in parts]
-    lengths, order = _lengths(mask).sort(descending=True, stable=True)
+    lengths, order = _text_lengths(attention_mask).sort(descending=True, stable=True)
     return [
-        _MiniBatch(rows, {name: x[rows] for name, x in _columns(inputs, longest).items()})
+        _MiniBatch(rows, {name: x[rows] for name, x in _take_columns(inputs, longest).items()})
         for rows, longest in zip(order.split(size), lengths[::size].tolist(), strict=True)
     ]
 
 
-def _joined(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:
-    """(N, V) in the order of the texts, from the vectors of each mini-batch."""
+def _join_vectors(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:
+    """Return the vectors (N, V) of all mini-batches in the order of the texts."""
     return torch.cat(list(vectors))[torch.cat([part.rows for part in parts]).argsort()]
 
 
-def _lengths(mask: Tensor) -> Tensor:
-    """(N,) the last position that counts, from 1; 0 where none does."""
-    positions = torch.arange(mask.shape[1] + 1, device=mask.device)
-    return (nn.functional.pad(mask != 0, (1, 0)) * positions).amax(1)
+def _text_lengths(attention_mask: Tensor) -> Tensor:
+    """Return the number (N,) of columns up to the last token of each text."""
+    positions = torch.arange(attention_mask.shape[1] + 1, device=attention_mask.device)
+    return (nn.functional.pad(attention_mask != 0, (1, 0)) * positions).amax(1)
 
 
-def _columns(inputs: Mapping[str, Tensor], count: int) -> Inputs:
-    """The first columns, at least one, of the inputs that have as many as the mask."""
+def _take_columns(inputs: Mapping[str, Tensor], count: int) -> Inputs:
+    """Cut the inputs that have as many columns as the mask to their first ones, at least one."""
     width = inputs["attention_mask"].shape[1]
     return {
         name: x[:, : max(1, count)] if x.ndim > 1 and x.shape[1] == width else x
@@ -176,10 +186,12 @@ def _columns(inputs: Mapping[str, Tensor], count: int) -> Inputs:
     }
 
 
-def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """The sum in place of the total. The first is a copy: torch may give two parameters one tensor
-    as their gradient.
+def _accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Add a gradient to the total in place.
+
+    The first total is a copy, because torch may return one tensor as the gradient of two
+    parameters.
     """
-    if total is None or more is None:
-        return more.clone() if more is not None else total
-    return total.add_(more)
+    if total is None or grad is None:
+        return grad.clone() if grad is not None else total
+    return total.add_(grad)

@@ -1,4 +1,4 @@
-"""TrainingModel: encoders and objective as one module, whose forward is a training step's loss."""
+"""TrainingModel: encoders and objective in one module that returns the loss of a batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ from splade_fast.training.objective import Objective, ObjectiveArguments
 
 
 class TrainingModel(nn.Module):
-    """Encoder(s) and objective.
+    """Compute the objective on the vectors of one or two encoders.
 
     Args:
-        encoder: of documents, and of queries where there is no other.
-        arguments: what is trained for.
-        query_encoder: of the queries; None: `encoder`.
-        seed: of the draws from the cache.
+        encoder: encoder of the documents.
+        arguments: arguments of the objective.
+        query_encoder: encoder of the queries; None uses `encoder`.
+        seed: seed of the draws from the negative cache.
 
     Raises:
-        ValueError: the encoders' vocabularies differ, or the arguments do not fit each other.
+        ValueError: the vocabularies of the encoders differ, or arguments contradict each other.
+
+    Example::
+
+        >>> from splade_fast.training import ObjectiveArguments, TrainingModel
+        >>> encoder = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
+        >>> model = TrainingModel(encoder, ObjectiveArguments(loss="in_batch"))
+        >>> queries = encoder.tokenize(["fox", "dog"])
+        >>> documents = encoder.tokenize(["a quick fox", "the lazy dog"])
+        >>> model(queries, documents)["loss"].shape
+        torch.Size([])
     """
 
     def __init__(
@@ -37,9 +47,9 @@ class TrainingModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.step = 0  # what the schedules go by; whoever trains sets it
+        self.step = 0  # of the schedules; the training loop sets it
         self.encoder = encoder
-        # A module that is registered twice would have all its weights twice in the state.
+        # Registering the same module twice would put its weights into the state twice.
         self._own_query_encoder = None if query_encoder is encoder else query_encoder
         if self.query_encoder.vocab_size != encoder.vocab_size:
             raise ValueError(
@@ -49,14 +59,14 @@ class TrainingModel(nn.Module):
         self.objective = Objective(
             arguments, encoder.vocab_size, tokenizer=encoder.tokenizer, seed=seed
         )
-        # DistributedDataParallel would overwrite the cache of each rank by that of the first.
+        # DistributedDataParallel would overwrite each rank's cache with the first rank's.
         self._ddp_params_and_buffers_to_ignore = [
             f"objective.{name}" for name, _ in self.objective.named_buffers()
         ]
 
     @property
     def query_encoder(self) -> TextEncoder:
-        """The encoder of the queries, which may be that of the documents."""
+        """Encoder of the queries, which may be the encoder of the documents."""
         return self.encoder if self._own_query_encoder is None else self._own_query_encoder
 
     def forward(
@@ -65,12 +75,13 @@ class TrainingModel(nn.Module):
         documents: Mapping[str, Tensor],
         labels: Tensor | None = None,
     ) -> dict[str, Any]:
-        """The loss of a batch and its parts.
+        """Return the loss of a batch and its metrics.
 
         Args:
-            queries: the tokenizer's output for B texts.
-            documents: that for m * B texts, row j * B + i is document j of query i.
-            labels: (B,) or (B, m), see `Objective.forward`.
+            queries: tokenized texts of the B queries.
+            documents: tokenized texts of the m · B documents; row j · B + i is document j of
+                query i.
+            labels: (B,) or (B, m), as `Objective.forward` takes them.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}.
@@ -81,10 +92,10 @@ class TrainingModel(nn.Module):
         arguments = self.objective.arguments
         counts = [len(inputs["input_ids"]) for inputs in (queries, documents)]
         self.objective.check_batch(counts[0], counts[1], labels, documents)
-        query_vectors = self._encoded(self.query_encoder, queries, arguments.query_top_k)
+        query_vectors = self._encode(self.query_encoder, queries, arguments.query_top_k)
 
         def encode_documents(inputs: Mapping[str, Tensor]) -> Tensor:
-            return self._encoded(self.encoder, inputs, arguments.document_top_k)
+            return self._encode(self.encoder, inputs, arguments.document_top_k)
 
         result: dict[str, Any] = self.objective(
             query_vectors,
@@ -97,50 +108,54 @@ class TrainingModel(nn.Module):
         return result
 
     def cache_state(self) -> dict[str, Tensor]:
-        """What the objective of this rank remembers from step to step: its cache, the generator of
-        the draws, document frequencies. The tensors themselves; none for most objectives.
+        """Return the tensors that the objective of this rank keeps from step to step.
+
+        They are the negative cache, the generator of its draws, and document frequencies. They are
+        not copied. Most objectives have none.
         """
         state: dict[str, Tensor] = self.objective.state_dict()
         return state
 
     def load_cache_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take on what `cache_state` returned.
+        """Copy the tensors of a `cache_state` into the objective.
 
         Raises:
-            RuntimeError: the state is that of another objective.
+            RuntimeError: the state belongs to another objective.
         """
         self.objective.load_state_dict(state)
 
     def save_cache(self, folder: str | os.PathLike[str]) -> None:
-        """Write `cache_state` into a folder, as safetensors; all ranks call it with one folder.
+        """Write `cache_state` into a folder as safetensors, or nothing if it is empty.
 
-        Nothing is written where there is nothing to remember.
+        All ranks must call it with the same folder.
 
         Raises:
             ValueError: the folder holds the files of another number of ranks.
         """
         if self.cache_state():
-            save_sharded(self.objective, folder, replicated=self._replicated())
+            save_sharded(self.objective, folder, replicated=self._is_replicated())
 
     def load_cache(self, folder: str | os.PathLike[str]) -> None:
-        """Read what `save_cache` wrote, with any number of ranks; all ranks call it.
+        """Read the files of `save_cache`, which any number of ranks may have written.
+
+        All ranks must call it with the same folder.
 
         Raises:
-            FileNotFoundError: there are no files, or not all of them.
-            ValueError: they are those of another objective.
+            FileNotFoundError: files are missing.
+            ValueError: the files belong to another objective.
         """
         if self.cache_state():
-            load_sharded(self.objective, folder, replicated=self._replicated())
+            load_sharded(self.objective, folder, replicated=self._is_replicated())
 
-    def _replicated(self) -> bool:
-        """Whether all ranks remember the same."""
+    def _is_replicated(self) -> bool:
+        """Return whether `cache_state` is the same on all ranks."""
         arguments = self.objective.arguments
         return self.objective.handler is None or arguments.cache_sharing == "replicas"
 
-    def _encoded(
+    def _encode(
         self, encoder: TextEncoder, inputs: Mapping[str, Tensor], top_k: int | None
     ) -> Tensor:
-        """(N, V)."""
+        """Return the vectors (N, V) with at most top_k entries each."""
         size = self.objective.arguments.mini_batch_size
         vectors = cached_encode(encoder, inputs, size) if size else encoder(**inputs)
         return vectors if top_k is None else prune_topk(vectors, top_k)

@@ -1,4 +1,4 @@
-"""The regularisers of an objective, with their schedule and what they estimate."""
+"""Regularisers of an objective, with their schedules and running document frequencies."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from splade_fast.training.objective_arguments import ObjectiveArguments, regular
 
 
 class Sparsity(nn.Module):
-    """λ(step) (flops + l1 + df_flops) + λ₀ anti_zero, as many of them as there are to be.
+    """Compute λ(step) · (flops + l1 + df_flops) + λ₀ · anti_zero, with the terms of the arguments.
 
     Args:
-        arguments: those of the objective.
-        side: "query" or "document": whose.
-        vocab_size: V.
+        arguments: arguments of the objective.
+        side: side of the vectors, "query" or "document".
+        vocab_size: size V of the vocabulary.
     """
 
     def __init__(self, arguments: ObjectiveArguments, side: str, vocab_size: int) -> None:
@@ -44,11 +44,11 @@ class Sparsity(nn.Module):
             self.frequencies = RunningFrequencies(vocab_size, arguments.df_momentum)
 
     def forward(self, vectors: Tensor, step: int) -> Tensor:
-        """A scalar, the same on all ranks; in training mode the estimate goes on.
+        """Return the weighted sum, the same on all ranks; in training, update the frequencies.
 
         Args:
             vectors: (B, V).
-            step: of the schedule.
+            step: step of the schedule.
         """
         values = []
         if "flops" in self.terms:
@@ -69,14 +69,15 @@ class Sparsity(nn.Module):
 
 
 class RunningFrequencies(nn.Module):
-    """In which share of the vectors seen each term is active; older batches count less.
+    """Estimate the share of vectors in which each term is active.
 
-    estimate = Σ_t momentum^t active_t / Σ_t momentum^t rows_t over the batches of all ranks, t
-    steps ago. It has no bias towards 0 in the first steps.
+    The estimate is Σ_t momentum^t active_t / Σ_t momentum^t rows_t, where t counts the steps since
+    a batch of all ranks; older batches have less weight. It is not biased towards 0 in the first
+    steps.
 
     Args:
-        vocab_size: V.
-        momentum: from 0, the last batch alone, to below 1.
+        vocab_size: size V of the vocabulary.
+        momentum: weight of the past from 0, for the last batch alone, to below 1.
     """
 
     active: Tensor  # (V,) float32
@@ -90,12 +91,12 @@ class RunningFrequencies(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor) -> None:
-        """Take a batch (B, V) into account."""
+        """Add a batch (B, V)."""
         seen = document_frequencies(vectors) * len(vectors)
         counts = sum_over_ranks(torch.cat([seen, torch.full_like(seen[:1], len(vectors))]))
         self.active.mul_(self.momentum).add_(counts[:-1])
         self.rows.mul_(self.momentum).add_(counts[-1])
 
     def estimate(self) -> Tensor:
-        """(V,) from 0 to 1; 0 before the first batch."""
+        """Return the frequencies (V,) from 0 to 1; they are 0 before the first batch."""
         return self.active / self.rows.clamp(min=torch.finfo(self.rows.dtype).tiny)

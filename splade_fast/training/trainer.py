@@ -61,6 +61,7 @@ class SpladeTrainer(CheckpointingTrainer):
         >>> encoder = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
         >>> trainer = SpladeTrainer(encoder, args, examples)
         >>> trainer.train().global_step
+        {'train_runtime': ...}
         1
     """
 

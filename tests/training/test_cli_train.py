@@ -245,7 +245,7 @@ def test_help_is_readable(files):
         ({"query_encoder": "./no-such-folder"}, [], "no-such-folder"),
         ({"train_data": "no-such-file.tsv"}, [], "no such file: no-such-file.tsv"),
         ({"streaming": True, "max_steps": ...}, [], "max_steps must be given with streaming"),
-        ({"eval_queries": "q.tsv"}, [], "go together, got no eval_corpus, eval_qrels"),
+        ({"eval_queries": "q.tsv"}, [], "must be given together, got no eval_corpus, eval_qrels"),
         ({"eval_strategy": "steps"}, [], "eval_strategy must be 'no' without eval_data"),
         ({"loss": "kl"}, [], "documents must be at least 2 for each query for kl, got 1"),
         ({"fsdp": "full_shard"}, [], "fsdp must be off here"),
