@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.r
 
 
 def imports(module: Path) -> Iterator[tuple[str, ...]]:
-    """The parts below splade_fast of every name that a module imports, at any depth of its code."""
+    """Yield the parts below splade_fast of every name that a module imports, also in functions."""
     for node in ast.walk(ast.parse((PACKAGE / module).with_suffix(".py").read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -59,6 +60,20 @@ def test_private_names_stay_in_their_package(module):
                 is_own = parts[:depth] == package[:depth] and (depth > 0 or not package)
                 is_shared = depth == 0 and name in SHARED
                 assert is_own or is_shared, f"{module} imports {'.'.join(parts)}"
+
+
+def test_no_imports_in_a_circle():
+    """Imports inside of functions count too."""
+    names = {path.parts[:-1] if path.name == "__init__" else path.parts for path in MODULES}
+    needed = {
+        path.parts: {
+            next(parts[:n] for n in range(len(parts), 0, -1) if parts[:n] in names)
+            for parts in imports(path)
+        }
+        for path in MODULES
+        if path.name != "__init__"
+    }
+    list(TopologicalSorter(needed).static_order())  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize("room", ["ops", "reference"])

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the public API runs as it stands, on a tiny checkpoint."""
+"""Examples in the docstrings of the public API run, on a tiny checkpoint."""
 
 import doctest
 import inspect
@@ -24,7 +24,7 @@ PACKAGES = [
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
-    """(name, object) of each public function and class, named where it was first met."""
+    """Yield name and object of each public function and class."""
     seen = set()
     for package in PACKAGES:
         module = import_module(package)
@@ -39,7 +39,7 @@ PUBLIC = dict(public_objects())
 
 
 def parts(value: Any) -> Iterator[Callable[..., Any]]:
-    """The object, and the public methods of a class of ours."""
+    """Yield an object and, for a class, its public methods."""
     yield value
     if inspect.isclass(value):
         for name, member in vars(value).items():

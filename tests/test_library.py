@@ -1,4 +1,4 @@
-"""Loading: what build_info() tells, the reference without a library, versions that do not fit."""
+"""Loading of the libraries: build_info(), the reference without a library, version checks."""
 
 import importlib
 import os
@@ -38,7 +38,7 @@ def test_build_info():
 
 
 def test_the_cuda_library_waits_for_a_torch_with_cuda():
-    """Compiled against any torch, loaded only where torch has CUDA."""
+    """The CUDA library is loaded only if torch has CUDA."""
     info = sf.build_info()
     if not (PACKAGE / "_ops_cuda.so").exists():
         assert "not built" in info["cuda"]["why_not"]

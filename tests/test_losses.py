@@ -1,4 +1,4 @@
-"""Relevance losses against their formulas in float64, written out over single pairs."""
+"""Relevance losses equal their formulas in float64, written as loops over pairs."""
 
 import math
 
@@ -15,7 +15,7 @@ def scores(*shape):
 
 
 def check(value, formula, *leaves):
-    """Same value, and the gradient of the formula by finite differences."""
+    """Assert the value of the formula, and its gradient by finite differences."""
     assert value().item() == pytest.approx(formula(), rel=1e-12)
     assert torch.autograd.gradcheck(lambda *_: value(), leaves)
 

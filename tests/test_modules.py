@@ -1,3 +1,5 @@
+"""SpladeHead and SpladePool equal the ops, and share parameters with a decoder."""
+
 import copy
 
 import pytest
@@ -127,7 +129,7 @@ def test_modules_say_what_they_are(decoder):
         (
             lambda: sf.SpladeHead(nn.Linear(D, V), nn.Parameter(torch.ones(V))),
             ValueError,
-            "bias must be None beside a torch.nn.Linear",
+            "bias must be None with a torch.nn.Linear",
         ),
         (
             lambda: sf.SpladeHead(nn.Parameter(torch.ones(V, D)), nn.Parameter(torch.ones(D))),

@@ -1,4 +1,4 @@
-"""Regularisers and schedules against their formulas in float64."""
+"""Regularisers and schedules equal their formulas in float64."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.tolerances import assert_accurate
 
 
 def sparse(rows=6, columns=50, dtype=torch.float64):
-    """Pooled vectors with zeros, and some negative entries: the formulas have absolute values."""
+    """Return pooled vectors with zeros and negative entries."""
     x = torch.randn(rows, columns, dtype=torch.float64)
     return (x * (torch.rand(rows, columns) < 0.4)).to(dtype)
 
@@ -68,7 +68,7 @@ def test_value_and_gradient(name, dtype, device):
 @pytest.mark.parametrize("name", LOSSES)
 def test_second_order(name):
     loss, _ = LOSSES[name]
-    # Away from 0, where the absolute value has no derivative.
+    # Not at 0, where the absolute value has no derivative.
     x = (torch.rand(4, 50, dtype=torch.float64) + 0.5).requires_grad_()
     assert torch.autograd.gradcheck(loss, x)
     assert torch.autograd.gradgradcheck(loss, x)
@@ -86,7 +86,7 @@ def test_no_rows_and_zero_rows(name):
 
 
 def gradient_over_ranks(rank: int, count: int) -> None:
-    """Under DistributedDataParallel each rank gets the gradient of the joined batch."""
+    """Assert that each rank gets the gradient of the joined batch from DistributedDataParallel."""
     torch.manual_seed(0)
     encoder = torch.nn.Linear(4, 50).double()
     inputs = torch.randn(7, 4, dtype=torch.float64)
@@ -95,7 +95,7 @@ def gradient_over_ranks(rank: int, count: int) -> None:
         joined = formula(encoder(inputs).relu())
         (expected,) = torch.autograd.grad(joined, encoder.weight)
         encoder.zero_grad()
-        parallel = DistributedDataParallel(encoder)  # has to live until the gradients are there
+        parallel = DistributedDataParallel(encoder)  # must live until the gradients are computed
         value = loss(parallel(parts[rank]).relu())
         value.backward()
         torch.testing.assert_close(value.detach(), joined.detach())
@@ -104,7 +104,7 @@ def gradient_over_ranks(rank: int, count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_over_ranks(count, tmp_path):
-    """Batches of different sizes, one of them empty."""
+    """Ranks have batches of different sizes, one of them empty."""
     run_ranks(count, gradient_over_ranks, tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_threshold_spares_sparse_rows():
 
 
 def test_weights_of_document_frequencies():
-    """1/2 at alpha, towards 0 below and 1 above."""
+    """The weight is 1/2 at alpha, near 0 far below and near 1 far above."""
     weights = regularizers._frequency_weights(torch.tensor([0, 0.01, 0.1, 0.5, 1.0]), 0.1, 10.0)
     assert weights[2].item() == pytest.approx(0.5)
     assert weights[0] == 0

@@ -1,8 +1,8 @@
-"""The one tolerance policy of all tests.
+"""Tolerance policy of all tests.
 
-An op's error against a float64 reference is at most twice the error of plain PyTorch in the same
-dtype, plus a rounding floor: a few units in the last place of the largest value, since plain
-PyTorch may be exact by luck.
+The error of an op against a float64 reference is at most twice the error of plain PyTorch in the
+same dtype, plus a few units in the last place of the largest value, as plain PyTorch may be exact
+by luck.
 """
 
 import torch
@@ -13,7 +13,7 @@ FLOOR_ULPS = 4.0
 
 
 def error(actual: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; places where both are the same inf or both NaN agree."""
+    """Return the largest absolute difference, where equal infinities and NaN do not differ."""
     actual = actual.double().cpu()
     truth = truth.cpu()
     assert actual.shape == truth.shape, (actual.shape, truth.shape)
@@ -23,7 +23,7 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
-    """actual is as close to the float64 truth as the policy asks of plain PyTorch in its dtype."""
+    """Assert that the error of actual is within the policy, given plain PyTorch as baseline."""
     assert actual.dtype == baseline.dtype, (actual.dtype, baseline.dtype)
     finite = truth[truth.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
@@ -35,10 +35,10 @@ def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
 def assert_accurate_gradients(
     actual: dict[str, Tensor], truth: dict[str, Tensor], baseline: dict[str, Tensor]
 ) -> None:
-    """The policy for the gradients of a whole model, {parameter: gradient}, taken as one vector.
+    """Assert the policy for the gradients {parameter: gradient} of a model, as one vector.
 
-    Some parameters, such as the bias of a key, have the gradient 0 but for rounding: alone they
-    would compare noise with noise.
+    The exact gradient of some parameters is 0, such as the bias of a key: compared alone they
+    would be rounding errors only.
     """
     assert actual.keys() == baseline.keys() == truth.keys()
     assert_accurate(

@@ -51,7 +51,7 @@ def head(draws: Draws) -> Call:
 
 
 def head_topk(draws: Draws) -> Call:
-    """Of exact values: rounding would choose among entries that are equal but for it."""
+    """Draw exact values: rounding would decide between entries that are equal without it."""
     weight, bias, dtype = _decoder(draws, (torch.float32, torch.float64))
     hidden, sequences = _sequences(draws, weight.shape[1], dtype)
     k = draws.choice((None, 1, 2, 7, 1000, 2**62))
@@ -153,7 +153,7 @@ def _places(draws: Draws, rows: int) -> Tensor:
 
 
 def _rows(draws: Draws, count: int, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For places in the tables."""
+    """Draw rows to write to the tables."""
     generator = draws.generator()
     return {
         name: draws.layout(

@@ -1,4 +1,4 @@
-"""Reading index files: whatever the bytes, they load whole and sound, or a clear error says why."""
+"""Reading of index files: any bytes either load as a consistent index or raise a clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sound_file(rows: int = 3, num_cols: int = 9) -> bytes:
 
 
 def sound_index() -> dict[str, bytes]:
-    """The files of an index."""
+    """Return the files of an index."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
         Index(_sound_rows(3, 9), ["a", "b", "c"], IndexMeta("model", 256, None)).save(path)
@@ -34,14 +34,14 @@ def _sound_rows(rows: int, num_cols: int) -> sf.SparseRows:
     return sf.SparseRows.from_dense(torch.arange(rows * num_cols).view(rows, num_cols) % 4 / 2)
 
 
-def file_of(tensors: dict[str, torch.Tensor], header: object) -> bytes:
-    """A well-formed safetensors file of any content."""
+def build_file(tensors: dict[str, torch.Tensor], header: object) -> bytes:
+    """Return a well-formed safetensors file with given content."""
     text = header if isinstance(header, str) else json.dumps(header)
     return save(tensors, metadata={"sparse_rows": text})
 
 
 def load_or_refuse(content: bytes) -> sf.SparseRows | None:
-    """None: refused, with a message that names the file."""
+    """Return the rows, or None if they are refused with a message that names the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.safetensors"
         path.write_bytes(content)
@@ -58,7 +58,7 @@ def load_or_refuse(content: bytes) -> sf.SparseRows | None:
 
 
 def load_index_or_refuse(files: dict[str, bytes]) -> Index | None:
-    """None: refused, with a message that names the folder."""
+    """Return the index, or None if it is refused with a message that names the folder."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)

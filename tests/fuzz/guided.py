@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing: python -m tests.fuzz.guided TARGET [options and folders of libFuzzer]
 
-`make fuzz` runs it on a library that says which of its branches an input takes.
+`make fuzz` runs it on a library that is instrumented for coverage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["splade_fast"]):
 def main() -> None:
     name = sys.argv[1]
     torch.set_num_threads(1)
-    # The first is what libFuzzer starts again by a shell, to merge what it has found.
+    # libFuzzer runs the first argument in a shell again to merge the inputs that it has found.
     again = f"{sys.executable} -m {__spec__.name} {name}"
     atheris.Setup([again, *sys.argv[2:]], TARGETS[name])
     atheris.Fuzz()

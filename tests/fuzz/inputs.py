@@ -1,4 +1,4 @@
-"""Drawn inputs of the ops: any shape, dtype and strides; values whose sums are exact."""
+"""Random inputs of the ops: any shape, dtype and strides; values whose sums are exact."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0)
 
 
 class Draws(ABC):
-    """Values that a fuzzer chooses."""
+    """Source of values that a fuzzer chooses."""
 
     @abstractmethod
     def integer(self, low: int, high: int) -> int:
-        """One of low, …, high."""
+        """Return an integer from low to high."""
 
     def choice(self, options: Sequence[T]) -> T:
         return options[self.integer(0, len(options) - 1)]
@@ -36,7 +36,7 @@ class Draws(ABC):
         return self.choice(DTYPES)
 
     def values(self, shape: Sequence[int], dtype: torch.dtype, special: bool = False) -> Tensor:
-        """Multiples of 1/2 between -1.5 and 1.5; with special, now and then inf or NaN."""
+        """Return multiples of 1/2 between -1.5 and 1.5, with special also inf and NaN."""
         generator = self.generator()
         values = torch.randint(-3, 4, tuple(shape), generator=generator) / 2
         if special and self.boolean() and values.numel():
@@ -49,7 +49,7 @@ class Draws(ABC):
         return self.layout(torch.rand(shape, generator=self.generator()) < self.choice((0, 0.5, 1)))
 
     def layout(self, tensor: Tensor) -> Tensor:
-        """The same tensor, or for "expanded" one with equal rows, at other places in memory."""
+        """Return the tensor with other strides; "expanded" makes its rows equal."""
         layout = self.choice(LAYOUTS)
         if tensor.ndim == 0 or layout == "contiguous":
             return tensor
@@ -73,7 +73,7 @@ class Draws(ABC):
         )
 
     def layout_of_rows(self, tensor: Tensor) -> Tensor:
-        """As `layout`, but the rows stay what they are."""
+        """Return the tensor with other strides, but contiguous rows."""
         return tensor.t().contiguous().t() if self.boolean() else tensor
 
     def generator(self) -> torch.Generator:
@@ -83,7 +83,7 @@ class Draws(ABC):
         return {"pooling": self.choice(POOLINGS), "activation": self.choice(ACTIVATIONS)}
 
     def bounds(self, sequences: int, tokens: int) -> Tensor:
-        """cu_seqlens of so many sequences, empty ones among them."""
+        """Return cu_seqlens for a number of sequences, some of them empty."""
         if sequences == 0:
             return torch.zeros(1, dtype=torch.int32)
         inner = torch.randint(0, tokens + 1, (sequences - 1,), generator=self.generator())
@@ -92,7 +92,7 @@ class Draws(ABC):
 
 
 class DrawsOfHypothesis(Draws):
-    """Values that hypothesis chooses and shrinks."""
+    """Source of values that hypothesis chooses and shrinks."""
 
     def __init__(self, data: st.DataObject) -> None:
         self._data = data
@@ -102,7 +102,7 @@ class DrawsOfHypothesis(Draws):
 
 
 class DrawsOfBytes(Draws):
-    """Values that a string of bytes says; after its end all are the lowest."""
+    """Source of values that a byte string encodes; after its end all values are the lowest."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content

@@ -1,4 +1,4 @@
-"""Calls of the C++ entry points with arguments that do not fit."""
+"""Calls of the C++ entry points with invalid arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENTRIES = (-(2**31), -1, 0, 1, 7, 2**31 - 1)
 
 
 class _Recorder(TorchDispatchMode):
-    """The calls of our ops, with their arguments."""
+    """Record of the calls of the ops, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def recorded(function: Any, arguments: Any, options: Any) -> list[tuple[Any, lis
 
 
 def _heads(given_arguments: list[Any]) -> list[tuple[Any, list[Any]]]:
-    """What head_forward calls in C++."""
+    """Call the C++ ops that head_forward calls."""
     ops = torch.ops.splade_fast
     calls = [(ops.head_forward_dense.default, [*given_arguments[:9], False])]
     hidden, weight = given_arguments[:2]

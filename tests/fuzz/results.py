@@ -1,4 +1,4 @@
-"""Every op on drawn inputs: what plain PyTorch gives."""
+"""Comparison of every op with plain PyTorch on random inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.fuzz.calls import CALLS, Call
 from tests.fuzz.inputs import Draws
 from tests.tolerances import assert_accurate
 
-# Their results are rounded; all others only move values or add up exactly.
+# Ops with rounded results. All others only move values or compute exact sums.
 ROUNDED = {"pool", "head"}
 
 
 def assert_same_as_plain_pytorch(name: str, draws: Draws) -> None:
     call = CALLS[name](draws)
-    # With relu everything that a gradient sums up is exact. That of NaN is anything.
+    # With relu the sums of gradients are exact. The gradient of NaN is undefined.
     gradients = name in ROUNDED and call[2]["activation"] == "relu" and is_finite(call)
     ours = results(call, gradients)
     with mock.patch.object(_library, "has_kernels", return_value=False):
@@ -32,13 +32,13 @@ def assert_same_as_plain_pytorch(name: str, draws: Draws) -> None:
         if name in ROUNDED:
             assert_accurate(actual, truth, baseline)
         else:
-            # Exact but for the logsumexp of a sample, which may be near 0 though its terms are not.
+            # Exact except the logsumexp of a sample, which may be near 0 while its terms are not.
             atol = 1e-6 if name == "sample" else 0.0
             torch.testing.assert_close(actual, baseline, rtol=1e-6, atol=atol, equal_nan=True)
 
 
 def results(call: Call, with_gradients: bool) -> list[Tensor]:
-    """What the call returns or writes, then gradients; the given tensors stay as they are."""
+    """Return the results of a call, then its gradients, without changing the given tensors."""
     function, arguments, options = pytree.tree_map_only(Tensor, _copy, call)
     options = {name: _fresh(value) for name, value in options.items()}
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
@@ -47,7 +47,7 @@ def results(call: Call, with_gradients: bool) -> list[Tensor]:
         leaf.requires_grad_()
     returned = function(*arguments, **options)
     if returned is None:
-        returned = arguments  # some were written to
+        returned = arguments  # the call writes to some of them
     found = [dense(value) for value in pytree.tree_leaves(returned, is_leaf=_is_rows)]
     if not leaves:
         return found
@@ -73,7 +73,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Of its values and strides."""
+    """Return a copy with the same strides."""
     copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return copied.copy_(tensor) if not _overlaps(tensor) else tensor.detach()
 
@@ -83,7 +83,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _fresh(value: Any) -> Any:
-    """A generator that starts where the given one stands."""
+    """Return a copy of a generator in its present state."""
     if not isinstance(value, sf.Philox):
         return value
     copied = sf.Philox(0, "cpu")

@@ -1,6 +1,6 @@
-"""Where the coverage-guided fuzzer begins: inputs that each reached something new.
+"""Seeds of the coverage-guided fuzzer: inputs that each reached new code.
 
-seeds/TARGET.txt holds them in hex, one a line; libFuzzer wants a file of each in a folder:
+seeds/TARGET.txt holds one seed per line, in hex. libFuzzer needs a folder with one file each:
 python -m tests.fuzz.seed_files unpack|pack TARGET FOLDER
 """
 
@@ -25,7 +25,7 @@ def unpack(target: str, folder: Path) -> None:
 
 
 def pack(target: str, folder: Path) -> None:
-    """Keep the inputs of a folder, and none but them."""
+    """Replace the seeds of a target by the files of a folder."""
     found = sorted({path.read_bytes() for path in folder.iterdir()}, key=lambda x: (len(x), x))
     lines = "".join(f"{content.hex()}\n" for content in found if content)
     (SEEDS / f"{target}.txt").write_text(lines, encoding="ascii")

@@ -1,4 +1,4 @@
-"""What the coverage-guided fuzzer calls with bytes of its choice; an exception is a find."""
+"""Functions that the coverage-guided fuzzer calls with bytes; an exception is a finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every op on drawn inputs: what plain PyTorch gives."""
+"""Every op equals plain PyTorch on random inputs."""
 
 from __future__ import annotations
 

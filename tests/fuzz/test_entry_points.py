@@ -1,6 +1,6 @@
-"""The C++ entry points with arguments that do not fit: an error each, or a result, never a crash.
+"""The C++ entry points raise an error for invalid arguments or return a result; they never crash.
 
-Under `make sanitize` a read or write outside a tensor ends the process.
+Under `make sanitize` any access outside of a tensor ends the process.
 """
 
 from __future__ import annotations

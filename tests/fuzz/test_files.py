@@ -1,4 +1,4 @@
-"""Damaged index files."""
+"""Damaged index files are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.files import (
-    file_of,
+    build_file,
     load_index_or_refuse,
     load_or_refuse,
     sound_file,
@@ -61,7 +61,7 @@ def test_any_bytes(content):
 @example({"format": "splade_fast.SparseRows"})
 @example([])
 def test_any_header(header):
-    load_or_refuse(file_of(TENSORS, header))
+    load_or_refuse(build_file(TENSORS, header))
 
 
 @pytest.mark.parametrize("name", sorted(TENSORS))
@@ -71,7 +71,7 @@ def test_any_tensor(name, data):
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
     entries = data.draw(st.sampled_from([-(2**31), -2, -1, 0, 1, 2, 3, 2**31 - 1]))
     tensors = {**TENSORS, name: torch.full(shape, entries).to(dtype)}
-    load_or_refuse(file_of(tensors, HEADER))
+    load_or_refuse(build_file(tensors, HEADER))
 
 
 @given(json_values, st.sampled_from(["ids.json", "meta.json"]), st.booleans())

@@ -1,4 +1,4 @@
-"""The inputs that the coverage-guided fuzzer has found, without it."""
+"""Inputs that the coverage-guided fuzzer has found, run as tests."""
 
 from __future__ import annotations
 

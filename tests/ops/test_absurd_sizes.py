@@ -1,6 +1,6 @@
-"""Sizes that no memory has, that overflow 64 bits or are negative: an error each, and no crash.
+"""Sizes beyond any memory, sizes that overflow 64 bits and negative sizes raise errors.
 
-The tensors are of no columns, or expanded from one element: nothing large is ever allocated.
+The tensors have no columns or are expanded from one element: nothing large is allocated.
 """
 
 import pytest
@@ -10,8 +10,8 @@ from torch import Tensor
 import splade_fast as sf
 
 OPS = torch.ops.splade_fast
-HUGE = 2**48  # of anything: beyond every address space
-ROOT = 2**33  # squared it is more than 64 bits
+HUGE = 2**48  # elements, beyond any address space
+ROOT = 2**33  # its square overflows 64 bits
 LIMITS = (2**63 - 1, 2**62)
 
 
@@ -25,7 +25,7 @@ def none(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded rows without a slot: indices, values, lengths."""
+    """Return padded rows without slots: indices, values, lengths."""
     return none(count, 0, dtype=torch.int32), none(count, 0), huge(count, dtype=torch.int32)
 
 
@@ -160,7 +160,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("call", REFUSED)
 def test_absurd_sizes_are_refused(call):
-    """By the rule that is broken, or by the shape that cannot be allocated; at once."""
+    """The error names the broken rule or the shape that cannot be allocated."""
     with pytest.raises((RuntimeError, ValueError, MemoryError)) as raised:
         REFUSED[call]()
     said = str(raised.value)
@@ -174,12 +174,12 @@ def test_every_op_is_among_them():
         if name.startswith("splade_fast::")
     }
     others = names - {call.partition(",")[0] for call in REFUSED}
-    assert others == {"head_forward"}  # in Python
+    assert others == {"head_forward"}  # implemented in Python
 
 
 @pytest.mark.parametrize("k", LIMITS)
 def test_more_than_there_is_are_all(k):
-    """A k beyond what there is is no error."""
+    """A k larger than the number of entries is allowed."""
     x = torch.tensor([[0.5, 0.0, 2.0]])
     everything = sf.SparseRows.from_dense(x)
     assert sf.SparseRows.from_dense(x, k).equal(everything)

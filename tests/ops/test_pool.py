@@ -1,4 +1,4 @@
-"""pool against the formula in plain PyTorch."""
+"""pool equals the formula in plain PyTorch."""
 
 import pytest
 import torch
@@ -6,7 +6,16 @@ from torch import Tensor
 
 import splade_fast as sf
 from splade_fast import reference
-from tests.ops.inputs import ACTIVATIONS, DTYPES, MASKS, POOLINGS, attention_mask, lattice
+from tests.ops.inputs import (
+    ACTIVATIONS,
+    COMPILED_POOLINGS,
+    DTYPES,
+    MASKS,
+    POOLINGS,
+    attention_mask,
+    lattice,
+)
+from tests.selection import pairwise
 from tests.tolerances import assert_accurate
 
 
@@ -18,7 +27,7 @@ def gradients(pool, logits: Tensor, mask, grad: Tensor, **options):
 
 
 def compare(logits: Tensor, mask: Tensor | None, **options) -> None:
-    """Values and gradients of ours, of plain PyTorch in the same dtype, and of float64."""
+    """Assert that values and gradients are as accurate as those of plain PyTorch in the dtype."""
     grad = torch.randn(logits.shape[0], logits.shape[2]).to(logits)
     ours = gradients(sf.splade_pool, logits, mask, grad, **options)
     plain = gradients(reference.splade_pool, logits, mask, grad, **options)
@@ -27,10 +36,7 @@ def compare(logits: Tensor, mask: Tensor | None, **options) -> None:
         assert_accurate(actual, exact, baseline)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kind", MASKS)
+@pairwise(dtype=DTYPES, pooling=POOLINGS, activation=ACTIVATIONS, kind=MASKS)
 def test_matches_reference(device, dtype, pooling, activation, kind):
     logits = lattice(4, 17, 101, dtype=dtype, device=device)
     mask = attention_mask(kind, 4, 17)
@@ -44,7 +50,7 @@ def test_matches_reference(device, dtype, pooling, activation, kind):
     [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1), (1, 300, 33), (3, 5, 4099), (2, 33000, 3)],
 )
 def test_sizes(device, pooling, batch, length, vocabulary):
-    """Empty and single dimensions, several strips of the vocabulary, every position type."""
+    """Empty and single dimensions, several strips of the vocabulary, every dtype of positions."""
     logits = torch.randn(batch, length, vocabulary, device=device)
     compare(logits, None, pooling=pooling)
 
@@ -95,7 +101,7 @@ def test_nan_and_inf(device, pooling, dtype):
     assert pooled[1] == torch.inf
     assert pooled[2] == 0
     assert pooled[3] == (2 if pooling == "max" else 3)
-    assert pooled[4] == 0  # NaN where the mask does not count is not read
+    assert pooled[4] == 0  # NaN at a masked position is not read
 
 
 def test_gradcheck(device):
@@ -127,13 +133,14 @@ def test_opcheck(device):
         )
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, pooling, dynamic):
+@pytest.mark.parametrize(("pooling", "backend"), COMPILED_POOLINGS)
+def test_compiles_in_one_graph(device, pooling, backend):
+    """The first batch is compiled with static shapes, the second with a dynamic batch size."""
+
     def loss(logits, mask):
         return sf.splade_pool(logits * 2, mask, pooling=pooling).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for batch in (2, 3):
         logits = torch.randn(batch, 5, 70, device=device, requires_grad=True)
         mask = attention_mask("right", batch, 5).to(device)

@@ -1,4 +1,4 @@
-"""sample against the formula in plain PyTorch, and its draws against exact probabilities."""
+"""sample equals the formula in plain PyTorch, and draws with exact probabilities."""
 
 import hashlib
 import itertools
@@ -17,6 +17,7 @@ import splade_fast.ops.sample as sample_module
 from splade_fast import Philox, SparseRows
 from splade_fast.reference import sample as reference
 from tests.ops.inputs import DTYPES, instruction_sets_here, lattice
+from tests.selection import pairwise
 from tests.tolerances import assert_accurate
 
 INF, NAN = torch.inf, torch.nan
@@ -41,7 +42,7 @@ def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def expected(queries, cache, *, scale: float = 1.0, **options) -> sf.NegativeSamples:
-    """The formula, on the CPU, of inputs whose scores are exact in every order of summation."""
+    """Compute the formula on the CPU, for inputs whose scores are exact in any order of sums."""
     queries, cache = (
         (rows.to_dense() if isinstance(rows, SparseRows) else rows).cpu()
         for rows in (queries, cache)
@@ -56,7 +57,7 @@ def expected(queries, cache, *, scale: float = 1.0, **options) -> sf.NegativeSam
 
 
 def assert_same(found: sf.NegativeSamples, wanted: sf.NegativeSamples) -> None:
-    """Draws and scores bit for bit; the logsumexp, summed in another order, by the policy."""
+    """Assert equal draws and scores, and a logsumexp within the tolerance of another order."""
     for name in ("indices", "scores", "perturbed"):
         actual, truth = getattr(found, name).cpu(), getattr(wanted, name)
         assert actual.dtype == truth.dtype
@@ -66,7 +67,7 @@ def assert_same(found: sf.NegativeSamples, wanted: sf.NegativeSamples) -> None:
 
 
 def masks(batch: int, slots: int, device: torch.device) -> dict[str, Tensor]:
-    """Two thirds invalid, and a few slots excluded for each query, some of them twice or unused."""
+    """Return masks: two thirds invalid, and for each query excluded slots, also repeated ones."""
     valid = torch.arange(slots) % 3 == 1
     exclude = torch.randint(-1, slots + 1, (batch, 5))
     exclude[:, 1] = exclude[:, 0]
@@ -91,7 +92,7 @@ OPTIONS = [
 
 
 def sized(options: dict, slots: int) -> dict:
-    """Offsets at the upper limit for another number of slots stay at the limit."""
+    """Return options whose offset at the upper limit stays there for another number of slots."""
     if options.get("slot_offset", 0) > 2**33:
         return {**options, "slot_offset": 2**34 - slots}
     return options
@@ -122,7 +123,7 @@ def test_philox_gives_the_published_words(counter, key, words):
 
 
 def test_words_and_their_refinements_are_where_the_counter_says():
-    """One noise value from the words of its own block, worked out here."""
+    """A noise value equals the one computed here from the words of its block."""
     seed, step, query, slot = -3, (5 << 40) + 17, 2**32 - 2, 2**34 - 7
     state = torch.tensor([seed, step])
     found = reference.gumbel_noise(state, 1, 1, query_offset=query, slot_offset=slot)
@@ -169,7 +170,7 @@ def test_noise_has_the_moments_of_a_gumbel_variable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("batch", "slots"), [(3, 1003), (70, 64), (1, 1)])
 def test_noise_of_the_kernels_has_the_bits_of_the_reference(device, batch, slots, dtype):
-    """Scores of 0 leave the noise itself, and as many draws as slots all of it."""
+    """With scores of 0 and as many draws as slots, `perturbed` is the noise."""
     queries, cache = (torch.zeros(rows, 2, dtype=dtype, device=device) for rows in (batch, slots))
     found = sf.sample_negatives(
         queries, cache, num_samples=slots, rng=generator(device), slot_offset=6, query_offset=1
@@ -183,13 +184,11 @@ def test_noise_of_the_kernels_has_the_bits_of_the_reference(device, batch, slots
 # The ops against the formula ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_dense(device, options, masked, dtype):
+@pairwise(dtype=DTYPES, is_masked=[False, True], options=OPTIONS)
+def test_dense(device, options, is_masked, dtype):
     queries = lattice(70, 9, dtype=dtype, device=device)
     cache = lattice(5003, 9, dtype=dtype, device=device)
-    options = dict(options, **(masks(70, 5003, device) if masked else {}))
+    options = dict(options, **(masks(70, 5003, device) if is_masked else {}))
     found = sf.sample_negatives(queries, cache, rng=generator(device), **options)
     assert_same(found, expected(queries, cache, **options))
 
@@ -220,16 +219,13 @@ def test_every_pair_of_dtypes(device, query_dtype, cache_dtype):
         assert_same(found, expected(rows, sparse, num_samples=3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("sparse_queries", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_sparse(device, options, sparse_queries, masked, dtype):
+@pairwise(dtype=DTYPES, is_masked=[False, True], has_sparse_queries=[False, True], options=OPTIONS)
+def test_sparse(device, options, has_sparse_queries, is_masked, dtype):
     queries = lattice(70, 20, dtype=dtype, device=device).clamp(min=0)
     queries[3] = 0
     cache = SparseRows.from_dense(lattice(2003, 20, dtype=dtype, device=device))
-    rows = SparseRows.from_dense(queries) if sparse_queries else queries
-    options = sized(dict(options, **(masks(70, 2003, device) if masked else {})), 2003)
+    rows = SparseRows.from_dense(queries) if has_sparse_queries else queries
+    options = sized(dict(options, **(masks(70, 2003, device) if is_masked else {})), 2003)
     found = sf.sample_negatives(rows, cache, rng=generator(device), **options)
     assert_same(found, expected(rows, cache, **options))
 
@@ -302,7 +298,7 @@ def test_scores_and_logsumexp_are_accurate(device, dtype, sparse):
 
 
 def test_rows_far_apart_in_their_logsumexp(device):
-    """Parts whose maxima differ by more than exp can hold, the largest first or last."""
+    """The maxima of parts differ beyond the range of exp, with the largest first or last."""
     levels = torch.tensor([-1000.0, 0.0, 1000.0, -3000.0]).repeat_interleave(3000)
     cache = torch.stack([levels, levels.flip(0), levels - 5000], dim=1).to(device)
     queries = torch.eye(3, device=device)
@@ -311,7 +307,7 @@ def test_rows_far_apart_in_their_logsumexp(device):
     torch.testing.assert_close(found.logsumexp.cpu().double(), wanted, rtol=1e-6, atol=0)
 
 
-# What must not matter ----------------------------------------------------------------------------
+# Invariances -------------------------------------------------------------------------------------
 
 
 def arguments_of_size(batch: int, slots: int) -> tuple[Tensor, Tensor]:
@@ -454,7 +450,7 @@ def test_nan_first_then_inf_then_the_rest_and_never_minus_inf(kernels, device):
     assert found[:4] == [3, 6, 1, 5]
     assert sorted(found[4:6]) == [0, 4]
     assert found[6:] == [-1, -1]
-    # Uniform: NaN still shows, all others but -inf are equals.
+    # Uniform draws: NaN comes first, and all others except -inf are equally likely.
     uniform = sf.gumbel_max(scores, 8, inv_temp=0.0, rng=generator(device))[0].tolist()
     assert uniform[:2] == [3, 6]
     assert sorted(uniform[2:6]) == [0, 1, 4, 5]
@@ -463,7 +459,7 @@ def test_nan_first_then_inf_then_the_rest_and_never_minus_inf(kernels, device):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_special_scores(kernels, device, sparse):
-    """As products of the cache, through every way of keeping some."""
+    """Special values occur as products with the cache, with every way to keep slots."""
     column = torch.tensor([1.0, INF, -INF, NAN, 2.0, 0.5, -3.0, 4.0], device=device)
     queries = torch.tensor([[1.0]], device=device)
     cache = column.unsqueeze(1)
@@ -483,7 +479,7 @@ def test_special_scores(kernels, device, sparse):
 
 
 def test_an_infinite_score_far_below_finite_ones(kernels, device):
-    """The part that has it knows no maximum, the others' may be beyond what exp takes."""
+    """One part has an infinite maximum, and the differences of others overflow exp."""
     column = torch.zeros(12000, device=device)
     column[3], column[9000] = INF, 2000.0
     for scores in (column, column.flip(0)):
@@ -506,7 +502,7 @@ def test_what_leaves_the_range_of_the_type_is_not_drawn(kernels, device, options
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_k": 3, "top_k_method": "exact"}])
 def test_what_is_not_drawable_is_not_counted(kernels, device, options):
-    """Garbage in invalid rows changes nothing, and places without a draw are -1."""
+    """Values of invalid rows have no effect, and missing draws are -1."""
     cache = torch.randn(40, 4, device=device)
     cache[5:] = NAN
     valid = torch.arange(40, device=device) < 5
@@ -585,7 +581,7 @@ def test_of_equal_scores_the_lowest_slots_are_kept(device):
 
 
 def p_value(counts: Tensor, expectations: Tensor) -> float:
-    """Of Pearson's chi-squared test; degrees of freedom: one less than there are bins."""
+    """Return the p-value of Pearson's chi-squared test, whose freedom is the number of bins - 1."""
     assert expectations.min() >= 5
     statistic = ((counts - expectations) ** 2 / expectations).sum()
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
@@ -603,7 +599,7 @@ def test_draws_are_from_the_softmax(device):
     assert counts.sum() == 2**20
     probabilities = (0.9 * scores.cpu().double()).softmax(0)
     assert p_value(counts, 2**20 * probabilities) > SIGNIFICANCE
-    # The test has power: a temperature off by a hundredth is found out.
+    # The test has power: it rejects a temperature that is off by a hundredth.
     wrong = (0.909 * scores.cpu().double()).softmax(0)
     assert p_value(2**20 * wrong, 2**20 * probabilities) < SIGNIFICANCE
 
@@ -612,7 +608,7 @@ def test_draws_are_from_the_softmax(device):
 def test_draws_from_a_cache_are_from_the_softmax(device, sparse):
     """2^20 draws from scores computed on the way, over the steps of one generator."""
     levels = torch.linspace(0.1, 4, 40)
-    slots = torch.arange(1000) % 40
+    slots = torch.arange(200) % 40
     cache = levels[slots].unsqueeze(1).to(device)
     if sparse:
         cache = SparseRows.from_dense(cache)
@@ -640,17 +636,17 @@ def test_draws_without_replacement_have_the_probabilities_of_ordered_pairs(devic
     possible = pairs > 0
     assert counts[~possible].sum() == 0
     assert p_value(counts[possible], 2**20 * pairs[possible]) > SIGNIFICANCE
-    # With replacement the second draw would be of p again.
+    # With replacement the second draw would have the probabilities p again.
     wrong = (p[:, None] * p).flatten()[possible]
     assert p_value(2**20 * wrong / wrong.sum(), 2**20 * pairs[possible]) < SIGNIFICANCE
 
 
 def test_the_tail_is_there():
-    """Slots 10 to 18 below the best one are drawn as often as they should.
+    """Slots 10 to 18 below the best one are drawn as often as the softmax says.
 
-    4 · 10^9 noise values; each gap has as many slots as make it about as likely as the others.
-    A uniform of 24 bits, k / 2^24, cannot: its largest noise is 16.6. Its probabilities are worked
-    out exactly, and the same test rejects them.
+    Draws from 4 · 10^9 noise values; the numbers of slots make all gaps about equally likely.
+    Noise from a uniform of 24 bits is at most 16.6. The test computes the probabilities of such
+    draws exactly, and rejects them.
     """
     gaps = {10: 16, 12: 128, 14: 1000, 16: 8000, 18: 56_000}
     levels = torch.cat([torch.zeros(1), *(torch.full((n,), -float(g)) for g, n in gaps.items())])
@@ -805,8 +801,8 @@ def test_opcheck(device):
         torch.library.opcheck(ops.sample_scores.default, (scores, state, 2, 1.0, valid, 0, 0))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, dynamic):
+def test_compiles_in_one_graph(device):
+    """The first batch is compiled with static shapes, the second with dynamic sizes."""
     rng = Philox(1, device)
 
     def step(queries, cache, indices, values, lengths, valid, exclude):
@@ -818,7 +814,7 @@ def test_compiles_in_one_graph(device, dynamic):
         drawn = sf.gumbel_max(queries @ cache.t(), 2, valid=valid, rng=rng)
         return *dense, *sparse, drawn + 1
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True)
     for batch, slots in ((3, 20), (4, 31)):
         queries = lattice(batch, 8, dtype=torch.float32, device=device)
         cache = lattice(slots, 8, dtype=torch.float32, device=device)
@@ -957,7 +953,7 @@ def test_contents_of_sparse_rows_outside_are_refused():
 
 
 def test_the_ops_check_for_callers_in_cpp():
-    """What Python would have refused, straight to the ops."""
+    """The ops refuse arguments that C++ callers pass without the checks in Python."""
     queries, cache, state = torch.ones(3, 2), torch.ones(7, 2), generator().state
     dense = torch.ops.splade_fast.sample_dense
     good = [1, 1.0, 1.0, None, False, None, None, 0, 0]

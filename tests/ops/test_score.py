@@ -1,4 +1,4 @@
-"""score against the formula in plain PyTorch."""
+"""score equals the formula in plain PyTorch."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.tolerances import assert_accurate
 
 
 def whole_numbers(rows: int, cols: int, seed: int, dtype: torch.dtype) -> SparseRows:
-    """Small whole numbers: products and sums are exact, and there are many ties."""
+    """Return rows of small whole numbers, with exact products and sums and many ties."""
     generator = torch.Generator().manual_seed(seed)
     return SparseRows.from_dense(torch.randint(-4, 3, (rows, cols), generator=generator).to(dtype))
 
@@ -23,7 +23,7 @@ def whole_numbers(rows: int, cols: int, seed: int, dtype: torch.dtype) -> Sparse
 def ragged_rows(
     rows: int, cols: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> SparseRows:
-    """Random values of either sign at random columns, every third row empty."""
+    """Return random values of either sign at random columns, with every third row empty."""
     dense = torch.rand(rows, cols)
     kept = torch.randint(0, width + 1, (rows, 1))
     kept[::3] = 0
@@ -39,7 +39,7 @@ def stable_order(scores: Tensor, k: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Several tiles of queries and of documents, where search goes by them."""
+    """Make the tiles small, so that there are several of queries and of documents."""
     monkeypatch.setattr(score_module, "_TILE_QUERIES", 3)
     monkeypatch.setattr(score_module, "_TILE_SCORES", 12)
 
@@ -108,7 +108,7 @@ def test_gradcheck(kernels, device):
     entries = rows.values.clone().requires_grad_()
 
     def with_values(rows, values):
-        # Padding is no entry: its gradient is zero, so that it must not be varied either.
+        # The gradient of padding is zero, so gradcheck must not vary it.
         values = torch.where(rows.indices >= 0, values, 0)
         return SparseRows(rows.indices, values, rows.lengths, 8)
 
@@ -180,7 +180,7 @@ def test_double_backward_is_refused(device):
 @pytest.mark.parametrize("query_dtype", DTYPES)
 @pytest.mark.parametrize("dense_queries", [False, True])
 def test_every_pair_of_dtypes(device, query_dtype, doc_dtype, dense_queries):
-    """Several blocks of queries, several tiles and tasks of documents."""
+    """There are several blocks of queries, and several tiles and tasks of documents."""
     queries = ragged_rows(70, 300, 20, query_dtype, device)
     docs = ragged_rows(1100, 300, 40, doc_dtype, device)
     dense = queries.to_dense()
@@ -213,7 +213,7 @@ def test_search_ranks_the_very_scores(device, num_queries, dtype):
 
 @pytest.mark.parametrize("k", [1, 7, 300, 5000])
 def test_ties_come_by_ascending_id(kernels, device, k, monkeypatch):
-    """Far more equal scores than places, across all tiles and tasks."""
+    """There are far more equal scores than places, across all tiles and tasks."""
     monkeypatch.setattr(score_module, "_TILE_SCORES", 2**14)
     dense = torch.zeros(5000, 3)
     dense[::7, 0] = 1
@@ -229,7 +229,7 @@ def test_ties_come_by_ascending_id(kernels, device, k, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense_queries", [False, True])
 def test_nan_and_inf(kernels, device, dtype, dense_queries):
-    """As the formula has it: a document's inf times a query's 0 is NaN, padding is nothing."""
+    """As in the formula, inf of a document times 0 of a query is NaN, and padding has no effect."""
     inf, nan = torch.inf, torch.nan
     indices = torch.tensor([[0, 1, 2], [0, 1, -1], [1, -1, -1], [2, 3, -1], [0, -1, -1]])
     values = torch.tensor([[1, 2, 3], [inf, 1, 0], [-inf, 0, 0], [1, nan, 0], [2, 0, 0]])
@@ -238,7 +238,7 @@ def test_nan_and_inf(kernels, device, dtype, dense_queries):
     dense = torch.tensor(
         [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, inf, 0, 0], [nan, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     ).to(device, dtype)
-    # inf, NaN and the row of all of them: also as sparse rows.
+    # Rows with inf, NaN and both, also as sparse rows.
     queries = dense if dense_queries else SparseRows.from_dense(dense)
     expected = reference.sparse_scores(dense, docs.indices, docs.values)
     scores = sparse_scores(queries, docs)
@@ -287,7 +287,7 @@ def test_results_do_not_depend_on_threads_or_company():
 
 
 def test_strides(device):
-    """Rows and columns left out, so that nothing is contiguous."""
+    """Tensors are not contiguous."""
     queries = ragged_rows(6, 50, 9, torch.float32, device)
     docs = ragged_rows(40, 50, 9, torch.float32, device)
     apart = SparseRows(
@@ -305,7 +305,7 @@ def test_strides(device):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_rows(data):
-    """Whole numbers, so that every order of summing gives the same."""
+    """Values are whole numbers, whose sums are exact in any order."""
     num_cols = data.draw(st.integers(1, 40), label="num_cols")
 
     def rows(label, most):
@@ -356,12 +356,13 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.splade_fast.sparse_search.default, (*detached, 3))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, dynamic):
+def test_compiles_in_one_graph(device):
+    """The first batch is compiled with static shapes, the second with dynamic sizes."""
+
     def loss(queries, indices, values, lengths):
         return sparse_scores(queries * 2, SparseRows(indices, values, lengths, 8)).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True)
     for num_docs in (5, 6):
         docs = ragged_rows(num_docs, 8, 3, torch.float32, device)
         values = docs.values.clone().requires_grad_()

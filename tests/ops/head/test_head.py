@@ -1,5 +1,6 @@
 """head against the decoder and the pooling formula in plain PyTorch."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from torch import Tensor
 
 import splade_fast as sf
 from splade_fast import reference
+from splade_fast.ops.head.forward import is_tf32_permitted
 from tests.ops.inputs import (
     ACTIVATIONS,
+    COMPILED_POOLINGS,
     DTYPES,
     MASKS,
     POOLINGS,
@@ -19,13 +22,14 @@ from tests.ops.inputs import (
     instruction_sets_here,
     lattice,
 )
+from tests.selection import pairwise
 from tests.tolerances import assert_accurate
 
 HALF = [torch.bfloat16, torch.float16]
 
 
 def gradients(head, tensors: list[Tensor | None], *sequences, **options) -> list[Tensor]:
-    """The pooled vectors and the gradients of hidden, weight and bias, for a fixed gradient."""
+    """Return pooled vectors, and the gradients of hidden, weight and bias for fixed weights."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     pooled = head(*leaves, *sequences, **options)
     generator = torch.Generator().manual_seed(1)
@@ -41,7 +45,7 @@ def compare(
     algorithm: str = "auto",
     **options,
 ) -> None:
-    """Values and gradients of ours, of plain PyTorch in the same dtype, and of float64."""
+    """Assert that values and gradients are as accurate as those of plain PyTorch in the dtype."""
     tensors = [hidden, weight, bias]
     ours = gradients(sf.splade_head, tensors, *sequences, algorithm=algorithm, **options)
     plain = gradients(reference.splade_head, tensors, *sequences, **options)
@@ -56,18 +60,20 @@ def decoder(vocabulary: int, dim: int, dtype=torch.float32, device="cpu") -> tup
     return lattice(vocabulary, dim, **make), lattice(vocabulary, **make)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_matches_reference(device, dtype, pooling, activation, kind, with_bias):
+@pairwise(
+    dtype=DTYPES,
+    pooling=POOLINGS,
+    activation=ACTIVATIONS,
+    kind=MASKS,
+    has_bias=[True, False],
+)
+def test_matches_reference(device, dtype, pooling, activation, kind, has_bias):
     hidden = lattice(4, 17, 21, dtype=dtype, device=device)
     weight, bias = decoder(101, 21, dtype, device)
     mask = attention_mask(kind, 4, 17)
     mask = None if mask is None else mask.to(device)
     compare(
-        hidden, weight, bias if with_bias else None, mask, pooling=pooling, activation=activation
+        hidden, weight, bias if has_bias else None, mask, pooling=pooling, activation=activation
     )
 
 
@@ -83,7 +89,7 @@ def test_packed(device, dtype, pooling, lengths):
 
 
 def test_packed_equals_padded(device):
-    """The same tokens meet the same entries in the same order: on the CPU bit for bit.
+    """On the CPU packed and padded tokens give the same bits.
 
     On a GPU torch may choose another product for another number of rows.
     """
@@ -125,7 +131,7 @@ def test_sizes(device, pooling, batch, length, dim, vocabulary):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sums_of_long_sequences(device, seed):
-    """Sum pooling adds up thousands of weights: rounding must not grow with their number."""
+    """Rounding errors of sum pooling do not grow with the length."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (
         torch.randn(shape, generator=generator).to(device)
@@ -229,7 +235,7 @@ def test_only_the_gradients_that_are_needed(device, pooling, needs):
 
 
 def test_a_gradient_of_zero_is_inactive(device):
-    """Pairs whose incoming gradient is zero do not count, whatever stands in hidden and weight."""
+    """Pairs whose incoming gradient is zero contribute nothing to other gradients."""
     hidden = torch.full((1, 2, 3), 1e38, device=device, requires_grad=True)
     weight = torch.full((4, 3), 1e-38, device=device, requires_grad=True)
     pooled = sf.splade_head(hidden, weight)
@@ -279,15 +285,15 @@ def test_opcheck(device, packed, pooling):
     torch.library.opcheck(torch.ops.splade_fast.head_forward.default, args)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(device, pooling, dynamic):
-    torch.compiler.reset()  # one function takes but so many recompilations
+@pytest.mark.parametrize(("pooling", "backend"), COMPILED_POOLINGS)
+def test_compiles_in_one_graph(device, pooling, backend):
+    """The first batch is compiled with static shapes, the second with a dynamic batch size."""
+    torch.compiler.reset()  # the number of recompilations of a function is limited
 
     def loss(hidden, weight, bias, mask):
         return sf.splade_head(hidden * 2, weight, bias, mask, pooling=pooling).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
     weight = torch.randn(70, 16, device=device, requires_grad=True)
     bias = torch.randn(70, device=device, requires_grad=True)
     for batch in (2, 3):
@@ -302,7 +308,7 @@ def test_compiles_in_one_graph(device, pooling, dynamic):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_autocast(device, dtype, pooling):
-    """As a Linear followed by log1p: the product in the autocast dtype, the result in float32."""
+    """Autocast runs the product in its dtype and returns float32, as for a Linear and log1p."""
     tensors = [lattice(2, 5, 4, dtype=torch.float32, device=device), *decoder(70, 4, device=device)]
     with torch.autocast(device.type, dtype):
         ours = gradients(sf.splade_head, tensors, pooling=pooling)
@@ -316,7 +322,7 @@ def test_autocast(device, dtype, pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_inside_autocast(device, pooling, dtype):
-    """The gradient has its own dtypes, whatever autocast makes of a product."""
+    """The dtypes of gradients do not depend on autocast in the backward."""
     tensors = [lattice(2, 5, 4, dtype=dtype, device=device), *decoder(70, 4, dtype, device)]
     expected = gradients(sf.splade_head, tensors, pooling=pooling)
     leaves = [t.requires_grad_() for t in tensors]
@@ -329,7 +335,7 @@ def test_backward_inside_autocast(device, pooling, dtype):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_autocast_compiles(device, pooling):
-    compiled = torch.compile(sf.splade_head, fullgraph=True)
+    compiled = torch.compile(sf.splade_head, fullgraph=True, backend="aot_eager")
     hidden = lattice(2, 5, 4, dtype=torch.float32, device=device)
     weight, bias = decoder(70, 4, device=device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -355,11 +361,16 @@ def test_inference_mode_and_no_grad(device):
         assert not sf.splade_head(hidden, weight, bias).requires_grad
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
-def test_every_instruction_set(isa):
-    """The same test with the kernels of a lesser machine; SPLADE_FAST_ISA is read at load."""
-    if isa not in instruction_sets_here():
-        pytest.skip(f"this machine runs {sf.build_info()['cpu_instruction_set']} at most")
+@pytest.mark.parametrize(
+    "isa",
+    [
+        isa
+        for isa in ("portable", "avx2", "avx512", "avx512bf16")
+        if isa in instruction_sets_here()[:-1]
+    ],
+)
+def test_other_instruction_sets(isa):
+    """Run tests with the kernels of lesser machines, in new processes: the choice is made once."""
     code = (
         "import pytest, sys, splade_fast as sf\n"
         f"assert sf.build_info()['cpu_instruction_set'] == {isa!r}\n"
@@ -412,7 +423,7 @@ def test_bad_arguments(device):
 
 
 def test_the_ops_check_gradients_for_callers_in_cpp(device):
-    """A gradient of another dtype would be read as one of these: it is refused."""
+    """Gradients of another dtype are refused, as their memory would be misread."""
     ops = torch.ops.splade_fast
     hidden, weight = torch.randn(2, 5, 3, device=device), torch.randn(7, 3, device=device)
     saved = ops.head_forward_dense(hidden, weight, None, None, None, 0, 1, True, False)[1:]
@@ -439,14 +450,17 @@ def test_the_ops_check_gradients_for_callers_in_cpp(device):
     ],
 )
 def test_tf32_is_torchs_own_setting(permit):
-    """However it is set; in a process of its own, since not every way back is the same."""
-    code = (
-        "import torch\n"
-        "from splade_fast.ops.head.forward import is_tf32_permitted\n"
-        f"assert not is_tf32_permitted()\n{permit}\nassert is_tf32_permitted()\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    """Each way to set it is observed, in a process of its own: not every one can be reverted."""
+
+    def check() -> None:
+        assert not is_tf32_permitted()
+        exec(permit)
+        assert is_tf32_permitted()
+
+    process = multiprocessing.get_context("fork").Process(target=check)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_cpu_has_no_tf32():
@@ -460,12 +474,12 @@ def test_the_cpu_has_no_tf32():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_tokens_of_no_sequence_have_a_gradient_of_zero(pooling):
-    """The CPU refuses such cu_seqlens, a GPU would have to be waited for."""
+    """The CPU refuses such cu_seqlens; on a GPU the check would have to wait."""
     hidden = torch.randn(40, 16, device="cuda")
     weight = torch.randn(300, 16, device="cuda")
     cu_seqlens = torch.tensor([0, 9, 25], dtype=torch.int32, device="cuda")
     whole, cut = hidden.clone().requires_grad_(), hidden[:25].clone().requires_grad_()
-    torch.full_like(hidden, torch.nan)  # what the memory of the gradient may have held
+    torch.full_like(hidden, torch.nan)  # NaN that the memory of the gradient may contain
     for leaf in (whole, cut):
         sf.splade_head(leaf, weight, cu_seqlens=cu_seqlens, pooling=pooling).sum().backward()
     assert torch.equal(whole.grad[25:], torch.zeros_like(whole[25:]))
@@ -474,7 +488,7 @@ def test_packed_tokens_of_no_sequence_have_a_gradient_of_zero(pooling):
 
 @pytest.mark.parametrize("bounds", [[1, 4, 10], [0, 4, 9], [0, 11, 10], [0, 6, 5, 10], [-1, 10]])
 def test_bad_cu_seqlens_values(bounds):
-    """On the CPU, by the op too (a C++ caller does not pass the Python check)."""
+    """On the CPU, Python and the op refuse them: C++ callers bypass the check in Python."""
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     hidden, weight = torch.randn(10, 3), torch.randn(7, 3)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 10 tokens of hidden"):

@@ -1,4 +1,4 @@
-"""The fused head of sm_90a beside the one for every GPU: the same function, by two kernels.
+"""The fused head of sm_90a equals the head for every GPU.
 
 The layouts, tiles and reduction are tested without a GPU in tests/cpp/test_head_sm90.cpp.
 """
@@ -36,7 +36,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it there is no fused kernel for float32."""
+    """Permit TF32, which the fused kernel needs for float32."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
 
 
@@ -52,8 +52,8 @@ def starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=CUDA)
 
 
-def kernels_of(*args, **options) -> list[str]:
-    """The names of what a call of the head launches."""
+def launched_kernels(*args, **options) -> list[str]:
+    """Return the names of the kernels that a call of the head launches."""
     sf.splade_head(*args, **options)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         sf.splade_head(*args, **options)
@@ -87,7 +87,7 @@ def test_packed(kernel, dtype, lengths, dim, vocabulary):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("batch", "length"), [(4, 17), (7, 300), (2, 33000)])
 def test_padded(kernel, dtype, kind, activation, with_bias, batch, length):
-    """Positions of each integer type."""
+    """Positions have each integer dtype."""
     hidden = lattice(batch, length, 40, dtype=dtype, device=CUDA)
     weight, bias = decoder(201, 40, dtype, CUDA)
     mask = attention_mask(kind, batch, length)
@@ -97,12 +97,12 @@ def test_padded(kernel, dtype, kind, activation, with_bias, batch, length):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_tiles_for_every_block(fused, dtype):
-    """More tiles than run at a time, with a last one on either side that is not whole."""
+    """There are more tiles than run at once, and the last tile of each side is not full."""
     lengths = torch.randint(0, 400, (60,)).tolist()
     hidden = lattice(sum(lengths), 768, dtype=dtype, device=CUDA)
     weight, bias = decoder(5001, 768, dtype, CUDA)
     actual = sf.splade_head(hidden, weight, bias, cu_seqlens=starts(lengths), activation="relu")
-    logits = hidden.float() @ weight.float().t()  # exact: small multiples of 1/4
+    logits = hidden.float() @ weight.float().t()  # exact, as values are small multiples of 1/4
     expected = torch.stack([part.amax(0) for part in logits.split(lengths) if len(part)])
     rows = torch.tensor(lengths, device=CUDA) > 0
     assert torch.equal(actual[rows], (expected + bias.float()).relu().to(dtype))
@@ -110,7 +110,7 @@ def test_many_tiles_for_every_block(fused, dtype):
 
 
 def test_without_positions_too(fused):
-    """Inference keeps 32-bit keys; training the position as well."""
+    """Keys have 32 bits in inference, and also contain the position in training."""
     lengths = [300, 0, 24, 24, 700, 5]
     hidden = torch.randn(sum(lengths), 64, device=CUDA, dtype=torch.bfloat16)
     weight = torch.randn(500, 64, device=CUDA, dtype=torch.bfloat16)
@@ -121,7 +121,7 @@ def test_without_positions_too(fused):
 
 @pytest.mark.parametrize("length", [40, 600])
 def test_tie_goes_to_the_lowest_position(kernel, length):
-    """Within a tile, and between tiles that may end in any order."""
+    """Ties occur within a tile, and between tiles that end in any order."""
     hidden = torch.ones(1, length, 8, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(300, 8, device=CUDA, dtype=torch.bfloat16)
     mask = torch.ones(1, length, device=CUDA)
@@ -175,7 +175,7 @@ def test_the_same_bits_every_time(kernel):
 
 
 def test_captured_in_a_graph(kernel):
-    """Replayed with other values and another mask: nothing of either is known to the host."""
+    """A replayed graph uses new values and a new mask."""
     hidden = lattice(4, 300, 64, dtype=torch.bfloat16, device=CUDA)
     weight, bias = decoder(500, 64, torch.bfloat16, CUDA)
     mask = attention_mask("right", 4, 300).to(CUDA)
@@ -211,12 +211,12 @@ def test_on_a_side_stream(kernel):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_which_kernel_runs(fused, monkeypatch, dtype):
-    """The fused one where it can; the other for what it cannot do, and unless it is asked for."""
+    """The fused kernel runs where it is enabled and supported, else the other one."""
     hidden = lattice(2, 30, 16, dtype=dtype, device=CUDA)
     weight, bias = decoder(50, 16, dtype, CUDA)
 
     def is_fused(*args, **options):
-        return any(FUSED_KERNEL in name for name in kernels_of(*args, **options))
+        return any(FUSED_KERNEL in name for name in launched_kernels(*args, **options))
 
     assert is_fused(hidden, weight, bias)
     assert not is_fused(hidden, weight, bias, pooling="sum")
@@ -236,7 +236,7 @@ def test_which_kernel_runs(fused, monkeypatch, dtype):
 def test_tf32_rounds_each_operand_by_a_unit_of_tf32_at_most(fused):
     hidden, weight = torch.randn(40, 768, device=CUDA), torch.randn(3000, 768, device=CUDA)
     exact = hidden.double() @ weight.double().t()
-    # Two operands, and what is added up in float32.
+    # Two rounded operands, and sums in float32.
     unit = 2 * 2.0**-10 + 2.0**-20 + 768 * 2.0**-23
     bound = unit * (hidden.abs().double() @ weight.abs().double().t())
     actual = sf.splade_head(hidden[:, None], weight, activation="relu")
@@ -247,7 +247,7 @@ SCREEN_KERNEL = "screen_sm90_kernel"
 
 
 def few_active(hidden: Tensor, weight: Tensor, share: float = 0.005) -> Tensor:
-    """A bias in steps of 1/4 that leaves about this share of the logits positive."""
+    """Return a bias in steps of 1/4 that leaves about a share of the logits positive."""
     logits = hidden.flatten(0, -2)[:2000].float() @ weight.float().t()
     level = logits.flatten().cpu().kthvalue(int((1 - share) * logits.numel())).values.item()
     bias = -round(4 * level) / 4 + torch.randint(-2, 3, (len(weight),), device=hidden.device) / 4
@@ -295,7 +295,7 @@ def test_screened_padded(fused, dtype, kind, activation):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_screened_logits_around_zero(fused, dtype):
-    """Exact logits of rows that int8 cannot hold, and biases that nearly take them away."""
+    """Logits are exact, rows do not fit int8, and biases almost cancel the logits."""
     for dim in (64, 256):
         hidden = torch.randint(-255, 256, (1, 700, dim), device=CUDA).to(dtype)
         weight = (torch.randint(-255, 256, (5000, dim), device=CUDA) * 2.0**-9).to(dtype)
@@ -308,7 +308,7 @@ def test_screened_logits_around_zero(fused, dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_screened_where_nothing_is_spared(fused, dtype):
-    """All active, a token that is not finite, a weight changed behind torch's back."""
+    """All logits are active, a token is not finite, or a weight changed unnoticed by torch."""
     hidden = lattice(4, 300, 64, dtype=dtype, device=CUDA)
     weight, bias = decoder(3000, 64, dtype, CUDA)
 
@@ -329,7 +329,7 @@ def test_screened_where_nothing_is_spared(fused, dtype):
 
 
 def test_screened_in_a_graph(fused):
-    """Replayed with other values, another mask and another weight: all of it is prepared anew."""
+    """A replayed graph prepares a new weight, and uses new values and a new mask."""
     hidden = lattice(4, 300, 64, dtype=torch.bfloat16, device=CUDA)
     weight, _ = decoder(3000, 64, torch.bfloat16, CUDA)
     bias = few_active(hidden, weight)
@@ -364,12 +364,12 @@ def test_screened_the_same_bits_every_time(fused):
 
 
 def test_where_screened_does_not_run(fused, monkeypatch):
-    """It says why; "auto" does not take it."""
+    """The error gives the reason, and "auto" runs the dense product."""
     hidden = lattice(2, 30, 16, dtype=torch.bfloat16, device=CUDA)
     weight, bias = decoder(50, 16, torch.bfloat16, CUDA)
     screened = {"algorithm": "screened"}
-    assert any(SCREEN_KERNEL in name for name in kernels_of(hidden, weight, bias, **screened))
-    assert not any(SCREEN_KERNEL in name for name in kernels_of(hidden, weight, bias))
+    assert any(SCREEN_KERNEL in name for name in launched_kernels(hidden, weight, bias, **screened))
+    assert not any(SCREEN_KERNEL in name for name in launched_kernels(hidden, weight, bias))
     with pytest.raises(NotImplementedError, match='supports pooling="max" only'):
         sf.splade_head(hidden, weight, bias, pooling="sum", **screened)
     with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
@@ -380,7 +380,7 @@ def test_where_screened_does_not_run(fused, monkeypatch):
 
 
 def test_memory(fused):
-    """Beside the outputs only the keys of sequences in several tiles, nothing of rows x entries."""
+    """Only the outputs and the keys of sequences in several tiles are allocated."""
     lengths = [24] * 4000
     hidden = torch.randn(sum(lengths), 128, device=CUDA, dtype=torch.bfloat16)
     weight = torch.randn(30522, 128, device=CUDA, dtype=torch.bfloat16)

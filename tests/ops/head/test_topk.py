@@ -1,4 +1,4 @@
-"""head_topk against the pruned rows of head."""
+"""head_topk equals the pruned rows of head."""
 
 import pytest
 import torch
@@ -6,11 +6,12 @@ import torch
 import splade_fast as sf
 from splade_fast.ops.head import topk
 from tests.ops.inputs import ACTIVATIONS, DTYPES, attention_mask
+from tests.selection import pairwise
 
 
 @pytest.fixture(params=[1, 3, 1000])
 def rows_per_block(request, monkeypatch):
-    """Blocks of 1, 3 and all sequences: float32 rows of 70 entries."""
+    """Set the block size to 1, 3 or all sequences, for float32 rows of 70 entries."""
     monkeypatch.setattr(topk, "_BLOCK_BYTES", request.param * 70 * 4)
 
 
@@ -19,9 +20,7 @@ def random_head(*shape: int, dtype=torch.float32):
     return hidden, torch.randn(70, 6, dtype=dtype), torch.randn(70, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("k", [None, 1, 8, 70, 1000])
+@pairwise(dtype=DTYPES, activation=ACTIVATIONS, k=[None, 1, 8, 70, 1000])
 @pytest.mark.usefixtures("rows_per_block")
 def test_equal_to_pruning_the_dense_rows(dtype, activation, k):
     head = random_head(7, 20, dtype=dtype)
@@ -49,7 +48,7 @@ def test_sum_pooling():
 
 @pytest.mark.usefixtures("rows_per_block")
 def test_autocast_of_half_precision_hidden_states():
-    """What a transformer under autocast gives, with a decoder in float32."""
+    """A transformer under autocast returns half precision for a decoder in float32."""
     hidden, weight, bias = random_head(7, 20)
     with torch.autocast("cpu", torch.bfloat16):
         expected = sf.SparseRows.from_dense(sf.splade_head(hidden.bfloat16(), weight, bias), 8)
@@ -71,7 +70,7 @@ def test_bad_arguments(monkeypatch):
         sf.splade_head_topk(hidden, weight, bias, k=-1)
     with pytest.raises(ValueError, match="pooling must be one of"):
         sf.splade_head_topk(hidden, weight, bias, k=4, pooling="mean")
-    # Before the head is computed: nobody waits for a block to hear of a bad k.
+    # A bad k is refused before the head is computed.
     monkeypatch.setattr("splade_fast.ops.head.topk.splade_head", None)
     with pytest.raises(TypeError, match="k must be an integer, got float"):
         sf.splade_head_topk(hidden, weight, bias, k=2.5)
