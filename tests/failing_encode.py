@@ -1,4 +1,4 @@
-"""`splade-fast encode` with a rank that fails: torchrun -m tests.failing_encode HOW encode …"""
+"""Run `splade-fast encode` with a failing rank: torchrun -m tests.failing_encode HOW encode ..."""
 
 import os
 import signal

@@ -37,7 +37,7 @@ def save_in_a_folder(path):
     ],
 )
 def test_files_have_the_permissions_of_any_new_file(tmp_path, name, save, mask):
-    """Who may read the files beside it may read an index or a model."""
+    """Whoever may read other new files may read an index or a model."""
     before = os.umask(mask)
     try:
         save(tmp_path / name)

@@ -44,7 +44,7 @@ def index(files, model):
 
 
 def expected_hits(model):
-    """All documents of each query by the dense product, best first."""
+    """Return all documents of each query by the dense product, best first."""
     encoder = SpladeEncoder.from_pretrained(model)
     docs = encoder.encode(list(CORPUS.values()), show_progress=False).to_dense()
     queries = encoder.encode(list(QUERIES.values()), show_progress=False).to_dense()

@@ -1,4 +1,4 @@
-"""`splade-fast encode` under torchrun, in real processes."""
+"""`splade-fast encode` under torchrun."""
 
 import os
 import random
@@ -31,7 +31,7 @@ def corpus(tmp_path):
 
 
 def encode(program, corpus, model, index):
-    """With one thread each, as torchrun's processes have."""
+    """Run the encode command with one thread per process, as torchrun does."""
     options = [f"--model={model}", "--chunk-size=4", "--batch-size=3", "--k=9"]
     return subprocess.run(
         [*program, "encode", str(corpus), str(index), *options],
@@ -63,7 +63,7 @@ def test_same_bytes_as_one_process(corpus, model, tmp_path):
 
 
 def assert_all_failed(result, ranks, message, corpus):
-    """Each with the code 2, or ended by torchrun as soon as another one had left."""
+    """Check that each rank exits with 2, or is ended by torchrun after another has left."""
     assert result.returncode != 0
     codes = re.findall(r"exitcode  : (\S+)", result.stderr)
     assert len(codes) == ranks
@@ -89,7 +89,7 @@ def test_a_rank_that_raises(corpus, model, tmp_path):
 
 
 def test_a_rank_that_is_killed(corpus, model, tmp_path):
-    """While the first one is in the middle of a chunk: torchrun ends that with SIGTERM."""
+    """torchrun ends the first rank with SIGTERM in the middle of a chunk."""
     program = [*TORCHRUN, "--nproc-per-node=2", "-m", "tests.failing_encode", "killed"]
     result = encode(program, corpus, model, tmp_path / "index")
     assert result.returncode != 0

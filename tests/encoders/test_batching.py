@@ -1,4 +1,4 @@
-"""Batches of texts of about as many tokens each."""
+"""Batches of texts of similar numbers of tokens."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from splade_fast.encoders import batching
 from splade_fast.encoders.batching import batches_by_tokens, is_padded_to_longest, longest_first
 
 
-def inputs_of(tokens, padding_side="right", width=None):
-    """Rows of so many tokens: the ids of row i are 10 i + 1, 10 i + 2, …"""
+def make_inputs(tokens, padding_side="right", width=None):
+    """Return inputs of rows of the given lengths; the ids of row i are 10 i + 1, 10 i + 2, ..."""
     width = max(tokens) if width is None else width
     columns = torch.arange(width).expand(len(tokens), width)
-    counts = torch.tensor(tokens).unsqueeze(1)
-    position = columns if padding_side == "right" else columns - (width - counts)
-    mask = (position >= 0) & (position < counts)
+    lengths = torch.tensor(tokens).unsqueeze(1)
+    position = columns if padding_side == "right" else columns - (width - lengths)
+    mask = (position >= 0) & (position < lengths)
     ids = (10 * torch.arange(len(tokens)).unsqueeze(1) + position + 1) * mask
     return {"input_ids": ids, "attention_mask": mask.long(), "modality": "text"}
 
@@ -42,11 +42,11 @@ def test_longest_first_takes_what_fits(monkeypatch):
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_batch_is_what_its_texts_alone_would_be(padding_side):
     tokens = [2, 9, 4, 1, 4, 7, 3]
-    inputs = inputs_of(tokens, padding_side)
+    inputs = make_inputs(tokens, padding_side)
     batches = list(batches_by_tokens(inputs, 3))
     assert [rows.tolist() for rows, _ in batches] == [[1, 5, 2], [4, 6, 0], [3]]
     for rows, batch in batches:
-        alone = inputs_of([tokens[i] for i in rows], padding_side)
+        alone = make_inputs([tokens[i] for i in rows], padding_side)
         assert batch["modality"] == "text"
         assert torch.equal(batch["attention_mask"], alone["attention_mask"])
         shift = 10 * (rows - torch.arange(len(rows))).unsqueeze(1)
@@ -56,7 +56,7 @@ def test_a_batch_is_what_its_texts_alone_would_be(padding_side):
 
 
 class _OneDevice(TorchDispatchMode):
-    """Refuses what a GPU refuses: tensors selected by indices of another device."""
+    """Refuse index_select with indices on another device, as a GPU does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.index_select.default:
@@ -65,7 +65,7 @@ class _OneDevice(TorchDispatchMode):
 
 
 def test_rows_are_taken_where_the_inputs_are():
-    inputs = inputs_of([2, 9, 4])
+    inputs = make_inputs([2, 9, 4])
     inputs["input_ids"] = inputs["input_ids"].to("meta")
     with _OneDevice():
         batches = list(batches_by_tokens(inputs, 2))
@@ -77,7 +77,7 @@ def test_rows_are_taken_where_the_inputs_are():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_batches_on_a_gpu():
-    inputs = inputs_of([2, 9, 4, 1])
+    inputs = make_inputs([2, 9, 4, 1])
     on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     pairs = zip(batches_by_tokens(on_gpu, 2), batches_by_tokens(inputs, 2), strict=True)
     for (rows, batch), (expected_rows, expected) in pairs:
@@ -87,7 +87,7 @@ def test_batches_on_a_gpu():
 
 
 def test_rows_without_tokens_keep_a_column():
-    ((rows, first), (_, last)) = batches_by_tokens(inputs_of([0, 3, 0], width=3), 2)
+    ((rows, first), (_, last)) = batches_by_tokens(make_inputs([0, 3, 0], width=3), 2)
     assert rows.tolist() == [1, 0]
     assert first["input_ids"].tolist() == [[11, 12, 13], [0, 0, 0]]
     assert last["input_ids"].tolist() == [[0]]
@@ -96,12 +96,12 @@ def test_rows_without_tokens_keep_a_column():
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        (inputs_of([2, 5, 3]), True),
-        (inputs_of([2, 5, 3], "left"), True),
-        (inputs_of([2, 5, 3], width=8), False),
+        (make_inputs([2, 5, 3]), True),
+        (make_inputs([2, 5, 3], "left"), True),
+        (make_inputs([2, 5, 3], width=8), False),
         ({"input_ids": torch.ones(2, 3)}, False),
-        ({**inputs_of([2, 3]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}, False),
-        ({**inputs_of([2, 3]), "prompt_length": 1}, True),
+        ({**make_inputs([2, 3]), "cu_seq_lens_q": torch.tensor([0, 2, 5])}, False),
+        ({**make_inputs([2, 3]), "prompt_length": 1}, True),
     ],
 )
 def test_what_is_padded_to_the_longest(inputs, expected):

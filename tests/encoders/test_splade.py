@@ -27,11 +27,11 @@ from tests.tiny_models import (
 
 FAMILIES = masked_lm_configs()
 TEXTS = ["quick fox", "", "the lazy dog sleeps under an old tree", "unknownword", "a", "quick fox"]
-DOUBLE = {"dtype": torch.float64}  # where two ways of computing meet: rounding cannot matter
+DOUBLE = {"dtype": torch.float64}  # rounding is small enough to compare two algorithms
 
 
 def dense_by_formula(model, texts):
-    """One text at a time, so that no padding can matter."""
+    """Pool the logits of one text at a time, without padding."""
     tokenizer = make_tokenizer()
     rows = []
     for text in texts:
@@ -255,7 +255,7 @@ def test_sentence_transformers_folders_load(bert, tmp_path, activation):
 
 
 def test_older_sentence_transformers_folders_load(bert):
-    """The transformer in a folder of its own, do_lower_case, and the older names."""
+    """Older folders have a subfolder for the transformer, `do_lower_case` and other names."""
     inner = bert / "0_MLMTransformer"
     inner.mkdir()
     for file in [entry for entry in bert.iterdir() if entry.is_file()]:

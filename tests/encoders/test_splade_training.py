@@ -1,4 +1,4 @@
-"""SpladeEncoder in training: every family, and what people wrap around a model."""
+"""SpladeEncoder in training: model families, autocast, torch.compile and threads."""
 
 import copy
 import threading
@@ -28,19 +28,19 @@ TEXTS = ["quick fox", "the lazy dog sleeps under an old tree", "unknownword", "a
 UPSTREAM = torch.linspace(0.1, 1, len(TEXTS) * VOCAB_SIZE, dtype=torch.float64).view(len(TEXTS), -1)
 
 
-def encoder_of(config, dtype=torch.float32):
+def make_encoder(config, dtype=torch.float32):
     return SpladeEncoder(make_model(config).to(dtype), make_tokenizer())
 
 
 def by_reference(model, inputs, pooling_mask=None):
-    """The model's own logits, pooled in plain PyTorch."""
+    """Pool the model's own logits in plain PyTorch."""
     mask = inputs["attention_mask"]
     logits = model(**inputs).logits
     return reference.splade_pool(logits, mask if pooling_mask is None else mask * pooling_mask)
 
 
 def gradients(vectors, model):
-    """Of all parameters by name; none is None."""
+    """Return the gradients of all parameters that have one, by name."""
     model.zero_grad()
     vectors.backward(UPSTREAM.to(vectors.dtype))
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -49,7 +49,7 @@ def gradients(vectors, model):
 
 
 def assert_same_training(ours, baseline, truth):
-    """(vectors, gradients) of ours and of PyTorch in the same dtype, against float64."""
+    """Compare (vectors, gradients) of ours and of PyTorch in the same dtype with float64."""
     vectors, parameters = truth
     assert (vectors > 0).any()
     assert (vectors == 0).any()
@@ -65,7 +65,7 @@ def trained(model, forward):
 @pytest.mark.parametrize("masked_positions", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vectors_and_gradients_are_those_of_the_models_own_logits(family, masked_positions):
-    encoder = encoder_of(FAMILIES[family])
+    encoder = make_encoder(FAMILIES[family])
     inputs = encoder.tokenize(TEXTS)
     pooling_mask = None
     if masked_positions:
@@ -78,7 +78,7 @@ def test_vectors_and_gradients_are_those_of_the_models_own_logits(family, masked
         trained(plain, lambda: by_reference(plain, inputs, pooling_mask)),
         truth,
     )
-    encoder.double()  # where rounding cannot matter, parameter by parameter
+    encoder.double()  # rounding is small enough to compare each parameter
     vectors, parameters = trained(
         encoder.model, lambda: encoder(**inputs, pooling_mask=pooling_mask)
     )
@@ -88,7 +88,7 @@ def test_vectors_and_gradients_are_those_of_the_models_own_logits(family, masked
 
 
 def test_masks_of_any_kind_leave_positions_out():
-    encoder = encoder_of(CAUSAL["llama"])
+    encoder = make_encoder(CAUSAL["llama"])
     inputs = encoder.tokenize(TEXTS)
     kept = torch.zeros_like(inputs["input_ids"])
     kept[:, 1] = 1
@@ -115,7 +115,7 @@ def test_tied_decoders_stay_tied(family, tmp_path):
     encoder(**inputs).sum().backward()
     gradient = encoder.model.get_input_embeddings().weight.grad
     absent = sorted(set(range(VOCAB_SIZE)) - set(inputs["input_ids"].flatten().tolist()))
-    assert gradient[absent].any()  # by way of the decoder alone
+    assert gradient[absent].any()  # these rows get their gradient from the decoder alone
     untied = copy.deepcopy(encoder.model)
     decoder = untied.get_output_embeddings()
     decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
@@ -139,9 +139,9 @@ def test_tied_decoders_stay_tied(family, tmp_path):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
 def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
-    encoder = encoder_of(FAMILIES[family])
+    encoder = make_encoder(FAMILIES[family])
     inputs = encoder.tokenize(TEXTS)
-    for module in encoder.modules():  # the tiny models drop nothing out, but stay in train mode
+    for module in encoder.modules():  # train mode, but without dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     config = encoder.model.config
@@ -160,7 +160,7 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
     assert len(runs) == 1
     encoder.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     actual = trained(encoder.model, lambda: encoder(**inputs))
-    assert len(runs) == 3  # once more for the backward
+    assert len(runs) == 3  # the backward runs the layer again
     assert torch.equal(actual[0], expected[0])
     assert actual[1].keys() == expected[1].keys()
     for name, gradient in actual[1].items():
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
 # transformers' own DeBERTa (not v2, v3) overflows: it fills bfloat16 scores with float32's lowest.
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deberta"])
 def test_autocast(family):
-    encoder = encoder_of(FAMILIES[family])
+    encoder = make_encoder(FAMILIES[family])
     inputs = encoder.tokenize(TEXTS)
     exact, plain = copy.deepcopy(encoder.model).double(), copy.deepcopy(encoder.model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -187,7 +187,7 @@ def test_autocast(family):
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3", "llama", "qwen3"])
 def test_compiles_whole(family):
     torch.compiler.reset()
-    encoder = encoder_of(FAMILIES[family])
+    encoder = make_encoder(FAMILIES[family])
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     for texts in (TEXTS, [*TEXTS[2:], "quick", "under the old tree"]):
         inputs = encoder.tokenize(texts)
@@ -202,7 +202,7 @@ def test_compiles_whole(family):
 
 def test_compiles_where_the_model_breaks_the_graph():
     torch.compiler.reset()
-    encoder = encoder_of(MASKED["deberta"])
+    encoder = make_encoder(MASKED["deberta"])
     inputs = encoder.tokenize(TEXTS)
     expected = trained(encoder.model, lambda: encoder(**inputs))
     compiled = torch.compile(encoder, backend="aot_eager")
@@ -214,7 +214,7 @@ def test_compiles_where_the_model_breaks_the_graph():
 
 
 def test_threads_share_an_encoder():
-    encoder = encoder_of(MASKED["bert"])
+    encoder = make_encoder(MASKED["bert"])
     inside, elsewhere = threading.Event(), threading.Event()
 
     def wait_inside(*_):
@@ -227,7 +227,7 @@ def test_threads_share_an_encoder():
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(encoder, **inputs)
         assert inside.wait(60)
-        logits = encoder.model(**inputs).logits  # not ended by the other thread's way out
+        logits = encoder.model(**inputs).logits  # the other thread's hook is not active here
         vectors = encoder(**inputs)
         elsewhere.set()
         assert torch.equal(other.result(), vectors)
@@ -263,7 +263,7 @@ def test_adapters_train_save_and_load(family, way, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_on_the_decoder_are_refused(way):
-    encoder = encoder_of(MASKED["bert"])
+    encoder = make_encoder(MASKED["bert"])
     inputs = encoder.tokenize(TEXTS)
     with pytest.raises(ValueError, match=r"Linear, got peft\..*; keep adapters off the decoder"):
         with_adapters(encoder, way, target_modules=["decoder"])(**inputs)

@@ -25,15 +25,15 @@ def bert(tmp_path):
 
 
 def by_formula(encoder, inputs):
-    """With (B, L, V), one column per position's token."""
+    """Return the maximum over positions of a (B, L, V) tensor of one-hot weights."""
     hidden = encoder.model(**inputs).last_hidden_state
     weights = torch.relu(encoder.projection(hidden).squeeze(-1))
     if encoder.settings.activation == "log1p_relu":
         weights = torch.log1p(weights)
     one_hot = torch.nn.functional.one_hot(inputs["input_ids"], encoder.vocab_size)
-    counts = inputs["attention_mask"].clone()
-    counts[inputs["input_ids"] < len(SPECIAL)] = 0
-    return (weights * counts).unsqueeze(-1).mul(one_hot).amax(1)
+    mask = inputs["attention_mask"].clone()
+    mask[inputs["input_ids"] < len(SPECIAL)] = 0
+    return (weights * mask).unsqueeze(-1).mul(one_hot).amax(1)
 
 
 def gradients(encoder, vectors):
@@ -63,7 +63,7 @@ def test_vectors_and_gradients_are_those_of_the_formula(family, activation, tmp_
     assert_accurate(actual.detach(), truth.detach(), baseline.detach())
     assert {"projection.weight", "projection.bias"} <= ours.keys()
     assert_accurate_gradients(ours, exact, theirs)
-    precise = encoder(**inputs)  # in float64, where rounding cannot matter, one by one
+    precise = encoder(**inputs)  # float64, to compare each parameter
     torch.testing.assert_close(precise, truth)
     for name, gradient in gradients(encoder, precise).items():
         torch.testing.assert_close(gradient, exact[name], msg=name)

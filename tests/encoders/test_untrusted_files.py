@@ -1,4 +1,4 @@
-"""Nothing unpickles, and nothing of a corpus, a model folder or a configuration is executed."""
+"""Security: no code runs from pickles, corpora, model folders or configurations."""
 
 import ast
 import builtins
@@ -27,7 +27,7 @@ SOURCES = sorted(Path(splade_fast.__file__).parent.rglob("*.py"))
 
 
 class Trap:
-    """Leaves a file behind where it is unpickled."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -38,7 +38,7 @@ class Trap:
 
 @pytest.fixture
 def sprung(tmp_path):
-    """What no test may find when it is through."""
+    """Path of the folder that a trap makes; it must not exist after the test."""
     path = tmp_path / "sprung"
     yield path
     assert not path.exists()
@@ -69,7 +69,7 @@ def refused(*arguments):
     return result.output
 
 
-def index_of(rows):
+def make_index(rows):
     return Index(rows, [str(i) for i in range(len(rows))], IndexMeta("model", 64, None))
 
 
@@ -126,19 +126,19 @@ def test_pickles_beside_whole_files_are_not_looked_at(model, sprung, tmp_path):
     for name in ("pytorch_model.bin", "training_args.bin", "term_weights.pt", "heads.pt"):
         trap(model / name, sprung)
     vectors = SpladeEncoder.from_pretrained(model).encode(["quick fox"], show_progress=False)
-    index_of(vectors).save(tmp_path / "index")
+    make_index(vectors).save(tmp_path / "index")
     trap(tmp_path / "index" / "vectors.pt", sprung)
     assert Index.load(tmp_path / "index").rows.equal(vectors)
 
 
 def test_a_pickle_in_place_of_an_index(sprung, tmp_path):
     rows = SparseRows.from_dense(torch.eye(3))
-    index_of(rows).save(tmp_path / "index")
+    make_index(rows).save(tmp_path / "index")
     trap(tmp_path / "index" / "vectors.safetensors", sprung)
     with pytest.raises(ValueError, match="vectors.safetensors is not a safetensors file"):
         Index.load(tmp_path / "index")
     for name in ("ids.json", "meta.json"):
-        index_of(rows).save(tmp_path / name)
+        make_index(rows).save(tmp_path / name)
         (tmp_path / name / name).write_bytes(pickle.dumps(Trap(sprung)))
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             Index.load(tmp_path / name)
@@ -175,7 +175,7 @@ class Tokenizer(BertTokenizerFast):
 @pytest.mark.parametrize("kind", [SpladeEncoder, TermWeightEncoder])
 @pytest.mark.parametrize("model_type", ["trap", "bert"])
 def test_code_of_a_model(model, sprung, monkeypatch, kind, model_type):
-    """Whatever a user would answer, who is not asked."""
+    """The user is never asked for permission, and the code never runs."""
     questions = []
     monkeypatch.setattr(builtins, "input", lambda text="": questions.append(text) or "y")
     (model / "code.py").write_text(CODE.format(path=str(sprung)))
@@ -188,7 +188,7 @@ def test_code_of_a_model(model, sprung, monkeypatch, kind, model_type):
         auto_map={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]},
         tokenizer_class="Tokenizer",
     )
-    if model_type == "trap":  # nothing else knows what it is
+    if model_type == "trap":  # a type that transformers does not know
         with pytest.raises(ValueError, match="custom code"):
             kind.from_pretrained(model)
     else:
@@ -197,7 +197,7 @@ def test_code_of_a_model(model, sprung, monkeypatch, kind, model_type):
 
 
 def test_modules_of_a_sparse_encoder(model, sprung, monkeypatch):
-    """They say what a model is made of; theirs would be imported."""
+    """Class names in modules.json are never imported."""
     SpladeEncoder.from_pretrained(model).save_pretrained(model)
     (model / "trapped.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
     monkeypatch.syspath_prepend(str(model))

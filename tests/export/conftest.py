@@ -1,17 +1,17 @@
-"""Rows with everything that an export may stumble over, and names for their columns."""
+"""Rows and column names that are hard to export."""
 
 import pytest
 import torch
 
 from splade_fast import SparseRows
 
-# A dot, white space, JSON's and printf's own characters, other scripts, no name at all.
+# Dots, white space, special characters of JSON and printf, other scripts, and a missing name.
 NAMES = ["fox", "e.g", ".", "a b", '"quoted"', "50%", "%s", "##ing", "über", "狐", "\\n", None]
 NUM_COLS = len(NAMES)
 
 
 def make_rows(dtype: torch.dtype = torch.float32, count: int = 40) -> SparseRows:
-    """Rows of 0 to NUM_COLS entries; the first, the last and some between are empty."""
+    """Return rows of 0 to NUM_COLS entries; the first, the last and some others are empty."""
     torch.manual_seed(0)
     x = (torch.randn(count, NUM_COLS, dtype=torch.float64) * 2).to(dtype).relu()
     x[::13] = 0

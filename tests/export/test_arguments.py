@@ -1,4 +1,4 @@
-"""What all formats share: what they refuse, how rows are cut into pieces, whole or nothing."""
+"""Behaviour that all formats share: errors, chunks of rows, complete folders or none."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_pieces_of_any_size_give_the_same_files(write, rows, ids, tmp_path, monk
         write(rows, ids)
         pieces = files(tmp_path / "out")
         (tmp_path / "out").rename(tmp_path / f"pieces{entries}")
-        if write.name == "npz":  # a zip file holds the time
+        if write.name == "npz":  # a zip file contains the time
             continue
         assert pieces == whole
 

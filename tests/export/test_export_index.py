@@ -47,7 +47,7 @@ def test_formats_are_those_of_the_functions(name, index, rows, tmp_path):
     actual = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert actual.keys() == expected.keys()
     for file, content in expected.items():
-        if not file.endswith(".npz"):  # which holds the time
+        if not file.endswith(".npz"):  # a zip file contains the time
             assert actual[file] == content
 
 

@@ -1,4 +1,4 @@
-"""Anserini and Seismic: JSON lines {id, text, vector}."""
+"""Export to Anserini and Seismic: JSON lines {id, text, vector}."""
 
 import json
 import math
@@ -11,12 +11,12 @@ import torch
 from splade_fast import SparseRows, export
 from tests.export.conftest import NAMES, NUM_COLS, make_rows
 
-# What goes by its column: no name, and for Anserini white space.
+# A column without a name is named by its number; for Anserini, also one with white space.
 SEISMIC_NAMES = [*NAMES[:-1], f"[#{NUM_COLS - 1}]"]
 ANSERINI_NAMES = [name.replace("a b", "[#3]") for name in SEISMIC_NAMES]
 
 
-def lines_of(folder):
+def read_lines(folder):
     assert [path.name for path in folder.iterdir()] == ["documents.jsonl"]
     text = (folder / "documents.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -40,7 +40,7 @@ def test_anserini_reads_whole_impacts(tmp_path, ids, dtype, scale):
         scale=scale,
         show_progress=False,
     )
-    found = lines_of(tmp_path / "out")
+    found = read_lines(tmp_path / "out")
     assert count == len(found) == len(rows)
     assert [line["id"] for line in found] == ids
     assert [line["contents"] for line in found] == texts
@@ -54,7 +54,7 @@ def test_anserini_splits_its_pseudo_document_into_the_same_impacts(tmp_path):
     """JsonVectorCollection repeats each token, and the pretokenized analyzer splits at spaces."""
     rows = make_rows()
     export.write_anserini(rows, tmp_path / "out", id_to_token=NAMES, show_progress=False)
-    for line in lines_of(tmp_path / "out"):
+    for line in read_lines(tmp_path / "out"):
         document = "".join((token + " ") * impact for token, impact in line["vector"].items())
         assert Counter(document.split()) == line["vector"]
 
@@ -64,16 +64,16 @@ def test_anserini_rounds_halves_to_even_and_drops_zeros(tmp_path, scale):
     halves = torch.tensor([[0.5, 1.5, 2.5, 3.5, 0.49, 0.51]], dtype=torch.float64)
     rows = SparseRows.from_dense(halves / scale)
     export.write_anserini(rows, tmp_path / "out", scale=scale, show_progress=False)
-    assert lines_of(tmp_path / "out")[0]["vector"] == {"1": 2, "2": 2, "3": 4, "5": 1}
+    assert read_lines(tmp_path / "out")[0]["vector"] == {"1": 2, "2": 2, "3": 4, "5": 1}
 
 
 def test_documents_that_rounding_empties_are_empty(tmp_path):
     rows = SparseRows.from_dense(torch.tensor([[1.0, 0.0], [0.001, 0.0], [0.0, 2.0]]))
     options = {"show_progress": False}
     assert export.write_anserini(rows, tmp_path / "kept", **options) == 3
-    assert lines_of(tmp_path / "kept")[1]["vector"] == {}
+    assert read_lines(tmp_path / "kept")[1]["vector"] == {}
     assert export.write_anserini(rows, tmp_path / "skipped", empty="skip", **options) == 2
-    assert [line["id"] for line in lines_of(tmp_path / "skipped")] == ["0", "2"]
+    assert [line["id"] for line in read_lines(tmp_path / "skipped")] == ["0", "2"]
     with pytest.raises(ValueError, match="got an empty row 1"):
         export.write_anserini(rows, tmp_path / "none", empty="error", **options)
     assert not (tmp_path / "none").exists()
@@ -90,7 +90,7 @@ def test_anserini_scales_have_to_fit(tmp_path, rows, scale):
 def test_seismic_lines_hold_the_weights_to_the_bit(tmp_path, ids, dtype):
     rows = make_rows(dtype)
     export.write_seismic(rows, tmp_path / "out", ids, id_to_token=NAMES, show_progress=False)
-    found = lines_of(tmp_path / "out")
+    found = read_lines(tmp_path / "out")
     assert [line["id"] for line in found] == ids
     vectors = [line["vector"] for line in found]
     columns = {name: column for column, name in enumerate(SEISMIC_NAMES)}
@@ -116,10 +116,10 @@ def test_seismic_finds_what_was_written(tmp_path, ids):
             np.array(list(weights.values()), dtype=np.float32),
             k=5,
             query_cut=NUM_COLS,
-            heap_factor=0.0,  # nothing is left out
+            heap_factor=0.0,  # exact search
         )
         best = scores[row].sort(descending=True)[0][:5].tolist()
         assert len(hits) == 5
         for (_, score, id_), expected in zip(hits, best, strict=True):
-            assert score == pytest.approx(expected, rel=2e-3)  # it keeps 16 bits of a weight
+            assert score == pytest.approx(expected, rel=2e-3)  # Seismic keeps 16 bits of a weight
             assert score == pytest.approx(scores[row, ids.index(id_)].item(), rel=2e-3)

@@ -1,4 +1,4 @@
-"""scipy's .npz and bm25s's index folder."""
+"""Export to scipy's .npz and to bm25s."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Qdrant, by its own client in memory."""
+"""Export to Qdrant, read back by its client in memory."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def test_points_come_back_and_are_found(client, ids, dtype):
         record, vector = found[id_]
         assert record.payload == {"id": id_, "title": f"t{number}"}
         assert record.id == export.qdrant_id(id_)
-        # It keeps float32.
+        # Qdrant keeps float32.
         back = SparseRows.from_dicts(
             [dict(zip(vector.indices, vector.values, strict=True))], NUM_COLS, dtype=torch.float32
         )
@@ -99,7 +99,7 @@ def test_other_texts_become_uuids_of_their_own():
     found = [export.qdrant_id(text) for text in texts]
     assert len(set(found)) == len(texts)
     assert all(str(uuid.UUID(id_)) == id_ for id_ in found)
-    assert export.qdrant_id("d1") == "0d6226ff-31c7-5210-955e-fa79b20e54eb"  # always
+    assert export.qdrant_id("d1") == "0d6226ff-31c7-5210-955e-fa79b20e54eb"  # fixed for all time
 
 
 @pytest.mark.parametrize("number", [-1, 2**64])

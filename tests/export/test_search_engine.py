@@ -1,4 +1,4 @@
-"""OpenSearch and Elasticsearch: no server here, so documents and queries are put together."""
+"""Export to OpenSearch and Elasticsearch, scored as the engines do, since no server runs here."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from splade_fast import SparseRows, export
 from tests.export.conftest import NAMES, NUM_COLS, make_rows
 
-# Dots and missing names go by their columns.
+# A column without a name, or whose name has a dot, is named by its number.
 FEATURES = [
     f"[#{column}]" if name is None or "." in name else name for column, name in enumerate(NAMES)
 ]
@@ -21,8 +21,8 @@ WRITERS = {
 }
 
 
-def documents_of(folder):
-    """{id: source} as the bulk interface reads it, and the mapping."""
+def read_documents(folder):
+    """Return {id: source} as the bulk interface reads it, and the mapping."""
     lines = (folder / "bulk.ndjson").read_text(encoding="utf-8").splitlines()
     found = {}
     for action, source in zip(lines[::2], lines[1::2], strict=True):
@@ -33,7 +33,7 @@ def documents_of(folder):
 
 
 def score(query, source, field):
-    """What the engines compute for the three kinds of query: a dot product."""
+    """Return the score that the engines compute for a query: a dot product."""
     [(kind, body)] = query.items()
     if kind == "match_none":
         return 0.0
@@ -57,7 +57,7 @@ def score(query, source, field):
     return sum(weight * features.get(token, 0.0) for token, weight in weights.items())
 
 
-def queries_of(engine, field_type, queries, **options):
+def make_queries(engine, field_type, queries, **options):
     if engine == "opensearch":
         return export.opensearch_query(queries, **options)
     return export.elasticsearch_query(queries, field_type=field_type, **options)
@@ -77,7 +77,7 @@ def test_documents_and_queries_fit_together(tmp_path, ids, engine, field_type, d
         field="weights",
         show_progress=False,
     )
-    found, mapping = documents_of(tmp_path / "out")
+    found, mapping = read_documents(tmp_path / "out")
     assert count == len(found) == len(rows)
     assert list(found) == ids
     assert mapping == {"mappings": {"properties": {"weights": {"type": field_type}}}}
@@ -96,7 +96,7 @@ def test_documents_and_queries_fit_together(tmp_path, ids, engine, field_type, d
         assert not any("." in name or not name for name in source["weights"])
     queries = rows[[5, 1, 0]]
     expected = queries.to_dense().double() @ rows.to_dense().double().t()
-    asked = queries_of(engine, field_type, queries, id_to_token=NAMES, field="weights")
+    asked = make_queries(engine, field_type, queries, id_to_token=NAMES, field="weights")
     for query, scores in zip(asked, expected, strict=True):
         for source, truth in zip(found.values(), scores.tolist(), strict=True):
             assert score(query, source, "weights") == pytest.approx(truth, rel=1e-6)
@@ -104,14 +104,14 @@ def test_documents_and_queries_fit_together(tmp_path, ids, engine, field_type, d
 
 @pytest.mark.parametrize(("engine", "field_type"), WRITERS)
 def test_a_query_without_terms_finds_nothing(engine, field_type):
-    """An empty bool query would find everything, the others are errors there."""
+    """An empty bool query would match all documents; the engines refuse other empty queries."""
     nothing = SparseRows.from_dense(torch.zeros(1, NUM_COLS))
-    assert queries_of(engine, field_type, nothing) == [{"match_none": {}}]
+    assert make_queries(engine, field_type, nothing) == [{"match_none": {}}]
 
 
 def test_columns_name_themselves_without_tokens(tmp_path, rows):
     export.write_opensearch(rows, tmp_path / "out", show_progress=False)
-    found, _ = documents_of(tmp_path / "out")
+    found, _ = read_documents(tmp_path / "out")
     assert list(found) == [str(row) for row in range(len(rows))]
     assert found["5"]["splade"].keys() == {str(column) for column in range(NUM_COLS)}
     [query] = export.opensearch_query(rows[5:6])

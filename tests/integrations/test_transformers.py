@@ -1,4 +1,4 @@
-"""accelerate: a transformers model with pooled output, for people with their own loop."""
+"""accelerate: a transformers model whose forward returns pooled vectors."""
 
 import copy
 import inspect
@@ -45,7 +45,7 @@ def by_reference(model, inputs, **options):
 
 
 def trained(model, vectors):
-    """Vectors, and the gradients of all parameters by name; none is None."""
+    """Return vectors, and the gradients of all parameters that have one, by name."""
     model.zero_grad()
     upstream = torch.linspace(0.1, 1, vectors.numel(), dtype=torch.float64).view_as(vectors)
     vectors.backward(upstream.to(vectors.dtype))
@@ -168,7 +168,7 @@ def test_the_model_stays_what_it_was(bert, inputs):
     seen = []
     bert.register_forward_hook(lambda module, args, output: seen.append(output))
     sf.accelerate(bert)
-    seen.clear()  # of what accelerate tried
+    seen.clear()  # drop the outputs of accelerate's own check
     bert(**inputs)
     assert len(seen) == 1
     assert isinstance(seen[0], PooledOutput)
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_nothing(bert, inputs, use_reentrant):
     bert.bert.encoder.layer[0].intermediate.register_forward_pre_hook(lambda *_: runs.append(1))
     bert.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     actual = trained(bert, bert(**inputs).pooled)
-    assert len(runs) == 2  # once more for the backward
+    assert len(runs) == 2  # the backward runs the layer again
     assert torch.equal(actual[0], expected[0])
     for name, gradient in actual[1].items():
         assert torch.equal(gradient, expected[1][name]), name

@@ -1,4 +1,4 @@
-"""An index written chunk by chunk, against one that is saved whole."""
+"""encode_corpus, compared with an index saved as a whole."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ OPTIONS = {"model": "name/of-a-model", "batch_size": 4, "max_length": 16, "show_
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """As ranks have: torch's own matrix products round otherwise with another number of threads."""
+    """Use one thread as ranks do: the rounding of matrix products depends on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def write_corpus(path, texts):
 
 
 def save_whole(encoder, texts, path, k=None, chunk_size=CHUNK):
-    """The index of the same chunks, by the paths that have everything in memory."""
+    """Save the index of the same chunks from rows that are all in memory."""
     ids, contents = list(texts), list(texts.values())
     options = {name: OPTIONS[name] for name in ("batch_size", "max_length", "show_progress")}
     rows = sf.SparseRows.cat(
@@ -108,12 +108,12 @@ def test_same_bytes_from_every_kind_of_file(encoder, tmp_path, name):
     assert_same_files(tmp_path / "index", tmp_path / "expected")
 
 
-class WordCounts(TextEncoder):
-    """Value i + 1 at the column of the i-th word; quick, and says what it was given.
+class LengthEncoder(TextEncoder):
+    """Quick encoder: every vector has `width` entries of the text's length.
 
     Args:
-        before: called with the number of each batch, from 0, before it is encoded.
-        width: columns that every vector has an entry in.
+        before: function that is called with the number of each batch before it is encoded.
+        width: number of entries of every vector.
     """
 
     def __init__(self, before=lambda batch: None, width=8):
@@ -162,7 +162,7 @@ def test_a_damaged_corpus_leaves_nothing_and_is_not_encoded(tmp_path, content, m
     good = "".join(f"{text_id}\t{text}\n" for text_id, text in make_texts(20).items())
     corpus = tmp_path / "corpus.tsv"
     corpus.write_bytes(content.replace("GOOD ", good).encode("utf-8", "surrogateescape"))
-    encoder = WordCounts()
+    encoder = LengthEncoder()
     with pytest.raises(DataError, match=message):
         sf.encode_corpus(encoder, corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
     assert encoder.batches == 0
@@ -172,7 +172,7 @@ def test_a_damaged_corpus_leaves_nothing_and_is_not_encoded(tmp_path, content, m
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(143)])
 def test_a_failure_leaves_nothing(tmp_path, error):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
-    encoder = WordCounts(fail(error, at=3))
+    encoder = LengthEncoder(fail(error, at=3))
     with pytest.raises(type(error)) as raised:
         sf.encode_corpus(encoder, corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
     assert raised.value is error
@@ -182,20 +182,20 @@ def test_a_failure_leaves_nothing(tmp_path, error):
 def test_a_failure_while_joining_leaves_nothing(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
 
-    def bytes_of(tensor):
+    def fail_at_lengths(tensor):
         if tensor.dim() == 1:  # the lengths are written last
             raise OSError("disk full")
         return memoryview(b"")
 
-    monkeypatch.setattr("splade_fast.search.join_files._bytes", bytes_of)
+    monkeypatch.setattr("splade_fast.search.join_files._bytes", fail_at_lengths)
     with pytest.raises(OSError, match="disk full"):
-        sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+        sf.encode_corpus(LengthEncoder(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
     assert list(tmp_path.iterdir()) == [corpus]
 
 
 @pytest.mark.parametrize("change", ["e1\tone more\n", "", None], ids=["longer", "empty", "other"])
 def test_a_corpus_that_changes_is_refused(tmp_path, change):
-    texts = make_texts(20000)  # more than is read ahead
+    texts = make_texts(20000)  # more than the file buffer holds
     corpus = write_corpus(tmp_path / "corpus.tsv", texts)
 
     def before(batch):
@@ -206,7 +206,7 @@ def test_a_corpus_that_changes_is_refused(tmp_path, change):
             corpus.write_text(content.replace("d19999\t", "d19999\tx"))
 
     with pytest.raises(DataError, match="corpus.tsv must .* stay as it is, got .* 20000"):
-        sf.encode_corpus(WordCounts(before), corpus, tmp_path / "index", **OPTIONS)
+        sf.encode_corpus(LengthEncoder(before), corpus, tmp_path / "index", **OPTIONS)
     assert list(tmp_path.iterdir()) == [corpus]
 
 
@@ -214,7 +214,7 @@ def test_a_corpus_that_changes_is_refused(tmp_path, change):
 def test_arguments_out_of_range(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         sf.encode_corpus(
-            WordCounts(), tmp_path / "missing.tsv", tmp_path / "index", **(OPTIONS | {name: 0})
+            LengthEncoder(), tmp_path / "missing.tsv", tmp_path / "index", **(OPTIONS | {name: 0})
         )
 
 
@@ -224,7 +224,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path):
     left.mkdir(parents=True)
     for name in ("0.safetensors", "9.safetensors", "failed"):
         (left / name).write_text("cut short")
-    sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
+    sf.encode_corpus(LengthEncoder(), corpus, tmp_path / "index", chunk_size=CHUNK, **OPTIONS)
     assert len(Index.load(tmp_path / "index").rows) == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.tsv", "index"]
 
@@ -233,19 +233,19 @@ def test_an_index_that_exists_is_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(2))
     (tmp_path / "index").mkdir()
     with pytest.raises(FileExistsError, match="index must not exist yet"):
-        sf.encode_corpus(WordCounts(), corpus, tmp_path / "index", **OPTIONS)
+        sf.encode_corpus(LengthEncoder(), corpus, tmp_path / "index", **OPTIONS)
     assert list((tmp_path / "index").iterdir()) == []
 
 
 def _encode_and_tell_peak(corpus: Path, index: Path, queue) -> None:
     torch.set_num_threads(1)
-    sf.encode_corpus(WordCounts(width=4096), corpus, index, chunk_size=64, **OPTIONS)
+    sf.encode_corpus(LengthEncoder(width=4096), corpus, index, chunk_size=64, **OPTIONS)
     status = Path("/proc/self/status").read_text()
     queue.put(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Peaks of fresh processes: neither texts nor vectors may be held, nor a mapped index."""
+    """Fresh processes have the same peak for small and large corpora."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     peaks, sizes = [], []
@@ -286,26 +286,28 @@ def test_ranks_write_the_same_bytes(tmp_path, ranks, chunk_size):
 
 
 def _bad_batch(rank, folder):
-    encoder = WordCounts(fail(ValueError("bad batch"), at=1) if rank == 1 else lambda batch: None)
+    encoder = LengthEncoder(
+        fail(ValueError("bad batch"), at=1) if rank == 1 else lambda batch: None
+    )
     return encoder, folder / "corpus.tsv"
 
 
 def _bad_batches(rank, folder):
-    return WordCounts(fail(ValueError("bad batch"), at=0)), folder / "corpus.tsv"
+    return LengthEncoder(fail(ValueError("bad batch"), at=0)), folder / "corpus.tsv"
 
 
 def _missing_corpus(rank, folder):
-    return WordCounts(), folder / ("missing.tsv" if rank else "corpus.tsv")
+    return LengthEncoder(), folder / ("missing.tsv" if rank else "corpus.tsv")
 
 
 def _other_corpus(rank, folder):
-    return WordCounts(), write_corpus(folder / f"other-{rank}.tsv", make_texts(200, seed=rank))
+    return LengthEncoder(), write_corpus(folder / f"other-{rank}.tsv", make_texts(200, seed=rank))
 
 
 def _damaged_corpus(rank, folder):
     damaged = folder / f"damaged-{rank}.tsv"
     damaged.write_text((folder / "corpus.tsv").read_text() + "d0\tagain\n")
-    return WordCounts(fail(AssertionError("a damaged corpus is encoded"), at=0)), damaged
+    return LengthEncoder(fail(AssertionError("a damaged corpus is encoded"), at=0)), damaged
 
 
 def _fails(rank, count, folder, way, message, who):
@@ -313,7 +315,7 @@ def _fails(rank, count, folder, way, message, who):
     reason = message if rank in who else f"failed on rank {min(who)}; see the error of that rank"
     with pytest.raises(ValueError if rank in who else OtherRankError, match=reason):
         sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=CHUNK, **OPTIONS)
-    assert not list(folder.glob("*index*"))  # for any rank, as soon as it is through
+    assert not list(folder.glob("*index*"))  # no rank leaves before the files are removed
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def _on_its_own_disk(rank, count, corpus, folder):
     splade_fast.search.encode_corpus._SECONDS_TO_SEE_A_FILE = 0.5
     (folder / f"disk-{rank}").mkdir()
     with pytest.raises(OSError, match=r"all ranks share, but .*disk-\d is not there on rank 1, 2$"):
-        sf.encode_corpus(WordCounts(), corpus, folder / f"disk-{rank}" / "index", **OPTIONS)
+        sf.encode_corpus(LengthEncoder(), corpus, folder / f"disk-{rank}" / "index", **OPTIONS)
     assert not list((folder / f"disk-{rank}").iterdir())
 
 
@@ -350,7 +352,7 @@ def _stop_early(rank, count, corpus, folder):
             raise ValueError("bad batch")
         time.sleep(0.05)
 
-    encoder = WordCounts(before)
+    encoder = LengthEncoder(before)
     with pytest.raises(ValueError if rank == 1 else OtherRankError, match="rank 1|bad batch"):
         sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=400, **OPTIONS)
     assert encoder.batches < 100  # of 100, which would take 5 seconds

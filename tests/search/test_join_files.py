@@ -1,4 +1,4 @@
-"""Joined files against one file that safetensors has written of all rows."""
+"""join_files, compared with one file of all rows that safetensors has written."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NUM_COLS = 40
 
 
 def make_parts(folder, rows, sizes):
-    """Files of consecutive rows, each as wide as its own longest row."""
+    """Write files of consecutive rows, each as wide as its own longest row."""
     assert sum(sizes) == len(rows)
     files, start = [], 0
     for number, size in enumerate(sizes):
@@ -45,7 +45,7 @@ def test_joined_as_one_save(tmp_path, monkeypatch, dtype, sizes, entries):
 
 
 def test_many_rows_as_one_save(tmp_path):
-    # The header has longer numbers, so another padding.
+    # Longer numbers in the header change its padding.
     rows = sf.SparseRows.from_dense(torch.rand(3000, NUM_COLS))
     rows.save(tmp_path / "expected")
     join_files(make_parts(tmp_path, rows, [1000, 1999, 1]), tmp_path / "joined")
