@@ -48,11 +48,6 @@ def is_cpu_library_loaded() -> bool:
     return _STATE.cpu_reason is None
 
 
-def is_cuda_library_loaded() -> bool:
-    """Return whether the library with the CUDA kernels is loaded."""
-    return _STATE.cuda_reason is None
-
-
 def has_kernels(device: torch.device) -> bool:
     """Return whether there are compiled kernels for a device; warn once per type where not.
 
@@ -106,6 +101,7 @@ class _State:
 
 
 def _check_versions(built: dict[str, Any]) -> None:
+    """Raise ImportError if the build is of another version or needs a newer torch."""
     if built["version"] != __version__:
         raise ImportError(
             f"splade_fast {__version__} found a library built for {built['version']}: "

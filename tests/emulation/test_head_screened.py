@@ -242,20 +242,20 @@ def test_weight_that_has_changed(emulator, draw):
 
 
 def test_prepared_weight(emulator, monkeypatch):
-    """Kept until the weight changes or many more tokens come; of a graph's calls it is not kept."""
+    """The weight is kept until it changes or many more tokens come; in a CUDA graph it is not."""
     monkeypatch.setattr(screening_hopper, "_find_version", lambda source: source._version)
     hidden, weight = torch.randn(2, 9, 16).bfloat16(), torch.randn(30, 16).bfloat16()
-    counts = torch.rand(2, 9) < 0.5
-    counts[0, 0] = True
-    hidden[~counts] = NAN
-    decoder = ScreeningState()
+    mask = torch.rand(2, 9) < 0.5
+    mask[0, 0] = True
+    hidden[~mask] = NAN
+    state = ScreeningState()
 
-    def prepare(hidden=hidden, counts=counts):
-        return screening_hopper.prepare(decoder, weight, weight, hidden, counts)
+    def prepare(hidden=hidden, mask=mask):
+        return screening_hopper.prepare(state, weight, weight, hidden, mask)
 
     with emulator.in_place():
         first = prepare()
-        torch.testing.assert_close(first.mean, hidden[counts].float().mean(0))
+        torch.testing.assert_close(first.mean, hidden[mask].float().mean(0))
         assert prepare() is first
         assert prepare(hidden[:1], None) is first
         weight.neg_()
@@ -266,7 +266,7 @@ def test_prepared_weight(emulator, monkeypatch):
         assert torch.equal(third.mean, torch.ones(16))
         monkeypatch.setattr(screening_hopper, "_find_version", lambda source: None)
         assert prepare() is not third
-        assert decoder.prepared is third
+        assert state.prepared is third
         assert torch.equal(prepare(hidden, torch.zeros(2, 9) > 0).mean, torch.zeros(16))
 
 

@@ -57,9 +57,8 @@ def prepare(
 ) -> PreparedWeight:
     """Return the prepared weight; queue preparing it again if the weight has changed."""
     version = _find_version(source)
-    tokens = (
-        hidden.numel() // hidden.shape[-1]
-    )  # masked ones included: counting would wait for the GPU
+    # Masked tokens are included: counting the others would wait for the GPU.
+    tokens = hidden.numel() // hidden.shape[-1]
     old = state.prepared
     if old is not None and old.version == version and not is_better_mean(tokens, old.tokens):
         return old
