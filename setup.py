@@ -1,4 +1,4 @@
-"""Builds the compiled parts with CMake: CMakeLists.txt is the one list of sources and flags."""
+"""Build the compiled parts with CMake. CMakeLists.txt lists all sources and flags."""
 
 import os
 import subprocess
@@ -22,21 +22,22 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("SPLADE_FAST_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise ValueError(f"SPLADE_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")
-        # An editable install is given a temporary folder; ours makes the next one incremental.
+        # setuptools gives an editable install a temporary folder. A permanent folder makes the next
+        # build incremental.
         build = ROOT / "build" / "editable" if self._inplace() else Path(self.build_temp).resolve()
         package = self._package_folder()
-        # A build without CUDA must not keep an old CUDA library.
+        # An old CUDA library must not survive a build without CUDA.
         for stale in self._libraries(package):
             stale.unlink()
         cmake = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        if self._is_of_another_environment(build / "CMakeCache.txt"):
+        if self._has_other_python(build / "CMakeCache.txt"):
             cmake.append("--fresh")
         cmake += [
             "-DSPLADE_FAST_PYTHON=ON",
             "-DSPLADE_FAST_TESTS=OFF",
             f"-DSPLADE_FAST_CUDA={cuda}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            "-DTORCH_ROOT=",  # this Python's torch, not an earlier configuration's
+            "-DTORCH_ROOT=",  # CMake then asks this Python for its torch
             f"-DCMAKE_INSTALL_PREFIX={package}",
         ]
         subprocess.run(cmake, check=True)
@@ -51,8 +52,8 @@ class CMakeBuild(build_ext):
         return bool(self.inplace or self.editable_mode)
 
     @staticmethod
-    def _is_of_another_environment(cache: Path) -> bool:
-        """Whether an earlier build names tools that may be gone, as an isolated build's are."""
+    def _has_other_python(cache: Path) -> bool:
+        """Return whether an earlier build used another Python, whose tools may be gone."""
         return cache.exists() and f"={sys.executable}\n" not in cache.read_text()
 
     @staticmethod
@@ -66,5 +67,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-# The extension names what makes the wheel platform-specific; CMake knows its sources.
+# An extension makes setuptools build a wheel for this platform. CMake knows the sources.
 setup(ext_modules=[Extension("splade_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

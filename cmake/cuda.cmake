@@ -1,14 +1,16 @@
-# The CUDA library. CUDA_HOME (or CUDA_PATH, or nvcc on PATH) says which toolkit; TORCH_CUDA_ARCH_LIST says for which
-# GPUs, in torch's notation: "8.0 9.0a+PTX".
+# The CUDA library. CUDA_HOME, CUDA_PATH or nvcc on PATH chooses the toolkit. TORCH_CUDA_ARCH_LIST chooses the GPUs, in
+# the notation of torch: "8.0 9.0a+PTX".
 include(CheckLanguage)
 
+# Toolkit ----------------------------------------------------------------------------------------------------------
 foreach(variable CUDA_HOME CUDA_PATH)
   if(NOT CMAKE_CUDA_COMPILER AND NOT "$ENV{${variable}}" STREQUAL "")
     set(CMAKE_CUDA_COMPILER "$ENV{${variable}}/bin/nvcc")
   endif()
 endforeach()
 
-# 8.0 -> sm_80; +PTX adds compute_80. sm_80 code also runs on 8.6 and 8.9, its PTX on everything later.
+# Architectures ----------------------------------------------------------------------------------------------------
+# 8.0 stands for sm_80, and +PTX adds compute_80. Code for sm_80 also runs on 8.6 and 8.9, its PTX on all later GPUs.
 set(architectures "$ENV{TORCH_CUDA_ARCH_LIST}")
 if(architectures STREQUAL "")
   set(architectures "8.0+PTX 9.0a")
@@ -29,35 +31,44 @@ foreach(architecture ${architectures})
 endforeach()
 string(STRIP "${SPLADE_FAST_CUDA_ARCHITECTURES}" SPLADE_FAST_CUDA_ARCHITECTURES)
 
+# Library ----------------------------------------------------------------------------------------------------------
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   enable_language(CUDA)
   set(SPLADE_FAST_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  add_library(ops_cuda SHARED csrc/cuda/gather.cu csrc/cuda/pool.cu csrc/cuda/prune.cu csrc/cuda/sample.cu
-                              csrc/cuda/score.cu csrc/cuda/head/forward.cu csrc/cuda/head/backward.cu
-                              csrc/cuda/head/sm90/dense.cu csrc/cuda/head/sm90/pack.cu
-                              csrc/cuda/head/sm90/screen_rows.cu csrc/cuda/head/sm90/screened.cu
-                              csrc/cuda/head/sm90/screened_op.cu)
-  # Register and spill report in the build log; a spill is an error.
+  add_library(ops_cuda SHARED
+    csrc/cuda/gather.cu
+    csrc/cuda/pool.cu
+    csrc/cuda/prune.cu
+    csrc/cuda/sample.cu
+    csrc/cuda/score.cu
+    csrc/cuda/head/backward.cu
+    csrc/cuda/head/forward.cu
+    csrc/cuda/head/sm90/dense.cu
+    csrc/cuda/head/sm90/pack.cu
+    csrc/cuda/head/sm90/screen_rows.cu
+    csrc/cuda/head/sm90/screened.cu
+    csrc/cuda/head/sm90/screened_op.cu)
+  # ptxas reports registers and spills in the build log, and a spill is an error.
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
   target_compile_definitions(ops_cuda PRIVATE USE_CUDA)
-  # wgmma and the like are of sm_90a alone, not of its PTX's successors.
+  # Only sm_90a itself has wgmma and its companions: its PTX does not run on later GPUs.
   if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)
     target_compile_definitions(ops_cuda PRIVATE SPLADE_FAST_BUILT_FOR_SM90A)
     set(SPLADE_FAST_CUDA_KERNELS "head_sm90a")
   endif()
-  # torch's CUDA side is in libtorch_cuda.so, which a CPU build of torch does not have. Python loads it where its symbols
-  # are not seen by all, so the library must name it: an empty one of that name does at link time, and the loader takes
-  # torch's own, which is there already.
+  # Python hides the symbols of libtorch_cuda.so from libraries that do not name it as a dependency. A CPU build of
+  # torch has no such file, so an empty library of that name is linked. At run time the loader uses the libtorch_cuda.so
+  # that torch has already loaded.
   file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda/empty.cpp" "")
   add_library(torch_cuda_name SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda/empty.cpp")
   set_target_properties(torch_cuda_name PROPERTIES OUTPUT_NAME torch_cuda
                         LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda")
   target_link_options(ops_cuda PRIVATE "LINKER:--no-as-needed")
-  # By its file: a target would have to be installed with the library.
+  # The empty library is linked as a file: a target would have to be installed too.
   add_dependencies(ops_cuda torch_cuda_name)
   target_link_libraries(ops_cuda PRIVATE sources torch_stable "$<TARGET_FILE:torch_cuda_name>")
   set_target_properties(ops_cuda PROPERTIES PREFIX "" OUTPUT_NAME _ops_cuda SUFFIX ".so" INSTALL_RPATH ""

@@ -1,5 +1,5 @@
-// The pybind11 module _C: facts about the build, nothing else. The ops are in libraries of their own, which do not
-// depend on the Python version.
+// The Python module _C, which holds facts about the build. The ops are in separate libraries, because those do not
+// depend on the version of Python.
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"

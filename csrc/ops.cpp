@@ -1,10 +1,12 @@
-// Every op schema of the package, in one place. The CPU library carries them; the CUDA library only adds
-// implementations.
+// Schemas of all ops. The CPU library registers them, and the CUDA library only adds implementations.
 //
-// pooling: 0 = max, 1 = sum.  activation: 0 = relu, 1 = log1p(relu), 2 = log1p(log1p(relu)).
-// save_for_backward: also return what the max backward needs, max_logits (B, V) in the accumulation type and
-// argmax (B, V) as positions within the sequence; both have no elements otherwise.
-// attention_mask is bool (B, L); cu_seqlens is int32 (B + 1,) and excludes it.
+// Arguments that several ops share:
+//   pooling: 0 = max, 1 = sum.
+//   activation: 0 = relu, 1 = log1p(relu), 2 = log1p(log1p(relu)).
+//   attention_mask: bool (B, L), None with cu_seqlens. cu_seqlens: int32 (B + 1,).
+//   save_for_backward: return max_logits (B, V), in the accumulation type, and argmax (B, V), the positions within the
+//     sequences, for the backward of max pooling. Otherwise both have no elements.
+//   needs_...: whether a gradient is needed. A gradient that is not needed has no elements.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(splade_fast, m) {
@@ -14,36 +16,39 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def("pool_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, int length, int activation) -> Tensor");
   m.def("pool_backward_sum(Tensor grad, Tensor logits, Tensor? attention_mask, int activation) -> Tensor");
 
-  // The dense product or the screened one: ops/head/forward.py chooses between the two below.
-  // algorithm: 0 = auto, 1 = dense, 2 = screened. source: what weight was cast from, if it was; what is remembered of
-  // the weight goes by it.
-  // float_output: pooled in float32 whatever the dtype of hidden (autocast runs log1p in float32).
+  // Choose between head_forward_dense and head_forward_screened; splade_fast/ops/head/forward.py implements it.
+  // algorithm: 0 = auto, 1 = dense, 2 = screened.
+  // source: the tensor that weight was cast from, if it was cast. The prepared weight is cached for this tensor.
+  // float_output: return pooled in float32 for every dtype of hidden, because autocast runs log1p in float32.
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, int algorithm, Tensor? source) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
-  // allow_tf32: a float32 product may read its operands as TF32, which one kernel of CUDA can.
+  // allow_tf32: let a float32 product read its operands as TF32. Only a CUDA kernel does so.
   m.def(
       "head_forward_dense(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, bool allow_tf32=False) "
       "-> (Tensor pooled, Tensor max_logits, Tensor argmax)");
-  // The weight for head_forward_screened: int8 rows of weight, and facts about each. mean (D,) float32 is about the
-  // mean of the hidden states that will come. basis (2, D, padded D) float32, if any: matrices P and Q by which hidden
-  // states and rows of weight are multiplied, basis_error >= ‖P·Qᵀ - 1‖; order (V,) int32 goes with it, the entries in
-  // the order in which they are packed. CUDA takes no basis, and lays both out in another way.
+  // Prepare the weight for head_forward_screened: packed has the rows of weight in int8, and rows has scales and
+  // norms. mean: (D,) float32, about the mean of the hidden states that will be encoded. basis: (2, D, padded D)
+  // float32, matrices P and Q by which hidden states and rows of weight are multiplied, with
+  //   basis_error >= ‖P·Qᵀ - 1‖.
+  // order: (V,) int32, needed with basis: the order in which the vocabulary entries are packed.
+  // CUDA takes no basis and has another layout of packed and rows.
   m.def(
       "head_prepare(Tensor weight, Tensor mean, Tensor? basis=None, Tensor? order=None, float basis_error=0) "
       "-> (Tensor packed, Tensor rows)");
-  // report: declined (only if it may: nothing is computed then, the outputs have no elements), tokens compared, pairs
-  // multiplied in full precision, percent of the int8 product that was made.
-  // On CUDA, which pools by max and takes bfloat16 and float16 with at least one token and dimension, declined means
-  // that the dense kernels have computed everything, whether it may or not.
+  // report: int64 (4,): declined, pairs compared one by one, pairs multiplied in full precision, and percent of the
+  // int8
+  //   product that was made.
+  // may_decline: let the op decline if the dense product is estimated to cost less. The outputs then have no elements.
+  // CUDA takes max pooling of bfloat16 and float16, with at least one token and dimension. There, declined means that
+  // the dense kernels have computed the outputs, whatever may_decline is.
   m.def(
       "head_forward_screened(Tensor hidden, Tensor weight, Tensor? bias, Tensor? attention_mask, Tensor? cu_seqlens, "
       "int pooling, int activation, bool save_for_backward, bool float_output, Tensor mean, Tensor packed, "
       "Tensor rows, Tensor? basis, Tensor? order, bool may_decline) -> (Tensor pooled, Tensor max_logits, Tensor "
       "argmax, Tensor report)");
-  // A gradient that is not needed comes back without elements.
   m.def(
       "head_backward_max(Tensor grad, Tensor max_logits, Tensor argmax, Tensor hidden, Tensor weight, "
       "Tensor? cu_seqlens, int activation, bool needs_hidden, bool needs_weight, bool needs_bias) "
@@ -53,21 +58,20 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor? cu_seqlens, int activation, bool needs_hidden, bool needs_weight, bool needs_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 
-  // The entries of each row of x (B, V) that are not <= threshold, as padded rows (B, K): values, then 0; their
-  // columns, int32 and ascending, then -1; int32 lengths (B,). None: that criterion is off. K is the longest row's
-  // length on the CPU and min(k, V) on CUDA, and on both where k is the only criterion, which min(k, V) entries of
-  // every row meet. mass has no CUDA kernel.
+  // Return the entries of each row of x (B, V) that pass every criterion that is not None (see csrc/common/prune.h),
+  // as padded rows: values (B, K), padded with 0; indices (B, K), int32 and ascending, padded with -1; lengths (B,),
+  // int32. K is the length of the longest row on the CPU, and min(k, V) on CUDA and if k is the only criterion. mass
+  // has no CUDA kernel.
   m.def(
       "prune_rows(Tensor x, int? k, float? threshold, float? max_ratio, float? mass) "
       "-> (Tensor values, Tensor indices, Tensor lengths)");
-  // Padded rows (B, K) back to (B, num_cols), zero elsewhere. The CPU has a kernel.
+  // Return padded rows (B, K) as dense rows (B, num_cols). Only the CPU has a kernel.
   m.def("dense_rows(Tensor values, Tensor indices, Tensor lengths, int num_cols) -> Tensor");
 
-  // Queries are sparse rows like the documents, or dense (Q, V): then query_indices and query_lengths are None.
+  // Queries are sparse rows as documents are, or dense (Q, V), with query_indices and query_lengths None.
   m.def(
       "sparse_scores(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols) -> Tensor");
-  // A gradient that is not needed comes back without elements.
   m.def(
       "sparse_scores_backward(Tensor grad, Tensor? query_indices, Tensor query_values, Tensor? query_lengths, "
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, bool needs_query, bool needs_doc) "
@@ -77,22 +81,25 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
       "-> (Tensor scores, Tensor ids)");
 
-  // Tables have any dtype and (rows, ...) with the same number of rows each; indices are int64 (count,). With CUDA
-  // indices the tables may also lie in pinned host memory; the gathered rows are on the device of the indices.
+  // tables: any dtype and shape (rows, ...), all with the same number of rows. indices: int64 (count,).
+  // With CUDA indices the tables may lie in pinned host memory. The rows are returned on the device of the indices.
   m.def("gather_rows(Tensor[] tables, Tensor indices) -> Tensor[]");
-  // Of several writes to one row the last remains. mask is bool (count,): false is not written, whatever its index.
+  // Of several writes to one row the last remains. mask: bool (count,), where false rows are not written and may have
+  // any index.
   m.def("scatter_rows_(Tensor(a!)[] tables, Tensor indices, Tensor[] rows, Tensor? mask) -> ()");
 
-  // A step of a cache of items, rows of tables with an int32 age and a bool valid each: rows of the first tables are
-  // refreshed, new items replace the oldest ones (of equal ages the lowest slot first) in all tables, every other age
-  // grows by one. use_lru: a refreshed item is as young as a new one. See splade_fast/ops/gather.py.
+  // One step of a cache of items. An item is a slot: a row of each table, an age (int32) and a flag valid (bool).
+  // Rows of the first tables are refreshed, new items replace the oldest ones in all tables (of equal ages, the lowest
+  // slot first), and all other ages grow by one. use_lru: give a refreshed item the age of a new one.
+  // See splade_fast/ops/gather.py.
   m.def(
       "update_cache_(Tensor(a!)[] tables, Tensor(b!) age, Tensor(c!) valid, Tensor[] new_rows, Tensor? new_mask, "
       "Tensor[] refreshed_rows, Tensor? refreshed_slots, Tensor? refreshed_mask, bool use_lru) -> ()");
 
-  // Gumbel-Max draws, see splade_fast/ops/sample.py. state is int64 (2,): seed and step, which the caller advances.
-  // valid is bool (slots,) or (queries, slots); exclude bool (queries, slots), or int64 (queries, any) slots. exact:
-  // keep the top_k highest scores, not one of each of top_k groups.
+  // Gumbel-Max draws, see splade_fast/ops/sample.py.
+  // state: int64 (2,), the seed and the step, which the caller advances.
+  // valid: bool (slots,) or (queries, slots). exclude: bool (queries, slots), or int64 (queries, any) slots.
+  // exact: keep the top_k highest scores instead of the highest score of each of top_k groups.
   m.def(
       "sample_dense(Tensor queries, Tensor cache, Tensor state, int num_samples, float scale, float inv_temp, "
       "int? top_k, bool exact, Tensor? valid, Tensor? exclude, int slot_offset, int query_offset) "

@@ -1,4 +1,4 @@
-"""The build: with and without nvcc, as a wheel, and what the CUDA kernels use of the machine."""
+"""Builds with and without nvcc, the sdist and the wheel, and the resources of the CUDA kernels."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def path_without_nvcc(tmp_path: Path) -> str:
-    """A PATH with everything the build needs but no CUDA."""
+    """PATH that has the tools of the build, without nvcc."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in (
@@ -75,7 +75,7 @@ def test_cuda_1_without_nvcc_fails(tmp_path, path_without_nvcc):
     assert "SPLADE_FAST_CUDA=1, but no nvcc was found" in " ".join(configured.stderr.split())
 
 
-def test_an_arch_list_that_is_not_one_is_refused(tmp_path):
+def test_an_invalid_arch_list_is_refused(tmp_path):
     configured = run(
         *("cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"),
         TORCH_CUDA_ARCH_LIST="hopper",
@@ -107,8 +107,8 @@ def assert_valid_metadata(wheel: Path) -> None:
     assert f"{folder}/licenses/LICENSE" in archive.namelist()
 
 
-def repaired(wheel: Path, folder: Path) -> Path:
-    """As `make wheel` leaves it: for other machines, with no library in it but ours."""
+def repair(wheel: Path, folder: Path) -> Path:
+    """Repair a wheel as `make wheel` does, and check that it contains only our libraries."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (command,) = re.findall(
         r"^\tauditwheel (.*) --wheel-dir dist dist/here/\*\.whl$", makefile, re.M
@@ -128,7 +128,7 @@ def repaired(wheel: Path, folder: Path) -> Path:
 
 
 def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nvcc):
-    """The whole of it: an sdist of the sources, a wheel from it, unpacked elsewhere, used there."""
+    """Build an sdist, and a wheel from the sdist; unpack the wheel elsewhere and use it there."""
     tracked = run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard")
     source = tmp_path / "source"
     for name in tracked.stdout.splitlines():
@@ -136,7 +136,7 @@ def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nv
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     built = run(
-        *(sys.executable, "-m", "build", "--no-isolation"),  # the wheel from the sdist
+        *(sys.executable, "-m", "build", "--no-isolation"),
         *("--outdir", str(tmp_path / "dist"), str(source)),
         PATH=path_without_nvcc,
     )
@@ -151,7 +151,7 @@ def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nv
     assert "splade_fast/_ops_cuda.so" not in names
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
 
-    wheel = repaired(wheel, tmp_path / "repaired")
+    wheel = repair(wheel, tmp_path / "repaired")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
         "import torch, splade_fast as sf; info = sf.build_info(); print(sf.__file__)\n"
@@ -172,7 +172,7 @@ def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nv
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(tmp_path):
-    """With the build's own flags, which make warnings errors; the report of ptxas is read here."""
+    """Check what ptxas reports; the usual flags of the build turn its warnings into errors."""
     configured = configure(tmp_path, os.environ["PATH"], "1")
     assert configured.returncode == 0, configured.stderr
     built = run("cmake", "--build", str(tmp_path), "--target", "ops_cuda", "--verbose")
@@ -185,10 +185,10 @@ def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(tmp_path):
     assert len(spills) >= len(kernels) > 0
     assert set(spills) == {("0", "0")}
     stacks = re.findall(r"(\d+) bytes stack frame", report)
-    assert set(stacks) == {"0"}  # nothing is indexed in a way that puts registers into memory
-    # Not a warning: wgmma that is waited for one by one, or registers that are not handed over.
+    assert set(stacks) == {"0"}  # no variable index has put registers into memory
+    # ptxas reports serialised wgmma instructions as notes, not as warnings.
     assert not re.search(r"C7508|C7510|Potential Performance Loss", report)
-    # Python loads libtorch_cuda.so without showing its symbols to others: ours has to name it.
+    # Python hides the symbols of libtorch_cuda.so from libraries that do not name it.
     needed = run("readelf", "--dynamic", str(tmp_path / "_ops_cuda.so")).stdout
     assert "[libtorch_cuda.so]" in needed
     assert "libcudart" not in needed

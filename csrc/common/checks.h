@@ -113,7 +113,7 @@ inline void check_row_values(const std::string& prefix, const Tensor& values) {
                   "values must be a matrix of float32, float64, bfloat16 or float16, got ", describe(values));
 }
 
-// Checks sparse rows (rows, slots). Error messages put the prefix before the names of the three tensors.
+// Check sparse rows (rows, slots). Error messages put the prefix before the names of the three tensors.
 inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, const Tensor& values,
                               const Tensor& lengths, int64_t num_cols) {
   STD_TORCH_CHECK(num_cols >= 0 && num_cols < INT32_MAX, "num_cols must be a size below 2^31 - 1, got ", num_cols);
@@ -128,7 +128,7 @@ inline void check_sparse_rows(const std::string& prefix, const Tensor& indices, 
                   prefix, "lengths must be on the device of ", prefix, "values");
 }
 
-// Checks the queries or documents of score: sparse rows with indices and lengths, or dense rows (rows, num_cols).
+// Check the queries or documents of score: sparse rows with indices and lengths, or dense rows (rows, num_cols).
 inline void check_rows(const std::string& prefix, const std::optional<Tensor>& indices, const Tensor& values,
                        const std::optional<Tensor>& lengths, int64_t num_cols) {
   STD_TORCH_CHECK(indices.has_value() == lengths.has_value(), prefix, "indices and ", prefix,
@@ -158,7 +158,7 @@ inline ScalarType head_position_type(const Tensor& hidden, const std::optional<T
   return cu_seqlens ? ScalarType::Int : position_type(hidden.size(1));
 }
 
-// Checks the gradient of the pooled output of the head, which has the dtype of hidden or its accumulation type.
+// Check the gradient of the pooled output of the head, which has the dtype of hidden or its accumulation type.
 inline void check_head_grad(const Tensor& grad, const Tensor& hidden, int64_t batch, int64_t vocabulary) {
   check_floating("grad", grad, 2);
   check_size("grad", grad, 0, batch);
@@ -170,7 +170,7 @@ inline void check_head_grad(const Tensor& grad, const Tensor& hidden, int64_t ba
                   torch::headeronly::toString(grad.scalar_type()));
 }
 
-// Checks the inputs of a backward of max pooling: the gradient and what the forward saved.
+// Check the inputs of a backward of max pooling: the gradient and what the forward saved.
 inline void check_saved(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, int64_t batch,
                         int64_t vocabulary, ScalarType position) {
   check_floating("grad", grad, 2);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/checks.h"
+#include "common/integers.h"
 #include "common/new_tensor.h"
 
 namespace splade_fast {

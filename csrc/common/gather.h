@@ -56,7 +56,7 @@ inline std::vector<ByteSpan> byte_spans(const Tensors& tables) {
 
 inline bool has_overlap(const ByteSpan& a, const ByteSpan& b) { return a.first < b.last && b.first < a.last; }
 
-// Returns the number of rows of the tables.
+// Return the number of rows of the tables.
 inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 1, "indices must be int64 (count,)");
   for (size_t t = 0; t < tables.size(); ++t) {
@@ -76,7 +76,7 @@ struct Element {
   }
 };
 
-// Checks that rows[i], for 0 <= i < count, can replace a row of the table.
+// Check that rows[i], for 0 <= i < count, can replace a row of the table.
 inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor& table, int64_t count) {
   STD_TORCH_CHECK(rows.scalar_type() == table.scalar_type(), name, " must have the dtype of its table, ",
                   torch::headeronly::toString(table.scalar_type()), ", got ",
@@ -86,7 +86,7 @@ inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor
   STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table");
 }
 
-// Checks that one call can write to rows of all these tables.
+// Check that one call can write to rows of all these tables.
 inline void check_writable(const Tensors& tables) {
   const std::vector<ByteSpan> spans = byte_spans(tables);
   for (size_t t = 0; t < tables.size(); ++t) {

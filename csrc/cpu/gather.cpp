@@ -1,4 +1,4 @@
-// gather on the CPU: rows of several tables, read and written together.
+// gather on the CPU: rows of several tables are read, written or replaced together.
 #include "common/gather.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,8 +12,8 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Less is copied by one thread: waking the others takes longer, once they have gone to sleep.
-constexpr int64_t kBytesOfAThread = 512 << 10;
+// One thread copies this much alone: waking threads that sleep takes longer.
+constexpr int64_t kBytesPerThread = 512 << 10;
 
 struct Copy {
   const uint8_t* source;
@@ -21,9 +21,9 @@ struct Copy {
   int64_t source_stride, target_stride, bytes;  // of a row
 };
 
-// Rows lie anywhere: the processor foresees the lines of a row from the first few on, but not where the next row is.
-// Measured from 1 to 8 rows and from 1 line to all 48 of a row ahead, C = 131,072, D = 768, random places: these read
-// 8,192 rows 1.8 times and write them 1.25 times as fast as none; whole rows are no better than none.
+// The processor prefetches the lines of a row after the first few, but cannot know where the next row is. These values
+// were the best of 1 to 8 rows and 1 to 48 lines, for 8,192 random rows of a table (131072, 768): reads are 1.8 times
+// and writes 1.25 times as fast as without prefetching. Prefetching whole rows gains nothing.
 constexpr int64_t kRowsAhead = 4, kBytesAhead = 8 * 64;
 
 template <bool kToWrite>
@@ -31,17 +31,17 @@ void prefetch_row(const uint8_t* row, int64_t bytes) {
   for (int64_t byte = 0; byte < std::min(bytes, kBytesAhead); byte += 64) __builtin_prefetch(row + byte, kToWrite);
 }
 
-// Row from(i) of every source to row to(i) of its target, for 0 <= i < count.
+// Copy row from(i) of every source to row to(i) of its target, for 0 <= i < count.
 //
-// Rows that follow each other on both sides are copied as one piece. A cache's oldest slots mostly do: a step filled
-// them together.
+// Rows that are neighbours in source and target are copied as one piece. The oldest slots of a cache mostly are
+// neighbours, because one step filled them.
 template <typename From, typename To>
 void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to) {
   int64_t bytes = 1;
   for (const Copy& copy : copies) bytes += copy.bytes;
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kBytesOfAThread / bytes), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kBytesPerThread / bytes), [&](int64_t begin, int64_t end) {
     for (const Copy& copy : copies) {
-      if (copy.bytes == 0) continue;  // its tensors may have no memory
+      if (copy.bytes == 0) continue;  // the pointers may be null
       const auto source = [&](int64_t i) { return copy.source + from(i) * copy.source_stride; };
       const auto target = [&](int64_t i) { return copy.target + to(i) * copy.target_stride; };
       const bool dense = copy.source_stride == copy.bytes && copy.target_stride == copy.bytes;
@@ -90,7 +90,7 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   return gathered;
 }
 
-// Row `row` of what is written goes to row `place` of its table.
+// Write of row `row` of the given rows to row `place` of a table.
 struct Write {
   int64_t place, row;
   bool operator<(const Write& other) const {
@@ -98,7 +98,7 @@ struct Write {
   }
 };
 
-// Those that the mask allows; of several to one place, the last.
+// Return the writes whose mask is true. Of several writes to one place the last remains.
 std::vector<Write> last_writes(const int64_t* places, const bool* mask, int64_t count) {
   std::vector<Write> writes;
   writes.reserve(count);
@@ -114,7 +114,7 @@ std::vector<Write> last_writes(const int64_t* places, const bool* mask, int64_t 
   return writes;
 }
 
-// To the first tables, one of each source.
+// Copies of sources[t] to tables[t]. There may be fewer sources than tables.
 std::vector<Copy> copies_to_tables(const Tensors& sources, const Tensors& tables) {
   std::vector<Copy> copies;
   copies.reserve(sources.size());
@@ -136,24 +136,25 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
   const int64_t table_rows = check_scatter(tables, indices, rows, mask), count = indices.size(0);
   if (tables.empty()) return;
   const Tensor places = as_contiguous(indices);
-  const std::optional<Tensor> whole_mask = contiguous_or_none(mask);
+  const std::optional<Tensor> dense_mask = contiguous_or_none(mask);
   const int64_t* place = const_data<int64_t>(places);
-  const bool* written = whole_mask ? const_data<bool>(*whole_mask) : nullptr;
-  check_range(place, written, count, table_rows);
+  const bool* row_mask = dense_mask ? const_data<bool>(*dense_mask) : nullptr;
+  check_range(place, row_mask, count, table_rows);
   const Tensors sources = contiguous_sources(rows, tables);
-  copy_written(copies_to_tables(sources, tables), last_writes(place, written, count));
+  copy_written(copies_to_tables(sources, tables), last_writes(place, row_mask, count));
 }
 
 struct Aged {
   int32_t age;
   int64_t slot;
-  // Of equal ages the lowest slot counts as the oldest. Without branches: which of two is older cannot be foreseen.
+  // Order by age, oldest first; of equal ages the lowest slot is the oldest. There are no branches, since none could
+  // be predicted.
   bool operator<(const Aged& other) const { return (age > other.age) | ((age == other.age) & (slot < other.slot)); }
 };
 
-// Looks for the oldest of a cache's slots. Its memory is taken before anything is written, and belongs to the thread:
-// with each request of a few KiB malloc would first tidy up all the small pieces that Python has freed, which takes as
-// long as the search.
+// Search for the oldest slots of a cache. Memory is allocated before anything is written, and each thread keeps its
+// own: malloc answers a request of a few KiB by merging all small blocks that Python has freed, which takes as long as
+// the search.
 class OldestSlots {
  public:
   OldestSlots(int64_t slots, int64_t count)
@@ -164,25 +165,25 @@ class OldestSlots {
     if (count > 0) found_.reserve(2 * count + kBlock);
   }
 
-  // Every age grows by one; returns the count oldest by the ages before, from the oldest on.
+  // Add one to every age, and return the `count` oldest slots, the oldest first, by their former ages.
   //
-  // The pass over all ages notes the largest of each block. Then blocks are looked through from the one with the oldest
-  // item on, until no item of the next can be older than the youngest of the oldest so far.
-  const std::vector<Aged>& after_aging(int32_t* age) {
-    const auto grow_older = all_kernels().grow_older;
-    blocks_.resize((slots_ + kBlock - 1) / kBlock);
+  // The pass over all ages keeps the largest age of each block. Blocks are then searched in the order of that age,
+  // until no slot of the next block can be older than the youngest slot kept so far.
+  const std::vector<Aged>& grow_older(int32_t* age) {
+    const auto grow_block = all_kernels().grow_older;
+    blocks_.resize(ceil_div(slots_, kBlock));
     Aged* block = blocks_.data();
     for (int64_t first = 0; first < slots_; first += kBlock) {
-      *block++ = {grow_older(age + first, std::min(kBlock, slots_ - first)), first};
+      *block++ = {grow_block(age + first, std::min(kBlock, slots_ - first)), first};
     }
     if (count_ == 0) return found_;
-    // The first block mostly leaves few others to be put in order.
+    // After the first block, few others mostly remain to be sorted.
     std::iter_swap(blocks_.begin(), std::min_element(blocks_.begin(), blocks_.end()));
-    look_through(age, blocks_.front());
+    search_block(age, blocks_.front());
     const auto others = blocks_.begin() + 1;
     const auto last = std::partition(others, blocks_.end(), [&](const Aged& block) { return block < youngest_; });
     std::sort(others, last);
-    for (auto next = others; next != last && *next < youngest_; ++next) look_through(age, *next);
+    for (auto next = others; next != last && *next < youngest_; ++next) search_block(age, *next);
     if (static_cast<int64_t>(found_.size()) > count_) keep_oldest();
     std::sort(found_.begin(), found_.end());
     return found_;
@@ -191,7 +192,7 @@ class OldestSlots {
  private:
   static constexpr int64_t kBlock = 256;
 
-  void look_through(const int32_t* age, const Aged& block) {
+  void search_block(const int32_t* age, const Aged& block) {
     for (int64_t slot = block.slot, last = std::min(slot + kBlock, slots_); slot < last; ++slot) {
       const Aged item{static_cast<int32_t>(static_cast<uint32_t>(age[slot]) - 1), slot};
       if (item < youngest_) found_.push_back(item);
@@ -210,10 +211,10 @@ class OldestSlots {
   };
   static thread_local Memory memory_;
 
-  std::vector<Aged>& blocks_;  // largest age, first slot
+  std::vector<Aged>& blocks_;  // largest age and first slot of each block
   std::vector<Aged>& found_;
   int64_t slots_, count_;
-  Aged youngest_{INT32_MIN, INT64_MAX};  // of the oldest so far
+  Aged youngest_{INT32_MIN, INT64_MAX};  // youngest of the slots kept so far
 };
 
 thread_local OldestSlots::Memory OldestSlots::memory_;
@@ -231,15 +232,15 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
     const Tensor places = as_contiguous(*refreshed_slots);
     const std::optional<Tensor> mask = contiguous_or_none(refreshed_mask);
     const int64_t* place = const_data<int64_t>(places);
-    const bool* written = mask ? const_data<bool>(*mask) : nullptr;
-    check_range(place, written, update.refreshed_count(), slots);
-    refreshed = last_writes(place, written, update.refreshed_count());
+    const bool* row_mask = mask ? const_data<bool>(*mask) : nullptr;
+    check_range(place, row_mask, update.refreshed_count(), slots);
+    refreshed = last_writes(place, row_mask, update.refreshed_count());
   }
   const std::optional<Tensor> mask = contiguous_or_none(new_mask);
-  const bool* is_added = mask ? const_data<bool>(*mask) : nullptr;
+  const bool* added_mask = mask ? const_data<bool>(*mask) : nullptr;
   added.reserve(std::min(new_count, slots));
   for (int64_t i = 0; i < new_count; ++i) {
-    if (is_written(is_added, i)) added.push_back({0, i});
+    if (is_written(added_mask, i)) added.push_back({0, i});
   }
   const int64_t count = static_cast<int64_t>(added.size());
   STD_TORCH_CHECK(count <= slots, "new_rows must be at most the ", slots, " slots, got ", count);
@@ -250,18 +251,18 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   const std::vector<Copy> adding = copies_to_tables(new_sources, tables);
   OldestSlots search(slots, count);
 
-  // From here on nothing can fail.
+  // Nothing below can fail, so the tables never hold half an update.
   int32_t* ages = mutable_data<int32_t>(age);
-  bool* is_valid = mutable_data<bool>(valid);
+  bool* valid_mask = mutable_data<bool>(valid);
   copy_written(refreshing, refreshed);
   if (use_lru) {
     for (const Write& write : refreshed) ages[write.place] = -1;
   }
-  const std::vector<Aged>& oldest = search.after_aging(ages);
+  const std::vector<Aged>& oldest = search.grow_older(ages);
   for (int64_t i = 0; i < count; ++i) {
     added[i].place = oldest[i].slot;
     ages[oldest[i].slot] = 0;
-    is_valid[oldest[i].slot] = true;
+    valid_mask[oldest[i].slot] = true;
   }
   copy_written(adding, added);
 }

@@ -1,7 +1,7 @@
-// pool on the CPU: logits (B, L, V) -> pooled (B, V).
+// pool on the CPU: logits (B, L, V) to pooled (B, V).
 //
-// Memory-bound: the logits of positions that count are read once, in strips of columns whose running result stays in
-// the second-level cache. The max backward writes each gradient row once.
+// The ops are bound by memory. The logits of real tokens are read once, in strips of columns whose running result stays
+// in the second-level cache. The backward of max pooling writes each gradient row once.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -16,11 +16,11 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int64_t kStrip = 8192;  // columns: the running value and position take 64 KiB
+constexpr int64_t kStrip = 8192;  // columns of a strip: their running values and positions take 64 KiB
 
 struct Strips {
   int64_t vocabulary;
-  int64_t per_row = (vocabulary + kStrip - 1) / kStrip;
+  int64_t per_row = ceil_div(vocabulary, kStrip);
 
   int64_t first(int64_t strip) const { return (strip % per_row) * kStrip; }
   int64_t count(int64_t strip) const { return std::min(kStrip, vocabulary - first(strip)); }
@@ -58,7 +58,7 @@ void forward(const Tensor& logits, const Sequences& sequences, Pooling pooling, 
       std::fill_n(position.get(), kStrip, Position<Acc>(0));
       kernel.pool_max(rows.data(), sequences.position.data() + sequences.offset[b], tokens, count, value.get(),
                       save ? position.get() : nullptr);
-      kernel.finish_max(value.get(), nullptr, count, activation, out);
+      kernel.activate_logits(value.get(), nullptr, count, activation, out);
       if (save) {
         std::copy_n(value.get(), count, mutable_data<Acc>(max_logits) + offset);
         store_positions(argmax, offset, position.get(), count);
@@ -94,19 +94,19 @@ void backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& ar
       }
     }
   });
-  check.refuse_outside();
+  check.check_all_inside();
 }
 
 template <typename T>
 void backward_sum(const Tensor& grad, const Tensor& logits, const std::optional<Tensor>& mask, Activation activation,
                   const Tensor& grad_logits) {
   const int64_t length = logits.size(1), vocabulary = logits.size(2);
-  const bool* counts = mask ? const_data<bool>(*mask) : nullptr;
+  const bool* attention_mask = mask ? const_data<bool>(*mask) : nullptr;
   torch::stable::parallel_for(0, logits.size(0) * length, 1, [&](int64_t begin, int64_t end) {
     const Kernels<T>& kernel = kernels<T>();
     for (int64_t row = begin; row < end; ++row) {
       T* target = mutable_data<T>(grad_logits) + row * vocabulary;
-      if (counts && !counts[row]) {
+      if (attention_mask && !attention_mask[row]) {
         std::memset(target, 0, vocabulary * sizeof(T));
       } else {
         const int64_t b = row / length, l = row % length;
@@ -118,7 +118,7 @@ void backward_sum(const Tensor& grad, const Tensor& logits, const std::optional<
   });
 }
 
-// Host functions ------------------------------------------------------------------------------------------------
+// Ops -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& logits, const std::optional<Tensor>& mask,
                                                 int64_t pooling_code, int64_t activation_code, bool save) {

@@ -8,7 +8,7 @@
 
 namespace splade_fast::cpu {
 
-// body(pointer to the elements) for the position type of the tensor.
+// Call body with a pointer to the elements, typed as the tensor is.
 template <typename Body>
 void dispatch_positions(const Tensor& positions, Body body) {
   switch (positions.scalar_type()) {
@@ -35,21 +35,21 @@ inline void load_positions(const Tensor& positions, int64_t offset, int64_t* tar
   });
 }
 
-// Whether positions that the caller brings along are inside their sequences; asked by every thread.
+// Check, shared by all threads, that the positions given by a caller lie inside their sequences.
 class PositionCheck {
  public:
   bool is_inside(int64_t position, int64_t length) {
     if (static_cast<uint64_t>(position) < static_cast<uint64_t>(length)) return true;
-    outside_ = true;
+    has_outside_ = true;
     return false;
   }
 
-  void refuse_outside() const {
-    STD_TORCH_CHECK(!outside_, "argmax must hold positions inside the sequences, from a forward that saved it");
+  void check_all_inside() const {
+    STD_TORCH_CHECK(!has_outside_, "argmax must hold positions inside the sequences, from a forward that saved it");
   }
 
  private:
-  std::atomic<bool> outside_{false};
+  std::atomic<bool> has_outside_{false};
 };
 
 }  // namespace splade_fast::cpu

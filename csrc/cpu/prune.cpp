@@ -1,9 +1,9 @@
-// prune on the CPU: dense rows (B, V) -> the entries to keep, and back.
+// prune on the CPU: dense rows (B, V) to sparse rows, and back.
 //
-// One pass over a row collects what may be kept. With k the buffer holds only about 2 k entries: whenever it is
-// full the k largest stay, and the smallest of them is the threshold of what follows, because a later equal entry would
-// lose the tie. So dense rows cost about one read as well, and every row fits. Where there are fewer rows than threads,
-// rows are cut into parts; what one part keeps are candidates of the row.
+// One pass over a row collects the entries that may be kept. With k the buffer has room for about 2 k entries. When the
+// buffer is full, the k largest stay, and the smallest of them becomes the threshold of the rest of the row, because a
+// later equal entry would lose the tie. A row that is dense above the threshold thus costs about one read too. Where
+// there are fewer rows than threads, rows are cut into parts, and the entries that the parts keep are joined.
 #include "common/prune.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,29 +27,30 @@ struct Row {
   std::vector<T> values;
 };
 
+// Round a value to T.
 template <typename T>
-Accumulator<T> rounded(Accumulator<T> value) {
+Accumulator<T> round_to(Accumulator<T> value) {
   T stored;
   kernels<T>().store(&stored, &value, 1);
   kernels<T>().load(&value, &stored, 1);
   return value;
 }
 
-bool largest_only(const Criteria& criteria) { return criteria.k && !criteria.mass; }
+// Whether only the k largest entries need to be kept while a row is read. mass needs the sum of all entries.
+bool has_bounded_buffer(const Criteria& criteria) { return criteria.k && !criteria.mass; }
 
-// How many candidates there may be at once.
+// Largest number of entries that are kept while a row is read.
 template <typename T>
 int64_t capacity(const Criteria& criteria, int64_t columns) {
-  constexpr int64_t kSlack = Candidates<Accumulator<T>>::kSlack, kEnough = 512;
+  constexpr int64_t kSlack = RowEntries<Accumulator<T>>::kSlack, kEnough = 512;
   const int64_t all = columns + kSlack;
-  // The sum that mass refers to is that of all candidates.
-  return largest_only(criteria) ? std::min(all, std::max(2 * *criteria.k, kEnough) + kSlack) : all;
+  return has_bounded_buffer(criteria) ? std::min(all, std::max(2 * *criteria.k, kEnough) + kSlack) : all;
 }
 
-// The candidates of one thread and their memory.
+// Entries collected by one thread, and their memory.
 template <typename Acc>
 struct Buffer {
-  static constexpr int64_t kSlack = Candidates<Acc>::kSlack;
+  static constexpr int64_t kSlack = RowEntries<Acc>::kSlack;
 
   explicit Buffer(int64_t capacity)
       : value(capacity + kSlack),
@@ -59,33 +60,33 @@ struct Buffer {
 
   const Scratch<Acc> value;
   const Scratch<int32_t> column;
-  const Scratch<Position<Acc>> key;
-  Candidates<Acc> found;
+  const Scratch<SortKey<Acc>> key;
+  RowEntries<Acc> found;
 };
 
-// The columns [first, last) of a row: the entries that are not <= threshold, or the k largest of them.
+// Collect from columns [first, last) of a row the entries that are not <= threshold, or the k largest of these.
 template <typename T>
 void collect_part(const T* row, int64_t first, int64_t last, const Criteria& criteria,
-                  Candidates<Accumulator<T>>& found) {
+                  RowEntries<Accumulator<T>>& found) {
   using Acc = Accumulator<T>;
   const Kernels<T>& kernel = kernels<T>();
-  // No threshold: NaN, which nothing is at most.
+  // Without a threshold every entry is collected, because no entry is <= NaN.
   Acc threshold = std::numeric_limits<Acc>::quiet_NaN();
-  if (criteria.threshold) threshold = rounded<T>(static_cast<Acc>(*criteria.threshold));
+  if (criteria.threshold) threshold = round_to<T>(static_cast<Acc>(*criteria.threshold));
   found.count = 0;
-  if (largest_only(criteria) && *criteria.k == 0) return;
+  if (has_bounded_buffer(criteria) && *criteria.k == 0) return;
   for (int64_t column = kernel.collect(row, first, last, threshold, found);;
        column = kernel.collect(row, column, last, threshold, found)) {
-    if (largest_only(criteria) && found.count > *criteria.k) {
+    if (has_bounded_buffer(criteria) && found.count > *criteria.k) {
       threshold = kernel.keep_largest(found, *criteria.k);
-      if (threshold != threshold) return;  // k times NaN
+      if (threshold != threshold) return;  // the k largest are NaN, and no entry can replace them
     }
     if (column == last) return;
   }
 }
 
 template <typename Acc>
-void keep_where(Candidates<Acc>& found, const std::vector<char>& keep) {
+void keep_where(RowEntries<Acc>& found, const std::vector<char>& keep) {
   int64_t kept = 0;
   for (int64_t i = 0; i < found.count; ++i) {
     found.value[kept] = found.value[i];
@@ -95,9 +96,9 @@ void keep_where(Candidates<Acc>& found, const std::vector<char>& keep) {
   found.count = kept;
 }
 
-// NaN comes first, of equal values the first.
+// Order of the entries from the largest on. NaN comes first; equal values stay in the order of their columns.
 template <typename Acc>
-std::vector<int32_t> ranked(const Candidates<Acc>& found) {
+std::vector<int32_t> rank_entries(const RowEntries<Acc>& found) {
   std::vector<int32_t> order(found.count);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
@@ -107,14 +108,15 @@ std::vector<int32_t> ranked(const Candidates<Acc>& found) {
   return order;
 }
 
-// The criteria that need all candidates of a row. Every comparison is false for NaN, which keeps the entry.
+// Apply max_ratio and mass, which need all collected entries of a row. The comparisons are false for NaN, so NaN is
+// kept.
 template <typename T>
-void apply(const Criteria& criteria, Candidates<Accumulator<T>>& found) {
+void apply_row_criteria(const Criteria& criteria, RowEntries<Accumulator<T>>& found) {
   using Acc = Accumulator<T>;
   if (!criteria.max_ratio && !criteria.mass) return;
   std::vector<char> keep(found.count, 1);
   if (criteria.mass) {
-    const std::vector<int32_t> order = ranked(found);
+    const std::vector<int32_t> order = rank_entries(found);
     double total = 0, through = 0;
     for (const int32_t i : order) total += found.value[i];
     const int64_t limit = criteria.k ? *criteria.k : found.count;
@@ -131,33 +133,34 @@ void apply(const Criteria& criteria, Candidates<Accumulator<T>>& found) {
       largest = value > largest || value != value ? value : largest;
       if (largest != largest) break;
     }
-    const Acc least = rounded<T>(largest * static_cast<Acc>(*criteria.max_ratio));
+    const Acc least = round_to<T>(largest * static_cast<Acc>(*criteria.max_ratio));
     for (int64_t i = 0; i < found.count; ++i) keep[i] = keep[i] && !(found.value[i] < least);
   }
   keep_where(found, keep);
 }
 
-// Into how many parts to cut each row, so that every thread has some. Waking a thread takes as long as a small part.
-int64_t parts_of_a_row(int64_t batch, int64_t columns) {
-  constexpr int64_t kLeast = 1 << 18;
+// Number of parts of each row, so that every thread has work. A part smaller than kMinColumns takes less time than
+// waking a thread does.
+int64_t choose_row_parts(int64_t batch, int64_t columns) {
+  constexpr int64_t kMinColumns = 1 << 18;
   const int64_t threads = torch::stable::get_num_threads();
-  return batch == 0 ? 1 : std::max<int64_t>(1, std::min((threads + batch - 1) / batch, columns / kLeast));
+  return batch == 0 ? 1 : std::max<int64_t>(1, std::min(ceil_div(threads, batch), columns / kMinColumns));
 }
 
 template <typename T>
-Row<T> taken_from(const T* source, const Candidates<Accumulator<T>>& found) {
+Row<T> copy_entries(const T* source, const RowEntries<Accumulator<T>>& found) {
   Row<T> row{{found.column, found.column + found.count}, {}};
   row.values.reserve(found.count);
   for (const int32_t kept : row.columns) row.values.push_back(source[kept]);
   return row;
 }
 
-// What the parts of a row keep, in the order of the columns, is all that the whole row may keep.
+// Join the parts of a row, which are in the order of the columns, and apply the criteria to the whole row.
 template <typename T>
-Row<T> join(const T* source, const Row<T>* parts, int64_t count, const Criteria& criteria) {
-  int64_t candidates = 0;
-  for (int64_t part = 0; part < count; ++part) candidates += static_cast<int64_t>(parts[part].columns.size());
-  Buffer<Accumulator<T>> buffer(candidates);
+Row<T> join_parts(const T* source, const Row<T>* parts, int64_t count, const Criteria& criteria) {
+  int64_t entries = 0;
+  for (int64_t part = 0; part < count; ++part) entries += static_cast<int64_t>(parts[part].columns.size());
+  Buffer<Accumulator<T>> buffer(entries);
   auto& found = buffer.found;
   for (int64_t part = 0; part < count; ++part) {
     const auto& [columns, values] = parts[part];
@@ -165,15 +168,15 @@ Row<T> join(const T* source, const Row<T>* parts, int64_t count, const Criteria&
     kernels<T>().load(found.value + found.count, values.data(), static_cast<int64_t>(values.size()));
     found.count += static_cast<int64_t>(columns.size());
   }
-  if (largest_only(criteria) && found.count > *criteria.k) kernels<T>().keep_largest(found, *criteria.k);
-  apply<T>(criteria, found);
-  return taken_from(source, found);
+  if (has_bounded_buffer(criteria) && found.count > *criteria.k) kernels<T>().keep_largest(found, *criteria.k);
+  apply_row_criteria<T>(criteria, found);
+  return copy_entries(source, found);
 }
 
 template <typename T>
 std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
-  const int64_t batch = x.size(0), columns = x.size(1), parts = parts_of_a_row(batch, columns);
-  const int64_t places = capacity<T>(criteria, (columns + parts - 1) / parts);
+  const int64_t batch = x.size(0), columns = x.size(1), parts = choose_row_parts(batch, columns);
+  const int64_t places = capacity<T>(criteria, ceil_div(columns, parts));
   const auto row = [&](int64_t b) { return const_data<T>(x) + b * row_stride(x); };
   std::vector<Row<T>> found(batch * parts);
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
@@ -181,23 +184,23 @@ std::vector<Row<T>> prune(const Tensor& x, const Criteria& criteria) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / parts, part = i % parts;
       collect_part(row(b), columns * part / parts, columns * (part + 1) / parts, criteria, buffer.found);
-      if (parts == 1) apply<T>(criteria, buffer.found);
-      found[i] = taken_from(row(b), buffer.found);
+      if (parts == 1) apply_row_criteria<T>(criteria, buffer.found);
+      found[i] = copy_entries(row(b), buffer.found);
     }
   });
   if (parts == 1) return found;
   std::vector<Row<T>> rows(batch);
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) rows[b] = join(row(b), &found[b * parts], parts, criteria);
+    for (int64_t b = begin; b < end; ++b) rows[b] = join_parts(row(b), &found[b * parts], parts, criteria);
   });
   return rows;
 }
 
-// Padded rows, as wide as the longest.
 template <typename T>
-void write_rows(const std::vector<Row<T>>& rows, const Tensor& indices, const Tensor& values, const Tensor& lengths) {
+void write_padded_rows(const std::vector<Row<T>>& rows, const Tensor& indices, const Tensor& values,
+                       const Tensor& lengths) {
   const int64_t width = indices.size(1);
-  // Little is copied by one thread: waking the others takes longer.
+  // One thread writes few entries alone, because waking others would take longer.
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / (width + 1));
   torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -227,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_rows(const Tensor& x, std::optional<int
     const std::vector<int64_t> shape{batch, width};
     outputs = {new_tensor(x, shape), new_tensor(x, shape, ScalarType::Int),
                new_tensor(x, std::vector<int64_t>{batch}, ScalarType::Int)};
-    write_rows(rows, std::get<1>(*outputs), std::get<0>(*outputs), std::get<2>(*outputs));
+    write_padded_rows(rows, std::get<1>(*outputs), std::get<0>(*outputs), std::get<2>(*outputs));
   });
   return *outputs;
 }
@@ -246,10 +249,11 @@ void check_entries(const int32_t* indices, const int32_t* lengths, int64_t batch
   }
 }
 
-// A part is written while it is in the cache: zeros, then the entries that it has.
+// Write each part of a row as zeros and then its entries, while the part is in the cache.
 template <typename T>
-void write_dense(const int32_t* indices, const T* values, const int32_t* lengths, int64_t width, const Tensor& dense) {
-  const int64_t batch = dense.size(0), columns = dense.size(1), parts = parts_of_a_row(batch, columns);
+void write_dense_rows(const int32_t* indices, const T* values, const int32_t* lengths, int64_t width,
+                      const Tensor& dense) {
+  const int64_t batch = dense.size(0), columns = dense.size(1), parts = choose_row_parts(batch, columns);
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / (columns + 1));
   torch::stable::parallel_for(0, batch * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -273,7 +277,7 @@ Tensor dense_rows(const Tensor& values, const Tensor& indices, const Tensor& len
   prefer_huge_pages(dense);
   dispatch_floating(values.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    write_dense(const_data<int32_t>(columns), const_data<T>(entries), const_data<int32_t>(sizes), width, dense);
+    write_dense_rows(const_data<int32_t>(columns), const_data<T>(entries), const_data<int32_t>(sizes), width, dense);
   });
   return dense;
 }

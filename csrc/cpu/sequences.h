@@ -1,5 +1,4 @@
-// Which rows of the hidden states (or logits) count, and for which sequence: the one place that reads masks and
-// cu_seqlens on the CPU, so that everything behind it costs what the real tokens cost.
+// Real tokens of a batch, from its attention mask or cu_seqlens. The kernels go by this list and never see padding.
 #pragma once
 
 #include <algorithm>
@@ -31,10 +30,10 @@ inline Sequences padded_sequences(int64_t batch, int64_t length, const std::opti
   sequences.offset.reserve(batch + 1);
   sequences.offset.push_back(0);
   const std::optional<Tensor> dense = contiguous_or_none(mask);
-  const bool* counts = dense ? const_data<bool>(*dense) : nullptr;
+  const bool* attention_mask = dense ? const_data<bool>(*dense) : nullptr;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t l = 0; l < length; ++l) {
-      if (!counts || counts[b * length + l]) sequences.append(b, l, b * length + l);
+      if (!attention_mask || attention_mask[b * length + l]) sequences.append(b, l, b * length + l);
     }
     sequences.offset.push_back(static_cast<int64_t>(sequences.row.size()));
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/integers.h"
 #include "common/options.h"
 
 namespace splade_fast::cuda {
@@ -155,7 +156,5 @@ __device__ inline Span sequence_span(const Sequences& sequences, int64_t b) {
   };
   return {row(b), row(b + 1)};
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace splade_fast::cuda

@@ -1,4 +1,4 @@
-// The little that the C++ tests need of a test framework.
+// The assertion of the C++ tests.
 #pragma once
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// The kernel tables of every instruction set that this machine runs, by the conditions of instruction_set.cpp.
+// Kernel tables of all instruction sets that this machine supports. The conditions are those of instruction_set.cpp.
 #pragma once
 
 #include <cstdio>
@@ -6,14 +6,14 @@
 #include "cpu/simd/kernels.h"
 
 #if defined(__x86_64__)
-inline bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-inline bool runs_avx512() {
+inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-inline bool runs_avx512vnni() { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }
+inline bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 template <typename Body>
@@ -25,8 +25,8 @@ void for_each_instruction_set(Body body) {
   };
   run(kernels_portable());
 #if defined(__x86_64__)
-  if (runs_avx2()) run(kernels_avx2());
-  if (runs_avx512()) run(kernels_avx512());
-  if (runs_avx512vnni() && __builtin_cpu_supports("avx512bf16")) run(kernels_avx512bf16());
+  if (has_avx2()) run(kernels_avx2());
+  if (has_avx512()) run(kernels_avx512());
+  if (has_avx512vnni() && __builtin_cpu_supports("avx512bf16")) run(kernels_avx512bf16());
 #endif
 }

@@ -1,5 +1,5 @@
-// torch_parallel_for on threads of our own, for ThreadSanitizer: it cannot see how the threads of torch's OpenMP wait
-// for each other, and would report every hand-over between them.
+// torch_parallel_for with std::thread, for ThreadSanitizer. The sanitizer cannot see how the OpenMP threads of torch
+// wait for each other, and would report every access that they synchronise.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
@@ -12,9 +12,9 @@ namespace {
 
 constexpr uint32_t kThreads = 4;
 thread_local uint32_t thread_index = 0;
-thread_local bool inside = false;
+thread_local bool is_worker = false;
 
-// What one thread does, remembering the first exception of all.
+// A call of torch_parallel_for, which keeps the first exception of its threads.
 class Range {
  public:
   Range(int64_t begin, int64_t end, ParallelFunc function, void* context)
@@ -22,14 +22,14 @@ class Range {
 
   void run(uint32_t index, int64_t first, int64_t count) {
     thread_index = index;
-    inside = true;
+    is_worker = true;
     try {
       function_(first, std::min(end_, first + count), context_);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
-    inside = false;
+    is_worker = false;
     thread_index = 0;
   }
 
@@ -60,7 +60,7 @@ extern "C" {
 
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx) {
   if (begin >= end) return AOTI_TORCH_SUCCESS;
-  if (inside) {  // as torch: no threads inside threads
+  if (is_worker) {  // nested calls start no threads, as in torch
     func(begin, end, ctx);
     return AOTI_TORCH_SUCCESS;
   }

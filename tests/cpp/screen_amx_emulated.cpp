@@ -1,4 +1,4 @@
-// The AMX kernel of screening with its tile instructions in plain C++: what they do, not what they cost.
+// The AMX kernel of screening, with its tile instructions emulated in plain C++.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -22,7 +22,7 @@ void store(int tile, void* base, int64_t stride) {
   for (int row = 0; row < 16; ++row) std::memcpy(static_cast<char*>(base) + row * stride, tiles[tile].bytes[row], 64);
 }
 
-// sum[m][n] += products of bytes 4 k … 4 k + 3 of row m of a with those of column n of row k of b.
+// sum[m][n] += products of the bytes 4 k to 4 k + 3 of row m of a and of bytes 4 n to 4 n + 3 of row k of b, for all k.
 void multiply_signed(int sum, int a, int b) {
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < 16; ++n) {

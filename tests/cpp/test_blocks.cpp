@@ -1,4 +1,5 @@
-// cut_into_blocks: every sequence closes exactly once, in order, no block is over its limits.
+// cut_into_blocks() against its rules: blocks cover all tokens in order, stay within their limits, and cut only
+// sequences that stand alone.
 #include "cpu/head/blocks.h"
 #include "expect.h"
 
@@ -13,11 +14,12 @@ static void check(const std::vector<int64_t>& lengths, int64_t max_tokens, int64
     EXPECT(block.first == next_sequence && block.begin == next_token, "blocks follow each other");
     EXPECT(block.end - block.begin <= max_tokens, "%ld tokens", static_cast<long>(block.end - block.begin));
     EXPECT(block.last - block.first <= max_sequences, "too many sequences");
-    EXPECT(block.opens == (block.begin == offset[block.first]), "opens at its first token");
-    EXPECT(block.closes == (block.end == offset[block.last]), "closes at its last token");
-    EXPECT((block.opens && block.closes) || block.last == block.first + 1, "only a single sequence is cut");
+    EXPECT(block.has_first_token == (block.begin == offset[block.first]), "has_first_token");
+    EXPECT(block.has_last_token == (block.end == offset[block.last]), "has_last_token");
+    EXPECT((block.has_first_token && block.has_last_token) || block.last == block.first + 1,
+           "only a single sequence is cut");
     next_token = block.end;
-    if (block.closes) next_sequence = block.last;
+    if (block.has_last_token) next_sequence = block.last;
   }
   EXPECT(next_sequence == static_cast<int64_t>(lengths.size()) && next_token == offset.back(), "all is covered");
 }

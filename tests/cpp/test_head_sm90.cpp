@@ -1,5 +1,5 @@
-// The fused head of sm_90a without a GPU: where elements lie, the order of the tiles, the protocol of the stages, and
-// the whole forward with copies and wgmma emulated from what the PTX manual says of them.
+// The fused head of sm_90a without a GPU: the layout of elements, the order of tiles, the protocol of the stages, and
+// the whole forward. Copies and wgmma are emulated as the PTX manual defines them.
 #include <algorithm>
 #include <random>
 #include <vector>
@@ -39,8 +39,8 @@ float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 1
 
 using SharedMemory = std::vector<uint8_t>;
 
-// The copy engine with a 128-byte swizzle, in the manual's picture: of every 8 rows of 128 bytes, the 16-byte chunk c
-// of row r lands at chunk c ^ r. The box is 128 bytes wide; what is outside of the matrix reads as 0.
+// Copy as the copy engine does with a 128-byte swizzle: in every 8 rows of 128 bytes, the 16-byte chunk c of row r goes
+// to chunk c ^ r. The box is 128 bytes wide, and elements outside of the matrix are 0.
 template <typename T>
 void copy_box(SharedMemory& shared, uint32_t target, const MatrixOf<T>& matrix, int first_depth, int first_row,
               int rows) {
@@ -75,7 +75,7 @@ T operand(const SharedMemory& shared, uint64_t descriptor, int row, int depth) {
   return value;
 }
 
-// Of elements whose bits are a T.
+// Layout of elements whose bits are a T.
 template <typename T>
 void test_layout(Operand type, int instruction_depth) {
   EXPECT(element_bytes(type) == sizeof(T) && row_elements(type) == kRowInstructions * instruction_depth, "sizes");
@@ -119,8 +119,8 @@ void test_layouts() {
   test_layout<uint8_t>(Operand::kInt8, 32);
 }
 
-// The figure of the accumulator's fragment: thread 4 g + q of warp w has rows 16 w + g and 16 w + g + 8, columns 2 q
-// and 2 q + 1 of every 8; its registers run over columns, then rows, then the next 8 columns.
+// The accumulator's fragment in the manual: thread 4 g + q of warp w has rows 16 w + g and 16 w + g + 8, and columns 2
+// q and 2 q + 1 of every 8. Its registers run over these columns, then rows, then the next 8 columns.
 void test_accumulators() {
   std::vector<int> owner(64 * kTileTokens, -1);
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
@@ -236,8 +236,8 @@ struct Barrier {
   bool passes(uint32_t parity) const { return phase % 2 != parity; }
 };
 
-// Blocks of a cluster, each with a copying thread and 8 warps that read, interleaved at random and with copies that
-// land late: every warp reads every step's data, and no data is replaced before all have.
+// Blocks of a cluster, each with a copying thread and 8 reading warps, run interleaved at random, and copies land late.
+// Every warp must read the data of every step, and no data may be replaced before all warps have read it.
 void test_stages(int cluster, int steps, unsigned seed) {
   std::mt19937 random(seed);
   constexpr int kWarps = kConsumers * 4;
@@ -302,7 +302,7 @@ void test_stages(int cluster, int steps, unsigned seed) {
       Warp& warp = block.warps[actor - 1];
       if (warp.step == steps || !block.full[warp.ring.stage].passes(warp.ring.parity)) continue;
       for (const int step : block.content[warp.ring.stage]) EXPECT(step == warp.step, "reads its own step");
-      // A stage is given back one step later, when its wgmmas are known to have ended.
+      // A stage is released one step later, when its wgmmas have certainly ended.
       if (warp.unreleased >= 0) {
         for (const int step : block.content[warp.unreleased]) EXPECT(step == warp.step - 1, "was left alone till now");
         release(warp.unreleased);
@@ -348,7 +348,7 @@ struct HostSink {
   Key<kPositions> merged(int slot, int entry) const { return keys[at(slot, entry)]; }
 };
 
-// One tile as a block computes it: copies, wgmmas of two warpgroups, reduction by quads of threads.
+// Compute one tile as a block does: by copies, wgmmas of two warpgroups, and a reduction by quads of threads.
 template <bool kPositions>
 void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows, const Tile& tile, int cluster,
               int rank, HostSink<kPositions>& sink) {
@@ -408,11 +408,11 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
 }
 
 struct Case {
-  std::vector<int> lengths;  // of the sequences, in rows that count
+  std::vector<int> lengths;  // number of real tokens of each sequence
   int vocabulary, depth;
-  bool padded;  // rows come from a padded batch, with holes
-  int special;  // every so many elements one is inf or NaN; 0: none
-  int room;     // rows beyond the last sequence, filled with NaN
+  bool padded;  // whether rows come from a padded batch with holes
+  int special;  // one in `special` elements is inf or NaN; 0 for none
+  int room;     // number of rows beyond the last sequence, filled with NaN
 };
 
 template <bool kPositions>
@@ -435,7 +435,7 @@ void run_case(const Case& test, unsigned seed) {
       source_rows[row] = b * padded_length + position;
     }
   }
-  // Few different values: many ties, and sums that are exact in any order.
+  // The few different values give many ties, and sums that are exact in any order.
   Matrix weight(test.vocabulary, test.depth), tokens(capacity, test.depth);
   const auto fill = [&](Matrix& matrix) {
     for (auto& x : matrix.element) {
@@ -530,7 +530,7 @@ void test_forward() {
   }
 }
 
-// Whatever stands in cu_seqlens, which the device cannot refuse: nothing outside of outputs and keys is written.
+// The device cannot check the values of cu_seqlens. Whatever they are, only outputs and keys may be written.
 void test_disorder() {
   std::mt19937 random(5);
   for (int turn = 0; turn < 200; ++turn) {

@@ -1,4 +1,4 @@
-// The kernel tables of every instruction set that this machine runs, against loops in double precision.
+// The kernels of all instruction sets that this machine supports, against loops in double precision.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -22,7 +22,7 @@ static double saturate(double x, Activation activation) {
   return activation == Activation::kLog1pRelu ? std::log1p(weight) : std::log1p(std::log1p(weight));
 }
 
-// Small integers: every product and sum is exact in every type, so results must be equal.
+// Products and sums of small integers are exact in every type, so results must be equal.
 template <typename T>
 static T small_integer(std::mt19937& random) {
   const float value = static_cast<float>(static_cast<int>(random() % 7) - 3);
@@ -48,10 +48,10 @@ static double to_double(T value) {
 }
 
 template <typename T>
-static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t depth, int64_t columns) {
+static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dim, int64_t columns) {
   using Acc = Accumulator<T>;
-  std::mt19937 random(static_cast<unsigned>(tokens * 31 + depth));
-  std::vector<T> hidden(tokens * depth), weight(columns * depth);
+  std::mt19937 random(static_cast<unsigned>(tokens * 31 + dim));
+  std::vector<T> hidden(tokens * dim), weight(columns * dim);
   for (T& x : hidden) x = small_integer<T>(random);
   for (T& x : weight) x = small_integer<T>(random);
   std::vector<int32_t> sequence(tokens), position(tokens);
@@ -60,16 +60,16 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
     position[t] = static_cast<int32_t>(t % 5 + 7);
   }
   const int64_t tile = kernel.tile_tokens, stride = kernel.panel_columns, rows = tokens / 5 + 1;
-  std::vector<char> packed_tokens((tokens / tile + 1) * kernel.packed_bytes(tile, depth) + 64);
-  std::vector<char> packed_weight(kernel.packed_bytes(stride, depth) + 64);
+  std::vector<char> packed_tokens((tokens / tile + 1) * kernel.packed_bytes(tile, dim) + 64);
+  std::vector<char> packed_weight(kernel.packed_bytes(stride, dim) + 64);
   for (int64_t t = 0; t < tokens; t += tile) {
-    kernel.pack(packed_tokens.data() + t / tile * kernel.packed_bytes(tile, depth), tile, hidden.data() + t * depth,
-                depth, nullptr, std::min(tile, tokens - t), depth);
+    kernel.pack(packed_tokens.data() + t / tile * kernel.packed_bytes(tile, dim), tile, hidden.data() + t * dim, dim,
+                nullptr, std::min(tile, tokens - t), dim);
   }
-  kernel.pack(packed_weight.data(), stride, weight.data(), depth, nullptr, columns, depth);
+  kernel.pack(packed_weight.data(), stride, weight.data(), dim, nullptr, columns, dim);
   std::vector<Acc> value(rows * stride, -std::numeric_limits<Acc>::infinity());
   std::vector<Position<Acc>> argmax(rows * stride, 0);
-  kernel.head_max({packed_tokens.data(), packed_weight.data(), depth, tokens, sequence.data(), position.data(),
+  kernel.head_max({packed_tokens.data(), packed_weight.data(), dim, tokens, sequence.data(), position.data(),
                    value.data(), argmax.data(), nullptr, stride, nullptr, Activation::kRelu, weight.data(), 0});
   for (int64_t row = 0; row * 5 < tokens; ++row) {
     for (int64_t v = 0; v < columns; ++v) {
@@ -77,8 +77,7 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
       int64_t where = 0;
       for (int64_t t = row * 5; t < std::min(tokens, row * 5 + 5); ++t) {
         double logit = 0;
-        for (int64_t d = 0; d < depth; ++d)
-          logit += to_double(hidden[t * depth + d]) * to_double(weight[v * depth + d]);
+        for (int64_t d = 0; d < dim; ++d) logit += to_double(hidden[t * dim + d]) * to_double(weight[v * dim + d]);
         if (logit > best) {
           best = logit;
           where = position[t];
@@ -94,7 +93,7 @@ static void test_head_max(const Kernels<T>& kernel, int64_t tokens, int64_t dept
 template <typename T>
 static void test_type(const Kernels<T>& kernel) {
   for (const int64_t tokens : {1, 5, 29}) {
-    for (const int64_t depth : {0, 1, 3, 17, 64}) test_head_max<T>(kernel, tokens, depth, kernel.panel_columns - 1);
+    for (const int64_t dim : {0, 1, 3, 17, 64}) test_head_max<T>(kernel, tokens, dim, kernel.panel_columns - 1);
   }
 }
 
@@ -105,7 +104,7 @@ static void test_activation(const Kernels<float>& kernel) {
   y.resize(x.size());
   for (const Activation activation : {Activation::kRelu, Activation::kLog1pRelu, Activation::kLog1pLog1pRelu}) {
     std::vector<float> logits = x;
-    kernel.finish_max(logits.data(), nullptr, static_cast<int64_t>(x.size()), activation, y.data());
+    kernel.activate_logits(logits.data(), nullptr, static_cast<int64_t>(x.size()), activation, y.data());
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = saturate(x[i], activation);
       const double error = std::abs(y[i] - expected) / expected * 0x1p24;
@@ -114,12 +113,12 @@ static void test_activation(const Kernels<float>& kernel) {
     }
   }
   float special[] = {-kInf, -1, -0.0f, 0, kInf, kNan, 1}, pooled[7];
-  kernel.finish_max(special, nullptr, 7, Activation::kLog1pRelu, pooled);
+  kernel.activate_logits(special, nullptr, 7, Activation::kLog1pRelu, pooled);
   EXPECT(pooled[0] == 0 && pooled[1] == 0 && pooled[2] == 0 && pooled[3] == 0, "not positive: zero");
   EXPECT(pooled[4] == kInf && std::isnan(pooled[5]), "inf and NaN pass");
 }
 
-// NaN wins wherever it stands and keeps its position; -inf never does.
+// The first NaN is the maximum, wherever it stands.
 static void test_pool_nan(const Kernels<float>& kernel) {
   std::vector<float> rows[6];
   const float column[6] = {1, kNan, 5, kNan, -kInf, 2};
@@ -136,7 +135,8 @@ static void test_pool_nan(const Kernels<float>& kernel) {
   for (int v = 0; v < 70; ++v) EXPECT(std::isnan(value[v]) && argmax[v] == 1, "column %d", v);
 }
 
-// The k largest of a row through a small buffer: sorted, ties to the first column, NaN before everything.
+// The k largest entries of a row, collected through a small buffer: NaN is the largest, and of equal entries the first
+// are kept.
 template <typename T>
 static void test_prune(const Kernels<T>& kernel, int64_t columns, int64_t k, bool special) {
   using Acc = Accumulator<T>;
@@ -159,13 +159,13 @@ static void test_prune(const Kernels<T>& kernel, int64_t columns, int64_t k, boo
   order.resize(std::min(k, columns));
   std::sort(order.begin(), order.end());
 
-  constexpr int64_t kSlack = Candidates<Acc>::kSlack;
+  constexpr int64_t kSlack = RowEntries<Acc>::kSlack;
   const int64_t capacity = k + kSlack;
   std::vector<Acc> value(capacity + kSlack);
   std::vector<int32_t> column(capacity + kSlack);
-  std::vector<Position<Acc>> key(capacity + kSlack);
-  Candidates<Acc> found{value.data(), column.data(), key.data(), capacity, 0};
-  Acc threshold = kNan;  // none
+  std::vector<SortKey<Acc>> key(capacity + kSlack);
+  RowEntries<Acc> found{value.data(), column.data(), key.data(), capacity, 0};
+  Acc threshold = kNan;  // no threshold
   for (int64_t next = 0; next < columns;) {
     next = kernel.collect(row.data(), next, columns, threshold, found);
     EXPECT(found.count <= capacity && (next == columns || found.count > k), "stops only when full");
@@ -177,8 +177,8 @@ static void test_prune(const Kernels<T>& kernel, int64_t columns, int64_t k, boo
          static_cast<long>(columns), static_cast<long>(k));
   for (int64_t i = 0; i < found.count; ++i) {
     EXPECT(column[i] == order[i], "k = %ld: column %d, not %d", static_cast<long>(k), column[i], order[i]);
-    const bool same = value[i] == wide[order[i]] || (std::isnan(value[i]) && std::isnan(wide[order[i]]));
-    EXPECT(same, "value of column %d", column[i]);
+    const bool is_same = value[i] == wide[order[i]] || (std::isnan(value[i]) && std::isnan(wide[order[i]]));
+    EXPECT(is_same, "value of column %d", column[i]);
   }
 }
 
@@ -192,8 +192,8 @@ static void test_prune_sizes(const Kernels<T>& kernel) {
   }
 }
 
-// Documents against a table of queries, by loops: small integers, so that every sum is exact. Row n of the documents is
-// empty where n % 4 == 1 and as wide as it can be where n % 4 == 2; `special` puts inf and NaN into some.
+// Scores of documents against a table of queries. Values are small integers, so that every sum is exact. Document n is
+// empty if n % 4 == 1 and has all slots in use if n % 4 == 2. With `special`, some documents have inf and NaN.
 template <typename T>
 static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width, bool special) {
   using Acc = Accumulator<T>;
@@ -201,7 +201,7 @@ static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width,
   const int64_t lanes = (queries + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   std::mt19937 random(static_cast<unsigned>(queries * 131 + width));
 
-  // Two of three columns are in some query.
+  // Queries use two of three columns.
   std::vector<int32_t> table_row(kColumns + 1, 0);
   std::vector<Acc> table(lanes, 0);
   for (int64_t column = 0; column < kColumns; ++column) {
@@ -214,12 +214,11 @@ static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width,
   for (int64_t n = 0; n < kDocuments; ++n) {
     const int64_t length = n % 4 == 1 ? 0 : n % 4 == 2 ? width : static_cast<int64_t>(random() % (width + 1));
     lengths[n] = static_cast<int32_t>(length);
-    // Ascending, and at most kColumns - 1.
     for (int64_t j = 0; j < length; ++j) {
-      const int64_t n_th = n * width + j;
-      indices[n_th] = static_cast<int32_t>(j * kColumns / width);
-      wide[n_th] = static_cast<int>(random() % 7) - 3;
-      if (special && n % 5 == 0 && random() % 4 == 0) wide[n_th] = random() % 2 ? kInf : kNan;
+      const int64_t entry = n * width + j;
+      indices[entry] = static_cast<int32_t>(j * kColumns / width);  // ascending, at most kColumns - 1
+      wide[entry] = static_cast<int>(random() % 7) - 3;
+      if (special && n % 5 == 0 && random() % 4 == 0) wide[entry] = random() % 2 ? kInf : kNan;
     }
   }
   std::vector<T> values(wide.size());
@@ -245,7 +244,7 @@ static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width,
     }
   }
 
-  // As rows of a wider result.
+  // The scores, stored to rows of a wider result.
   constexpr int64_t kStride = kDocuments + 3;
   std::vector<T> stored(queries * kStride), exact(expected.size());
   kernel.store_scores(stored.data(), kStride, expected.data(), lanes, queries, kDocuments);
@@ -259,7 +258,7 @@ static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width,
     }
   }
 
-  // A document that is not allowed stops it, and says which it is.
+  // An invalid document stops the scores, and its number is returned.
   if (width < 3) return;
   for (const int32_t column : {static_cast<int32_t>(kColumns), -1, std::numeric_limits<int32_t>::min()}) {
     std::vector<int32_t> outside = indices;
@@ -277,11 +276,11 @@ static void test_score(const Kernels<T>& kernel, int64_t queries, int64_t width,
   }
 }
 
-// Scores above the bound of their query: NaN above everything, -0 like 0.
+// Scores above the bound of their query, where NaN is above all numbers and -0 equals 0.
 template <typename T>
-static void test_find_candidates(const Kernels<T>& kernel) {
+static void test_find_above_bounds(const Kernels<T>& kernel) {
   using Acc = Accumulator<T>;
-  using Key = Position<Acc>;
+  using Key = SortKey<Acc>;
   constexpr Key kLowest = std::numeric_limits<Key>::min(), kHighest = std::numeric_limits<Key>::max();
   constexpr int64_t kLanes = 2 * kMaxLanes, kCount = 9;
   const Acc ranked[] = {-kInf, -3, Acc(-0.5), 0, Acc(0.25), 1, 7, kInf, kNan};  // ascending
@@ -289,11 +288,11 @@ static void test_find_candidates(const Kernels<T>& kernel) {
   std::vector<int32_t> places(kCount * kLanes);
   std::vector<Acc> scores(kCount * kLanes);
   for (int64_t i = 0; i < kCount; ++i) std::fill_n(&scores[i * kLanes], kLanes, ranked[i]);
-  EXPECT(kernel.find_candidates(scores.data(), kCount, kLanes, bounds.data(), all.data(), places.data()) ==
+  EXPECT(kernel.find_above_bounds(scores.data(), kCount, kLanes, bounds.data(), all.data(), places.data()) ==
              kCount * kLanes,
          "all are above the lowest key");
   for (int64_t i = 1; i < kCount; ++i) EXPECT(all[i * kLanes] > all[(i - 1) * kLanes], "keys ascend at %ld", long(i));
-  const auto key_of = [&](Acc score) {
+  const auto find_key = [&](Acc score) {
     for (int64_t i = 0; i < kCount; ++i) {
       if (score == ranked[i] || (std::isnan(score) && std::isnan(ranked[i]))) return all[i * kLanes];
     }
@@ -308,44 +307,44 @@ static void test_find_candidates(const Kernels<T>& kernel) {
   }
   for (Key& bound : bounds) bound = random() % 4 ? all[random() % kCount * kLanes] : kHighest;
   const int64_t found =
-      kernel.find_candidates(scores.data(), kCount, kLanes, bounds.data(), keys.data(), places.data());
+      kernel.find_above_bounds(scores.data(), kCount, kLanes, bounds.data(), keys.data(), places.data());
   int64_t next = 0;
   for (int64_t place = 0; place < kCount * kLanes; ++place) {
-    const Key key = key_of(scores[place]);
+    const Key key = find_key(scores[place]);
     if (key <= bounds[place % kLanes]) continue;
-    EXPECT(next < found && places[next] == place && keys[next] == key, "candidate at %ld", static_cast<long>(place));
+    EXPECT(next < found && places[next] == place && keys[next] == key, "score at %ld", static_cast<long>(place));
     ++next;
   }
-  EXPECT(next == found, "%ld candidates, not %ld", static_cast<long>(found), static_cast<long>(next));
+  EXPECT(next == found, "%ld scores, not %ld", static_cast<long>(found), static_cast<long>(next));
 }
 
-// The products of single pairs are those of the tile, to the bit: one token and one entry are a maximum of one.
+// The products of pairs have the bits of the products of a tile. The maximum over one token is a product of a tile.
 template <typename T>
-static void test_multiply_pairs(const Kernels<T>& kernel, int64_t count, int64_t depth) {
+static void test_multiply_pairs(const Kernels<T>& kernel, int64_t count, int64_t dim) {
   using Acc = Accumulator<T>;
-  std::mt19937 random(static_cast<unsigned>(count * 13 + depth));
+  std::mt19937 random(static_cast<unsigned>(count * 13 + dim));
   std::normal_distribution<double> normal;
-  std::vector<Acc> wide(2 * count * depth);
+  std::vector<Acc> wide(2 * count * dim);
   for (Acc& x : wide) x = static_cast<Acc>(normal(random));
   std::vector<T> rows(wide.size());
   kernel.store(rows.data(), wide.data(), static_cast<int64_t>(wide.size()));
   std::vector<const T*> tokens(count), entries(count);
   for (int64_t i = 0; i < count; ++i) {
-    tokens[i] = rows.data() + i * depth;
-    entries[i] = rows.data() + (count + i * 7 % count) * depth;
+    tokens[i] = rows.data() + i * dim;
+    entries[i] = rows.data() + (count + i * 7 % count) * dim;
   }
   std::vector<Acc> products(count);
-  kernel.multiply_pairs(tokens.data(), entries.data(), count, depth, products.data());
-  std::vector<char> packed_token(kernel.packed_bytes(kernel.tile_tokens, depth) + 64);
-  std::vector<char> packed_entry(kernel.packed_bytes(kernel.panel_columns, depth) + 64);
+  kernel.multiply_pairs(tokens.data(), entries.data(), count, dim, products.data());
+  std::vector<char> packed_token(kernel.packed_bytes(kernel.tile_tokens, dim) + 64);
+  std::vector<char> packed_entry(kernel.packed_bytes(kernel.panel_columns, dim) + 64);
   const int32_t zero = 0;
   for (int64_t i = 0; i < count; ++i) {
-    kernel.pack(packed_token.data(), kernel.tile_tokens, tokens[i], depth, nullptr, 1, depth);
-    kernel.pack(packed_entry.data(), kernel.panel_columns, entries[i], depth, nullptr, 1, depth);
+    kernel.pack(packed_token.data(), kernel.tile_tokens, tokens[i], dim, nullptr, 1, dim);
+    kernel.pack(packed_entry.data(), kernel.panel_columns, entries[i], dim, nullptr, 1, dim);
     std::vector<Acc> value(kernel.panel_columns, -std::numeric_limits<Acc>::infinity());
-    kernel.head_max({packed_token.data(), packed_entry.data(), depth, 1, &zero, &zero, value.data(), nullptr, nullptr,
+    kernel.head_max({packed_token.data(), packed_entry.data(), dim, 1, &zero, &zero, value.data(), nullptr, nullptr,
                      kernel.panel_columns, nullptr, Activation::kRelu, entries[i], 0});
-    EXPECT(products[i] == value[0], "pair %ld of depth %ld: %g, not %g", static_cast<long>(i), static_cast<long>(depth),
+    EXPECT(products[i] == value[0], "pair %ld of dim %ld: %g, not %g", static_cast<long>(i), static_cast<long>(dim),
            static_cast<double>(products[i]), static_cast<double>(value[0]));
   }
 }
@@ -353,7 +352,7 @@ static void test_multiply_pairs(const Kernels<T>& kernel, int64_t count, int64_t
 template <typename T>
 static void test_pair_sizes(const Kernels<T>& kernel) {
   for (const int64_t count : {1, 15, 16, 33}) {
-    for (const int64_t depth : {0, 1, 15, 16, 33, 128, 129, 300, 768}) test_multiply_pairs<T>(kernel, count, depth);
+    for (const int64_t dim : {0, 1, 15, 16, 33, 128, 129, 300, 768}) test_multiply_pairs<T>(kernel, count, dim);
   }
 }
 
@@ -365,7 +364,7 @@ static void test_score_sizes(const Kernels<T>& kernel) {
       test_score<T>(kernel, queries, width, true);
     }
   }
-  test_find_candidates<T>(kernel);
+  test_find_above_bounds<T>(kernel);
 }
 
 static void test_all(const AllKernels& kernels) {

@@ -1,4 +1,5 @@
-// The noise, and the sample kernels of every instruction set that this machine runs, against loops in double precision.
+// The noise, and the sample kernels of all instruction sets that this machine supports, against loops in double
+// precision.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -17,14 +18,14 @@ using namespace splade_fast::cpu;
 static const double kInf = std::numeric_limits<double>::infinity();
 static const double kNan = std::numeric_limits<double>::quiet_NaN();
 
-static void expect_words(philox::Words counter, philox::Seed key, philox::Words expected) {
-  const philox::Words found = philox::philox4x32(counter, key);
+static void expect_words(philox::Words counter, philox::Seed seed, philox::Words expected) {
+  const philox::Words found = philox::philox4x32(counter, seed);
   for (int i = 0; i < 4; ++i) {
     EXPECT(found.word[i] == expected.word[i], "word %d: %08x, not %08x", i, found.word[i], expected.word[i]);
   }
 }
 
-// The vectors published with Random123.
+// The test vectors published with Random123.
 static void test_known_answers() {
   constexpr uint32_t kOnes = 0xffffffff;
   expect_words({{0, 0, 0, 0}}, {{0, 0}}, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}});
@@ -36,7 +37,7 @@ static void test_known_answers() {
 static void test_gumbel() {
   std::mt19937 random(1);
   for (int64_t i = 0; i < 2000000; ++i) {
-    // The tail and its edges as often as the rest.
+    // Words of the tail are drawn as often as all others.
     const uint32_t word = random() >> (i % 20), refinement = random();
     const double e =
         word < philox::kRefinedBelow ? (word * 0x1p32 + refinement + 0.5) * 0x1p-64 : (word + 0.5) * 0x1p-32;
@@ -56,8 +57,8 @@ static void test_order() {
   EXPECT(!is_drawn_before(2.0, 1, 2.0, 1), "nothing comes before itself");
 }
 
-// Everything that may be drawn is found, with its own word; what is left out could not have exceeded its bound; the
-// logsumexp is that of all scores.
+// Scores that are found come with their own word, scores that are left out cannot exceed their bound, and the logsumexp
+// is that of all scores.
 template <typename Acc>
 static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t lanes, uint64_t first_slot,
                              Acc inv_temp, bool special) {
@@ -69,13 +70,13 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
     score = static_cast<Acc>(special && random() % 16 == 0 ? values[random() % 5] : normal(random));
   }
   const philox::State state = philox::unpack_state(-3, (int64_t{5} << 40) + 9);
-  const uint64_t first_query = 0xfffffff0;  // their numbers take 32 bits and wrap around here
+  const uint64_t first_query = 0xfffffff0;  // numbers of queries have 32 bits and wrap around here
   const auto perturbed = [&](int64_t place) {
     const uint32_t query = static_cast<uint32_t>(first_query + place % lanes);
     const float noise = philox::gumbel_at_slot(state, query, first_slot + place / lanes);
     return philox::perturb(scores[place], inv_temp, noise);
   };
-  // Everything passes, or a few do, or the bound is just below the perturbed score of one of the highest slots.
+  // A bound lets all scores pass, or few, or it is just below the perturbed score of one of the highest slots.
   for (int64_t q = 0; q < lanes; ++q) {
     bounds[q] = static_cast<Acc>(q % 8 == 0 ? -kInf : q % 8 * 4 - 8);
     if (q % 8 > 3) {
@@ -85,14 +86,15 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
         if (std::isfinite(value)) all.push_back(value);
       }
       std::sort(all.begin(), all.end(), std::greater<Acc>());
-      if (!all.empty())
+      if (!all.empty()) {
         bounds[q] = std::nextafter(all[random() % std::min<size_t>(all.size(), 8)], -std::numeric_limits<Acc>::max());
+      }
     }
   }
   std::vector<int32_t> places(count * lanes);
   std::vector<uint32_t> words(count * lanes);
   std::vector<char> passes(count * lanes, 0);
-  // Twice, so that the second meets what the first left of the logsumexp.
+  // The second pass continues the logsumexp of the first.
   for (int pass = 0; pass < 2; ++pass) {
     const int64_t found = kernel.sample_tile({scores.data(), count, lanes, state, first_slot, first_query, inv_temp,
                                               bounds.data(), maximum.data(), sum.data(), places.data(), words.data()});
@@ -119,14 +121,14 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
   EXPECT(special || count < 100 || left_out > count * lanes / 4, "only %ld left out", static_cast<long>(left_out));
   for (int64_t q = 0; q < lanes; ++q) {
     double largest = -kInf, total = 0;
-    bool finite = true;
+    bool is_finite = true;
     for (int64_t n = 0; n < count; ++n) largest = std::max(largest, static_cast<double>(scores[n * lanes + q]));
     for (int64_t n = 0; n < count; ++n) {
       const double score = scores[n * lanes + q];
-      finite &= score < kInf;  // neither +inf nor NaN
+      is_finite &= score < kInf;  // neither +inf nor NaN
       total += 2 * std::exp(score - largest);
     }
-    if (!finite) {
+    if (!is_finite) {
       EXPECT(std::isnan(sum[q]) || sum[q] == Acc(kInf), "inf or NaN shows in the sum, not %g",
              static_cast<double>(sum[q]));
     } else if (largest > -kInf) {
@@ -136,8 +138,8 @@ static void test_sample_tile(const Kernels<Acc>& kernel, int64_t count, int64_t 
   }
 }
 
-// Just beyond a power of two the product with inv_temp is rounded in coarser steps than its sum with the noise, so that
-// rounding can lift a perturbed score above a bound that the exact one misses. Such a score must be found all the same.
+// Just above a power of two, the product with inv_temp is rounded more coarsely than its sum with the noise. Rounding
+// can then lift a perturbed score above a bound that the exact score does not reach. Such a score must be found too.
 static void test_rounded_products(const Kernels<float>& kernel) {
   constexpr int64_t kCount = 200, kLanes = 48;
   constexpr float kInvTemp = 2.7f;
@@ -191,32 +193,32 @@ static void test_group_maximum(const Kernels<Acc>& kernel) {
   }
 }
 
-// Small integers in tiles and panels: exact.
-static void test_multiply_slots(const Kernels<float>& kernel, int64_t slots, int64_t depth) {
+// Products of small integers, which are exact.
+static void test_multiply_slots(const Kernels<float>& kernel, int64_t slots, int64_t dim) {
   const int64_t tile = kernel.tile_tokens, columns = kernel.panel_columns, lanes = 2 * columns;
-  const int64_t tile_bytes = kernel.packed_bytes(tile, depth), panel_bytes = kernel.packed_bytes(columns, depth);
+  const int64_t tile_bytes = kernel.packed_bytes(tile, dim), panel_bytes = kernel.packed_bytes(columns, dim);
   std::mt19937 random(5);
-  std::vector<float> rows(slots * depth), queries(lanes * depth), scores(slots * lanes);
+  std::vector<float> rows(slots * dim), queries(lanes * dim), scores(slots * lanes);
   for (float& x : rows) x = static_cast<float>(static_cast<int>(random() % 7) - 3);
   for (float& x : queries) x = static_cast<float>(static_cast<int>(random() % 7) - 3);
-  // Packing must stay within its tile: the byte after the last is watched.
+  // The byte after the last tile shows whether packing writes too much.
   std::vector<char> packed_slots((slots + tile - 1) / tile * tile_bytes + 64, 77), packed_queries(2 * panel_bytes + 64);
   for (int64_t n = slots - 1; n >= 0; --n) {
     if (n % tile != 0) continue;
-    kernel.pack(packed_slots.data() + n / tile * tile_bytes, tile, rows.data() + n * depth, depth, nullptr,
-                std::min(tile, slots - n), depth);
+    kernel.pack(packed_slots.data() + n / tile * tile_bytes, tile, rows.data() + n * dim, dim, nullptr,
+                std::min(tile, slots - n), dim);
   }
   EXPECT(packed_slots[packed_slots.size() - 64] == 77, "packing writes beyond its tile");
   for (int panel = 0; panel < 2; ++panel) {
-    kernel.pack(packed_queries.data() + panel * panel_bytes, columns, queries.data() + panel * columns * depth, depth,
-                nullptr, columns, depth);
+    kernel.pack(packed_queries.data() + panel * panel_bytes, columns, queries.data() + panel * columns * dim, dim,
+                nullptr, columns, dim);
   }
-  kernel.multiply_slots({packed_slots.data(), packed_queries.data(), depth, slots, lanes, 0.5f, scores.data(),
+  kernel.multiply_slots({packed_slots.data(), packed_queries.data(), dim, slots, lanes, 0.5f, scores.data(),
                          rows.data(), static_cast<int64_t>(rows.size() * sizeof(float))});
   for (int64_t n = 0; n < slots; ++n) {
     for (int64_t q = 0; q < lanes; ++q) {
       double product = 0;
-      for (int64_t d = 0; d < depth; ++d) product += rows[n * depth + d] * queries[q * depth + d];
+      for (int64_t d = 0; d < dim; ++d) product += rows[n * dim + d] * queries[q * dim + d];
       EXPECT(scores[n * lanes + q] == 0.5 * product, "slot %ld, query %ld", static_cast<long>(n), static_cast<long>(q));
     }
   }
@@ -241,7 +243,7 @@ static void test_all(const AllKernels& kernels) {
   test_type(kernels.f64);
   test_rounded_products(kernels.f32);
   for (const int64_t slots : {1, 14, 29}) {
-    for (const int64_t depth : {1, 16, 31, 64}) test_multiply_slots(kernels.f32, slots, depth);
+    for (const int64_t dim : {1, 16, 31, 64}) test_multiply_slots(kernels.f32, slots, dim);
   }
 }
 

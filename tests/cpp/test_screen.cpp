@@ -1,5 +1,5 @@
-// The screening kernels of every instruction set that this machine runs: the bounds hold for double-precision products,
-// and no pair that can be positive (and the maximum) is left out.
+// The screening kernels of all instruction sets that this machine supports. Their bounds hold for products in double
+// precision, and no pair is left out that may be positive and, for max pooling, the maximum.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -23,58 +23,58 @@ using namespace splade_fast::cpu;
 
 static const float kInf = std::numeric_limits<float>::infinity();
 
-// Rows as the kernels round them, in double where it matters.
+// Rows as the kernels round them.
 struct Rounded {
-  int64_t rows, padded_rows, padded_depth;
+  int64_t rows, padded_rows, padded_dim;
   std::vector<uint32_t> units;
   std::vector<float> scale, residual, norm, own_norm, mean_dot;
   std::array<std::vector<float>, kScreenStages - 1> rest;
   std::array<std::vector<int32_t>, kScreenStages> sum;
 };
 
-static std::vector<float> signs(int64_t padded_depth) {
-  std::vector<float> sign(padded_depth);
-  for (int64_t d = 0; d < padded_depth; ++d) {
-    sign[d] = screen_sign(d) / std::sqrt(static_cast<float>(screen_block(padded_depth)));
+static std::vector<float> signs(int64_t padded_dim) {
+  std::vector<float> sign(padded_dim);
+  for (int64_t d = 0; d < padded_dim; ++d) {
+    sign[d] = screen_sign(d) / std::sqrt(static_cast<float>(screen_block(padded_dim)));
   }
   return sign;
 }
 
-// That leaves every row what it is.
-static std::vector<float> identity(int64_t depth) {
-  std::vector<float> basis(depth * screen_padded_dim(depth));
-  for (int64_t d = 0; d < depth; ++d) basis[d * screen_padded_dim(depth) + d] = 1;
+// A basis that changes no row.
+static std::vector<float> identity(int64_t dim) {
+  std::vector<float> basis(dim * screen_padded_dim(dim));
+  for (int64_t d = 0; d < dim; ++d) basis[d * screen_padded_dim(dim) + d] = 1;
   return basis;
 }
 
-// In groups of `stride` rows: tokens in groups of kScreenGroup, entries in panels. Along a basis the tokens of a tile
-// share a scale.
-static Rounded round(const Screen& screen, const std::vector<float>& matrix, int64_t rows, int64_t depth,
+// Round tokens in groups of kScreenGroup, and rows of the weight in panels. With a basis, the tokens of a tile share a
+// scale.
+static Rounded round(const Screen& screen, const std::vector<float>& matrix, int64_t rows, int64_t dim,
                      const std::vector<float>& mean, bool tokens, bool along_basis = false) {
-  const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_depth = screen_padded_dim(depth);
+  const int64_t stride = tokens ? kScreenGroup : screen.panel_columns, padded_dim = screen_padded_dim(dim);
   const int64_t padded = (rows + stride - 1) / stride * stride;
   Rounded result;
   result.rows = rows;
   result.padded_rows = padded;
-  result.padded_depth = padded_depth;
-  result.units.resize(padded * padded_depth / 4);
+  result.padded_dim = padded_dim;
+  result.units.resize(padded * padded_dim / 4);
   for (auto* facts : {&result.scale, &result.residual, &result.norm, &result.own_norm, &result.mean_dot,
                       &result.rest[0], &result.rest[1]}) {
     facts->resize(padded);
   }
   for (auto& sum : result.sum) sum.resize(padded);
-  const std::vector<float> sign = signs(padded_depth), basis = identity(depth);
+  const std::vector<float> sign = signs(padded_dim), basis = identity(dim);
   std::vector<float> largest(padded);
-  std::vector<float> scratch(2 * padded_depth * kMaxLanes + 16), rotated(padded_depth * kMaxLanes);
+  std::vector<float> scratch(2 * padded_dim * kMaxLanes + 16), rotated(padded_dim * kMaxLanes);
   float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
   const auto given = [&](int64_t row, const float* row_largest) {
     const int64_t first = std::min(row, rows - 1);
-    return RowsToRound<float>{matrix.data() + first * depth,
-                              depth,
+    return RowsToRound<float>{matrix.data() + first * dim,
+                              dim,
                               nullptr,
                               rows - first,
-                              depth,
-                              padded_depth,
+                              dim,
+                              padded_dim,
                               aligned,
                               mean.data(),
                               tokens,
@@ -93,8 +93,8 @@ static Rounded round(const Screen& screen, const std::vector<float>& matrix, int
   for (int64_t row = 0; row < padded; row += screen.lanes) {
     screen.f32.round(given(row, along_basis && tokens ? largest.data() + row : nullptr),
                      tokens ? screen.token_levels : screen.weight_levels, tokens ? 0 : screen.weight_offset,
-                     {result.units.data() + row / stride * stride * padded_depth / 4 + row % stride,
-                      tokens && screen.token_rows ? 0 : stride,
+                     {result.units.data() + row / stride * stride * padded_dim / 4 + row % stride,
+                      tokens && screen.has_token_rows ? 0 : stride,
                       result.scale.data() + row,
                       result.residual.data() + row,
                       result.norm.data() + row,
@@ -107,61 +107,61 @@ static Rounded round(const Screen& screen, const std::vector<float>& matrix, int
 }
 
 struct Case {
-  int64_t tokens, entries, depth;
+  int64_t tokens, entries, dim;
   std::vector<float> hidden, weight, mean, threshold;
 };
 
-static Case make_case(int64_t tokens, int64_t entries, int64_t depth, float spread) {
-  std::mt19937 random(static_cast<unsigned>(tokens * 7919 + entries * 31 + depth));
+static Case make_case(int64_t tokens, int64_t entries, int64_t dim, float spread) {
+  std::mt19937 random(static_cast<unsigned>(tokens * 7919 + entries * 31 + dim));
   std::normal_distribution<float> normal;
   Case found{tokens,
              entries,
-             depth,
-             std::vector<float>(tokens * depth),
-             std::vector<float>(entries * depth),
-             std::vector<float>(depth),
+             dim,
+             std::vector<float>(tokens * dim),
+             std::vector<float>(entries * dim),
+             std::vector<float>(dim),
              std::vector<float>(entries)};
   for (float& x : found.mean) x = normal(random);
-  for (int64_t i = 0; i < tokens * depth; ++i) {
-    // The first depths tell most of a product.
-    const float share = i % depth < depth / 4 + 1 ? 1.0f : 0.1f;
-    found.hidden[i] = found.mean[i % depth] + normal(random) * share * (i % depth == 3 ? spread : 1.0f);
+  for (int64_t i = 0; i < tokens * dim; ++i) {
+    // The first dimensions carry most of a product.
+    const float share = i % dim < dim / 4 + 1 ? 1.0f : 0.1f;
+    found.hidden[i] = found.mean[i % dim] + normal(random) * share * (i % dim == 3 ? spread : 1.0f);
   }
   for (float& x : found.weight) x = normal(random);
-  // From an entry on they are out of reach.
+  // No product reaches the thresholds from entry 48 on.
   for (int64_t v = 0; v < entries; ++v) {
     const float times = v < 48 ? std::abs(normal(random)) : 5 * spread;
-    found.threshold[v] = times * std::sqrt(static_cast<float>(depth));
+    found.threshold[v] = times * std::sqrt(static_cast<float>(dim));
   }
   return found;
 }
 
-// (h - mean)·w in double.
+// (h - mean)·w in double precision.
 static double product(const Case& inputs, int64_t token, int64_t entry) {
   double sum = 0;
-  for (int64_t d = 0; d < inputs.depth; ++d) {
-    sum += (static_cast<double>(inputs.hidden[token * inputs.depth + d]) - inputs.mean[d]) *
-           inputs.weight[entry * inputs.depth + d];
+  for (int64_t d = 0; d < inputs.dim; ++d) {
+    sum += (static_cast<double>(inputs.hidden[token * inputs.dim + d]) - inputs.mean[d]) *
+           inputs.weight[entry * inputs.dim + d];
   }
   return sum;
 }
 
-// Returns how many tiles were settled early.
+// Return the number of tiles that were settled before the last stage.
 static int64_t test_screen(const Screen& screen, const Case& inputs, bool largest, bool along_basis) {
   const int64_t columns = screen.panel_columns, tokens = inputs.tokens;
-  const Rounded token = round(screen, inputs.hidden, tokens, inputs.depth, inputs.mean, true, along_basis);
-  const Rounded entry = round(screen, inputs.weight, inputs.entries, inputs.depth, inputs.mean, false, along_basis);
-  const int64_t steps = token.padded_depth / 4;
-  std::array<std::vector<int32_t>, kScreenStages> start;
+  const Rounded token = round(screen, inputs.hidden, tokens, inputs.dim, inputs.mean, true, along_basis);
+  const Rounded entry = round(screen, inputs.weight, inputs.entries, inputs.dim, inputs.mean, false, along_basis);
+  const int64_t steps = token.padded_dim / 4;
+  std::array<std::vector<int32_t>, kScreenStages> correction;
   std::vector<int32_t> sequence(tokens);
   std::vector<float> residual = token.residual, norm = token.norm, entry_residual = entry.residual;
   std::vector<ScreenTile> tiles(token.padded_rows / screen.tile_tokens);
   for (int64_t t = 0; t < token.padded_rows; ++t) {
     for (int64_t stage = 0; stage < kScreenStages; ++stage) {
-      start[stage].push_back(-static_cast<int32_t>(screen.weight_offset) * token.sum[stage][t]);
-      if (!along_basis && stage > 0) start[0][t] += start[stage][t];
+      correction[stage].push_back(-static_cast<int32_t>(screen.weight_offset) * token.sum[stage][t]);
+      if (!along_basis && stage > 0) correction[0][t] += correction[stage][t];
     }
-    residual[t] += screen_rounding(inputs.depth) * norm[t] + kScreenTiny;
+    residual[t] += screen_rounding(inputs.dim) * norm[t] + kScreenTiny;
     if (along_basis) norm[t] = std::max(norm[t], token.own_norm[t]);
     ScreenTile& tile = tiles[t / screen.tile_tokens];
     tile.scale = std::max(tile.scale, token.scale[t]);
@@ -172,16 +172,16 @@ static int64_t test_screen(const Screen& screen, const Case& inputs, bool larges
     }
   }
   for (int64_t v = 0; v < entry.padded_rows && along_basis; ++v) {
-    entry_residual[v] += screen_rounding(inputs.depth) * entry.own_norm[v];
+    entry_residual[v] += screen_rounding(inputs.dim) * entry.own_norm[v];
   }
-  // Three sequences, of which the middle one starts within a tile.
+  // There are three sequences, and the second starts within a tile.
   const int64_t bounds[] = {0, tokens / 3, tokens / 3 + (tokens + 2) / 3, tokens};
   for (int64_t s = 0; s < 3; ++s) std::fill(sequence.begin() + bounds[s], sequence.begin() + bounds[s + 1], s);
   const ScreenTokens packed{token.units.data(),
                             token.scale.data(),
                             residual.data(),
                             norm.data(),
-                            {start[0].data(), start[1].data(), start[2].data()},
+                            {correction[0].data(), correction[1].data(), correction[2].data()},
                             sequence.data(),
                             steps,
                             along_basis ? kScreenStages : 1,
@@ -248,11 +248,12 @@ static int64_t test_screen(const Screen& screen, const Case& inputs, bool larges
   return early;
 }
 
-// Products that the first stage tells whole, one entry of a panel just above its threshold: rounding alone decides.
-static Case make_close_case(int64_t tokens, int64_t entries, int64_t depth, int64_t panel_columns) {
-  Case found = make_case(tokens, entries, depth, 1.0f);
-  for (int64_t i = 0; i < tokens * depth; ++i) {
-    if (i % depth >= screen_stage_end(0, screen_padded_dim(depth))) found.hidden[i] = found.mean[i % depth];
+// Products that the first stage computes completely. One entry of each panel is just above its threshold, so that only
+// the bounds of rounding keep it.
+static Case make_close_case(int64_t tokens, int64_t entries, int64_t dim, int64_t panel_columns) {
+  Case found = make_case(tokens, entries, dim, 1.0f);
+  for (int64_t i = 0; i < tokens * dim; ++i) {
+    if (i % dim >= screen_stage_end(0, screen_padded_dim(dim))) found.hidden[i] = found.mean[i % dim];
   }
   std::fill(found.threshold.begin(), found.threshold.end(), kInf);
   for (int64_t v = 0; v < entries; v += panel_columns) {
@@ -263,22 +264,23 @@ static Case make_close_case(int64_t tokens, int64_t entries, int64_t depth, int6
   return found;
 }
 
-// The rounded row is within its residual of the row, in the rotated space, whose norms are those of the rows.
+// The norms of a row and of its rounded row differ by at most the residual, since a rotation keeps norms.
 static void test_rounding(const Screen& screen, float scale) {
-  const int64_t depth = 100, rows = 19;
-  Case inputs = make_case(rows, 1, depth, 50.0f);
+  const int64_t dim = 100, rows = 19;
+  Case inputs = make_case(rows, 1, dim, 50.0f);
   std::fill(inputs.mean.begin(), inputs.mean.end(), 0.0f);
   for (float& x : inputs.hidden) x *= scale;
-  const Rounded found = round(screen, inputs.hidden, rows, depth, inputs.mean, true);
+  const Rounded found = round(screen, inputs.hidden, rows, dim, inputs.mean, true);
   for (int64_t row = 0; row < rows; ++row) {
     double squares = 0;
-    for (int64_t d = 0; d < depth; ++d) squares += std::pow(double(inputs.hidden[row * depth + d]), 2);
+    for (int64_t d = 0; d < dim; ++d) squares += std::pow(double(inputs.hidden[row * dim + d]), 2);
     const double norm = std::sqrt(squares);
     EXPECT(found.norm[row] >= norm, "norm %g of a row of %g", found.norm[row], norm);
     double rounded_squares = 0;
-    for (int64_t step = 0; step < found.padded_depth / 4; ++step) {
-      const int64_t group = row / kScreenGroup * kScreenGroup * found.padded_depth / 4, lane = row % kScreenGroup;
-      const int64_t place = screen.token_rows ? step / 16 * 256 + lane * 16 + step % 16 : step * kScreenGroup + lane;
+    for (int64_t step = 0; step < found.padded_dim / 4; ++step) {
+      const int64_t group = row / kScreenGroup * kScreenGroup * found.padded_dim / 4, lane = row % kScreenGroup;
+      const int64_t place =
+          screen.has_token_rows ? step / 16 * 256 + lane * 16 + step % 16 : step * kScreenGroup + lane;
       const uint32_t unit = found.units[group + place];
       for (int i = 0; i < 4; ++i) {
         rounded_squares += std::pow(static_cast<int8_t>(unit >> (8 * i)) * double(found.scale[row]), 2);
@@ -290,11 +292,11 @@ static void test_rounding(const Screen& screen, float scale) {
 }
 
 static void test_rows_that_cannot_be_rounded(const Screen& screen) {
-  const int64_t depth = 70;
+  const int64_t dim = 70;
   for (const float bad : {kInf, -kInf, std::numeric_limits<float>::quiet_NaN(), 3e38f}) {
-    Case inputs = make_case(5, 1, depth, 1.0f);
-    inputs.hidden[2 * depth + 9] = bad;
-    const Rounded found = round(screen, inputs.hidden, 5, depth, inputs.mean, true);
+    Case inputs = make_case(5, 1, dim, 1.0f);
+    inputs.hidden[2 * dim + 9] = bad;
+    const Rounded found = round(screen, inputs.hidden, 5, dim, inputs.mean, true);
     for (int64_t row = 0; row < 5; ++row) {
       EXPECT((found.residual[row] == kInf) == (row == 2), "residual %g of row %ld", found.residual[row],
              static_cast<long>(row));
@@ -305,10 +307,10 @@ static void test_rows_that_cannot_be_rounded(const Screen& screen) {
 
 static void test_all(const Screen& screen) {
   int64_t early = 0;
-  for (const int64_t depth : {1, 4, 63, 64, 100, 192, 768}) {
+  for (const int64_t dim : {1, 4, 63, 64, 100, 192, 768}) {
     for (const int64_t tokens : {1, 5, 16, 41}) {
       for (const float spread : {1.0f, 100.0f}) {
-        const Case inputs = make_case(tokens, 75, depth, spread);
+        const Case inputs = make_case(tokens, 75, dim, spread);
         for (const bool largest : {true, false}) {
           test_screen(screen, inputs, largest, false);
           early += test_screen(screen, inputs, largest, true);
@@ -316,15 +318,15 @@ static void test_all(const Screen& screen) {
       }
     }
   }
-  for (const int64_t depth : {64, 192, 768}) {
+  for (const int64_t dim : {64, 192, 768}) {
     for (const int64_t tokens : {1, 16, 41}) {
-      const Case inputs = make_close_case(tokens, 8 * screen.panel_columns, depth, screen.panel_columns);
+      const Case inputs = make_close_case(tokens, 8 * screen.panel_columns, dim, screen.panel_columns);
       test_screen(screen, inputs, true, false);
       test_screen(screen, inputs, true, true);
     }
   }
-  // Whole tiles of sums are multiplied in one go.
-  EXPECT((early > 0) == !screen.token_rows, "%ld tiles settled early", static_cast<long>(early));
+  // The kernel with token rows has no stages.
+  EXPECT((early > 0) == !screen.has_token_rows, "%ld tiles settled early", static_cast<long>(early));
   for (const float scale : {1e-30f, 1e-12f, 1.0f, 1e12f}) test_rounding(screen, scale);
   test_rows_that_cannot_be_rounded(screen);
   std::printf("%s: screening\n", screen.name);
@@ -333,14 +335,14 @@ static void test_all(const Screen& screen) {
 int main() {
   test_all(screen_portable());
 #if defined(__x86_64__)
-  if (runs_avx2()) test_all(screen_avx2());
-  if (runs_avx2() && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
-  if (runs_avx512()) test_all(screen_avx512());
-  if (runs_avx512vnni()) {
+  if (has_avx2()) test_all(screen_avx2());
+  if (has_avx2() && __builtin_cpu_supports("avxvnni")) test_all(screen_avxvnni());
+  if (has_avx512()) test_all(screen_avx512());
+  if (has_avx512vnni()) {
     test_all(screen_avx512vnni());
     test_all(screen_amx_emulated());
   }
-  // Choosing it has asked the system for its registers.
+  // AMX needs the permission of the system, which screen() has asked for if it has chosen AMX.
   if (std::strcmp(screen().name, "amx") == 0) test_all(screen_amx());
 #endif
   return 0;

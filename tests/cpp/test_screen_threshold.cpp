@@ -1,5 +1,5 @@
-// The integer that an int8 product is compared with on the GPU, against the same inequality in exact arithmetic; and
-// which accumulators are found to be above it.
+// The integer threshold of int8 products on the GPU, against the same inequality in exact arithmetic, and the search
+// for accumulators above the threshold.
 #include <random>
 
 #include "cuda/head/sm90/screen_candidates.h"
@@ -14,12 +14,12 @@ namespace {
 #if defined(__SIZEOF_FLOAT128__)
 using Exact = __float128;
 #else
-using Exact = long double;  // as wide where there is no other
+using Exact = long double;  // as wide on platforms without __float128
 #endif
 
 constexpr int kLargestProduct = 127 * 127 * (1 << 16);
 
-// What rounding may add to the bound itself is in the norms: screen_inflation.
+// Lower bound of x. screen_inflation() in the norms covers the rounding of the bound itself.
 Exact lower(Exact x) { return x - x / (1 << 22); }
 
 Exact bound(const ScreenEntry& entry, const ScreenTile& tile) {
@@ -30,8 +30,8 @@ Exact scale(const ScreenEntry& entry, const ScreenTile& tile) {
   return Exact(screen_scale(tile.largest)) * entry.scale;
 }
 
-// Every product that is not above it is proven: scale * product + bound <= threshold. And it proves nearly all that
-// there are.
+// Check that scale * product + bound <= threshold holds for every product up to the integer threshold, and fails for
+// nearly every larger product.
 void check(const ScreenEntry& entry, const ScreenTile& tile) {
   const int most = integer_threshold(entry, tile);
   const Exact s = scale(entry, tile), e = bound(entry, tile), gap = entry.threshold - e;
@@ -56,7 +56,7 @@ float drawn(std::mt19937& random, int least_exponent, int exponents) {
 void test_drawn() {
   std::mt19937 random(1);
   for (int turn = 0; turn < 400000; ++turn) {
-    // Now and then of all sizes that rows are rounded with, mostly of those that meet.
+    // One turn in four draws from all scales of rounded rows, the others from scales that are close to each other.
     const int least = turn % 4 == 0 ? -46 : -8, exponents = turn % 4 == 0 ? 88 : 8;
     ScreenEntry entry{0, drawn(random, least, exponents), drawn(random, least, exponents),
                       drawn(random, least - 8, exponents)};
@@ -70,7 +70,7 @@ void test_drawn() {
   }
 }
 
-// The gap is a product itself, or a little beside it.
+// The gap is a product, or close to one.
 void test_ties() {
   std::mt19937 random(2);
   for (int turn = 0; turn < 200000; ++turn) {
@@ -108,7 +108,7 @@ void test_what_proves_nothing_or_all() {
   EXPECT(integer_threshold({0, 0, 0, 0}, {0, 0, 0}) == INT_MIN, "nothing is above zero, nothing proves that");
 }
 
-// The smallest logit that the dense head calls positive is above -bias.
+// The smallest logit that is positive in the dense head is above -bias.
 void test_thresholds() {
   std::mt19937 random(3);
   for (int turn = 0; turn < 200000; ++turn) {
@@ -128,7 +128,7 @@ void test_capacity() {
   EXPECT(candidate_capacity(int64_t{1} << 30, 250002) > INT32_MAX, "of very much");
 }
 
-// Of every accumulator of a thread: found if it is above the threshold of its entry, and its column below the end.
+// An accumulator of a thread is found if it is above the threshold of its entry and its column is below the end.
 void test_candidates() {
   using namespace splade_fast::cuda::sm90;
   std::mt19937 random(4);

@@ -1,9 +1,9 @@
-// head backward for max pooling on the CPU. Only active pairs (b, v), pooled value > 0 and gradient != 0, do work:
-// with t the argmax and c = grad * activation'(logit),
-//   grad_weight[v] = sum over b of c * hidden[t],  grad_bias[v] = sum over b of c  (a thread owns rows v),
-//   grad_hidden[t] = sum over v of c * weight[v]                (a thread owns sequences x a slice of the depth).
-// Every output element is summed by one thread in one order, b or v ascending, so the bits do not depend on the
-// number of threads.
+// Backward of the head with max pooling on the CPU. Only active pairs (b, v), with a positive pooled value and a
+// nonzero gradient, cost work. With t the argmax of a pair and c = grad * activation'(logit):
+//   grad_weight[v] = sum over b of c * hidden[t]    (each thread owns rows v)
+//   grad_bias[v]   = sum over b of c
+//   grad_hidden[t] = sum over v of c * weight[v]    (each thread owns some sequences and a slice of the dimensions)
+// One thread sums up each element, in ascending order of b or v, so the bits do not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <numeric>
@@ -17,12 +17,12 @@ namespace splade_fast::cpu {
 namespace {
 
 constexpr int64_t kColumns = 64;  // vocabulary entries whose coefficients are computed at a time
-// Measured on D = 768 with every pair active: whole rows of the weight (they stream) and accumulators of 2 MiB take
-// 19 ms where slices of 128 and 512 KiB take 46.
-constexpr int64_t kSliceDepth = 1024;
+// Slices of 1024 dimensions keep the rows of the weight whole for common D. With D = 768 and all pairs active, they and
+// accumulators of 2 MiB take 19 ms; slices of 128 dimensions and accumulators of 512 KiB take 46 ms.
+constexpr int64_t kSliceDim = 1024;
 constexpr int64_t kSliceBytes = int64_t{2} << 20;
 
-// c and t of a block of vocabulary entries for some sequences, row by row.
+// Coefficients c and argmax t of a block of vocabulary entries, for some sequences.
 template <typename T, typename G>
 class Pairs {
   using Acc = Accumulator<T>;
@@ -80,71 +80,72 @@ class Backward {
         activation_(activation),
         batch_(static_cast<int64_t>(sequences.start.size())),
         vocabulary_(weight.size(0)),
-        depth_(weight.size(1)) {}
+        dim_(weight.size(1)) {}
 
   void weight_and_bias(const HeadGradients& gradients) {
     const bool needs_weight = gradients.weight.numel() > 0, needs_bias = gradients.bias.numel() > 0;
-    const int64_t blocks = (vocabulary_ + kColumns - 1) / kColumns;
+    const int64_t blocks = ceil_div(vocabulary_, kColumns);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences_, batch_, check_);
-      const Scratch<Acc> row(depth_), bias(kColumns);
+      const Scratch<Acc> row(dim_), bias(kColumns);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kColumns, count = std::min(kColumns, vocabulary_ - first);
         pairs.load(0, batch_, first, count);
         for (int64_t column = 0; column < count; ++column) {
-          T* target = needs_weight ? mutable_data<T>(gradients.weight) + (first + column) * depth_ : nullptr;
+          T* target = needs_weight ? mutable_data<T>(gradients.weight) + (first + column) * dim_ : nullptr;
           bias.get()[column] = sum_column(pairs, column, row.get(), target);
         }
         if (needs_bias) kernels<T>().store(mutable_data<T>(gradients.bias) + first, bias.get(), count);
       }
     });
-    check_.refuse_outside();
+    check_.check_all_inside();
   }
 
   void hidden(const HeadGradients& gradients) {
-    const int64_t slice_depth = std::min(depth_, kSliceDepth);
-    const int64_t slices = (depth_ + slice_depth - 1) / slice_depth;
-    const std::vector<int64_t> groups = group_sequences(slice_depth, slices);
+    const int64_t slice_dim = std::min(dim_, kSliceDim);
+    const int64_t slices = ceil_div(dim_, slice_dim);
+    const std::vector<int64_t> groups = group_sequences(slice_dim, slices);
     const int64_t num_groups = static_cast<int64_t>(groups.size()) - 1;
     torch::stable::parallel_for(0, num_groups * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t group = item / slices, slice = (item % slices) * slice_depth;
-        hidden_slice(gradients, groups[group], groups[group + 1], slice, std::min(slice_depth, depth_ - slice));
+        const int64_t group = item / slices, slice = (item % slices) * slice_dim;
+        hidden_slice(gradients, groups[group], groups[group + 1], slice, std::min(slice_dim, dim_ - slice));
       }
     });
-    check_.refuse_outside();
+    check_.check_all_inside();
   }
 
  private:
-  // Sum of the coefficients c of one vocabulary entry; target, unless null, gets the sum of c * hidden[t].
+  // Return the sum of the coefficients c of a vocabulary entry. If target is given, store the sum of c * hidden[t]
+  // there.
   Acc sum_column(const Pairs<T, G>& pairs, int64_t column, Acc* row, T* target) const {
     Acc sum = 0;
-    bool any = false;
+    bool is_active = false;
     for (int64_t b = 0; b < batch_; ++b) {
       const Acc coefficient = pairs.coefficient(b, column);
       if (coefficient == 0) continue;
       sum += coefficient;
       if (!target) continue;
-      if (!any) std::fill_n(row, depth_, Acc(0));
-      any = true;
+      if (!is_active) std::fill_n(row, dim_, Acc(0));
+      is_active = true;
       const int64_t token = sequences_.start[b] + pairs.position(b, column);
-      kernels<T>().axpy(row, coefficient, const_data<T>(hidden_) + token * depth_, depth_);
+      kernels<T>().axpy(row, coefficient, const_data<T>(hidden_) + token * dim_, dim_);
     }
-    if (any) {
-      kernels<T>().store(target, row, depth_);
+    if (is_active) {
+      kernels<T>().store(target, row, dim_);
     } else if (target) {
-      std::memset(target, 0, depth_ * sizeof(T));
+      std::memset(target, 0, dim_ * sizeof(T));
     }
     return sum;
   }
 
-  // Bounds of runs of sequences: each run reads the weight once, its accumulators fit kSliceBytes together, and
-  // runs x slices keep every thread busy.
-  std::vector<int64_t> group_sequences(int64_t slice_depth, int64_t slices) const {
-    const int64_t bytes_per_row = std::max<int64_t>(slice_depth, 1) * static_cast<int64_t>(sizeof(Acc));
+  // Return the bounds of groups of sequences. Each group reads the weight once, the accumulators of a group fit into
+  // kSliceBytes, and there are enough groups and slices for all threads.
+  std::vector<int64_t> group_sequences(int64_t slice_dim, int64_t slices) const {
+    const int64_t bytes_per_row = std::max<int64_t>(slice_dim, 1) * static_cast<int64_t>(sizeof(Acc));
     const int64_t all_rows = std::accumulate(sequences_.rows.begin(), sequences_.rows.end(), int64_t{0});
-    const int64_t items_per_slice = (torch::stable::get_num_threads() + slices - 1) / slices;
-    const int64_t max_rows = std::min(kSliceBytes / bytes_per_row, (all_rows + items_per_slice - 1) / items_per_slice);
+    const int64_t items_per_slice = ceil_div(torch::stable::get_num_threads(), slices);
+    const int64_t max_rows = std::min(kSliceBytes / bytes_per_row, ceil_div(all_rows, items_per_slice));
     std::vector<int64_t> bounds{0};
     int64_t rows = 0;
     for (int64_t b = 0; b < batch_; ++b) {
@@ -159,37 +160,37 @@ class Backward {
   }
 
   void hidden_slice(const HeadGradients& gradients, int64_t first_sequence, int64_t last_sequence, int64_t slice,
-                    int64_t depth) {
+                    int64_t dim) {
     const int64_t sequences = last_sequence - first_sequence;
     const int64_t first_row = sequences_.start[first_sequence];
     int64_t rows = 0;
     for (int64_t b = first_sequence; b < last_sequence; ++b) rows += sequences_.rows[b];
-    const Scratch<Acc> sum(rows * depth);
-    std::fill_n(sum.get(), rows * depth, Acc(0));
+    const Scratch<Acc> sum(rows * dim);
+    std::fill_n(sum.get(), rows * dim, Acc(0));
     Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences_, sequences, check_);
     for (int64_t first = 0; first < vocabulary_; first += kColumns) {
       const int64_t count = std::min(kColumns, vocabulary_ - first);
       pairs.load(first_sequence, sequences, first, count);
       for (int64_t column = 0; column < count; ++column) {
-        const T* weight = const_data<T>(weight_) + (first + column) * depth_ + slice;
+        const T* weight = const_data<T>(weight_) + (first + column) * dim_ + slice;
         for (int64_t b = 0; b < sequences; ++b) {
           const Acc coefficient = pairs.coefficient(b, column);
           if (coefficient == 0) continue;
           const int64_t row = sequences_.start[first_sequence + b] + pairs.position(b, column) - first_row;
-          kernels<T>().axpy(sum.get() + row * depth, coefficient, weight, depth);
+          kernels<T>().axpy(sum.get() + row * dim, coefficient, weight, dim);
         }
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
-      kernels<T>().store(mutable_data<T>(gradients.hidden) + (first_row + row) * depth_ + slice,
-                         sum.get() + row * depth, depth);
+      kernels<T>().store(mutable_data<T>(gradients.hidden) + (first_row + row) * dim_ + slice, sum.get() + row * dim,
+                         dim);
     }
   }
 
   const Tensor &grad_, &max_logits_, &argmax_, &hidden_, &weight_;
   const SequenceRows& sequences_;
   const Activation activation_;
-  const int64_t batch_, vocabulary_, depth_;
+  const int64_t batch_, vocabulary_, dim_;
   PositionCheck check_;
 };
 

@@ -1,4 +1,4 @@
-// How the head forward cuts its tokens: a pure function, tested without torch.
+// Blocks of tokens of the head's forward.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 
 namespace splade_fast::cpu {
 
-// Sequences [first, last) whose tokens [begin, end) are in one block; a long sequence takes several blocks.
+// A block is whole sequences, or a part of one long sequence.
 struct Block {
-  int64_t first, last;
-  int64_t begin, end;
-  bool opens, closes;  // whether the block has the first / the last token of its sequences
+  int64_t first, last;                   // sequences [first, last)
+  int64_t begin, end;                    // tokens [begin, end)
+  bool has_first_token, has_last_token;  // of its sequences
 };
 
-// offset (B + 1,): first token of each sequence.
+// offset: (B + 1,), the first token of each sequence.
 inline std::vector<Block> cut_into_blocks(const std::vector<int64_t>& offset, int64_t max_tokens,
                                           int64_t max_sequences) {
   std::vector<Block> blocks;
@@ -25,7 +25,7 @@ inline std::vector<Block> cut_into_blocks(const std::vector<int64_t>& offset, in
     while (last < batch && last - first < max_sequences && offset[last + 1] - begin <= max_tokens) ++last;
     const int64_t end = offset[last];
     int64_t start = begin;
-    do {  // once also where there are no tokens: their sequences have outputs too
+    do {  // at least once, because sequences without tokens have outputs too
       const int64_t stop = std::min(start + max_tokens, end);
       blocks.push_back({first, last, start, stop, start == begin, stop == end});
       start = stop;

@@ -1,5 +1,5 @@
-// head on the CPU: the ops' host functions. The work is in head_forward.cpp, head_backward.cpp and, for the gradient
-// of sum pooling, common/head_sum_backward.h.
+// head on the CPU: the ops head_forward_dense, head_backward_max and head_backward_sum. Their kernels are in
+// forward.cpp, backward.cpp and common/head_sum_backward.h.
 #include "cpu/head/head.h"
 
 #include <torch/csrc/stable/library.h>
@@ -40,11 +40,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
   const Activation activation = check_activation(activation_code);
   const HeadInput input = check_head_input(hidden, weight, bias, mask, cu_seqlens);
   const HeadOutputs outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output);
-  head_forward(input, pooling, activation, outputs);
+  head_forward_dense(input, pooling, activation, outputs);
   return {outputs.pooled, outputs.max_logits, outputs.argmax};
 }
 
-// Gradients like their tensors, or without elements where not needed.
 HeadGradients new_gradients(const Tensor& hidden, const Tensor& weight, bool needs_hidden, bool needs_weight,
                             bool needs_bias) {
   const std::vector<int64_t> none{0}, entries{weight.size(0)};
@@ -91,14 +90,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_max(const Tensor& grad, const Tensor
   return {gradients.hidden, gradients.weight, gradients.bias};
 }
 
-// The device's part of head_sum_backward.
+// The device that head_sum_backward expects.
 template <typename T>
 struct SumDevice {
   using Acc = Accumulator<T>;
 
   const Tensor& grad;  // (B, V)
   const std::optional<Tensor>& bias;
-  const std::vector<int32_t>& sequence;  // of each token
+  const std::vector<int32_t>& sequence;  // (tokens,)
   Activation activation;
 
   void to_gradient(const Tensor& product, int64_t first_token, int64_t first_column) const {
@@ -120,7 +119,7 @@ struct SumDevice {
   void accumulate(const Tensor& sum, const Tensor& part) const {
     constexpr int64_t kBlock = 1024;
     const bool wide = sum.scalar_type() != part.scalar_type();
-    torch::stable::parallel_for(0, (sum.numel() + kBlock - 1) / kBlock, 16, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, ceil_div(sum.numel(), kBlock), 16, [&](int64_t begin, int64_t end) {
       const Scratch<Acc> total(kBlock);
       for (int64_t i = begin * kBlock; i < std::min(end * kBlock, sum.numel()); i += kBlock) {
         const int64_t count = std::min(kBlock, sum.numel() - i);
@@ -147,13 +146,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   const HeadGradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = as_contiguous(torch::stable::to(grad, hidden.scalar_type()));
 
-  // The real tokens side by side; their gradients go back to their rows, all other rows are zero.
+  // The real tokens are gathered. Their gradients go back to their rows, and the gradient of padding is zero.
   const Sequences& sequences = input.sequences;
   const Tensor rows = torch::stable::empty(std::vector<int64_t>{sequences.tokens()}, ScalarType::Long);
   std::copy(sequences.row.begin(), sequences.row.end(), mutable_data<int64_t>(rows));
   const int64_t all_rows = cu_seqlens ? hidden.size(0) : hidden.size(0) * hidden.size(1);
   const Tensor tokens =
-      aten::index_select(torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.depth()}), 0, rows);
+      aten::index_select(torch::stable::view(input.hidden, std::vector<int64_t>{all_rows, input.dim()}), 0, rows);
   SumGradients sums;
   if (needs_hidden) sums.hidden = new_tensor(tokens, tokens.sizes());
   if (needs_weight) sums.weight = gradients.weight;
@@ -164,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   });
   if (gradients.hidden.numel() > 0) {
     std::memset(gradients.hidden.mutable_data_ptr(), 0, gradients.hidden.numel() * gradients.hidden.element_size());
-    const int64_t bytes = input.depth() * static_cast<int64_t>(gradients.hidden.element_size());
+    const int64_t bytes = input.dim() * static_cast<int64_t>(gradients.hidden.element_size());
     for (int64_t t = 0; t < sequences.tokens(); ++t) {
       std::memcpy(mutable_data<char>(gradients.hidden) + sequences.row[t] * bytes,
                   const_data<char>(*sums.hidden) + t * bytes, bytes);

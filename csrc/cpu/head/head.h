@@ -1,4 +1,4 @@
-// What the files of the CPU head share: the arguments once checked, and the three kernels' host sides.
+// Structures that the files of the CPU head share, and the functions behind its ops.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -13,7 +13,7 @@ struct HeadInput {
   Sequences sequences;
 
   int64_t vocabulary() const { return weight.size(0); }
-  int64_t depth() const { return weight.size(1); }
+  int64_t dim() const { return weight.size(1); }
 };
 
 HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -21,29 +21,27 @@ HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std
 
 struct HeadOutputs {
   Tensor pooled;
-  Tensor max_logits, argmax;  // without elements: not saved
+  Tensor max_logits, argmax;  // without elements if they are not saved
 };
 
-// Uninitialised; `none`: all without elements.
+// Return uninitialised outputs; with `none`, all of them are without elements.
 HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const std::optional<Tensor>& cu_seqlens,
                              Pooling pooling, bool save, bool float_output, bool none = false);
 
 struct HeadGradients {
-  Tensor hidden;  // without elements: not needed
-  Tensor weight;
-  Tensor bias;
+  Tensor hidden, weight, bias;  // without elements if they are not needed
 };
 
-void head_forward(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs);
+void head_forward_dense(const HeadInput& input, Pooling pooling, Activation activation, const HeadOutputs& outputs);
 
-// (tokens,) Which run of tokens each is summed up with first by head_forward's sum pooling, if they are of one
-// sequence.
-std::vector<int64_t> head_runs(const HeadInput& input);
+// Return the run (tokens,) of each token. Sum pooling in head_forward_dense adds up the tokens of a sequence that
+// belong to one run before it adds up the runs.
+std::vector<int64_t> find_sum_runs(const HeadInput& input);
 
-// Where each sequence lies in the flattened hidden states.
+// Rows of each sequence in the flattened hidden states, padding included.
 struct SequenceRows {
   std::vector<int64_t> start;  // (B,) row of position 0
-  std::vector<int64_t> rows;   // (B,) number of rows, those that do not count included
+  std::vector<int64_t> rows;   // (B,) number of rows
 };
 
 void head_backward_max(const Tensor& grad, const Tensor& max_logits, const Tensor& argmax, const Tensor& hidden,

@@ -1,4 +1,4 @@
-// head_prepare on the CPU: the decoder's weight in int8, for the screened head.
+// head_prepare on the CPU: rounds the weight to int8 for the screened head.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,28 +18,28 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
   check_floating("weight", weight, 2);
   check_mean(mean, weight);
   const Screen& kernel = screen();
-  const int64_t vocabulary = weight.size(0), depth = weight.size(1), columns = kernel.panel_columns;
-  STD_TORCH_CHECK(depth <= kScreenMaxDim, "weight must have at most ", kScreenMaxDim, " columns, got ", depth);
+  const int64_t vocabulary = weight.size(0), dim = weight.size(1), columns = kernel.panel_columns;
+  STD_TORCH_CHECK(dim <= kScreenMaxDim, "weight must have at most ", kScreenMaxDim, " columns, got ", dim);
   check_basis(basis, order, weight);
-  const int64_t panels = (vocabulary + columns - 1) / columns, padded_depth = screen_padded_dim(depth);
+  const int64_t panels = ceil_div(vocabulary, columns), padded_dim = screen_padded_dim(dim);
   const int64_t kinds = basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows;
   const Tensor dense = as_contiguous(weight);
   const PreparedWeight prepared{
-      as_contiguous(mean), new_tensor(mean, std::vector<int64_t>{panels, padded_depth / 4, columns}, ScalarType::Int),
+      as_contiguous(mean), new_tensor(mean, std::vector<int64_t>{panels, padded_dim / 4, columns}, ScalarType::Int),
       new_tensor(mean, std::vector<int64_t>{panels, kinds, columns}), contiguous_or_none(basis),
       contiguous_or_none(order)};
-  const std::vector<int64_t> order_of_entries = entries_in_order(prepared.order, vocabulary);
-  const std::vector<float> sign = rotation_signs(padded_depth);
-  const float* entries_basis = basis ? const_data<float>(*prepared.basis) + depth * padded_depth : nullptr;
-  const float rounding = screen_rounding(depth);
-  // Relative to the entry's norm.
-  const float basis_rounding = basis ? screen_basis_rounding(depth) * norm_of_basis(*prepared.basis, 1) +
+  const std::vector<int64_t> entry_of_column = column_entries(prepared.order, vocabulary);
+  const std::vector<float> sign = rotation_signs(padded_dim);
+  const float* entries_basis = basis ? const_data<float>(*prepared.basis) + dim * padded_dim : nullptr;
+  const float rounding = screen_rounding(dim);
+  // Rounding error of the change of basis, relative to the norm of a row of the weight.
+  const float basis_rounding = basis ? screen_basis_rounding(dim) * basis_norm_bound(*prepared.basis, 1) +
                                            1.001f * static_cast<float>(basis_error)
                                      : 0.0f;
   dispatch_floating(weight.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<float> scratch(2 * padded_depth * kMaxLanes);
+      const Scratch<float> scratch(2 * padded_dim * kMaxLanes);
       int64_t entries[kMaxLanes];
       int32_t sum[kScreenStages][kMaxLanes];
       float own_norm[kMaxLanes], rest[kScreenStages - 1][kMaxLanes];
@@ -47,12 +47,12 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
         for (int64_t lane = 0; lane < columns; lane += kernel.lanes) {
           // Columns past the vocabulary repeat its last entry.
           for (int64_t i = 0; i < kernel.lanes; ++i) {
-            entries[i] = order_of_entries[std::min(panel * columns + lane + i, vocabulary - 1)];
+            entries[i] = entry_of_column[std::min(panel * columns + lane + i, vocabulary - 1)];
           }
           float* residual = prepared.mutable_row(panel, PreparedWeight::kResidual) + lane;
           float* norm = prepared.mutable_row(panel, PreparedWeight::kNorm) + lane;
           row_functions<T>(kernel).round(
-              {const_data<T>(dense), depth, entries, kernel.lanes, depth, padded_depth, scratch.get(),
+              {const_data<T>(dense), dim, entries, kernel.lanes, dim, padded_dim, scratch.get(),
                const_data<float>(prepared.mean), false, sign.data(), entries_basis, nullptr},
               kernel.weight_levels, kernel.weight_offset,
               {prepared.units(panel) + lane,

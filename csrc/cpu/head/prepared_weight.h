@@ -1,4 +1,4 @@
-// The decoder's weight as the int8 product wants it, and checks of what belongs to it.
+// The weight as the int8 product reads it, and checks of the tensors that belong to it.
 #pragma once
 
 #include <cmath>
@@ -10,16 +10,17 @@
 
 namespace splade_fast::cpu {
 
-// The decoder's weight as the int8 product wants it.
 struct PreparedWeight {
-  Tensor mean;    // (D,) float: about the mean of the hidden states, taken from them before they are rounded
-  Tensor packed;  // (panels, steps, columns) int32, four int8 each
-  Tensor rows;    // (panels, kRows or with a basis kBasisRows, columns) float
-  std::optional<Tensor> basis;  // (2, D, padded D) float: what tokens, and what entries are multiplied by, instead of
-                                // being rotated: products stay what they are, their first depths tell most of them
-  std::optional<Tensor> order;  // with a basis (V,) int32: the entry of every column; entries alike are side by side
+  Tensor mean;    // (D,) float: about the mean of the hidden states, which is subtracted from them before rounding
+  Tensor packed;  // (panels, steps, columns) int32, each of four int8
+  Tensor rows;    // (panels, kRows, columns) float, or kBasisRows with a basis
+  // (2, D, padded D) float: two matrices by which tokens and rows of the weight are multiplied instead of being
+  // rotated. Dot products stay the same, and their first dimensions carry most of them.
+  std::optional<Tensor> basis;
+  // (V,) int32, with a basis: the vocabulary entry of each column. Similar entries are neighbours.
+  std::optional<Tensor> order;
 
-  // kRest: of every stage but the last, the norm of what it leaves.
+  // kRest has a row for each stage but the last: the norm of the dimensions after that stage.
   enum Row { kScale, kResidual, kNorm, kMeanDot, kRest };
   static constexpr int64_t kRows = kRest, kBasisRows = kRest + kScreenStages - 1;
   const float* row(int64_t panel, int64_t which) const {
@@ -31,11 +32,11 @@ struct PreparedWeight {
   }
 };
 
-// Random signs, times the norm of the Hadamard transform.
-inline std::vector<float> rotation_signs(int64_t padded_depth) {
-  std::vector<float> sign(padded_depth);
-  const float norm = 1.0f / std::sqrt(static_cast<float>(screen_block(padded_depth)));
-  for (int64_t d = 0; d < padded_depth; ++d) sign[d] = screen_sign(d) * norm;
+// Random signs, scaled so that the Hadamard transform keeps norms.
+inline std::vector<float> rotation_signs(int64_t padded_dim) {
+  std::vector<float> sign(padded_dim);
+  const float norm = 1.0f / std::sqrt(static_cast<float>(screen_block(padded_dim)));
+  for (int64_t d = 0; d < padded_dim; ++d) sign[d] = screen_sign(d) * norm;
   return sign;
 }
 
@@ -54,8 +55,8 @@ inline void check_basis(const std::optional<Tensor>& basis, const std::optional<
                   "order must be int32 (", weight.size(0), ",)");
 }
 
-// The entry of every column.
-inline std::vector<int64_t> entries_in_order(const std::optional<Tensor>& order, int64_t vocabulary) {
+// Vocabulary entry of each column.
+inline std::vector<int64_t> column_entries(const std::optional<Tensor>& order, int64_t vocabulary) {
   std::vector<int64_t> entries(vocabulary);
   const int32_t* given = order ? const_data<int32_t>(*order) : nullptr;
   for (int64_t column = 0; column < vocabulary; ++column) {
@@ -66,15 +67,15 @@ inline std::vector<int64_t> entries_in_order(const std::optional<Tensor>& order,
   return entries;
 }
 
-// Of a vector or a matrix, an upper bound.
-inline float norm_of(const float* data, int64_t count) {
+// Upper bound of the Frobenius norm.
+inline float frobenius_bound(const float* data, int64_t count) {
   double squares = 0;
   for (int64_t i = 0; i < count; ++i) squares += static_cast<double>(data[i]) * data[i];
   return static_cast<float>(std::sqrt(squares)) * (1.0f + 0x1p-10f);
 }
-inline float norm_of_basis(const Tensor& basis, int64_t which) {
+inline float basis_norm_bound(const Tensor& basis, int64_t which) {
   const int64_t count = basis.size(1) * basis.size(2);
-  return norm_of(const_data<float>(basis) + which * count, count);
+  return frobenius_bound(const_data<float>(basis) + which * count, count);
 }
 
 }  // namespace splade_fast::cpu

@@ -1,6 +1,7 @@
-// head forward on the CPU, screened: an int8 product with a rigorous bound leaves a few pairs of token and vocabulary
-// entry that can be positive (and, for max pooling, the maximum); only these are multiplied in full precision, with the
-// operations of the dense kernels, so that the result is theirs to the bit. docs/screening.md derives the bound.
+// Screened forward of the head on the CPU. An int8 product with a proven error bound finds the few pairs of token and
+// vocabulary entry whose logit may be positive and, for max pooling, the maximum. Only these pairs are multiplied in
+// full precision. Their products use the operations of the dense kernels, so the result is the same to the bit.
+// docs/screening.md derives the bound.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/head/rounded.h"
+#include "cpu/head/rounded_tokens.h"
 #include "cpu/positions.h"
 #include "cpu/simd/compensated.h"
 #include "cpu/simd/kernels.h"
@@ -17,76 +18,76 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int64_t kTokenBytes = int64_t{16} << 20;  // rounded tokens at a time
-constexpr int64_t kMaxSequences = 512;              // state rows of one block, per thread
-constexpr int64_t kProductTokens = 1024;            // whose products with a panel stay in the second-level cache
-constexpr size_t kMaxPairs = 4096;                  // gathered before they are multiplied
+constexpr int64_t kTokenBytes = int64_t{16} << 20;  // rounded tokens of a block
+constexpr int64_t kMaxSequences = 512;              // sequences of a block: each thread keeps the state of all
+constexpr int64_t kProductTokens = 1024;            // their products with a panel fit the second-level cache
+constexpr size_t kMaxPairs = 4096;                  // pairs that are collected before they are multiplied
 
-// What screening left over, of all threads.
-struct Survivors {
-  std::atomic<int64_t> compared{0};  // pairs of token and entry whose bounds were looked at one by one
-  std::atomic<int64_t> pairs{0};
-  std::atomic<int64_t> steps{0};      // of the int8 product that were made, and
-  std::atomic<int64_t> all_steps{0};  // that there were
+// Counts of the work of all threads.
+struct WorkCounts {
+  std::atomic<int64_t> compared{0};   // pairs of token and entry whose bounds were compared one by one
+  std::atomic<int64_t> pairs{0};      // pairs multiplied in full precision
+  std::atomic<int64_t> steps{0};      // steps of the int8 product that were made
+  std::atomic<int64_t> all_steps{0};  // steps of the whole int8 product
 
-  double share_of_steps() const {
+  double step_share() const {
     return all_steps == 0 ? 0.0 : static_cast<double>(steps) / static_cast<double>(all_steps);
   }
 };
 
 template <typename T, typename Out>
-class Screened {
+class ScreenedForward {
   using Acc = Accumulator<T>;
 
  public:
-  Screened(const HeadInput& input, const PreparedWeight& weight, Pooling pooling, Activation activation)
+  ScreenedForward(const HeadInput& input, const PreparedWeight& weight, Pooling pooling, Activation activation)
       : input_(input),
         weight_(weight),
         pooling_(pooling),
         activation_(activation),
         vocabulary_(input.vocabulary()),
-        depth_(input.depth()),
+        dim_(input.dim()),
         columns_(screen().panel_columns),
-        panels_((vocabulary_ + columns_ - 1) / columns_),
-        entries_(entries_in_order(weight.order, input.vocabulary())),
-        sign_(rotation_signs(screen_padded_dim(input.depth()))),
+        panels_(ceil_div(vocabulary_, columns_)),
+        entries_(column_entries(weight.order, input.vocabulary())),
+        sign_(rotation_signs(screen_padded_dim(input.dim()))),
         bias_(input.bias ? input.vocabulary() : 0) {
     if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
     find_thresholds();
     cut_into_blocks();
-    if (pooling == Pooling::kSum) runs_ = head_runs(input);
+    if (pooling == Pooling::kSum) runs_ = find_sum_runs(input);
   }
 
-  // Whether the whole costs less than the dense product would: from a share of the panels of the first block.
-  bool pays() {
-    constexpr int64_t kShare = 64, kLeast = 4;
+  // Whether screening costs less than the dense product, estimated from a sample of the panels of the first block.
+  bool is_worthwhile() {
+    constexpr int64_t kShare = 64, kMinPanels = 4;
     if (blocks_.empty() || panels_ == 0) return true;
-    const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kLeast));
+    const int64_t sampled = std::min(panels_, std::max(panels_ / kShare, kMinPanels));
     first_tokens_ = round(blocks_[0]);
-    Survivors survivors;
+    WorkCounts work;
     torch::stable::parallel_for(0, sampled, 1, [&](int64_t begin, int64_t end) {
       Worker worker(*this, *first_tokens_, blocks_[0], nullptr);
       for (int64_t i = begin; i < end; ++i) worker.screen_panel(i * panels_ / sampled);
-      worker.count(survivors);
+      worker.count(work);
     });
-    return cost(survivors, first_tokens_->count() * sampled * columns_) < kWorthIt;
+    return relative_cost(work, first_tokens_->count() * sampled * columns_) < kMaxRelativeCost;
   }
 
-  void run(const HeadOutputs& outputs, Survivors& survivors) {
+  void run(const HeadOutputs& outputs, WorkCounts& work) {
     for (const SequenceRange& block : blocks_) {
       const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
-      // Who is done takes the next panel: they differ in how much of their product is made. The last ones are the most
-      // active of all and go first.
+      // Panels differ in the share of their product that is made, so each thread takes the next panel when it has
+      // finished one. With a basis the last panels are the most active; they go first.
       const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), panels_);
       std::atomic<int64_t> left{panels_};
       torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
         Worker worker(*this, *tokens, block, &outputs);
         for (int64_t panel = --left; panel >= 0; panel = --left) {
           worker.screen_panel(panel);
-          worker.multiply_pairs_if(kMaxPairs);
+          worker.multiply_pairs_from(kMaxPairs);
         }
-        worker.multiply_pairs_if(1);
-        worker.count(survivors);
+        worker.multiply_pairs_from(1);
+        worker.count(work);
       });
     }
   }
@@ -96,16 +97,17 @@ class Screened {
     int64_t first, last;
   };
 
-  // An entry of the output that may be positive, and where its pairs start.
+  // An entry of the output that may be positive, and the first of its pairs.
   struct Entry {
     int64_t sequence, column;
     size_t first_pair;
   };
 
-  // One thread's part of a block.
+  // Work of one thread on a block.
   class Worker {
    public:
-    Worker(const Screened& head, const RoundedTokens<T>& tokens, const SequenceRange& block, const HeadOutputs* outputs)
+    Worker(const ScreenedForward& head, const RoundedTokens<T>& tokens, const SequenceRange& block,
+           const HeadOutputs* outputs)
         : head_(head),
           rounded_(tokens),
           tokens_(tokens.view()),
@@ -136,19 +138,19 @@ class Screened {
       }
     }
 
-    void multiply_pairs_if(size_t enough) {
-      if (pairs_.size() < enough) return;
+    void multiply_pairs_from(size_t min_pairs) {
+      if (pairs_.size() < min_pairs) return;
       const T* hidden = const_data<T>(head_.input_.hidden);
       const T* weight = const_data<T>(head_.input_.weight);
       std::vector<const T*> tokens(pairs_.size()), weights(pairs_.size());
       for (size_t e = 0; e < entries_.size(); ++e) {
         for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
-          tokens[p] = hidden + head_.input_.sequences.row[pairs_[p]] * head_.depth_;
-          weights[p] = weight + entries_[e].column * head_.depth_;
+          tokens[p] = hidden + head_.input_.sequences.row[pairs_[p]] * head_.dim_;
+          weights[p] = weight + entries_[e].column * head_.dim_;
         }
       }
       std::vector<Acc> products(pairs_.size());
-      kernels<T>().multiply_pairs(tokens.data(), weights.data(), static_cast<int64_t>(pairs_.size()), head_.depth_,
+      kernels<T>().multiply_pairs(tokens.data(), weights.data(), static_cast<int64_t>(pairs_.size()), head_.dim_,
                                   products.data());
       head_.pooling_ == Pooling::kMax ? pool_max(products) : pool_sum(products);
       multiplied_ += static_cast<int64_t>(pairs_.size());
@@ -156,11 +158,11 @@ class Screened {
       pairs_.clear();
     }
 
-    void count(Survivors& survivors) const {
-      survivors.compared += found_.compared;
-      survivors.pairs += multiplied_ + static_cast<int64_t>(pairs_.size());
-      survivors.steps += steps_;
-      survivors.all_steps += all_steps_;
+    void count(WorkCounts& work) const {
+      work.compared += found_.compared;
+      work.pairs += multiplied_ + static_cast<int64_t>(pairs_.size());
+      work.steps += steps_;
+      work.all_steps += all_steps_;
     }
 
    private:
@@ -177,14 +179,14 @@ class Screened {
       const std::vector<int64_t>& offset = input.sequences.offset;
       if (offset[first] == offset[last]) return;
       const int64_t origin = offset[block_.first], first_column = panel * head_.columns_;
-      // Tokens are multiplied from the start of a group on.
+      // The product begins at the start of a group of tokens.
       const int64_t start = (offset[first] - origin) / kScreenGroup * kScreenGroup;
       float* state = state_.get() - tokens_.sequence[start] * head_.columns_;
       const int64_t states = last - block_.first - tokens_.sequence[start];
       std::fill_n(state_.get(), states * head_.columns_, -std::numeric_limits<float>::infinity());
       const int64_t end = offset[last] - origin, tile = screen().tile_tokens;
       steps_ += screen().multiply(tokens_, weight, start, end, products_.get(), state, settled_.get());
-      all_steps_ += (end - start + tile - 1) / tile * tokens_.steps;
+      all_steps_ += ceil_div(end - start, tile) * tokens_.steps;
       for (int64_t sequence = first; sequence < last; ++sequence) {
         const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
         if (length == 0 || all_settled(begin - start, length)) continue;
@@ -196,11 +198,11 @@ class Screened {
             head_.pooling_ == Pooling::kMax, found_);
         const int32_t* token = found_.tokens;
         for (int64_t e = 0; e < found_.entries; token += found_.counts[e++]) {
-          // Columns past the vocabulary repeat its last entry.
+          // Columns past the vocabulary repeat the last entry.
           if (first_column + found_.columns[e] >= head_.vocabulary_) continue;
           entries_.push_back({sequence, head_.entries_[first_column + found_.columns[e]], pairs_.size()});
           for (int64_t i = 0; i < found_.counts[e]; ++i) pairs_.push_back(rounded_.token(begin + token[i]));
-          if (!rounded_.in_order()) std::sort(pairs_.end() - found_.counts[e], pairs_.end());
+          if (!rounded_.is_in_input_order()) std::sort(pairs_.end() - found_.counts[e], pairs_.end());
         }
       }
     }
@@ -214,7 +216,7 @@ class Screened {
       return entry + 1 < entries_.size() ? entries_[entry + 1].first_pair : pairs_.size();
     }
 
-    // Of an entry in (B, V).
+    // Offset of an entry in (B, V).
     int64_t place(size_t entry) const { return entries_[entry].sequence * head_.vocabulary_ + entries_[entry].column; }
 
     std::vector<Acc> biases(const std::vector<int64_t>& columns) const {
@@ -228,7 +230,7 @@ class Screened {
       std::vector<int32_t> positions(entries_.size());
       std::vector<int64_t> columns(entries_.size());
       for (size_t e = 0; e < entries_.size(); ++e) {
-        // As beats() of the dense kernel: NaN is taken and kept, ties stay with the earlier token.
+        // NaN replaces every number and is kept, and ties keep the earlier token, as beats() in isa.h defines it.
         Acc largest = -std::numeric_limits<Acc>::infinity();
         for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
           if (products[p] <= largest || largest != largest) continue;
@@ -239,31 +241,31 @@ class Screened {
         columns[e] = entries_[e].column;
       }
       std::vector<Out> pooled(entries_.size());
-      kernels<Out>().finish_max(logits.data(), biases(columns).data(), static_cast<int64_t>(entries_.size()),
-                                head_.activation_, pooled.data());
-      const bool save = outputs_->max_logits.numel() > 0;
+      kernels<Out>().activate_logits(logits.data(), biases(columns).data(), static_cast<int64_t>(entries_.size()),
+                                     head_.activation_, pooled.data());
+      const bool should_save = outputs_->max_logits.numel() > 0;
       Out* all_pooled = mutable_data<Out>(outputs_->pooled);
-      Acc* all_logits = save ? mutable_data<Acc>(outputs_->max_logits) : nullptr;
+      Acc* all_logits = should_save ? mutable_data<Acc>(outputs_->max_logits) : nullptr;
       for (size_t e = 0; e < entries_.size(); ++e) {
         all_pooled[place(e)] = pooled[e];
-        if (save) all_logits[place(e)] = logits[e];
+        if (should_save) all_logits[place(e)] = logits[e];
       }
-      if (!save) return;
+      if (!should_save) return;
       dispatch_positions(outputs_->argmax, [&](auto* all_positions) {
         using Stored = std::remove_pointer_t<decltype(all_positions)>;
         for (size_t e = 0; e < entries_.size(); ++e) all_positions[place(e)] = static_cast<Stored>(positions[e]);
       });
     }
 
-    // Run by run of the dense kernel: tokens that are left out would have added zeros.
+    // Sum up by the runs of the dense kernel. The tokens that were ruled out would have added zeros.
     void pool_sum(std::vector<Acc>& products) const {
       std::vector<int64_t> columns(products.size());
       for (size_t e = 0; e < entries_.size(); ++e) {
         std::fill(columns.begin() + entries_[e].first_pair, columns.begin() + pairs_end(e), entries_[e].column);
       }
       std::vector<Acc> weights(products.size());
-      kernels<Acc>().finish_max(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
-                                head_.activation_, weights.data());
+      kernels<Acc>().activate_logits(products.data(), biases(columns).data(), static_cast<int64_t>(products.size()),
+                                     head_.activation_, weights.data());
       for (size_t e = 0; e < entries_.size(); ++e) {
         Acc total = 0, lost = 0, run = 0;
         for (size_t p = entries_[e].first_pair; p < pairs_end(e); ++p) {
@@ -277,7 +279,7 @@ class Screened {
       }
     }
 
-    const Screened& head_;
+    const ScreenedForward& head_;
     const RoundedTokens<T>& rounded_;
     const ScreenTokens tokens_;
     const SequenceRange block_;
@@ -288,7 +290,7 @@ class Screened {
     const Scratch<int32_t> columns_, counts_, found_tokens_, scratch_;
     ScreenedPairs found_;
     std::vector<Entry> entries_;
-    std::vector<int64_t> pairs_;  // tokens
+    std::vector<int64_t> pairs_;  // token of each pair
     int64_t multiplied_ = 0, steps_ = 0, all_steps_ = 0;
   };
 
@@ -312,13 +314,13 @@ class Screened {
 
   void cut_into_blocks() {
     const std::vector<int64_t>& offset = input_.sequences.offset;
-    // Along a basis there are floats as well, before they are rounded.
+    // With a basis the tokens are also kept as floats until they are rounded.
     const int64_t bytes = weight_.basis ? 1 + sizeof(float) : 1;
-    const int64_t most = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_dim(input_.depth())), 1);
+    const int64_t max_tokens = std::max<int64_t>(kTokenBytes / (bytes * screen_padded_dim(input_.dim())), 1);
     for (int64_t first = 0; first < input_.sequences.batch();) {
       int64_t last = first + 1;
       while (last < input_.sequences.batch() && last - first < kMaxSequences &&
-             offset[last + 1] - offset[first] <= most) {
+             offset[last + 1] - offset[first] <= max_tokens) {
         ++last;
       }
       if (offset[last] > offset[first]) blocks_.push_back({first, last});
@@ -326,40 +328,40 @@ class Screened {
     }
   }
 
-  // Relative to the dense product of as many pairs of token and entry. Fitted to measurements (docs/screening.md), in
-  // multiplications of the float32 product: what every pair costs beside its int8 product, what comparing a pair with
-  // its bound costs, and what a pair costs that is multiplied in full precision.
-  double cost(const Survivors& survivors, int64_t screened) const {
+  // Estimated cost, relative to the dense product of as many pairs of token and entry. The constants are fitted to
+  // measurements (docs/screening.md) and count multiplications of the float32 product: for storing the int8 product of
+  // a pair, for comparing a pair with its bound, and for fetching and multiplying a pair in full precision.
+  double relative_cost(const WorkCounts& work, int64_t pairs) const {
     constexpr double kStore = 8, kCompare = 30, kFetch = 2400, kMultiply = 14.5;
-    const double all = static_cast<double>(screened), depth = static_cast<double>(depth_);
-    const double steps = depth / kernels<T>().step_depth;
-    const double product = all * (survivors.share_of_steps() * depth / screen().speed + kStore);
-    return (product + kCompare * survivors.compared + (kFetch + kMultiply * steps) * survivors.pairs) / (all * steps);
+    const double all = static_cast<double>(pairs), dim = static_cast<double>(dim_);
+    const double steps = dim / kernels<T>().step_dims;
+    const double product = all * (work.step_share() * dim / screen().speed + kStore);
+    return (product + kCompare * work.compared + (kFetch + kMultiply * steps) * work.pairs) / (all * steps);
   }
 
-  static constexpr double kWorthIt = 0.9;
+  static constexpr double kMaxRelativeCost = 0.9;
 
   const HeadInput& input_;
   const PreparedWeight& weight_;
   const Pooling pooling_;
   const Activation activation_;
-  const int64_t vocabulary_, depth_;  // asking the tensors goes through torch's library
+  const int64_t vocabulary_, dim_;  // copies, because a tensor returns its sizes through a call of torch
   const int64_t columns_, panels_;
-  const std::vector<int64_t> entries_;  // of the columns
+  const std::vector<int64_t> entries_;  // vocabulary entry of each column
   const std::vector<float> sign_;
   const Scratch<Acc> bias_;
   std::vector<float> threshold_;  // (panels * columns)
   std::vector<SequenceRange> blocks_;
-  std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, where pays() has rounded them
+  std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, if is_worthwhile() has rounded them
   std::vector<int64_t> runs_;
 };
 
-void clear(const Tensor& fresh) {
-  if (fresh.numel() == 0) return;
-  prefer_huge_pages(fresh);
-  const int64_t row = fresh.size(1) * static_cast<int64_t>(fresh.element_size());
-  torch::stable::parallel_for(0, fresh.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::memset(mutable_data<char>(fresh) + begin * row, 0, (end - begin) * row);
+void fill_with_zeros(const Tensor& output) {
+  if (output.numel() == 0) return;
+  prefer_huge_pages(output);
+  const int64_t row = output.size(1) * static_cast<int64_t>(output.element_size());
+  torch::stable::parallel_for(0, output.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::memset(mutable_data<char>(output) + begin * row, 0, (end - begin) * row);
   });
 }
 
@@ -377,33 +379,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   check_basis(basis, order, weight);
   const PreparedWeight prepared{as_contiguous(mean), as_contiguous(packed), as_contiguous(rows),
                                 contiguous_or_none(basis), contiguous_or_none(order)};
-  const int64_t columns = screen().panel_columns, panels = (weight.size(0) + columns - 1) / columns;
+  const int64_t columns = screen().panel_columns, panels = ceil_div(weight.size(0), columns);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Int && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 3 && packed.size(0) == panels &&
                       packed.size(1) == screen_padded_dim(weight.size(1)) / 4 && packed.size(2) == columns &&
                       rows.dim() == 3 && rows.size(0) == panels && rows.size(2) == columns &&
                       rows.size(1) == (basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows),
                   "packed and rows must be what head_prepare made of weight");
-  // declined, tokens compared, pairs multiplied, percent of the int8 product
+  // The report of head_forward_screened in ops.cpp.
   const Tensor report = new_tensor(hidden, std::vector<int64_t>{4}, ScalarType::Long);
-  int64_t* facts = mutable_data<int64_t>(report);
+  int64_t* counts = mutable_data<int64_t>(report);
   HeadOutputs outputs;
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto compute = [&](auto out) {
-      Screened<T, typename decltype(out)::type> head(input, prepared, pooling, activation);
-      Survivors survivors;
-      facts[0] = may_decline && !head.pays();
-      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save && !facts[0], float_output, facts[0] != 0);
-      if (!facts[0]) {
-        clear(outputs.pooled);
-        clear(outputs.max_logits);
-        clear(outputs.argmax);
-        head.run(outputs, survivors);
+      ScreenedForward<T, typename decltype(out)::type> head(input, prepared, pooling, activation);
+      WorkCounts work;
+      const bool is_declined = may_decline && !head.is_worthwhile();
+      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output, is_declined);
+      if (!is_declined) {
+        fill_with_zeros(outputs.pooled);
+        fill_with_zeros(outputs.max_logits);
+        fill_with_zeros(outputs.argmax);
+        head.run(outputs, work);
       }
-      facts[1] = survivors.compared;
-      facts[2] = survivors.pairs;
-      facts[3] = std::lround(100 * survivors.share_of_steps());
+      counts[0] = is_declined;
+      counts[1] = work.compared;
+      counts[2] = work.pairs;
+      counts[3] = std::lround(100 * work.step_share());
     };
     float_output ? compute(Type<Accumulator<T>>{}) : compute(Type<T>{});
   });

@@ -1,11 +1,11 @@
-// Sums of many parts that do not lose what rounding takes from them.
+// Compensated summation.
 #pragma once
 
 namespace splade_fast::cpu {
 namespace {
 
-// total += part; lost is what the additions so far have rounded off. Numbers or vectors of them. A part of 0 changes
-// neither, so parts may be left out that are known to be 0.
+// total += part, for numbers or vectors. lost is the sum of the rounding errors so far. A part of 0 changes neither, so
+// parts that are known to be 0 may be left out.
 template <typename V>
 inline void add_part(V& total, V& lost, V part) {
   const V sum = total + part, added = sum - total;
@@ -13,7 +13,7 @@ inline void add_part(V& total, V& lost, V part) {
   total = sum;
 }
 
-// The sum once all parts are in. Where it is infinite, nothing is known of what was lost.
+// The sum of all parts. lost is NaN where the sum has overflowed.
 template <typename Acc>
 inline Acc whole_sum(Acc total, Acc lost) {
   return lost == lost ? total + lost : total;

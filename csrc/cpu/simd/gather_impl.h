@@ -1,4 +1,4 @@
-// Ages of cached items, for one instruction set.
+// Kernel of gather: ages of cached items.
 #pragma once
 
 #include "cpu/simd/isa.h"
@@ -6,7 +6,8 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Ages are added to as unsigned integers, where the largest wraps around as in PyTorch's addition.
+// Add one to every age, and return the largest former age. The addition is unsigned, so that the largest age wraps
+// around as in PyTorch.
 inline int32_t grow_older(int32_t* age, int64_t count) {
   typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   using Ages = Mask<float>;

@@ -1,4 +1,4 @@
-// Chooses the kernel tables for this machine, once.
+// Choice of the instruction set, and thus of the kernel tables, for this machine.
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
@@ -19,8 +19,8 @@ namespace splade_fast::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Tiles and their int8 products (leaf 7 of cpuid), and the system's leave for this process to use their registers.
-bool amx_int8_runs() {
+// Whether the processor has tiles and their int8 products (leaf 7 of cpuid), and the system lets this process use them.
+bool has_amx_int8() {
   unsigned a = 0, b = 0, c = 0, features = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
@@ -32,11 +32,12 @@ bool amx_int8_runs() {
 
 struct InstructionSet {
   const char* name;
-  bool runs_here;
+  bool is_supported;
   const AllKernels& (*kernels)();
   const Screen& (*screen)();
 };
 
+// Return the best set that this machine supports, or the one that SPLADE_FAST_ISA names.
 InstructionSet choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -44,8 +45,8 @@ InstructionSet choose() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const InstructionSet candidates[] = {
-      {"amx", avx512vnni && __builtin_cpu_supports("avx512bf16") && amx_int8_runs(), kernels_avx512bf16, screen_amx},
+  const InstructionSet sets[] = {
+      {"amx", avx512vnni && __builtin_cpu_supports("avx512bf16") && has_amx_int8(), kernels_avx512bf16, screen_amx},
       {"avx512bf16", avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
       {"avx512vnni", avx512vnni, kernels_avx512, screen_avx512vnni},
       {"avx512", avx512, kernels_avx512, screen_avx512},
@@ -54,17 +55,17 @@ InstructionSet choose() {
       {"portable", true, kernels_portable, screen_portable},
   };
 #elif defined(__aarch64__)
-  const InstructionSet candidates[] = {
+  const InstructionSet sets[] = {
       {"dotprod", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, kernels_portable, screen_dotprod},
       {"portable", true, kernels_portable, screen_portable},
   };
 #else
-  const InstructionSet candidates[] = {{"portable", true, kernels_portable, screen_portable}};
+  const InstructionSet sets[] = {{"portable", true, kernels_portable, screen_portable}};
 #endif
   const char* wanted = std::getenv("SPLADE_FAST_ISA");
-  for (const InstructionSet& candidate : candidates) {
-    const bool chosen = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, candidate.name) == 0;
-    if (chosen && candidate.runs_here) return candidate;
+  for (const InstructionSet& set : sets) {
+    const bool is_wanted = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, set.name) == 0;
+    if (is_wanted && set.is_supported) return set;
   }
   STD_TORCH_CHECK(false, "SPLADE_FAST_ISA=", wanted, " is not an instruction set of this build and machine");
 }
@@ -88,8 +89,9 @@ const Screen& screen() {
 
 }  // namespace splade_fast::cpu
 
-// For build_info(): read with ctypes, since an op cannot return a string through the stable ABI of torch 2.10. Null
-// where SPLADE_FAST_ISA names none: what C calls must not throw, and the first op says it.
+// Name of the instruction set, for build_info(). Python calls this through ctypes, because an op cannot return a string
+// through the stable ABI of torch 2.10. A C function must not throw, so null stands for an invalid SPLADE_FAST_ISA; the
+// first op raises the error.
 extern "C" __attribute__((visibility("default"))) const char* splade_fast_cpu_instruction_set() {
   try {
     return splade_fast::cpu::chosen().name;

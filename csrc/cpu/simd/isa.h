@@ -1,8 +1,8 @@
-// Vectors of whatever width the compiler targets. Each kernels_<isa>.cpp is compiled for one instruction set and
-// includes this; GCC's and Clang's vector extensions turn it into that set's instructions.
+// Vectors of the width that the compiler targets, and functions on them. The files that are compiled once for each
+// instruction set include this file; the vector extensions of GCC and Clang yield the instructions of the set.
 //
-// Only fundamental types and <cstdint>/<cstring>/<cmath> here: a shared inline function compiled for AVX-512 must
-// not be the copy that the linker keeps for older machines.
+// The file uses only fundamental types, <cstdint>, <cstring> and <cmath>. Of an inline function that several files
+// share, the linker keeps one copy, which must not be one that was compiled for AVX-512 and fails on older machines.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/dtypes.h"
+#include "cpu/simd/dtypes.h"
 
 namespace splade_fast::cpu {
 namespace {
@@ -43,7 +43,7 @@ struct VectorOf<double> {
 template <typename Acc>
 using Vec = typename VectorOf<Acc>::type;
 template <typename Acc>
-using Mask = typename VectorOf<Acc>::mask;  // also the vector of positions that rides beside a maximum
+using Mask = typename VectorOf<Acc>::mask;  // also the vector type of positions and sort keys
 template <typename Acc>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
 
@@ -59,7 +59,7 @@ inline void store_bits(void* target, V value) {
   std::memcpy(target, &value, sizeof(V));
 }
 
-// Bit i: lane i of a mask is set.
+// Return an integer whose bit i says whether lane i of the mask is set.
 template <typename Acc>
 inline unsigned lane_bits(Mask<Acc> mask) {
 #if defined(__AVX512F__)
@@ -136,7 +136,7 @@ inline void store_vec(float16* target, Vec<float> value) {
 #endif
 }
 
-// The first `count` lanes only, the others zero: the ragged end of a row.
+// Load and store the end of a row, which is shorter than a vector. The lanes past `count` are zero.
 template <typename T>
 inline Vec<Accumulator<T>> load_partial(const T* source, int64_t count) {
   T padded[kLanes<Accumulator<T>>] = {};
@@ -153,14 +153,14 @@ inline void store_partial(T* target, Vec<Accumulator<T>> value, int64_t count) {
 
 // Shuffles ------------------------------------------------------------------------------------------------------
 
-// One step of transposing a square of vectors: of rows i and i + kHalf, swap the halves of every 2 * kHalf lanes that
+// One step of the transposition of a square. In rows i and i + kHalf, it swaps the halves of each 2 * kHalf lanes that
 // are on the wrong side of the diagonal.
 template <int kHalf, typename V>
 inline void swap_halves(V& upper, V& lower) {
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(upper[0]));
   typedef std::conditional_t<sizeof(upper[0]) == 8, int64_t, int32_t> Index;
   typedef Index Indices __attribute__((vector_size(kVectorBytes)));
-  Indices first = {}, second = {};  // lanes of the pair: upper 0 … kCount - 1, lower from kCount
+  Indices first = {}, second = {};  // lanes of upper start at 0, those of lower at kCount
   for (int i = 0; i < kCount; ++i) {
     first[i] = i & kHalf ? kCount + i - kHalf : i;
     second[i] = i & kHalf ? kCount + i : i + kHalf;
@@ -186,7 +186,7 @@ inline void transpose_step(V (&rows)[kRows]) {
   if constexpr (kHalf > 1) transpose_step<kHalf / 2>(rows);
 }
 
-// rows[i][j] <-> rows[j][i]
+// Swap rows[i][j] and rows[j][i].
 template <typename V, int kRows>
 inline void transpose(V (&rows)[kRows]) {
   if constexpr (kRows > 1) transpose_step<kRows / 2>(rows);
@@ -199,15 +199,15 @@ inline V broadcast(S value) {
   return V{} + value;
 }
 
-// relu that keeps NaN, as torch.relu does.
+// relu that keeps NaN, as torch.relu does
 template <typename Acc>
 inline Vec<Acc> relu(Vec<Acc> x) {
   return x < 0 ? Vec<Acc>{} : x;
 }
 
-// log(1 + x) for x >= 0, inf or NaN; within 2 ulp. u = 1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)), and
-// log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, whose series to s^9 is exact to 1e-9. What rounding
-// took from u comes back as the first-order term (x - (u - 1)) / u.
+// log(1 + x) for x >= 0, inf or NaN, within 2 ulp. With u = 1 + x = 2^k m and m in [sqrt(1/2), sqrt(2)), the series of
+// log(m) = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172, is exact to 1e-9 when taken to s^9. The term
+// (x - (u - 1)) / u corrects the rounding of u to first order.
 inline Vec<float> log1p_vec(Vec<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Vec<float> one = broadcast<Vec<float>>(1.0f);
@@ -217,7 +217,7 @@ inline Vec<float> log1p_vec(Vec<float> x) {
   const Mask<float> exponent = reinterpret_cast<Mask<float>>(shifted >> 23) - 127;
   const Vec<float> m = reinterpret_cast<Vec<float>>((shifted & 0x007fffffu) + kSqrtHalf);
   const Vec<float> k = __builtin_convertvector(exponent, Vec<float>);
-  // The smaller summand is the one that was rounded.
+  // The smaller summand is the one that lost bits.
   const Vec<float> lost = exponent >= 1 ? one - (u - x) : x - (u - one);
   const Vec<float> f = m - one;
   const Vec<float> s = f / (m + one);
@@ -228,7 +228,7 @@ inline Vec<float> log1p_vec(Vec<float> x) {
   // 2s = f - s f, so that the large term f stays exact.
   const Vec<float> log_m = f - (s * f - (2.0f * s * series + (k * ln2_low + lost / u)));
   const Vec<float> result = k * ln2_high + log_m;
-  return x < __builtin_inff() ? result : x;  // inf and NaN pass
+  return x < __builtin_inff() ? result : x;  // inf and NaN stay
 }
 
 inline Vec<double> log1p_vec(Vec<double> x) {
@@ -237,10 +237,10 @@ inline Vec<double> log1p_vec(Vec<double> x) {
   return result;
 }
 
-// exp(x) for x <= 0, +inf or NaN; within 1.2 ulp down to -87, 0 below. x = k log(2) + r, and exp(r) by its series to
-// r^7.
+// exp(x) for x <= 0, +inf or NaN: within 1.2 ulp down to -87, and 0 below. With x = k log(2) + r, the series of exp(r)
+// is taken to r^7.
 inline Vec<float> exp_vec(Vec<float> x) {
-  const float magic = 0x1.8p23f;  // what is added to it is rounded to an integer, found in the lowest bits
+  const float magic = 0x1.8p23f;  // a number added to it is rounded to an integer, which stands in the lowest bits
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
   const Vec<float> k = shifted - magic;
   const float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
@@ -260,10 +260,11 @@ inline Vec<double> exp_vec(Vec<double> x) {
   return result;
 }
 
-// A running maximum. NaN is taken and then kept, as torch.max does; ties keep the earlier position.
+// Whether x replaces the maximum so far. NaN replaces every number and is kept, as in torch.max, and ties keep the
+// earlier position.
 template <typename Acc>
-inline Mask<Acc> beats(Vec<Acc> candidate, Vec<Acc> value) {
-  return ~(candidate <= value) & (value == value);
+inline Mask<Acc> beats(Vec<Acc> x, Vec<Acc> maximum) {
+  return ~(x <= maximum) & (maximum == maximum);
 }
 
 // Whether any lane of a mask is set.

@@ -1,4 +1,5 @@
-// The CPU kernels, written once in vector extensions and compiled once per instruction set.
+// The CPU kernels in vector extensions, compiled once for each instruction set. This file implements those of the head
+// and pool, and collects those of the other ops.
 #pragma once
 
 #include "cpu/simd/compensated.h"
@@ -16,12 +17,12 @@ namespace {
 template <typename Acc>
 using Products = const Vec<Acc> (*)[kPanelVectors];
 
-// body(state, first_token, count, products) for every run of tokens of one sequence in a tile: state is where the
-// sequence's row starts, products those of the run.
+// Call body(state, first_token, count, products) for each run of tokens of one sequence in a tile. state is the offset
+// of the row of the sequence, and products are those of the run.
 template <typename T, typename Body>
 inline void for_each_run(const Panel<Accumulator<T>>& panel, Body body) {
-  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.depth);
-  const int64_t num_steps = steps<T>(panel.depth);
+  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, panel.dim);
+  const int64_t num_steps = steps<T>(panel.dim);
   const char* tile = static_cast<const char*>(panel.tokens);
   const int64_t tiles = (panel.num_tokens + kTileTokens - 1) / kTileTokens;
   Vec<Accumulator<T>> products[kTileTokens][kPanelVectors];
@@ -69,7 +70,7 @@ inline Vec<Acc> activate(Vec<Acc> logit, Activation activation) {
   return weight;
 }
 
-// Derivative at a positive logit.
+// Derivative of the activation at a positive logit.
 template <typename Acc>
 inline Vec<Acc> activation_slope(Vec<Acc> logit, Activation activation) {
   const Vec<Acc> one = broadcast<Vec<Acc>>(Acc(1));
@@ -85,7 +86,7 @@ void head_sum(const Panel<Accumulator<T>>& panel) {
   for_each_run<T>(panel, [&](int64_t state, int64_t, int64_t count, Products<Acc> products) {
     for (int j = 0; j < kPanelVectors; ++j) {
       const Vec<Acc> bias = load_bits<Vec<Acc>>(panel.bias + j * kLanes<Acc>);
-      Vec<Acc> sum = {};  // of the run first: summing by parts rounds less
+      Vec<Acc> sum = {};  // of the run: summing in runs reduces the rounding error
       for (int64_t t = 0; t < count; ++t) sum += activate<Acc>(products[t][j] + bias, panel.activation);
       Acc* const value = panel.value + state + j * kLanes<Acc>;
       Acc* const value_lost = panel.lost + state + j * kLanes<Acc>;
@@ -97,7 +98,7 @@ void head_sum(const Panel<Accumulator<T>>& panel) {
   });
 }
 
-// body(column, load, store) for every vector of a row: load and store take the ragged end with care.
+// Call body(column, load, store) for each vector of a row. load and store do not access memory past the end of the row.
 template <typename Acc, typename Body>
 inline void for_each_vector(int64_t columns, Body body) {
   int64_t column = 0;
@@ -113,23 +114,23 @@ inline void for_each_vector(int64_t columns, Body body) {
   }
 }
 
-// Several rows a pass, so that the running maximum is read and written less often than the logits. With that many
-// streams the hardware does not look far enough ahead by itself: asking 1 KiB ahead takes 15 % off.
+// Pools kRows rows in one pass, so that the maxima are read and written less often than the logits. The hardware does
+// not prefetch that many streams far enough: prefetching 1 KiB ahead saves 15 %.
 template <typename T, int kRows, bool kArgmax>
 inline void pool_max_rows(const T* const* rows, const int32_t* position, int64_t columns, Accumulator<T>* value,
                           Position<Accumulator<T>>* argmax) {
   using Acc = Accumulator<T>;
   constexpr int64_t kAhead = 1024 / sizeof(T);
   for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto) {
-    // The state's rows are padded to whole vectors by the caller.
+    // The caller pads value and argmax to whole vectors.
     Vec<Acc> best = load_bits<Vec<Acc>>(value + column);
     Mask<Acc> where = {};
     if constexpr (kArgmax) where = load_bits<Mask<Acc>>(argmax + column);
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(rows[r] + column + kAhead);
-      const Vec<Acc> candidate = load(rows[r] + column);
-      const Mask<Acc> better = beats<Acc>(candidate, best);
-      best = better ? candidate : best;
+      const Vec<Acc> logit = load(rows[r] + column);
+      const Mask<Acc> better = beats<Acc>(logit, best);
+      best = better ? logit : best;
       if constexpr (kArgmax) where = better ? broadcast<Mask<Acc>>(position[r]) : where;
     }
     store_bits(value + column, best);
@@ -161,7 +162,7 @@ template <typename T>
 void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation activation, Accumulator<T>* value) {
   using Acc = Accumulator<T>;
   for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto) {
-    // By parts, and the parts with Kahan's compensation: the error does not grow with the length.
+    // Parts are summed with Kahan's compensation, so that the error does not grow with the length.
     constexpr int64_t kPart = 64;
     Vec<Acc> sum = load_bits<Vec<Acc>>(value + column), lost = {};
     for (int64_t first = 0; first < count; first += kPart) {
@@ -170,7 +171,7 @@ void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation a
       for (int64_t row = first; row < last; ++row) part += activate<Acc>(load(rows[row] + column), activation);
       const Vec<Acc> next = sum + (part - lost);
       lost = (next - sum) - (part - lost);
-      lost = lost == lost ? lost : Vec<Acc>{};  // inf - inf
+      lost = lost == lost ? lost : Vec<Acc>{};  // inf - inf is NaN
       sum = next;
     }
     store_bits(value + column, sum);
@@ -178,19 +179,20 @@ void pool_sum(const T* const* rows, int64_t count, int64_t columns, Activation a
 }
 
 template <typename T>
-void finish_max(Accumulator<T>* value, const Accumulator<T>* bias, int64_t columns, Activation activation, T* pooled) {
+void activate_logits(Accumulator<T>* logits, const Accumulator<T>* bias, int64_t columns, Activation activation,
+                     T* pooled) {
   using Acc = Accumulator<T>;
-  // Most of a trained model's entries are not positive, so a stretch without any skips the logarithms.
+  // Most logits of a trained model are not positive. A stretch without positive logits skips the logarithms.
   constexpr int64_t kStretch = 4 * kLanes<Acc>;
   for (int64_t start = 0; start < columns; start += kStretch) {
     const int64_t count = start + kStretch < columns ? kStretch : columns - start;
-    Acc* logit = value + start;
-    bool any = false;
+    Acc* logit = logits + start;
+    bool is_active = false;
     for (int64_t i = 0; i < count; ++i) {
       if (bias) logit[i] += bias[start + i];
-      any |= !(logit[i] <= 0);
+      is_active |= !(logit[i] <= 0);
     }
-    if (!any) {
+    if (!is_active) {
       std::memset(pooled + start, 0, count * sizeof(T));
       continue;
     }
@@ -200,13 +202,13 @@ void finish_max(Accumulator<T>* value, const Accumulator<T>* bias, int64_t colum
   }
 }
 
-// Logit and result in types of their own: (Acc, Acc) for the pairs of max pooling, (T, T) for sum pooling.
+// Logits and result are in L, which is Acc for max pooling and T for sum pooling.
 template <typename T, typename L>
 void coefficients(const T* grad, const L* logit, int64_t columns, Activation activation, L* coefficient) {
   using Acc = Accumulator<T>;
   for_each_vector<Acc>(columns, [&](int64_t column, auto load, auto store) {
     const Vec<Acc> z = load(logit + column);
-    // Not grad * 0 where inactive: an infinite gradient must not become NaN there.
+    // An inactive logit has gradient 0, not grad * 0, which is NaN for an infinite gradient.
     store(coefficient + column, z <= 0 ? Vec<Acc>{} : load(grad + column) * activation_slope<Acc>(z, activation));
   });
 }
@@ -232,7 +234,7 @@ template <typename T>
 constexpr Kernels<T> make_kernels() {
   return {kTileTokens,
           kPanelColumns<Accumulator<T>>,
-          Step<T>::kDepth,
+          Step<T>::kDims,
           packed_bytes<T>,
           pack<T>,
           head_max<T>,
@@ -240,7 +242,7 @@ constexpr Kernels<T> make_kernels() {
           multiply_pairs<T>,
           pool_max<T>,
           pool_sum<T>,
-          finish_max<T>,
+          activate_logits<T>,
           coefficients<T, Accumulator<T>>,
           coefficients<T, T>,
           axpy<T>,
@@ -250,7 +252,7 @@ constexpr Kernels<T> make_kernels() {
           keep_largest<Accumulator<T>>,
           score_rows<T>,
           store_scores<T>,
-          find_candidates<Accumulator<T>>,
+          find_above_bounds<Accumulator<T>>,
           multiply_slots<T>,
           sample_tile<Accumulator<T>>,
           group_maximum<Accumulator<T>>};

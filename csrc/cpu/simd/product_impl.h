@@ -1,5 +1,5 @@
-// The register-tiled product that the head and sample kernels share: both operands packed, a tile of rows of the one
-// against a panel of rows of the other. Included by kernels_impl.h.
+// Register-tiled product of the head and sample kernels. Both operands are packed: a tile of rows of one (tokens) is
+// multiplied by a panel of rows of the other (vocabulary entries).
 #pragma once
 
 #include "cpu/simd/isa.h"
@@ -8,7 +8,7 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Shape of the register tile: kTileTokens x (kPanelVectors vectors) accumulators, the operands beside them.
+// Shape of the register tile, kTileTokens x kPanelVectors accumulators. The operands take the other registers.
 #if defined(__AVX512F__)
 constexpr int kTileTokens = 14, kPanelVectors = 2;  // 28 of 32 registers
 #elif defined(__aarch64__)
@@ -20,27 +20,27 @@ constexpr int kTileTokens = 6, kPanelVectors = 2;  // 12 of 16 registers
 template <typename Acc>
 constexpr int kPanelColumns = kPanelVectors * kLanes<Acc>;
 
-// How one depth step of a product is stored and multiplied: by default one element in the accumulation type.
+// Storage and multiplication of one step along the dimensions: by default one element, in the accumulation type.
 template <typename T>
 struct Step {
   using Acc = Accumulator<T>;
   using Unit = Acc;
-  static constexpr int kDepth = 1;
+  static constexpr int kDims = 1;
   static Unit load(const T* row, int64_t step, int64_t) { return to_acc(row[step]); }
   static Vec<Acc> load_units(const T* row) { return load_vec(row); }
   static Vec<Acc> fma(Vec<Acc> sum, Vec<Acc> token, Vec<Acc> weight) { return sum + token * weight; }
 };
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 at a time through the dot-product instruction, which accumulates in float.
+// A step of two bfloat16, multiplied by the dot-product instruction, which accumulates in float.
 template <>
 struct Step<bfloat16> {
   using Acc = float;
   using Unit = uint32_t;
-  static constexpr int kDepth = 2;
-  static Unit load(const bfloat16* row, int64_t step, int64_t depth) {
+  static constexpr int kDims = 2;
+  static Unit load(const bfloat16* row, int64_t step, int64_t dim) {
     const uint32_t low = row[2 * step].bits;
-    const uint32_t high = 2 * step + 1 < depth ? row[2 * step + 1].bits : 0;
+    const uint32_t high = 2 * step + 1 < dim ? row[2 * step + 1].bits : 0;
     return low | high << 16;
   }
   static Vec<float> load_units(const bfloat16* row) { return load_bits<Vec<float>>(row); }
@@ -51,7 +51,7 @@ struct Step<bfloat16> {
 };
 #endif
 
-// A vector of units, all the same.
+// A vector whose units are all equal.
 template <typename T>
 inline Vec<Accumulator<T>> broadcast_unit(typename Step<T>::Unit unit) {
   typedef typename Step<T>::Unit Units __attribute__((vector_size(kVectorBytes)));
@@ -59,17 +59,18 @@ inline Vec<Accumulator<T>> broadcast_unit(typename Step<T>::Unit unit) {
 }
 
 template <typename T>
-int64_t steps(int64_t depth) {
-  return (depth + Step<T>::kDepth - 1) / Step<T>::kDepth;
+int64_t steps(int64_t dim) {
+  return (dim + Step<T>::kDims - 1) / Step<T>::kDims;
 }
 
 template <typename T>
-int64_t packed_bytes(int64_t lanes, int64_t depth) {
-  return lanes * steps<T>(depth) * static_cast<int64_t>(sizeof(typename Step<T>::Unit));
+int64_t packed_bytes(int64_t lanes, int64_t dim) {
+  return lanes * steps<T>(dim) * static_cast<int64_t>(sizeof(typename Step<T>::Unit));
 }
 
-// kLanes rows by kLanes steps, transposed in registers. Of the rows only the first `count` are there; where fewer than
-// kLanes lanes belong to a step, the rest of each store is overwritten by the next, except after the last.
+// Pack a square of kLanes rows and kLanes steps, transposed in registers. Rows from `count` on are zero. If a step has
+// fewer than kLanes lanes, each store writes too much, and the next store overwrites the excess; the last store must
+// not write too much.
 template <typename T>
 inline void pack_square(typename Step<T>::Unit* target, int64_t lanes, const T* const* rows, int64_t count, bool last) {
   constexpr int kCount = kLanes<Accumulator<T>>;
@@ -86,12 +87,11 @@ inline void pack_square(typename Step<T>::Unit* target, int64_t lanes, const T* 
 }
 
 template <typename T>
-void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int64_t* rows, int64_t count,
-          int64_t depth) {
+void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int64_t* rows, int64_t count, int64_t dim) {
   using Unit = typename Step<T>::Unit;
   constexpr int64_t kCount = kLanes<Accumulator<T>>;
   Unit* target = static_cast<Unit*>(packed);
-  const int64_t num_steps = steps<T>(depth), whole_steps = depth / (Step<T>::kDepth * kCount) * kCount;
+  const int64_t num_steps = steps<T>(dim), whole_steps = dim / (Step<T>::kDims * kCount) * kCount;
   const auto row = [&](int64_t lane) { return base + (rows ? rows[lane] : lane) * stride; };
   int64_t packed_lanes = 0;
   for (; packed_lanes + kCount <= lanes || packed_lanes == 0; packed_lanes += kCount) {
@@ -100,23 +100,23 @@ void pack(void* packed, int64_t lanes, const T* base, int64_t stride, const int6
     for (int64_t i = 0; i < there; ++i) square[i] = row(packed_lanes + i);
     for (int64_t step = 0; step < whole_steps; step += kCount) {
       pack_square<T>(target + step * lanes + packed_lanes, lanes, square, there, step + kCount == num_steps);
-      for (int64_t i = 0; i < there; ++i) square[i] += kCount * Step<T>::kDepth;
+      for (int64_t i = 0; i < there; ++i) square[i] += kCount * Step<T>::kDims;
     }
   }
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t first = lane < packed_lanes ? whole_steps : 0;
     for (int64_t step = first; step < num_steps; ++step) {
-      target[step * lanes + lane] = lane < count ? Step<T>::load(row(lane), step, depth) : Unit{};
+      target[step * lanes + lane] = lane < count ? Step<T>::load(row(lane), step, dim) : Unit{};
     }
   }
 }
 
-// Sums over the depth run over so many steps at a time, and then over these parts: a single sum over D = 768 has three
+// Products are summed over parts of kPart steps, and then over the parts. A single sum over D = 768 would have three
 // times the error.
 constexpr int64_t kPart = 128;
 
-// products[token][column] of one tile of tokens and one panel of vocabulary entries. before_part() comes before each
-// part.
+// Compute products[token][column] of a tile of tokens and a panel of vocabulary entries. before_part() is called
+// before each part.
 template <typename T, typename BeforePart>
 inline void multiply_tile(const void* tokens, const void* weight, int64_t num_steps,
                           Vec<Accumulator<T>> (&products)[kTileTokens][kPanelVectors], const BeforePart& before_part) {
@@ -125,7 +125,7 @@ inline void multiply_tile(const void* tokens, const void* weight, int64_t num_st
   const Unit* token = static_cast<const Unit*>(tokens);
   const Unit* entry = static_cast<const Unit*>(weight);
   int64_t first = 0;
-  do {  // once also where the depth is 0
+  do {  // at least once, because dim may be 0
     before_part();
     const int64_t last = first + kPart < num_steps ? first + kPart : num_steps;
     Vec<Acc> sum[kTileTokens][kPanelVectors] = {};
@@ -144,17 +144,17 @@ inline void multiply_tile(const void* tokens, const void* weight, int64_t num_st
   } while (first < num_steps);
 }
 
-// Products of pairs of rows, a pair a lane, with the very operations of multiply_tile: equal to its products to the
-// bit.
+// Compute products of pairs of rows, with a lane for each pair. The operations are those of multiply_tile, so the bits
+// are the same.
 template <typename T>
-void multiply_pairs(const T* const* tokens, const T* const* entries, int64_t count, int64_t depth,
+void multiply_pairs(const T* const* tokens, const T* const* entries, int64_t count, int64_t dim,
                     Accumulator<T>* products) {
   using Acc = Accumulator<T>;
   using Units = Vec<Acc>;
   constexpr int kCount = kLanes<Acc>;
-  constexpr int64_t kSquare = kCount * Step<T>::kDepth;
+  constexpr int64_t kSquare = kCount * Step<T>::kDims;
   static_assert(kPart % kCount == 0);
-  const int64_t num_steps = steps<T>(depth), whole_steps = depth / kSquare * kCount;
+  const int64_t num_steps = steps<T>(dim), whole_steps = dim / kSquare * kCount;
   for (int64_t first_pair = 0; first_pair < count; first_pair += kCount) {
     const T *token[kCount], *entry[kCount];
     for (int64_t i = 0; i < kCount; ++i) {
@@ -168,8 +168,8 @@ void multiply_pairs(const T* const* tokens, const T* const* entries, int64_t cou
       const int64_t last = num_steps - step < kCount ? num_steps - step : kCount;
       if (step < whole_steps) {
         for (int i = 0; i < kCount; ++i) {
-          token_units[i] = Step<T>::load_units(token[i] + step * Step<T>::kDepth);
-          entry_units[i] = Step<T>::load_units(entry[i] + step * Step<T>::kDepth);
+          token_units[i] = Step<T>::load_units(token[i] + step * Step<T>::kDims);
+          entry_units[i] = Step<T>::load_units(entry[i] + step * Step<T>::kDims);
         }
         transpose(token_units);
         transpose(entry_units);
@@ -177,8 +177,8 @@ void multiply_pairs(const T* const* tokens, const T* const* entries, int64_t cou
         typename Step<T>::Unit token_unit[kCount], entry_unit[kCount];
         for (int64_t s = 0; s < last; ++s) {
           for (int i = 0; i < kCount; ++i) {
-            token_unit[i] = Step<T>::load(token[i], step + s, depth);
-            entry_unit[i] = Step<T>::load(entry[i], step + s, depth);
+            token_unit[i] = Step<T>::load(token[i], step + s, dim);
+            entry_unit[i] = Step<T>::load(entry[i], step + s, dim);
           }
           token_units[s] = load_bits<Units>(token_unit);
           entry_units[s] = load_bits<Units>(entry_unit);
@@ -194,7 +194,7 @@ void multiply_pairs(const T* const* tokens, const T* const* entries, int64_t cou
   }
 }
 
-// One of several parts of what will be packed next: its way from memory hides behind the products.
+// Prefetch one of several parts of the memory that is packed next, so that the products hide its latency.
 inline void prefetch_share(const void* next, int64_t bytes, int64_t part, int64_t parts) {
   constexpr int64_t kLine = 64;
   const int64_t share = (bytes / parts / kLine + 1) * kLine;

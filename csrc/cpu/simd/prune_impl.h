@@ -1,4 +1,4 @@
-// Kernels of prune: the candidates of a row, and the largest of them.
+// Kernels of prune: collecting entries of a row, and keeping the largest of them.
 #pragma once
 
 #include "cpu/simd/isa.h"
@@ -7,7 +7,7 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Bit i: lane i is above the threshold, or NaN.
+// Return an integer whose bit i says whether lane i is above the threshold or NaN.
 template <typename Acc>
 inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {
 #if defined(__AVX512F__)
@@ -21,11 +21,11 @@ inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {
 #endif
 }
 
-// Appends the chosen lanes; a whole vector is written, so that much room is needed.
+// Append the lanes whose bit is set. The buffers need room for a whole vector.
 template <typename Acc>
-inline void append(Candidates<Acc>& found, Vec<Acc> x, int32_t column, unsigned lanes) {
+inline void append(RowEntries<Acc>& found, Vec<Acc> x, int32_t column, unsigned lanes) {
 #if defined(__AVX512F__)
-  // Compressed in a register: a compressing store is slow on some machines.
+  // The lanes are compressed in a register, because a compressing store is slow on some machines.
   if constexpr (sizeof(Acc) == 4) {
     const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __mmask16 mask = static_cast<__mmask16>(lanes);
@@ -49,18 +49,19 @@ inline void append(Candidates<Acc>& found, Vec<Acc> x, int32_t column, unsigned 
 #endif
 }
 
-// Several vectors at a time: most of a SPLADE row is not above the threshold, and one branch skips them all.
+// Read several vectors at a time. Most entries of a SPLADE row are not above the threshold, so one branch mostly skips
+// all of these vectors.
 template <typename T>
 int64_t collect(const T* row, int64_t first, int64_t columns, Accumulator<T> threshold,
-                Candidates<Accumulator<T>>& candidates) {
+                RowEntries<Accumulator<T>>& entries) {
   using Acc = Accumulator<T>;
-  Candidates<Acc> found = candidates;  // a copy: the count stays in a register
+  RowEntries<Acc> found = entries;  // a copy, so that the count stays in a register
   constexpr int kVectors = 4;
   constexpr int64_t kStep = kVectors * kLanes<Acc>;
-  constexpr int64_t kAhead = 2048 / sizeof(T);  // farther than the hardware looks by itself
-  static_assert(kStep <= Candidates<Acc>::kSlack);
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // farther than the hardware prefetches
+  static_assert(kStep <= RowEntries<Acc>::kSlack);
   const Vec<Acc> limit = broadcast<Vec<Acc>>(threshold);
-  const int64_t last = found.capacity - kStep;  // more than that, and a step might not fit
+  const int64_t last = found.capacity - kStep;  // largest count at which a step surely fits
   int64_t column = first;
   for (; column + kStep <= columns && found.count <= last; column += kStep) {
     Vec<Acc> x[kVectors];
@@ -84,22 +85,22 @@ int64_t collect(const T* row, int64_t first, int64_t columns, Accumulator<T> thr
       found.count += !(x <= threshold);
     }
   }
-  candidates.count = found.count;
+  entries.count = found.count;
   return column;
 }
 
-// Integers in the order of the values: -0 equals 0, and every NaN is above everything.
+// Sort keys of the values.
 template <typename Acc>
-inline Mask<Acc> ordered(Vec<Acc> x) {
+inline Mask<Acc> value_keys(Vec<Acc> x) {
   typedef Mask<Acc> Int;
   constexpr int kSign = 8 * sizeof(Acc) - 1;
-  constexpr Position<Acc> kMagnitude = ~(Position<Acc>(1) << kSign);
+  constexpr SortKey<Acc> kMagnitude = ~(SortKey<Acc>(1) << kSign);
   const Int bits = reinterpret_cast<Int>(x + Acc(0));
   const Int key = bits ^ ((bits >> kSign) & kMagnitude);
   return x == x ? key : broadcast<Int>(kMagnitude);
 }
 
-// Bit i: lane i of the keys is at least the limit.
+// Return an integer whose bit i says whether lane i of the keys is at least the limit.
 template <typename Acc>
 inline unsigned lanes_at_least(Mask<Acc> key, Mask<Acc> limit) {
 #if defined(__AVX512F__)
@@ -114,7 +115,7 @@ inline unsigned lanes_at_least(Mask<Acc> key, Mask<Acc> limit) {
 }
 
 template <typename Acc>
-inline int64_t count_at_least(const Candidates<Acc>& found, int64_t vectors, Position<Acc> key) {
+inline int64_t count_at_least(const RowEntries<Acc>& found, int64_t vectors, SortKey<Acc> key) {
   const Mask<Acc> limit = broadcast<Mask<Acc>>(key);
   int64_t count = 0;
   for (int64_t i = 0; i < vectors; ++i) {
@@ -123,9 +124,9 @@ inline int64_t count_at_least(const Candidates<Acc>& found, int64_t vectors, Pos
   return count;
 }
 
-// Keeps the candidates above the k-th key, and the first `ties` of those equal to it.
+// Keep the entries whose key is above the k-th key, and the first `ties` of those whose key equals it.
 template <typename Acc>
-inline void keep_above(Candidates<Acc>& found, [[maybe_unused]] int64_t vectors, Position<Acc> kth, int64_t ties) {
+inline void keep_above(RowEntries<Acc>& found, [[maybe_unused]] int64_t vectors, SortKey<Acc> kth, int64_t ties) {
 #if defined(__AVX512F__)
   const Mask<Acc> limit = broadcast<Mask<Acc>>(kth);
   int64_t kept = 0;
@@ -138,7 +139,7 @@ inline void keep_above(Candidates<Acc>& found, [[maybe_unused]] int64_t vectors,
       keep &= ~equal;
       for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) keep |= equal & -equal;
     }
-    // A whole vector is written, but never past what has been read.
+    // A whole vector is written, but no entry that has not been read yet.
     if constexpr (sizeof(Acc) == 4) {
       const __mmask16 mask = static_cast<__mmask16>(keep);
       const __m512i column = load_bits<__m512i>(found.column + first);
@@ -156,33 +157,33 @@ inline void keep_above(Candidates<Acc>& found, [[maybe_unused]] int64_t vectors,
 #else
   int64_t kept = 0;
   for (int64_t i = 0; i < found.count; ++i) {
-    const Position<Acc> key = found.key[i];
-    const bool tie = key == kth && ties > 0;
-    ties -= tie;
+    const SortKey<Acc> key = found.key[i];
+    const bool is_kept_tie = key == kth && ties > 0;
+    ties -= is_kept_tie;
     found.value[kept] = found.value[i];
     found.column[kept] = found.column[i];
-    kept += key > kth || tie;
+    kept += key > kth || is_kept_tie;
   }
   found.count = kept;
 #endif
 }
 
-// The k-th largest is found bit by bit: how many keys are at least the prefix? Counting is all vectors, and there are
-// no branches to predict.
+// Find the key of the k-th largest entry bit by bit, by counting the keys that are at least a prefix of bits. Counting
+// uses vectors only and has no branches to predict.
 template <typename Acc>
-Acc keep_largest(Candidates<Acc>& candidates, int64_t k) {
+Acc keep_largest(RowEntries<Acc>& entries, int64_t k) {
   typedef Mask<Acc> Int;
-  typedef Position<Acc> Key;
+  typedef SortKey<Acc> Key;
   typedef std::make_unsigned_t<Key> Unsigned;
   constexpr int kBits = 8 * sizeof(Acc);
   constexpr Key kLowest = static_cast<Key>(Unsigned(1) << (kBits - 1)), kHighest = ~kLowest;
-  Candidates<Acc> found = candidates;
+  RowEntries<Acc> found = entries;
   const int64_t count = found.count, vectors = (count + kLanes<Acc> - 1) / kLanes<Acc>;
-  // The last vector is filled up with the first candidate, until the bits that all share are known.
+  // Copies of the first entry fill the last vector while the bits that all keys share are found.
   for (int64_t i = count; i < vectors * kLanes<Acc>; ++i) found.value[i] = found.value[0];
   Int all = ~Int{}, any = {};
   for (int64_t i = 0; i < vectors; ++i) {
-    const Int key = ordered<Acc>(load_bits<Vec<Acc>>(found.value + i * kLanes<Acc>));
+    const Int key = value_keys<Acc>(load_bits<Vec<Acc>>(found.value + i * kLanes<Acc>));
     all &= key;
     any |= key;
     store_bits(found.key + i * kLanes<Acc>, key);
@@ -194,22 +195,22 @@ Acc keep_largest(Candidates<Acc>& candidates, int64_t k) {
   }
   for (int64_t i = count; i < vectors * kLanes<Acc>; ++i) found.key[i] = kLowest;
 
-  // The bits above the highest in which two keys differ are known.
+  // All keys share the bits above the highest one in which two keys differ.
   const Unsigned differ = static_cast<Unsigned>(in_all ^ in_any);
   const int open = differ == 0 ? 0 : 64 - __builtin_clzll(differ);
   const Unsigned fixed = open == kBits ? 0 : ~((Unsigned(1) << open) - 1);
   const auto signed_key = [](Unsigned prefix) { return static_cast<Key>(prefix ^ static_cast<Unsigned>(kLowest)); };
   Unsigned prefix = (static_cast<Unsigned>(in_all) ^ static_cast<Unsigned>(kLowest)) & fixed;
-  int64_t at_least = count;  // the prefix
+  int64_t at_least = count;  // number of keys that are at least the prefix
   for (int bit = open - 1; bit >= 0 && at_least > k; --bit) {
-    const Unsigned candidate = prefix | Unsigned(1) << bit;
-    const int64_t found_above = count_at_least(found, vectors, signed_key(candidate));
-    if (found_above < k) continue;
-    prefix = candidate;
-    at_least = found_above;
+    const Unsigned longer = prefix | Unsigned(1) << bit;
+    const int64_t above = count_at_least(found, vectors, signed_key(longer));
+    if (above < k) continue;
+    prefix = longer;
+    at_least = above;
   }
 
-  // Where exactly k are at least the prefix, the k-th largest is the smallest of them; otherwise it is the prefix.
+  // If exactly k keys are at least the prefix, the k-th largest is the smallest of these. Otherwise it is the prefix.
   Key kth = signed_key(prefix);
   int64_t ties = 0;
   if (at_least > k) {
@@ -224,10 +225,10 @@ Acc keep_largest(Candidates<Acc>& candidates, int64_t k) {
     }
     kth = smallest[0];
     for (int lane = 1; lane < kLanes<Acc>; ++lane) kth = smallest[lane] < kth ? smallest[lane] : kth;
-    ties = k;  // all of them
+    ties = k;  // every tie is kept
   }
   keep_above(found, vectors, kth, ties);
-  candidates.count = found.count;
+  entries.count = found.count;
   const Key bits = kth ^ ((kth >> (kBits - 1)) & kHighest);
   return load_bits<Acc>(&bits);
 }

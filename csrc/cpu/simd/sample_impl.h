@@ -1,8 +1,8 @@
-// sample on the CPU: what happens to a tile of scores (slots, lanes), a lane per query. Included by kernels_impl.h.
+// Kernels of sample, on a tile of scores (slots, lanes) with a lane for each query.
 //
-// A query's noise is needed only where it could put the slot among the draws so far. -log(-log1p(-e)) <= -log(e), so
-// a slot stays out unless e <= exp(inv_temp * score - bound); a chord of 2^t bounds that from above for a handful of
-// instructions, and the logarithms are left to the few slots that pass.
+// Noise is computed only for slots that it can lift to the draws so far. Since -log(-log1p(-e)) <= -log(e), a slot is
+// not drawn unless e <= exp(inv_temp * score - bound). A chord of 2^t bounds that exponential from above in a few
+// instructions, and the few slots that pass get the noise with its logarithms.
 #pragma once
 
 #include <limits>
@@ -15,13 +15,13 @@
 namespace splade_fast::cpu {
 namespace {
 
-// Scores of a packed tile of slots ("tokens" of the head) against all packed panels of queries ("weight").
+// Multiply packed tiles of slots, in the place of tokens, by packed panels of queries, in the place of the weight.
 template <typename T>
 void multiply_slots(const ProductTask<Accumulator<T>>& task) {
   using Acc = Accumulator<T>;
-  const int64_t num_steps = steps<T>(task.depth);
-  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, task.depth);
-  const int64_t panel_bytes = packed_bytes<T>(kPanelColumns<Acc>, task.depth);
+  const int64_t num_steps = steps<T>(task.dim);
+  const int64_t tile_bytes = packed_bytes<T>(kTileTokens, task.dim);
+  const int64_t panel_bytes = packed_bytes<T>(kPanelColumns<Acc>, task.dim);
   const Vec<Acc> scale = broadcast<Vec<Acc>>(task.scale);
   const char* tile = static_cast<const char*>(task.slots);
   const int64_t panels = task.lanes / kPanelColumns<Acc>;
@@ -32,7 +32,7 @@ void multiply_slots(const ProductTask<Accumulator<T>>& task) {
     const int64_t rows = task.count - first < kTileTokens ? task.count - first : kTileTokens;
     const char* panel = static_cast<const char*>(task.queries);
     for (int64_t lane = 0; lane < task.lanes; lane += kPanelColumns<Acc>, panel += panel_bytes) {
-      // A little at a time: many requests at once would hold up the product's own.
+      // Each part prefetches a little, because many requests at once would delay the loads of the product.
       multiply_tile<T>(tile, panel, num_steps, products,
                        [&] { prefetch_share(task.next, task.next_bytes, part++, parts); });
       for (int64_t r = 0; r < rows; ++r) {
@@ -43,8 +43,8 @@ void multiply_slots(const ProductTask<Accumulator<T>>& task) {
   }
 }
 
-// Philox for kLanes<float> queries: the even ones in one vector of 64-bit lanes, the odd ones in another. Only the
-// lower halves count; what is left in the upper ones is ignored by the next product.
+// Philox for kLanes<float> queries, the even ones in one vector of 64-bit lanes and the odd ones in another. Only the
+// lower halves of the lanes are used: the products ignore the upper halves.
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words32 __attribute__((vector_size(kVectorBytes)));
 
@@ -60,7 +60,7 @@ inline Wide multiply_lower(Wide a, Wide b) {
 #endif
 }
 
-// What is the same for all queries and slots of a tile.
+// Keys of the Philox rounds, and the words of the counter that all queries and slots share.
 struct RoundKeys {
   uint64_t key[philox::kRounds][2];
   uint64_t step_low, last_word;
@@ -92,15 +92,17 @@ inline void philox_rounds(const RoundKeys& keys, uint64_t block, Wide queries, W
 
 // Words of the four slots of a block for kLanes<float> queries.
 inline void block_words(const RoundKeys& keys, uint64_t block, uint64_t first_query, Words32 (&words)[4]) {
-  Wide even, odd, of_even[4], of_odd[4];
+  Wide even, odd, even_words[4], odd_words[4];
   for (int i = 0; i < kLanes<double>; ++i) even[i] = first_query + 2 * i;
   odd = even + 1;
-  philox_rounds(keys, block, even, of_even);
-  philox_rounds(keys, block, odd, of_odd);
-  for (int j = 0; j < 4; ++j) words[j] = reinterpret_cast<Words32>((of_even[j] & 0xffffffff) | (of_odd[j] << 32));
+  philox_rounds(keys, block, even, even_words);
+  philox_rounds(keys, block, odd, odd_words);
+  for (int j = 0; j < 4; ++j) {
+    words[j] = reinterpret_cast<Words32>((even_words[j] & 0xffffffff) | (odd_words[j] << 32));
+  }
 }
 
-// kLanes<float> values of the accumulation type: one vector of floats, two of doubles.
+// Number of vectors that hold kLanes<float> values of Acc: one of floats, or two of doubles.
 template <typename Acc>
 constexpr int kParts = kLanes<float> / kLanes<Acc>;
 
@@ -115,20 +117,20 @@ inline Vec<float> narrow(const Vec<Acc> (&parts)[kParts<Acc>]) {
   }
 }
 
-// Where the noise of a word might lift a score by -gap or more. Rounding, at most 45 * 2^-22, is within the slack; NaN
+// Lanes where the noise of a word may reach -gap. The slack covers the rounding error, which is at most 45 * 2^-22. NaN
 // passes.
 inline Mask<float> may_be_drawn(Vec<float> gap, Words32 words) {
   constexpr float kLog2E = 0x1.715476p0f, kWordBits = 24, kSlack = 0x1p-10f, kLimit = 100;
   const Vec<float> exponent = gap * kLog2E + (kWordBits + kSlack);
   const Vec<float> below = exponent < kLimit ? exponent : broadcast<Vec<float>>(kLimit);
   const Vec<float> inside = below > -kLimit ? below : broadcast<Vec<float>>(-kLimit);
-  // As bits of a float, x 2^23 is 2^floor(x) with the rest of x as mantissa: the chord.
+  // The integer x * 2^23, read as the bits of a float, is 2^floor(x) with the fraction of x as mantissa: the chord.
   const Mask<float> bits = __builtin_convertvector((inside + 127) * 0x1p23f, Mask<float>);
   const Vec<float> upper = __builtin_convertvector(reinterpret_cast<Mask<float>>(words >> 8), Vec<float>);
   return upper <= reinterpret_cast<Vec<float>>(bits);
 }
 
-// The logsumexp's maximum as something to subtract: finite in any case.
+// Maximum of a logsumexp as a number that may be subtracted from the scores.
 template <typename Acc>
 inline Vec<Acc> finite_or_zero(Vec<Acc> maximum) {
   return maximum - maximum == 0 ? maximum : Vec<Acc>{};
@@ -151,10 +153,10 @@ inline void add_to_logsumexp(const SampleTile<Acc>& tile, int64_t lane) {
   store_bits(tile.maximum + lane, maximum);
 }
 
-// A little below the bound: the compiler may contract the product with inv_temp and the difference to the bound, and
-// then it lacks the rounding that can lift the product by half an ulp.
+// The bound, lowered by an ulp. The compiler may contract inv_temp * score - bound, which then lacks a rounding of the
+// product that could have raised it by half an ulp.
 template <typename Acc>
-inline Vec<Acc> relaxed(Vec<Acc> bound) {
+inline Vec<Acc> relax_bound(Vec<Acc> bound) {
   constexpr Acc kUlp = std::numeric_limits<Acc>::epsilon();
   return bound < 0 ? bound * (1 + kUlp) : bound * (1 - kUlp);
 }
@@ -169,7 +171,7 @@ int64_t sample_tile(const SampleTile<Acc>& tile) {
     Vec<Acc> bound[kParts<Acc>];
     for (int p = 0; p < kParts<Acc>; ++p) {
       add_to_logsumexp(tile, lane + p * kLanes<Acc>);
-      bound[p] = relaxed<Acc>(load_bits<Vec<Acc>>(tile.bounds + lane + p * kLanes<Acc>));
+      bound[p] = relax_bound<Acc>(load_bits<Vec<Acc>>(tile.bounds + lane + p * kLanes<Acc>));
     }
     for (uint64_t slot = tile.first_slot; slot < end;) {
       const uint64_t block = slot / philox::kSlotsPerBlock;
@@ -196,8 +198,7 @@ int64_t sample_tile(const SampleTile<Acc>& tile) {
   return found;
 }
 
-// A lane's running maximum over slots in ascending order, with its place. NaN is taken and then kept; ties keep the
-// earlier slot.
+// Slots are in ascending order; beats() defines the order of the scores.
 template <typename Acc>
 void group_maximum(const Acc* scores, int64_t first, int64_t count, int64_t lanes, Acc* value,
                    Position<Acc>* position) {

@@ -1,8 +1,8 @@
-// score on the CPU: documents as sparse rows against a block of queries. Included by kernels_impl.h.
+// Kernels of score: sparse documents against a block of queries.
 //
-// A document is read once. Its entries are first reduced to hits, the columns that some query of the block has; then
-// each hit adds value x row of the query table to sums in registers, a lane per query. The sum of a pair runs over
-// ascending columns and nothing else, so it does not depend on the block, the tile or the thread.
+// A document is read once. Its entries are first reduced to hits, the columns that a query of the block uses. Each hit
+// then adds value x row of the query table to sums in registers, with a lane for each query. The sum of a pair runs
+// over ascending columns, so it does not depend on the block, the tile or the thread.
 #pragma once
 
 #include "cpu/simd/isa.h"
@@ -11,15 +11,15 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int kSumVectors = 4;  // sums in registers at a time; on AVX-512 that is 64 queries
+constexpr int kSumVectors = 4;  // vectors of sums in registers: 64 queries with AVX-512
 
-constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kRowsAhead = 4;  // rows to prefetch
 
-// Whether a row holds inf or NaN: those are not harmless where a query has 0, so no entry may be left out.
+// Whether a row holds inf or NaN. Such a row may skip no entry, because their product with 0 is NaN.
 template <typename T>
-inline bool any_nonfinite(const T* values, int64_t count) {
+inline bool has_nonfinite(const T* values, int64_t count) {
   using Acc = Accumulator<T>;
-  Vec<Acc> zero = {};  // x * 0 is 0 or NaN
+  Vec<Acc> zero = {};  // sum of x * 0, which is 0 or NaN
   int64_t i = 0;
   for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) zero += load_vec(values + i) * Vec<Acc>{};
   if (i < count) zero += load_partial(values + i, count - i) * Vec<Acc>{};
@@ -28,27 +28,27 @@ inline bool any_nonfinite(const T* values, int64_t count) {
   return any;
 }
 
-// The entries of a row to hits, one by one; `every`: also where no query has the column. Returns the number of hits, -1
-// for a column outside.
+// Reduce the entries of a row to hits, one by one. With `should_keep_all`, entries whose column no query uses are hits
+// too. Return the number of hits, or -1 if a column is out of range.
 template <typename T>
 inline int64_t collect_hits(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t length,
-                            bool every) {
+                            bool should_keep_all) {
   int64_t hits = 0;
-  bool outside = false;
+  bool has_outside = false;
   for (int64_t j = 0; j < length; ++j) {
     const uint32_t column = static_cast<uint32_t>(indices[j]);
-    const bool inside = column < static_cast<uint64_t>(task.num_cols);
-    outside |= !inside;
-    const int32_t row = task.rows[inside ? column : task.num_cols];
+    const bool is_inside = column < static_cast<uint64_t>(task.num_cols);
+    has_outside |= !is_inside;
+    const int32_t row = task.rows[is_inside ? column : task.num_cols];
     task.hit_rows[hits] = row;
     task.hit_values[hits] = to_acc(values[j]);
-    hits += (row != 0) | every;
+    hits += (row != 0) | should_keep_all;
   }
-  return outside ? -1 : hits;
+  return has_outside ? -1 : hits;
 }
 
 #if defined(__AVX512F__)
-// The same, 16 entries at a time.
+// Reduce 16 entries at a time.
 template <typename T, typename = std::enable_if_t<sizeof(Accumulator<T>) == 4>>
 inline int64_t collect_hits_by_vector(const ScoreTask<T>& task, const int32_t* indices, const T* values,
                                       int64_t length) {
@@ -80,7 +80,7 @@ inline int64_t collect_row(const ScoreTask<T>& task, const int32_t* indices, con
 #if defined(__AVX512F__)
   if constexpr (sizeof(Accumulator<T>) == 4) return collect_hits_by_vector(task, indices, values, length);
 #endif
-  return collect_hits(task, indices, values, length, any_nonfinite(values, length));
+  return collect_hits(task, indices, values, length, has_nonfinite(values, length));
 }
 
 template <typename T, int kVectors>
@@ -96,7 +96,8 @@ inline void add_hits(const ScoreTask<T>& task, int64_t hits, int64_t first, Accu
   for (int j = 0; j < kVectors; ++j) store_bits(scores + first + j * kLanes<Acc>, sum[j]);
 }
 
-// The hits of a row end in a branch nobody can predict, and what the hardware had begun to read ahead is lost there.
+// The loop over the hits of a row ends in a branch that cannot be predicted, after which the hardware starts to
+// prefetch anew. So rows are prefetched here.
 template <typename T>
 inline void prefetch_row(const ScoreTask<T>& task, int64_t row) {
   constexpr int64_t kLine = 64;
@@ -127,7 +128,7 @@ int64_t score_rows(const ScoreTask<T>& task, int64_t begin, int64_t end) {
   return end;
 }
 
-// (count, lanes) scores to `queries` rows of a result.
+// Transpose scores (count, lanes) to the rows of `queries` queries.
 template <typename T>
 void store_scores(T* target, int64_t stride, const Accumulator<T>* scores, int64_t lanes, int64_t queries,
                   int64_t count) {
@@ -150,27 +151,27 @@ void store_scores(T* target, int64_t stride, const Accumulator<T>* scores, int64
   }
 }
 
-// Integers in the order of the scores, with -0 like 0 and every NaN on top.
+// Sort keys of the scores.
 template <typename Acc>
 inline Mask<Acc> to_keys(Vec<Acc> scores) {
   typedef Mask<Acc> Int;
   const Int bits = reinterpret_cast<Int>(scores == 0 ? Vec<Acc>{} : scores);
-  const Int lowest = broadcast<Int>(static_cast<Position<Acc>>(Position<Acc>(1) << (8 * sizeof(Acc) - 1)));
+  const Int lowest = broadcast<Int>(static_cast<SortKey<Acc>>(SortKey<Acc>(1) << (8 * sizeof(Acc) - 1)));
   const Int keys = bits < 0 ? bits ^ ~lowest : bits;
   return scores == scores ? keys : ~lowest;
 }
 
 template <typename Acc>
-int64_t find_candidates(const Acc* scores, int64_t count, int64_t lanes, const Position<Acc>* bounds,
-                        Position<Acc>* keys, int32_t* places) {
+int64_t find_above_bounds(const Acc* scores, int64_t count, int64_t lanes, const SortKey<Acc>* bounds,
+                          SortKey<Acc>* keys, int32_t* places) {
   int64_t found = 0;
   for (int64_t first = 0; first < count * lanes; first += lanes) {
     for (int64_t q = 0; q < lanes; q += kLanes<Acc>) {
       const Mask<Acc> key = to_keys<Acc>(load_bits<Vec<Acc>>(scores + first + q));
-      const Mask<Acc> better = key > load_bits<Mask<Acc>>(bounds + q);
-      if (!any_lane(better)) continue;
+      const Mask<Acc> above = key > load_bits<Mask<Acc>>(bounds + q);
+      if (!any_lane(above)) continue;
       for (int lane = 0; lane < kLanes<Acc>; ++lane) {
-        if (!better[lane]) continue;
+        if (!above[lane]) continue;
         keys[found] = key[lane];
         places[found++] = static_cast<int32_t>(first + q + lane);
       }

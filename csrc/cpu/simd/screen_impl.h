@@ -1,4 +1,4 @@
-// The kernels of screening, written once in vector extensions and compiled once per instruction set.
+// The kernels of screening in vector extensions, compiled once for each instruction set.
 #pragma once
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -17,7 +17,7 @@ using Floats = Vec<float>;
 using Ints = Mask<float>;
 constexpr int kScreenLanes = kLanes<float>;
 
-// Shape of the register tile: kScreenTokens x (kScreenVectors vectors) sums, the operands beside them.
+// Shape of the register tile, kScreenTokens x kScreenVectors sums. The operands take the other registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kScreenTokens = 8, kScreenVectors = 3;
 #else
@@ -26,9 +26,9 @@ constexpr int kScreenTokens = 4, kScreenVectors = 2;
 constexpr int64_t kScreenColumns = kScreenVectors * kScreenLanes;
 static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes == 0);
 
-// The product of four int8 a lane ---------------------------------------------------------------------------------
+// Product of four int8 of each lane -------------------------------------------------------------------------------
 
-// With AMX it is that of whole tiles below, of two signed operands.
+// AMX multiplies whole tiles of signed bytes instead, see multiply() below.
 #if defined(SPLADE_FAST_AMX)
 constexpr int kWeightLevels = 127, kWeightOffset = 0;
 #elif (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
@@ -43,7 +43,7 @@ inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
 #endif
 }
 #elif defined(__AVX512BW__)
-// Pairs of products are added in int16, which holds two of 127 * 127.
+// Two products are added in int16, which limits the levels of the weight.
 constexpr int kWeightLevels = 63, kWeightOffset = 64;
 inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
   const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight), reinterpret_cast<__m512i>(token));
@@ -70,10 +70,10 @@ inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
 #endif
 
 #if defined(SPLADE_FAST_AMX)
-constexpr bool kTokenRows = true;
+constexpr bool kHasTokenRows = true;
 constexpr int kSettledTokens = kScreenGroup;
 #else
-constexpr bool kTokenRows = false;
+constexpr bool kHasTokenRows = false;
 constexpr int kSettledTokens = kScreenTokens;
 #endif
 
@@ -81,7 +81,7 @@ inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // Rounding rows ---------------------------------------------------------------------------------------------------
 
-// x[d]: depth d of every row, a row a lane; missing rows repeat the last.
+// Load dimension d of every row into x[d], with a lane for each row. Missing rows repeat the last one.
 template <typename T>
 inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
   const T* row[kScreenLanes];
@@ -89,35 +89,35 @@ inline void load_transposed(const RowsToRound<T>& rows, Floats* x) {
     const int64_t i = lane < rows.count ? lane : rows.count - 1;
     row[lane] = rows.base + (rows.row ? rows.row[i] : i) * rows.stride;
   }
-  int64_t depth = 0;
+  int64_t d = 0;
   if constexpr (!std::is_same_v<T, double>) {
-    for (; depth + kScreenLanes <= rows.depth; depth += kScreenLanes) {
+    for (; d + kScreenLanes <= rows.dim; d += kScreenLanes) {
       Floats square[kScreenLanes];
-      for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = load_vec(row[lane] + depth);
+      for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = load_vec(row[lane] + d);
       transpose(square);
-      for (int i = 0; i < kScreenLanes; ++i) x[depth + i] = square[i];
+      for (int i = 0; i < kScreenLanes; ++i) x[d + i] = square[i];
     }
   }
-  for (; depth < rows.depth; ++depth) {
-    for (int lane = 0; lane < kScreenLanes; ++lane) x[depth][lane] = static_cast<float>(to_acc(row[lane][depth]));
+  for (; d < rows.dim; ++d) {
+    for (int lane = 0; lane < kScreenLanes; ++lane) x[d][lane] = static_cast<float>(to_acc(row[lane][d]));
   }
-  for (; depth < rows.padded_depth; ++depth) x[depth] = Floats{};
+  for (; d < rows.padded_dim; ++d) x[d] = Floats{};
 }
 
-// By the basis: a few depths of the result at a time, summed up along the depths of the row.
-inline void change_basis(const Floats* row, const float* basis, int64_t depth, int64_t padded_depth, Floats* result) {
+// Multiply a row by the basis. Each pass computes a few dimensions of the result.
+inline void change_basis(const Floats* row, const float* basis, int64_t dim, int64_t padded_dim, Floats* result) {
   constexpr int kSums = 2 * kScreenTokens;
-  for (int64_t first = 0; first < padded_depth; first += kSums) {
+  for (int64_t first = 0; first < padded_dim; first += kSums) {
     Floats sum[kSums] = {};
-    for (int64_t d = 0; d < depth; ++d) {
-      const float* entries = basis + d * padded_depth + first;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float* entries = basis + d * padded_dim + first;
       for (int i = 0; i < kSums; ++i) sum[i] += row[d] * entries[i];
     }
     for (int i = 0; i < kSums; ++i) result[first + i] = sum[i];
   }
 }
 
-// Hadamard transform of every `block` vectors, without its norm: four at a time, and two where that is left over.
+// Hadamard transform of each block of vectors, not normalised. Passes are radix 4, and a last one is radix 2 if needed.
 inline void hadamard(Floats* x, int64_t count, int64_t block) {
   int64_t half = 1;
   for (; half * 4 <= block; half *= 4) {
@@ -142,48 +142,49 @@ inline void hadamard(Floats* x, int64_t count, int64_t block) {
   }
 }
 
-inline Floats largest_of(Floats a, Floats b) { return a > b ? a : b; }
+// The larger of a and b; b if either is NaN.
+inline Floats max_or_second(Floats a, Floats b) { return a > b ? a : b; }
 
 inline Floats root(Floats x) {
   for (int lane = 0; lane < kScreenLanes; ++lane) x[lane] = std::sqrt(x[lane]);
   return x;
 }
 
-// The rows along the rotated axes, in scratch, a row a lane; and what they were before.
+// Rows that are rotated or multiplied by the basis, with a lane for each row.
 template <typename T>
 struct Rotated {
-  Floats* x;
-  Floats mean_dot = {}, own_squares = {};
+  Floats* x;                               // dimensions, in the scratch memory of the rows
+  Floats mean_dot = {}, own_squares = {};  // product with the mean, and sum of squares before the rotation
 
   explicit Rotated(const RowsToRound<T>& rows) : x(reinterpret_cast<Floats*>(rows.scratch)) {
     load_transposed(rows, x);
-    for (int64_t d = 0; d < rows.depth && rows.mean; ++d) {
-      if (rows.subtract) {
+    for (int64_t d = 0; d < rows.dim && rows.mean; ++d) {
+      if (rows.should_subtract_mean) {
         x[d] -= rows.mean[d];
       } else {
         mean_dot += rows.mean[d] * x[d];
       }
     }
-    for (int64_t d = 0; d < rows.depth; ++d) own_squares += x[d] * x[d];
+    for (int64_t d = 0; d < rows.dim; ++d) own_squares += x[d] * x[d];
     if (rows.basis) {
-      change_basis(x, rows.basis, rows.depth, rows.padded_depth, x + rows.padded_depth);
-      x += rows.padded_depth;
+      change_basis(x, rows.basis, rows.dim, rows.padded_dim, x + rows.padded_dim);
+      x += rows.padded_dim;
     } else if (rows.sign) {
-      for (int64_t d = 0; d < rows.padded_depth; ++d) x[d] *= rows.sign[d];
-      hadamard(x, rows.padded_depth, screen_block(rows.padded_depth));
+      for (int64_t d = 0; d < rows.padded_dim; ++d) x[d] *= rows.sign[d];
+      hadamard(x, rows.padded_dim, screen_block(rows.padded_dim));
     }
   }
 };
 
-// Largest entry and squares of rotated rows.
+// Largest entry of rotated rows, and the sum of their squares: of all dimensions, and of those after each stage.
 struct Extent {
-  Floats largest = {}, squares = {}, rest[kScreenStages];  // squares of the depths after a stage
+  Floats largest = {}, squares = {}, rest[kScreenStages];
 
-  Extent(const Floats* x, int64_t depth) {
+  Extent(const Floats* x, int64_t dim) {
     for (int64_t stage = kScreenStages - 1; stage >= 0; --stage) {
       rest[stage] = squares;
-      for (int64_t d = screen_stage_begin(stage, depth); d < screen_stage_end(stage, depth); ++d) {
-        largest = largest_of(x[d] < 0 ? -x[d] : x[d], largest);
+      for (int64_t d = screen_stage_begin(stage, dim); d < screen_stage_end(stage, dim); ++d) {
+        largest = max_or_second(x[d] < 0 ? -x[d] : x[d], largest);
         squares += x[d] * x[d];
       }
     }
@@ -194,26 +195,26 @@ struct Extent {
   }
 };
 
-// An upper bound of a norm, where it is finite.
-inline Floats norm_bound(Floats squares, int64_t depth, Ints finite) {
-  const Floats norm = root(squares) * screen_inflation(depth) + kScreenTinyPart;
+// Upper bound of a norm, infinite for rows that are not finite.
+inline Floats norm_bound(Floats squares, int64_t dim, Ints finite) {
+  const Floats norm = root(squares) * screen_inflation(dim) + kScreenTinyPart;
   return finite ? norm : broadcast<Floats>(__builtin_inff());
 }
 
 template <typename T>
 void rotate_rows(const RowsToRound<T>& rows, const RotatedRows& rotated) {
   const Rotated<T> found(rows);
-  const int64_t depth = rows.padded_depth;
-  const Extent extent(found.x, depth);
+  const int64_t dim = rows.padded_dim;
+  const Extent extent(found.x, dim);
   const Ints finite = extent.finite(found.own_squares);
   store_bits(rotated.largest, finite ? extent.largest : broadcast<Floats>(__builtin_inff()));
-  store_bits(rotated.norm, norm_bound(found.own_squares, depth, finite));
-  store_bits(rotated.rest, norm_bound(extent.rest[0], depth, finite));
-  for (int64_t d = 0; d < depth; d += kScreenLanes) {
+  store_bits(rotated.norm, norm_bound(found.own_squares, dim, finite));
+  store_bits(rotated.rest, norm_bound(extent.rest[0], dim, finite));
+  for (int64_t d = 0; d < dim; d += kScreenLanes) {
     Floats square[kScreenLanes];
     for (int lane = 0; lane < kScreenLanes; ++lane) square[lane] = found.x[d + lane];
     transpose(square);
-    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(rotated.rows + lane * depth + d, square[lane]);
+    for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(rotated.rows + lane * dim + d, square[lane]);
   }
 }
 
@@ -221,20 +222,20 @@ template <typename T>
 void round_rows(const RowsToRound<T>& rows, int64_t levels, int64_t offset, const RoundedRows& rounded) {
   const Rotated<T> found(rows);
   const Floats* const x = found.x;
-  const int64_t depth = rows.padded_depth;
-  const Extent extent(x, depth);
+  const int64_t dim = rows.padded_dim;
+  const Extent extent(x, dim);
   const Ints finite = extent.finite(found.own_squares), rounds = finite & (extent.largest >= kScreenSmallest);
   const Floats largest = rows.largest ? load_vec(rows.largest) : extent.largest;
   const Floats scale = rounds ? largest / static_cast<float>(levels) : Floats{};
   const Floats inverse = rounds ? static_cast<float>(levels) / largest : Floats{};
 
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the lowest bits.
   const Floats magic = broadcast<Floats>(0x1.8p23f);
   Floats lost_squares = {};
   Ints sum = {}, side_by_side[kScreenLanes];
   int64_t stage = 0;
-  for (int64_t d = 0; d < depth; d += 4) {
-    if (d == screen_stage_end(stage, depth)) {
+  for (int64_t d = 0; d < dim; d += 4) {
+    if (d == screen_stage_end(stage, dim)) {
       store_bits(rounded.sum[stage++], sum);
       sum = Ints{};
     }
@@ -259,27 +260,26 @@ void round_rows(const RowsToRound<T>& rows, int64_t levels, int64_t offset, cons
     uint32_t* target = rounded.units + (step + 1 - kScreenLanes) * kScreenLanes;
     for (int lane = 0; lane < kScreenLanes; ++lane) store_bits(target + lane * kScreenLanes, side_by_side[lane]);
   }
-  // A row that is too small to be rounded is all residual, and so is one that is too large or not finite, of which
-  // nothing is known.
-  const float inflation = screen_inflation(depth);
+  // A row that is not rounded is its own residual. Its norm is bounded by its largest entry, or infinite.
+  const float inflation = screen_inflation(dim);
   const Floats whole =
-      finite ? extent.largest * std::sqrt(static_cast<float>(depth)) : broadcast<Floats>(__builtin_inff());
+      finite ? extent.largest * std::sqrt(static_cast<float>(dim)) : broadcast<Floats>(__builtin_inff());
   const Floats residual = (rounds ? root(lost_squares) : whole) * inflation;
   const Floats norm = (rounds ? root(extent.squares) : whole) * inflation + residual;
   store_bits(rounded.scale, scale);
   store_bits(rounded.residual, residual);
   store_bits(rounded.norm, norm);
   store_bits(rounded.sum[stage], sum);
-  store_bits(rounded.own_norm, norm_bound(found.own_squares, depth, finite));
+  store_bits(rounded.own_norm, norm_bound(found.own_squares, dim, finite));
   for (size_t i = 0; i < rounded.rest.size(); ++i) {
-    store_bits(rounded.rest[i], rounds ? norm_bound(extent.rest[i], depth, finite) : whole * inflation);
+    store_bits(rounded.rest[i], rounds ? norm_bound(extent.rest[i], dim, finite) : whole * inflation);
   }
-  if (!rows.subtract) store_bits(rounded.mean_dot, found.mean_dot);
+  if (!rows.should_subtract_mean) store_bits(rounded.mean_dot, found.mean_dot);
 }
 
 // Products ----------------------------------------------------------------------------------------------------------
 
-// Scales the integer products of tokens [first, last), and takes the largest of each sequence.
+// Scale the integer products of tokens [first, last), and update the maximum of each sequence.
 inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t last, const Ints (*sum)[kScreenVectors],
                            float* products, float* state) {
   for (int64_t run = first, run_end = first; run < last; run = run_end) {
@@ -292,7 +292,7 @@ inline void store_products(const ScreenTokens& tokens, int64_t first, int64_t la
       for (int64_t t = run; t < run_end; ++t, target += kScreenColumns) {
         const Floats product = to_floats(sum[t - first][j]) * tokens.scale[t];
         store_bits(target, product);
-        value = largest_of(product, value);
+        value = max_or_second(product, value);
       }
       store_bits(largest, value);
     }
@@ -303,12 +303,12 @@ inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, F
   return residual * other_norm + (norm * other_residual + kScreenTiny);
 }
 
-// Bit i: lane i is not below the limit. Infinite and NaN bounds prove nothing.
+// Return an integer whose bit i says whether lane i is not below the limit. Infinite and NaN bounds are not below.
 inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
 
 #if defined(SPLADE_FAST_AMX)
-// A group of tokens by a panel: three tiles of 16 x 16 sums, 64 depths at a time. In one go, whatever the stages: the
-// products cost less here than looking at them.
+// Multiply each group of tokens by a panel, in three tiles of 16 x 16 sums and steps of 64 dimensions. There are no
+// stages, because here comparing products costs more than making them.
 int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
                  float* state, uint8_t* settled) {
   static_assert(kScreenGroup == 16 && kScreenLanes == 16 && kScreenVectors == 3);
@@ -346,14 +346,14 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
   return groups * tokens.steps;
 }
 #else
-// Whether a product of the tile can still reach its threshold, from the sums up to the end of a stage: what is left of
-// it is at most the product of the norms that are left.
+// Whether a product of the tile can still reach its threshold, given the sums up to the end of a stage. The rest of a
+// product is at most the product of the norms of the dimensions after the stage.
 inline bool can_reach(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
                       const Ints (*sum)[kScreenVectors]) {
-  Ints most[kScreenVectors];
+  Ints largest[kScreenVectors];
   for (int j = 0; j < kScreenVectors; ++j) {
-    most[j] = sum[0][j];
-    for (int t = 1; t < kScreenTokens; ++t) most[j] = sum[t][j] > most[j] ? sum[t][j] : most[j];
+    largest[j] = sum[0][j];
+    for (int t = 1; t < kScreenTokens; ++t) largest[j] = sum[t][j] > largest[j] ? sum[t][j] : largest[j];
   }
   const ScreenTile& tile = tokens.tiles[first / kScreenTokens];
   unsigned open = 0;
@@ -362,7 +362,7 @@ inline bool can_reach(const ScreenTokens& tokens, const ScreenPanel& panel, int6
     const Floats error = error_bound(broadcast<Floats>(tile.residual), broadcast<Floats>(tile.norm),
                                      load_vec(panel.residual + column), load_vec(panel.norm + column));
     const Floats rest = load_vec(panel.rest + stage * kScreenColumns + column) * tile.rest[stage];
-    const Floats product = to_floats(most[j]) * (load_vec(panel.scale + column) * tile.scale);
+    const Floats product = to_floats(largest[j]) * (load_vec(panel.scale + column) * tile.scale);
     open |= lanes_not_below(product + rest + error, load_vec(panel.threshold + column));
   }
   return open != 0;
@@ -376,14 +376,14 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
     const uint32_t* weight = panel.units;
     Ints sum[kScreenTokens][kScreenVectors];
     for (int t = 0; t < kScreenTokens; ++t) {
-      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.start[0][first + t]);
+      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.correction[0][first + t]);
     }
     bool open = true;
     for (int64_t stage = 0, step = 0; stage < tokens.stages && open; ++stage) {
       const int64_t stage_end = screen_stage_end(kScreenStages - tokens.stages + stage, tokens.steps);
       steps += stage_end - step;
       for (int t = 0; t < kScreenTokens && stage > 0; ++t) {
-        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.start[stage][first + t];
+        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.correction[stage][first + t];
       }
       for (; step < stage_end; ++step, token += kScreenGroup, weight += kScreenColumns) {
         Ints entries[kScreenVectors];
@@ -403,7 +403,7 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
 }
 #endif
 
-void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool largest, ScreenedPairs& found) {
+void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool only_largest, ScreenedPairs& found) {
   found.entries = found.pairs = 0;
   for (int64_t column = 0; column < kScreenColumns; column += kScreenLanes) {
     const Floats scale = load_vec(panel.scale + column), threshold = load_vec(panel.threshold + column);
@@ -411,23 +411,23 @@ void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool
     const auto error = [&](float token_residual, float token_norm) {
       return error_bound(broadcast<Floats>(token_residual), broadcast<Floats>(token_norm), residual, norm);
     };
-    // First all tokens at once, with the largest of their bounds: this settles nearly all entries.
-    const Floats most =
+    // The largest bound of all tokens rules out nearly all entries.
+    const Floats largest =
         load_vec(sequence.state + column) * scale + error(sequence.largest_residual, sequence.largest_norm);
-    const unsigned open = lanes_not_below(most, threshold);
+    const unsigned open = lanes_not_below(largest, threshold);
     if (open == 0) continue;
-    const auto settled = [&](int64_t t) { return sequence.settled[(sequence.first + t) / kSettledTokens] != 0; };
+    const auto is_settled = [&](int64_t t) { return sequence.settled[(sequence.first + t) / kSettledTokens] != 0; };
     const float* products = sequence.products + column;
     Floats limit = threshold;
-    for (int64_t t = 0; t < sequence.tokens && largest; ++t) {
-      if (settled(t)) continue;
+    for (int64_t t = 0; t < sequence.tokens && only_largest; ++t) {
+      if (is_settled(t)) continue;
       const Floats lower =
           load_vec(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
-      limit = largest_of(lower, limit);
+      limit = max_or_second(lower, limit);
     }
     int32_t counts[kScreenLanes] = {};
     for (int64_t t = 0; t < sequence.tokens; ++t) {
-      if (settled(t)) continue;
+      if (is_settled(t)) continue;
       found.compared += kScreenLanes;
       const Floats upper =
           load_vec(products + t * kScreenColumns) * scale + error(sequence.residual[t], sequence.norm[t]);
@@ -455,7 +455,7 @@ constexpr Screen make_screen(const char* name, double speed) {
           kWeightLevels,
           kWeightOffset,
           speed,
-          kTokenRows,
+          kHasTokenRows,
           {rotate_rows<float>, round_rows<float>},
           {rotate_rows<double>, round_rows<double>},
           {rotate_rows<bfloat16>, round_rows<bfloat16>},

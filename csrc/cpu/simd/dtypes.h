@@ -1,4 +1,4 @@
-// Element types of tensors as the CPU kernels see them.
+// Element types of the CPU kernels.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,13 @@ using float16 = _Float16;
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Positions ride beside running maxima in vectors of the same number of lanes, so they are as wide.
+// Signed integer as wide as Acc. A vector of positions thus has as many lanes as the vector of maxima that it belongs
+// to.
 template <typename Acc>
 using Position = std::conditional_t<std::is_same_v<Acc, double>, int64_t, int32_t>;
+
+// Signed integer that sorts as a value of Acc does: -0 equals 0, and NaN is above all numbers.
+template <typename Acc>
+using SortKey = Position<Acc>;
 
 }  // namespace splade_fast::cpu

@@ -1,4 +1,4 @@
-// Draws from tiles of scores (slots, lanes), a lane per query of a block, whatever computes them.
+// Draws from tiles of scores (slots, lanes), with a lane for each query of a block. Any source may compute the scores.
 #pragma once
 
 #include <algorithm>
@@ -6,146 +6,21 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "common/sample.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
-#include "cpu/ranking.h"
+#include "cpu/sample/block_mask.h"
+#include "cpu/sample/draws.h"
+#include "cpu/score/selection.h"
 #include "cpu/simd/kernels.h"
 
 namespace splade_fast::cpu {
 
-template <typename Acc>
-struct Draw {
-  Acc perturbed, score;
-  int64_t slot;
-};
-
-// The first few draws of one query, in a heap with the last of them on top.
-template <typename Acc>
-class Draws {
- public:
-  explicit Draws(int64_t size) : size_(size) {}
-
-  void add(const Draw<Acc>& draw) {
-    if (static_cast<int64_t>(heap_.size()) == size_) {
-      if (!before(draw, heap_.front())) return;
-      std::pop_heap(heap_.begin(), heap_.end(), before);
-      heap_.back() = draw;
-    } else {
-      heap_.push_back(draw);
-    }
-    std::push_heap(heap_.begin(), heap_.end(), before);
-  }
-
-  void add(const Draws& other) {
-    for (const Draw<Acc>& draw : other.heap_) add(draw);
-  }
-
-  // What a perturbed score has to reach.
-  Acc bound() const {
-    const bool full = static_cast<int64_t>(heap_.size()) == size_;
-    return full ? heap_.front().perturbed : -std::numeric_limits<Acc>::infinity();
-  }
-
-  std::vector<Draw<Acc>> in_order() const {
-    std::vector<Draw<Acc>> draws = heap_;
-    std::sort(draws.begin(), draws.end(), before);
-    return draws;
-  }
-
- private:
-  static bool before(const Draw<Acc>& a, const Draw<Acc>& b) {
-    return philox::is_drawn_before(a.perturbed, a.slot, b.perturbed, b.slot);
-  }
-
-  int64_t size_;
-  std::vector<Draw<Acc>> heap_;
-};
-
-// Sums of exp(score - maximum) of parts of a query's scores, (parts, stride) of all queries; the order of the parts is
-// fixed. Of no slots there are no parts.
-template <typename Acc>
-Acc merge_logsumexp(const std::vector<Acc>& maximum, const std::vector<Acc>& sum, int64_t query, int64_t parts,
-                    int64_t stride) {
-  const auto reference = [&](int64_t at) {
-    return std::isfinite(maximum[at]) ? static_cast<double>(maximum[at]) : 0.0;
-  };
-  constexpr double kInf = std::numeric_limits<double>::infinity();
-  const int64_t end = query + parts * stride;
-  double largest = -kInf, total = 0;
-  for (int64_t at = query; at < end; at += stride) {
-    if (sum[at] != 0) largest = std::max(largest, reference(at));
-  }
-  if (largest == -kInf) return static_cast<Acc>(largest);
-  for (int64_t at = query; at < end; at += stride) {
-    if (sum[at] != 0) total += scaled_sum(sum[at], reference(at) - largest);
-  }
-  return static_cast<Acc>(largest + std::log(total));
-}
-
-// Sets to -inf what a block's queries must neither count nor draw.
-class BlockMask {
- public:
-  BlockMask(const SampleMasks& masks, int64_t slots, int64_t first_query, int64_t queries)
-      : slots_(slots), queries_(queries) {
-    if (masks.valid) {
-      per_query_ = masks.valid->dim() == 2;
-      valid_ = const_data<bool>(*masks.valid) + (per_query_ ? first_query * slots : 0);
-    }
-    if (!masks.exclude) return;
-    if (masks.exclude->scalar_type() == ScalarType::Bool) {
-      exclude_ = const_data<bool>(*masks.exclude) + first_query * slots;
-      return;
-    }
-    const int64_t width = masks.exclude->size(1);
-    const int64_t* listed = const_data<int64_t>(*masks.exclude) + first_query * width;
-    for (int64_t i = 0; i < queries * width; ++i) {
-      if (listed[i] >= 0 && listed[i] < slots) excluded_.push_back({listed[i], i / width});
-    }
-    std::sort(excluded_.begin(), excluded_.end());
-  }
-
-  bool none_valid(int64_t begin, int64_t end) const {
-    return valid_ && !per_query_ && std::none_of(valid_ + begin, valid_ + end, [](bool valid) { return valid; });
-  }
-
-  template <typename Acc>
-  void apply(Acc* scores, int64_t lanes, int64_t begin, int64_t end) const {
-    constexpr Acc kOut = -std::numeric_limits<Acc>::infinity();
-    if (valid_ && !per_query_) {
-      for (int64_t n = begin; n < end; ++n) {
-        if (!valid_[n]) std::fill_n(scores + (n - begin) * lanes, lanes, kOut);
-      }
-    }
-    for (const bool* mask : {per_query_ ? valid_ : nullptr, exclude_}) {
-      if (!mask) continue;
-      for (int64_t q = 0; q < queries_; ++q) {
-        for (int64_t n = begin; n < end; ++n) {
-          if (mask[q * slots_ + n] == (mask == exclude_)) scores[(n - begin) * lanes + q] = kOut;
-        }
-      }
-    }
-    const auto first = std::lower_bound(excluded_.begin(), excluded_.end(), Excluded{begin, 0});
-    for (auto pair = first; pair != excluded_.end() && pair->first < end; ++pair) {
-      scores[(pair->first - begin) * lanes + pair->second] = kOut;
-    }
-  }
-
- private:
-  using Excluded = std::pair<int64_t, int64_t>;  // slot, query
-
-  int64_t slots_, queries_;
-  const bool *valid_ = nullptr, *exclude_ = nullptr;
-  bool per_query_ = false;
-  std::vector<Excluded> excluded_;
-};
-
-// One block of queries against all slots. make_source() gives a thread its own source of scores, with
-//   int64_t tile_slots()                  how many slots it likes to score at once, a multiple of 4
-//   Acc* scores(int64_t begin, int64_t end)  scaled scores (end - begin, lanes); nullptr: stop, something is refused
+// Draws of one block of queries from all slots. make_source() returns a source of scores for one thread, which has:
+//   int64_t tile_slots()                     the number of slots of a tile, a multiple of 4;
+//   Acc* scores(int64_t begin, int64_t end)  scaled scores (end - begin, lanes), or nullptr if an argument is invalid.
 template <typename Acc>
 class BlockSampler {
  public:
@@ -172,16 +47,16 @@ class BlockSampler {
   }
 
   void store(const Samples& samples, int64_t first) const {
-    const int64_t wanted = options_.num_samples;
+    const int64_t samples_per_query = options_.num_samples;
     for (int64_t q = 0; q < queries_; ++q) {
-      const std::vector<Draw<Acc>> draws = draws_[q].in_order();
-      const int64_t row = (first + q) * wanted;
+      const std::vector<Draw<Acc>> draws = draws_[q].sorted();
+      const int64_t row = (first + q) * samples_per_query;
       Acc* scores = mutable_data<Acc>(samples.scores) + row;
       Acc* perturbed = mutable_data<Acc>(samples.perturbed) + row;
       int64_t* indices = mutable_data<int64_t>(samples.indices) + row;
-      std::fill_n(scores, wanted, -kInf);
-      std::fill_n(perturbed, wanted, -kInf);
-      std::fill_n(indices, wanted, int64_t{-1});
+      std::fill_n(scores, samples_per_query, -kInf);
+      std::fill_n(perturbed, samples_per_query, -kInf);
+      std::fill_n(indices, samples_per_query, int64_t{-1});
       for (size_t i = 0; i < draws.size(); ++i) {
         scores[i] = draws[i].score;
         perturbed[i] = draws[i].perturbed;
@@ -192,17 +67,15 @@ class BlockSampler {
   }
 
  private:
-  using Key = Position<Acc>;
+  using Key = SortKey<Acc>;
   static constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
-  static constexpr float kAboveNoise = 46;
-  // Slots of a part: its sums are added up in one go whatever the number of threads. The parts are bounded in number
-  // too, so that they take no memory to speak of.
-  static constexpr int64_t kMinPart = 1024, kMaxParts = 256;
-
-  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  static constexpr float kAboveNoise = 46;  // larger than all noise, see gumbel()
+  // One thread sums up each part, so the number of threads does not change the result. At most kMaxParts parts take
+  // little memory.
+  static constexpr int64_t kMinPartSlots = 1024, kMaxParts = 256;
 
   int64_t part_slots(int64_t tile) const {
-    return divide_up(std::max(kMinPart, divide_up(slots_, kMaxParts)), tile) * tile;
+    return round_up(std::max(kMinPartSlots, ceil_div(slots_, kMaxParts)), tile);
   }
 
   void start_parts(int64_t parts) {
@@ -211,7 +84,7 @@ class BlockSampler {
     sum_.assign(parts * lanes_, Acc(0));
   }
 
-  // body(source, draws, part) for each part, by threads with draws of their own, which are added up at the end.
+  // Call body(source, draws, part) for each part. Each thread has its own draws, which are merged at the end.
   template <typename MakeSource, typename Body>
   void for_each_part(const MakeSource& make_source, int64_t parts, const Body& body) {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -223,12 +96,12 @@ class BlockSampler {
     });
   }
 
-  // body(scores, begin, end) for each tile of [begin, end) that has anything valid.
+  // Call body(scores, begin, end) for each tile of slots [begin, end) that has a valid slot.
   template <typename Source, typename Body>
   void for_each_tile(Source& source, int64_t begin, int64_t end, const Body& body) const {
     for (int64_t n = begin; n < end; n += source.tile_slots()) {
       const int64_t last = std::min(n + source.tile_slots(), end);
-      if (mask_.none_valid(n, last)) continue;
+      if (!mask_.has_valid_slot(n, last)) continue;
       Acc* scores = source.scores(n, last);
       if (!scores) return;
       mask_.apply(scores, lanes_, n, last);
@@ -243,7 +116,7 @@ class BlockSampler {
     add_drawable(philox::perturb(score, static_cast<Acc>(options_.inv_temp), noise), score, slot, draws);
   }
 
-  // A product with inv_temp may have left the range of the type: that is out like a score of -inf.
+  // The product with inv_temp may overflow to -inf. Such a slot is not drawn, as one whose score is -inf.
   static void add_drawable(Acc perturbed, Acc score, int64_t slot, Draws<Acc>& draws) {
     if (perturbed != -kInf) draws.add({perturbed, score, slot});
   }
@@ -251,7 +124,7 @@ class BlockSampler {
   template <typename MakeSource>
   void draw_from_all(const MakeSource& make_source) {
     const int64_t slots_of_part = part_slots(make_source().tile_slots());
-    start_parts(divide_up(slots_, slots_of_part));
+    start_parts(ceil_div(slots_, slots_of_part));
     for_each_part(make_source, parts_, [&](auto& source, std::vector<Draws<Acc>>& draws, int64_t part) {
       const int64_t tile = source.tile_slots() * lanes_;
       const Scratch<int32_t> places(tile);
@@ -274,19 +147,20 @@ class BlockSampler {
     });
   }
 
-  // The logsumexp and draws of a query's kept scores, which are `stride` apart, as one part.
+  // Add the kept scores of a query, which are `stride` apart, to its draws and, as one part, to its logsumexp.
   void draw_from_kept(int64_t q, const Acc* scores, const int64_t* slots, int64_t stride, int64_t count, int64_t part,
                       Draws<Acc>& draws) {
     Acc maximum = -kInf;
     for (int64_t i = 0; i < count; ++i) maximum = scores[i * stride] > maximum ? scores[i * stride] : maximum;
     const Acc reference = std::isfinite(maximum) ? maximum : Acc(0);
-    constexpr int64_t kRun = 64;  // summing by runs rounds less
+    constexpr int64_t kRun = 64;  // summing in runs reduces the rounding error
     double sum = 0;
     for (int64_t first = 0; first < count; first += kRun) {
-      double of_run = 0;
-      for (int64_t i = first; i < std::min(first + kRun, count); ++i)
-        of_run += std::exp(scores[i * stride] - reference);
-      sum += of_run;
+      double run_sum = 0;
+      for (int64_t i = first; i < std::min(first + kRun, count); ++i) {
+        run_sum += std::exp(scores[i * stride] - reference);
+      }
+      sum += run_sum;
     }
     maximum_[part * lanes_ + q] = maximum;
     sum_[part * lanes_ + q] = static_cast<Acc>(sum);
@@ -301,23 +175,23 @@ class BlockSampler {
     }
   }
 
-  // Maxima of neighbouring groups (groups, lanes) and their slots.
+  // Maxima (groups, lanes) of neighbouring groups, and the slots of these maxima.
   struct GroupMaxima {
     int64_t lanes;
     std::vector<Acc> score;
-    std::vector<Key> position;  // within the slots that are reduced together
+    std::vector<Position<Acc>> position;  // within the slots of one call of reduce_groups()
     std::vector<int64_t> slot;
 
     GroupMaxima(int64_t groups, int64_t lanes)
         : lanes(lanes), score(groups * lanes, -kInf), position(groups * lanes, 0), slot(groups * lanes) {}
   };
 
-  // Slots [begin, end), which are the groups from first_group on or a piece of it.
+  // Find the maxima of slots [begin, end), which are the groups from first_group on or a piece of first_group.
   template <typename Source>
   void reduce_groups(Source& source, int64_t begin, int64_t end, int64_t first_group, int64_t groups,
                      GroupMaxima& maxima) const {
     std::fill(maxima.score.begin(), maxima.score.end(), -kInf);
-    std::fill(maxima.position.begin(), maxima.position.end(), Key(0));
+    std::fill(maxima.position.begin(), maxima.position.end(), Position<Acc>(0));
     int64_t group = first_group;
     for_each_tile(source, begin, end, [&](const Acc* scores, int64_t first, int64_t last) {
       for (int64_t n = first; n < last;) {
@@ -334,13 +208,13 @@ class BlockSampler {
 
   template <typename MakeSource>
   void draw_from_groups(const MakeSource& make_source, int64_t groups) {
-    const int64_t largest = divide_up(slots_, groups), slots_of_part = part_slots(make_source().tile_slots());
+    const int64_t largest = ceil_div(slots_, groups), slots_of_part = part_slots(make_source().tile_slots());
     if (largest > slots_of_part) {
-      draw_from_large_groups(make_source, groups, divide_up(largest, slots_of_part));
+      draw_from_large_groups(make_source, groups, ceil_div(largest, slots_of_part));
       return;
     }
     const int64_t groups_of_part = slots_of_part / largest;
-    start_parts(divide_up(groups, groups_of_part));
+    start_parts(ceil_div(groups, groups_of_part));
     for_each_part(make_source, parts_, [&](auto& source, std::vector<Draws<Acc>>& draws, int64_t part) {
       const int64_t first = part * groups_of_part, last = std::min(first + groups_of_part, groups);
       GroupMaxima maxima(last - first, lanes_);
@@ -352,7 +226,7 @@ class BlockSampler {
     });
   }
 
-  // Each group in pieces, so that there is work for all threads.
+  // Cut each group into pieces, so that all threads have work.
   template <typename MakeSource>
   void draw_from_large_groups(const MakeSource& make_source, int64_t groups, int64_t pieces) {
     std::vector<GroupMaxima> found(groups * pieces, GroupMaxima(1, lanes_));
@@ -380,7 +254,7 @@ class BlockSampler {
     }
   }
 
-  // The key of -inf in the order of to_keys() of score_impl.h: only what is above it can be drawn.
+  // Key of -inf, see to_keys() in score_impl.h. Only a score whose key is larger can be drawn.
   static Key lowest_key() {
     const Acc lowest = -kInf;
     Key bits;
@@ -392,9 +266,9 @@ class BlockSampler {
   void draw_from_highest(const MakeSource& make_source, int64_t kept) {
     STD_TORCH_CHECK(slots_ <= INT32_MAX, "the exact top_k must be of at most ", INT32_MAX, " slots, got ", slots_);
     const int64_t slots_of_part = part_slots(make_source().tile_slots());
-    const int64_t capacity = kept + std::max(kept, kMinCandidates);
+    const int64_t capacity = kept + std::max(kept, kMinSpare);
     std::vector<std::vector<Selection<Acc>>> selections;
-    torch::stable::parallel_for(0, divide_up(slots_, slots_of_part), 1, [&](int64_t first_part, int64_t last_part) {
+    torch::stable::parallel_for(0, ceil_div(slots_, slots_of_part), 1, [&](int64_t first_part, int64_t last_part) {
       auto source = make_source();
       const int64_t tile = source.tile_slots() * lanes_;
       const Scratch<Key> keys(tile);
@@ -405,7 +279,7 @@ class BlockSampler {
       const int64_t end = std::min(last_part * slots_of_part, slots_);
       for_each_tile(source, first_part * slots_of_part, end, [&](const Acc* scores, int64_t begin, int64_t last) {
         const int64_t found =
-            kernels<Acc>().find_candidates(scores, last - begin, lanes_, bounds.data(), keys.get(), places.get());
+            kernels<Acc>().find_above_bounds(scores, last - begin, lanes_, bounds.data(), keys.get(), places.get());
         for (int64_t i = 0; i < found; ++i) {
           const int64_t place = places.get()[i], q = place % lanes_;
           best[q].add(keys.get()[i], begin + place / lanes_, kept, capacity, bounds[q]);
@@ -421,7 +295,7 @@ class BlockSampler {
       std::vector<int64_t> slots;
       for (int64_t q = begin; q < end; ++q) {
         Selection<Acc> all;
-        for (const auto& of_thread : selections) all.add(of_thread[q]);
+        for (const auto& selection : selections) all.add(selection[q]);
         all.cut(kept);
         all.sort_by_id();
         scores.clear();
@@ -440,8 +314,8 @@ class BlockSampler {
   const philox::State state_;
   const int64_t slots_, queries_, lanes_, first_query_;
   int64_t parts_ = 0;
-  std::vector<Acc> maximum_, sum_;  // (parts, lanes) of the logsumexp
-  std::vector<Draws<Acc>> draws_;   // of each query
+  std::vector<Acc> maximum_, sum_;  // (parts, lanes), see merge_logsumexp()
+  std::vector<Draws<Acc>> draws_;   // (queries,)
   std::mutex mutex_;
 };
 

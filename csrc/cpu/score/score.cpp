@@ -1,23 +1,22 @@
-// score on the CPU: sparse rows x sparse rows -> (Q, N), or the k best documents of each query.
+// score and search on the CPU: sparse queries and documents to scores (Q, N), or to the k best documents of each query.
 //
-// The documents run past blocks of queries, see score.h. Search keeps, per thread and query, the best k so far and a
-// bound that most documents fail.
-#include "cpu/score.h"
-
+// Documents are scored against blocks of queries, see blocks.h. Search keeps the k best documents so far of each thread
+// and query, and a bound below which scores are skipped.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "cpu/ranking.h"
+#include "cpu/score/blocks.h"
+#include "cpu/score/selection.h"
 
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int64_t kGrain = 512;               // documents of a task, at least
-constexpr int64_t kMaxDocuments = INT32_MAX;  // of one search: ids ride in the lower half of a candidate
+constexpr int64_t kGrain = 512;               // smallest number of documents of a task
+constexpr int64_t kMaxDocuments = INT32_MAX;  // ids are packed into half a word, see selection.h
 
 template <typename T, typename Result>
-void scores_of_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& documents, Result* scores) {
+void score_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& documents, Result* scores) {
   std::atomic<int64_t> bad{-1};
   torch::stable::parallel_for(0, documents.count, kGrain, [&](int64_t begin, int64_t end) {
     DocumentTile<T> tile(block, documents);
@@ -29,17 +28,17 @@ void scores_of_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>
                                      block.lanes(), block.count(), last - n);
     }
   });
-  refuse_bad_document(documents, bad);
+  report_bad_document(documents, bad);
 }
 
 template <typename T, typename Result>
 void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& documents, int64_t k, Result* scores,
                   int64_t* ids) {
   using Acc = Accumulator<T>;
-  using Key = Position<Acc>;
+  using Key = SortKey<Acc>;
   const int64_t parts =
       std::max<int64_t>(std::min<int64_t>(torch::stable::get_num_threads(), documents.count / kGrain), 1);
-  const int64_t capacity = k + std::max(k, kMinCandidates);
+  const int64_t capacity = k + std::max(k, kMinSpare);
   std::vector<std::vector<Selection<Acc>>> selections(parts);
   std::atomic<int64_t> bad{-1};
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
@@ -48,7 +47,7 @@ void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& d
     const Scratch<int32_t> places(kTileDocuments * block.lanes());
     for (int64_t part = first_part; part < last_part; ++part) {
       std::vector<Selection<Acc>> best(block.count());
-      // Below every key; lanes without a query take nothing.
+      // The bound of a query starts below every key, that of a lane without a query above every key.
       std::vector<Key> bounds(block.lanes(), std::numeric_limits<Key>::max());
       std::fill_n(bounds.begin(), block.count(), std::numeric_limits<Key>::min());
       const int64_t end = documents.count * (part + 1) / parts;
@@ -56,9 +55,9 @@ void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& d
         const int64_t last = std::min(n + kTileDocuments, end);
         const Acc* found = tile.score(n, last, bad);
         if (!found) return;
-        const int64_t candidates =
-            kernels<T>().find_candidates(found, last - n, block.lanes(), bounds.data(), keys.get(), places.get());
-        for (int64_t i = 0; i < candidates; ++i) {
+        const int64_t above =
+            kernels<T>().find_above_bounds(found, last - n, block.lanes(), bounds.data(), keys.get(), places.get());
+        for (int64_t i = 0; i < above; ++i) {
           const int64_t place = places.get()[i], q = place % block.lanes();
           best[q].add(keys.get()[i], n + place / block.lanes(), k, capacity, bounds[q]);
         }
@@ -67,7 +66,7 @@ void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& d
       selections[part] = std::move(best);
     }
   });
-  refuse_bad_document(documents, bad);
+  report_bad_document(documents, bad);
   torch::stable::parallel_for(0, block.count(), 1, [&](int64_t begin, int64_t end) {
     std::vector<typename Selection<Acc>::Word> all;
     std::vector<Acc> ranked(k);
@@ -85,7 +84,7 @@ void search_block(const QueryBlock<Accumulator<T>>& block, const Documents<T>& d
   });
 }
 
-// Host functions ------------------------------------------------------------------------------------------------
+// Ops -----------------------------------------------------------------------------------------------------------
 
 Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& query_values,
                      const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
@@ -97,7 +96,7 @@ Tensor sparse_scores(const std::optional<Tensor>& query_indices, const Tensor& q
   prefer_huge_pages(scores);
   for_each_block(query_indices, query_values, query_lengths, doc_indices, doc_values, doc_lengths, num_cols, result,
                  [&](const auto& block, const auto& documents, auto type) {
-                   scores_of_block(block, documents, mutable_data<typename decltype(type)::type>(scores));
+                   score_block(block, documents, mutable_data<typename decltype(type)::type>(scores));
                  });
   return scores;
 }

@@ -1,4 +1,4 @@
-// The k best of many scores, each with an id, in passing.
+// Selection of the k best scores, with their ids, from a stream of scores.
 #pragma once
 
 #include <algorithm>
@@ -9,16 +9,16 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/dtypes.h"
+#include "cpu/simd/dtypes.h"
 
 namespace splade_fast::cpu {
 
-constexpr int64_t kMinCandidates = 256;  // room of a selection beyond the k best
+constexpr int64_t kMinSpare = 256;  // smallest room of a selection beyond the k best
 
-// Key and id in one number: larger is better, and of equal keys the lower id.
+// Sort key and id in one integer: larger is better, and of equal keys the lower id is better.
 template <typename Acc>
 struct RankedWord {
-  using Key = Position<Acc>;
+  using Key = SortKey<Acc>;
   using Word = std::conditional_t<sizeof(Acc) == 8, unsigned __int128, uint64_t>;
   using Half = std::make_unsigned_t<Key>;
   static constexpr int kBits = 8 * sizeof(Key);
@@ -30,7 +30,7 @@ struct RankedWord {
   static Key key(Word word) { return static_cast<Key>(static_cast<Half>(word >> kBits) ^ kSign); }
   static int64_t id(Word word) { return static_cast<int64_t>(static_cast<Half>(~static_cast<Half>(word))); }
 
-  // The inverse of to_keys() of score_impl.h.
+  // Inverse of to_keys() in score_impl.h.
   static Acc score(Word word) {
     constexpr Key kTop = std::numeric_limits<Key>::max();
     const Key value = key(word);
@@ -42,14 +42,14 @@ struct RankedWord {
   }
 };
 
-// The k best candidates of one query, in a buffer that is cut back to them whenever it is full.
+// The k best documents of one query so far, in a buffer that is cut back to k whenever it is full.
 template <typename Acc>
 class Selection {
  public:
   using Word = typename RankedWord<Acc>::Word;
-  using Key = Position<Acc>;
+  using Key = SortKey<Acc>;
 
-  // Documents come by ascending id, so one with the key of the bound is too late.
+  // Documents come in ascending order of ids, so a document whose key equals the bound loses the tie.
   void add(Key key, int64_t id, int64_t k, int64_t capacity, Key& bound) {
     if (key <= bound) return;
     words_.push_back(RankedWord<Acc>::pack(key, id));
@@ -58,7 +58,7 @@ class Selection {
     bound = RankedWord<Acc>::key(words_[k - 1]);
   }
 
-  // Keeps the k best; the worst of them is the last.
+  // Keep the k best, and put the worst of them last.
   void cut(int64_t k) {
     if (static_cast<int64_t>(words_.size()) <= k) return;
     std::nth_element(words_.begin(), words_.begin() + (k - 1), words_.end(), std::greater<Word>());

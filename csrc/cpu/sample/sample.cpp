@@ -1,22 +1,22 @@
-// sample on the CPU: scores of a block of queries by tiles of slots, which never leave the first-level cache, and from
-// each tile the logsumexp and the few slots that might be drawn; see sample.h and sample_impl.h.
+// sample on the CPU: draws from the scores of dense queries, of sparse queries, or from given scores.
 //
-// Compiled without contraction: the noise has the same bits everywhere.
-#include "cpu/sample.h"
-
+// The scores of a block of queries come in tiles of slots that stay in the first-level cache. Each tile adds to the
+// logsumexp and leaves the few slots that may be drawn; see block_sampler.h and sample_impl.h. This file is compiled
+// without contraction, so that the noise has the same bits everywhere.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "cpu/score.h"
+#include "cpu/sample/block_sampler.h"
+#include "cpu/score/blocks.h"
 
 namespace splade_fast::cpu {
 namespace {
 
 using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kTilesAtOnce = 4;        // register tiles of slots
-constexpr int64_t kMaxDenseQueries = 256;  // of a block: their packed panels fit the second-level cache
+constexpr int64_t kTilesAtOnce = 4;        // register tiles that make up a tile of slots
+constexpr int64_t kMaxDenseQueries = 256;  // the packed panels of a block fit the second-level cache
 
 philox::State read_state(const Tensor& state) {
   const Tensor words = as_contiguous(state);
@@ -25,18 +25,18 @@ philox::State read_state(const Tensor& state) {
 
 // Dense ------------------------------------------------------------------------------------------------------------
 
-// Rows [first, first + count) of a cache in another type.
+// Converts rows [first, first + count) of a cache to T.
 template <typename T, typename Stored>
 void convert_rows(const Tensor& cache, int64_t first, int64_t count, T* rows) {
-  const int64_t depth = cache.size(1);
-  const Scratch<Accumulator<Stored>> row(depth);
+  const int64_t dim = cache.size(1);
+  const Scratch<Accumulator<Stored>> row(dim);
   for (int64_t n = 0; n < count; ++n) {
-    kernels<Stored>().load(row.get(), const_data<Stored>(cache) + (first + n) * row_stride(cache), depth);
-    std::copy_n(row.get(), depth, rows + n * depth);
+    kernels<Stored>().load(row.get(), const_data<Stored>(cache) + (first + n) * row_stride(cache), dim);
+    std::copy_n(row.get(), dim, rows + n * dim);
   }
 }
 
-// A block of queries, packed, and what the slots are multiplied with it.
+// A packed block of queries, and the cache whose slots are multiplied by it.
 template <typename T>
 class DenseBlock {
  public:
@@ -45,7 +45,7 @@ class DenseBlock {
   DenseBlock(const Tensor& queries, const Tensor& cache, Acc scale, int64_t first, int64_t count)
       : cache_(cache),
         scale_(scale),
-        depth_(queries.size(1)),
+        dim_(queries.size(1)),
         lanes_(round_up(count, std::max(kernels<T>().panel_columns, kMaxLanes))),
         packed_(lanes_ / kernels<T>().panel_columns * panel_bytes()) {
     const int64_t columns = kernels<T>().panel_columns;
@@ -53,27 +53,27 @@ class DenseBlock {
       const int64_t begin = std::min(panel * columns, count);
       kernels<T>().pack(packed_.get() + panel * panel_bytes(), columns,
                         const_data<T>(queries) + (first + begin) * row_stride(queries), row_stride(queries), nullptr,
-                        std::min(columns, count - begin), depth_);
+                        std::min(columns, count - begin), dim_);
     }
   }
 
   int64_t lanes() const { return lanes_; }
 
-  // One thread's tiles.
+  // Tiles of scores for one thread.
   class Source {
    public:
     explicit Source(const DenseBlock& block)
         : block_(block),
           packed_(kTilesAtOnce * block.tile_bytes()),
           scores_(tile_slots() * block.lanes_),
-          rows_(block.is_stored_as_t() ? 0 : tile_slots() * block.depth_) {}
+          rows_(block.is_stored_as_t() ? 0 : tile_slots() * block.dim_) {}
 
     int64_t tile_slots() const { return kTilesAtOnce * kernels<T>().tile_tokens; }
 
     Acc* scores(int64_t begin, int64_t end) {
       const Kernels<T>& kernel = kernels<T>();
       const T* rows = rows_.get();
-      int64_t stride = block_.depth_;
+      int64_t stride = block_.dim_;
       if (block_.is_stored_as_t()) {
         stride = row_stride(block_.cache_);
         rows = const_data<T>(block_.cache_) + begin * stride;
@@ -83,9 +83,9 @@ class DenseBlock {
       char* packed = packed_.get();
       for (int64_t n = 0; n < end - begin; n += kernel.tile_tokens, packed += block_.tile_bytes()) {
         kernel.pack(packed, kernel.tile_tokens, rows + n * stride, stride, nullptr,
-                    std::min(kernel.tile_tokens, end - begin - n), block_.depth_);
+                    std::min(kernel.tile_tokens, end - begin - n), block_.dim_);
       }
-      kernel.multiply_slots({packed_.get(), block_.packed_.get(), block_.depth_, end - begin, block_.lanes_,
+      kernel.multiply_slots({packed_.get(), block_.packed_.get(), block_.dim_, end - begin, block_.lanes_,
                              block_.scale_, scores_.get(), block_.row(end), block_.bytes_after(end)});
       return scores_.get();
     }
@@ -100,19 +100,19 @@ class DenseBlock {
   Source source() const { return Source(*this); }
 
  private:
-  int64_t panel_bytes() const { return kernels<T>().packed_bytes(kernels<T>().panel_columns, depth_); }
-  int64_t tile_bytes() const { return kernels<T>().packed_bytes(kernels<T>().tile_tokens, depth_); }
+  int64_t panel_bytes() const { return kernels<T>().packed_bytes(kernels<T>().panel_columns, dim_); }
+  int64_t tile_bytes() const { return kernels<T>().packed_bytes(kernels<T>().tile_tokens, dim_); }
 
-  // bfloat16 beside float16 is computed in float, so equal sizes mean equal types.
+  // bfloat16 and float16 meet as float, so types of equal size are equal.
   bool is_stored_as_t() const { return sizeof(T) == cache_.element_size(); }
 
   const char* row(int64_t slot) const { return static_cast<const char*>(cache_.const_data_ptr()) + slot * row_bytes(); }
   int64_t row_bytes() const { return row_stride(cache_) * static_cast<int64_t>(cache_.element_size()); }
 
-  // Of the next tile, as far as rows follow each other.
+  // Bytes of the tile from this slot on, to prefetch; 0 if its rows are not neighbours.
   int64_t bytes_after(int64_t slot) const {
     const int64_t tile = kTilesAtOnce * kernels<T>().tile_tokens;
-    return row_stride(cache_) == depth_ ? std::min(tile, cache_.size(0) - slot) * row_bytes() : 0;
+    return row_stride(cache_) == dim_ ? std::min(tile, cache_.size(0) - slot) * row_bytes() : 0;
   }
 
   void convert(int64_t first, int64_t count, T* rows) const {
@@ -124,7 +124,7 @@ class DenseBlock {
 
   const Tensor& cache_;
   const Acc scale_;
-  const int64_t depth_, lanes_;
+  const int64_t dim_, lanes_;
   const Scratch<char> packed_;
 };
 
@@ -203,7 +203,7 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
                    std::atomic<int64_t> bad{-1};
                    BlockSampler<Acc> sampler(options, masks, noise, slots, block.first(), block.count(), block.lanes());
                    sampler.run([&] { return SparseSource<T>(block, documents, static_cast<Acc>(scale), bad); });
-                   refuse_bad_document(documents, bad);
+                   report_bad_document(documents, bad);
                    sampler.store(samples, block.first());
                  });
   return samples.tuple();
@@ -211,7 +211,7 @@ SampleResult sample_sparse(const std::optional<Tensor>& query_indices, const Ten
 
 // Given scores -----------------------------------------------------------------------------------------------------
 
-// Rows of scores, a query each, to tiles with a lane each.
+// Tiles of given scores. A row of scores belongs to a query and becomes a lane.
 template <typename T>
 class GivenSource {
  public:

@@ -1,7 +1,7 @@
-// Sparse queries and documents as the score and sample kernels take them.
+// Blocks of sparse queries and tiles of sparse documents, as the score and sample kernels take them.
 //
-// Queries go in blocks of kBlockQueries. Of a block's terms a compact table is built, and the documents run past it
-// once, in tiles whose scores stay in the first-level cache; see score_impl.h.
+// The terms of a block of kBlockQueries queries make up a compact table. All documents are then read once, in tiles
+// whose scores stay in the first-level cache; see score_impl.h.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +15,15 @@
 namespace splade_fast::cpu {
 
 constexpr int64_t kBlockQueries = 64;
-constexpr int64_t kTileDocuments = 32;  // with a block of queries, 8 KiB of scores in float
+constexpr int64_t kTileDocuments = 32;  // the scores of a tile and a block of queries take 8 KiB in float
 
 struct SparseQueries {
-  const int32_t* indices;  // nullptr: dense
+  const int32_t* indices;  // nullptr for dense queries
   const int32_t* lengths;
   int64_t count, width;
 };
 
-inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-// The queries [first, first + count) as a table with a row per column that any of them has.
+// Queries [first, first + count) as a table, which has a row for each column that any of them uses.
 template <typename Acc>
 class QueryBlock {
  public:
@@ -33,7 +31,7 @@ class QueryBlock {
   QueryBlock(const SparseQueries& queries, const T* values, int64_t first, int64_t block_queries, int64_t num_cols)
       : first_(first), count_(block_queries), lanes_(round_up(block_queries, kMaxLanes)), rows_(num_cols + 1) {
     const Scratch<Accumulator<T>> row(queries.width);
-    // Twice over the entries: which columns there are, then their values.
+    // The first pass over the entries finds the columns in use, the second their values.
     for_each_entry(queries, values, row.get(), num_cols, [&](int64_t, int64_t column, Acc) { rows_[column] = 1; });
     int32_t used = 0;
     for (int32_t& target : rows_) target = target ? ++used : 0;
@@ -49,7 +47,7 @@ class QueryBlock {
   const Acc* table() const { return table_.data(); }
 
  private:
-  // Zeros of dense queries are no entries.
+  // Zeros of dense queries are skipped.
   template <typename T, typename Body>
   void for_each_entry(const SparseQueries& queries, const T* values, Accumulator<T>* row, int64_t num_cols, Body body) {
     for (int64_t q = 0; q < count_; ++q) {
@@ -80,7 +78,7 @@ struct Documents {
   int64_t count, width, num_cols;
 };
 
-// A tile's scores and what its kernel needs, for one thread.
+// Scores of a tile of documents, with the scratch memory of the kernel, for one thread.
 template <typename T>
 class DocumentTile {
  public:
@@ -94,7 +92,8 @@ class DocumentTile {
               documents.indices, documents.values,  documents.lengths,  documents.width,
               hit_rows_.get(),   hit_values_.get(), scores_.get()} {}
 
-  // (end - begin, lanes); nullptr where a document is not allowed, which is noted in bad.
+  // Return the scores (end - begin, lanes) of documents [begin, end). If a document has an invalid length or column,
+  // store its number in `bad` and return nullptr.
   Acc* score(int64_t begin, int64_t end, std::atomic<int64_t>& bad) {
     const int64_t done = kernels<T>().score_rows(task_, begin, end);
     if (done == end) return scores_.get();
@@ -109,7 +108,7 @@ class DocumentTile {
 };
 
 template <typename T>
-void refuse_bad_document(const Documents<T>& documents, int64_t row) {
+void report_bad_document(const Documents<T>& documents, int64_t row) {
   if (row < 0) return;
   const int64_t length = documents.lengths[row];
   STD_TORCH_CHECK(length >= 0 && length <= documents.width, "doc_lengths must be between 0 and ", documents.width,
@@ -118,7 +117,7 @@ void refuse_bad_document(const Documents<T>& documents, int64_t row) {
                   row);
 }
 
-// body(block, documents, Type<Result>{}) for every block of queries.
+// Call body(block, documents, Type<Result>{}) for every block of queries.
 template <typename Body>
 void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& query_values,
                     const std::optional<Tensor>& query_lengths, const Tensor& doc_indices, const Tensor& doc_values,
@@ -127,7 +126,7 @@ void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& qu
   const std::optional<Tensor> query_sizes = contiguous_or_none(query_lengths);
   const Tensor query_entries = as_contiguous(query_values);
   const Tensor columns = as_contiguous(doc_indices), sizes = as_contiguous(doc_lengths);
-  // Documents meet float64 queries as float64; otherwise they are read as they are.
+  // Documents are converted only for float64 queries.
   const Tensor entries = contiguous_as(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
   const SparseQueries queries{query_columns ? const_data<int32_t>(*query_columns) : nullptr,
                               query_sizes ? const_data<int32_t>(*query_sizes) : nullptr, query_values.size(0),
@@ -142,7 +141,7 @@ void for_each_block(const std::optional<Tensor>& query_indices, const Tensor& qu
       for (int64_t first = 0; first < queries.count; first += kBlockQueries) {
         const QueryBlock<Acc> block(queries, const_data<Query>(query_entries), first,
                                     std::min(kBlockQueries, queries.count - first), num_cols);
-        // The wider of the two types is that of the documents or the accumulation type.
+        // The result has the type of the documents or their accumulation type.
         if (result == entries.scalar_type()) {
           body(block, documents, Type<T>{});
         } else {
