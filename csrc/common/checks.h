@@ -97,7 +97,7 @@ inline SequenceShape check_sequences(const Tensor& hidden, const std::optional<T
                                      const std::optional<Tensor>& cu_seqlens) {
   check_floating("hidden", hidden, cu_seqlens ? 2 : 3);
   if (!cu_seqlens) {
-    STD_TORCH_CHECK(hidden.size(0) <= INT32_MAX, "hidden must be at most 2^31 - 1 sequences, got ", hidden.size(0));
+    STD_TORCH_CHECK(hidden.size(0) <= INT32_MAX, "hidden must have at most 2^31 - 1 sequences, got ", hidden.size(0));
     check_mask(mask, hidden, hidden.size(0), hidden.size(1));
     return {hidden.size(0), hidden.size(1)};
   }

@@ -58,7 +58,8 @@ inline bool has_overlap(const ByteSpan& a, const ByteSpan& b) { return a.first <
 
 // Return the number of rows of the tables.
 inline int64_t check_tables(const Tensors& tables, const Tensor& indices) {
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 1, "indices must be int64 (count,)");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 1,
+                  "indices must be int64 (count,), got ", describe(indices));
   for (size_t t = 0; t < tables.size(); ++t) {
     STD_TORCH_CHECK(tables[t].dim() >= 1, "tables[", t, "] must have at least one dimension, got a scalar");
     STD_TORCH_CHECK(tables[t].size(0) == tables[0].size(0), "tables[", t, "] must have as many rows as tables[0], ",
@@ -83,7 +84,8 @@ inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor
                   torch::headeronly::toString(rows.scalar_type()));
   bool fits = rows.dim() == table.dim() && rows.size(0) == count;
   for (int64_t dim = 1; fits && dim < table.dim(); ++dim) fits = rows.size(dim) == table.size(dim);
-  STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table");
+  STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table, got ",
+                  describe(rows));
 }
 
 // Check that one call can write to rows of all these tables.
@@ -104,7 +106,7 @@ inline void check_writable(const Tensors& tables) {
 inline void check_row_mask(const char* name, const std::optional<Tensor>& mask, int64_t count) {
   if (!mask) return;
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == count, name,
-                  " must be bool (count,) = (", count, ",)");
+                  " must be bool (count,) = (", count, ",), got ", describe(*mask));
 }
 
 template <typename Name>
@@ -154,10 +156,10 @@ inline void check_cache_update(const CacheUpdate& update) {
   const Tensor &age = update.age, &valid = update.valid;
   const int64_t slots = age.numel(), added = update.new_count(), refreshed = update.refreshed_count();
   STD_TORCH_CHECK(age.scalar_type() == ScalarType::Int && age.dim() == 1 && age.is_contiguous(),
-                  "age must be contiguous int32 (slots,)");
+                  "age must be contiguous int32 (slots,), got ", describe(age));
   STD_TORCH_CHECK(
       valid.scalar_type() == ScalarType::Bool && valid.dim() == 1 && valid.size(0) == slots && valid.is_contiguous(),
-      "valid must be contiguous bool (slots,) = (", slots, ",)");
+      "valid must be contiguous bool (slots,) = (", slots, ",), got ", describe(valid));
   check_on("valid", valid, "age", age);
   for (size_t t = 0; t < update.tables.size(); ++t) {
     const Tensor& table = update.tables[t];

@@ -81,7 +81,7 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
     shape[0] = count;
-    // A new tensor of a pinned table is not pinned.
+    // new_tensor() does not pin memory, even for a pinned table.
     gathered.push_back(new_tensor(source, shape));
     copies.push_back({const_data<uint8_t>(source), mutable_data<uint8_t>(gathered.back()), row_stride_bytes(source),
                       row_bytes(source), row_bytes(source)});

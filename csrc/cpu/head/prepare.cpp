@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
       float own_norm[kMaxLanes], rest[kScreenStages - 1][kMaxLanes];
       for (int64_t panel = begin; panel < end; ++panel) {
         for (int64_t lane = 0; lane < columns; lane += kernel.lanes) {
-          // Columns past the vocabulary repeat its last entry.
+          // Columns past the vocabulary repeat the last entry.
           for (int64_t i = 0; i < kernel.lanes; ++i) {
             entries[i] = entry_of_column[std::min(panel * columns + lane + i, vocabulary - 1)];
           }

@@ -42,17 +42,18 @@ inline std::vector<float> rotation_signs(int64_t padded_dim) {
 
 inline void check_mean(const Tensor& mean, const Tensor& weight) {
   STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && mean.dim() == 1 && mean.size(0) == weight.size(1),
-                  "mean must be float32 (", weight.size(1), ",)");
+                  "mean must be float32 (", weight.size(1), ",), got ", describe(mean));
 }
 
 inline void check_basis(const std::optional<Tensor>& basis, const std::optional<Tensor>& order, const Tensor& weight) {
-  STD_TORCH_CHECK(basis.has_value() == order.has_value(), "basis and order must be given together");
+  STD_TORCH_CHECK(basis.has_value() == order.has_value(), "basis and order must both be None or neither");
   if (!basis) return;
   STD_TORCH_CHECK(basis->scalar_type() == ScalarType::Float && basis->dim() == 3 && basis->size(0) == 2 &&
                       basis->size(1) == weight.size(1) && basis->size(2) == screen_padded_dim(weight.size(1)),
-                  "basis must be float32 (2, ", weight.size(1), ", ", screen_padded_dim(weight.size(1)), ")");
+                  "basis must be float32 (2, ", weight.size(1), ", ", screen_padded_dim(weight.size(1)), "), got ",
+                  describe(*basis));
   STD_TORCH_CHECK(order->scalar_type() == ScalarType::Int && order->dim() == 1 && order->size(0) == weight.size(0),
-                  "order must be int32 (", weight.size(0), ",)");
+                  "order must be int32 (", weight.size(0), ",), got ", describe(*order));
 }
 
 // Vocabulary entry of each column.
@@ -61,8 +62,8 @@ inline std::vector<int64_t> column_entries(const std::optional<Tensor>& order, i
   const int32_t* given = order ? const_data<int32_t>(*order) : nullptr;
   for (int64_t column = 0; column < vocabulary; ++column) {
     entries[column] = given ? given[column] : column;
-    STD_TORCH_CHECK(entries[column] >= 0 && entries[column] < vocabulary, "order must have the entries of weight, got ",
-                    entries[column]);
+    STD_TORCH_CHECK(entries[column] >= 0 && entries[column] < vocabulary, "order must be between 0 and ",
+                    vocabulary - 1, ", got ", entries[column]);
   }
   return entries;
 }

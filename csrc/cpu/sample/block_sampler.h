@@ -264,7 +264,7 @@ class BlockSampler {
 
   template <typename MakeSource>
   void draw_from_highest(const MakeSource& make_source, int64_t kept) {
-    STD_TORCH_CHECK(slots_ <= INT32_MAX, "the exact top_k must be of at most ", INT32_MAX, " slots, got ", slots_);
+    STD_TORCH_CHECK(slots_ <= INT32_MAX, "top_k with exact takes at most ", INT32_MAX, " slots, got ", slots_);
     const int64_t slots_of_part = part_slots(make_source().tile_slots());
     const int64_t capacity = kept + std::max(kept, kMinSpare);
     std::vector<std::vector<Selection<Acc>>> selections;
