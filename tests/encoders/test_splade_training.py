@@ -1,6 +1,7 @@
 """SpladeEncoder in training: model families, autocast, torch.compile and threads."""
 
 import copy
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from splade_fast import reference
 from splade_fast.encoders.splade import SpladeEncoder
 from tests.adapters import WAYS, with_adapters
+from tests.selection import ALL
 from tests.tiny_models import (
     VOCAB_SIZE,
     causal_lm_configs,
@@ -24,6 +26,9 @@ from tests.tolerances import assert_accurate, assert_accurate_gradients
 
 MASKED, CAUSAL = masked_lm_configs(), causal_lm_configs()
 FAMILIES = {**MASKED, **CAUSAL}
+COMPILED = ["bert", "modernbert", "llama"]
+if os.environ.get(ALL):
+    COMPILED += ["deberta-v3", "qwen3"]
 TEXTS = ["quick fox", "the lazy dog sleeps under an old tree", "unknownword", "a quick dog"]
 UPSTREAM = torch.linspace(0.1, 1, len(TEXTS) * VOCAB_SIZE, dtype=torch.float64).view(len(TEXTS), -1)
 
@@ -184,7 +189,7 @@ def test_autocast(family):
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3", "llama", "qwen3"])
+@pytest.mark.parametrize("family", COMPILED)
 def test_compiles_whole(family):
     torch.compiler.reset()
     encoder = make_encoder(FAMILIES[family])
