@@ -1,4 +1,4 @@
-"""What tests of training share: a folder for the converted data, and one thread."""
+"""Fixtures of all training tests: a folder for the converted data, and one thread."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny models only wait for a second one."""
+    """Use one thread, since tiny models would only wait for a second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,7 @@
 """Training killed at random times: python -m tests.training.kill [--points N] [--seed N]
 
-A run of `splade-fast train` with a negative cache is killed (SIGKILL) at a random time, checked and
-resumed, N times over. Each has to end with the very bytes of a run that was left alone.
+Kills a run of `splade-fast train` with a negative cache (SIGKILL) at a random time, checks it and
+resumes it, N times. Each run must end with the bytes of a run that was not killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from splade_fast.training.checkpoints.folders import check_checkpoint, find_chec
 from tests.training.runs import CACHE, SMALL, assert_same_state, checkpoint_in, write_pairs
 
 STEPS, SAVE_STEPS = 100, 4
-WEIGHTS = "model.safetensors"  # of the trained model: the last file that a run writes
+WEIGHTS = "model.safetensors"  # the last file that a run writes
 
 
 def main() -> None:
@@ -40,10 +40,10 @@ def main() -> None:
 
 
 class KillTest:
-    """Runs in folders of their own, and one of them that was left alone.
+    """Killed runs, and one run that was not killed.
 
     Args:
-        folder: an empty one.
+        folder: an empty folder for the output directories.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,14 +58,17 @@ class KillTest:
         start = time.monotonic()
         self._wait_for(self._whole / WEIGHTS, process)
         self.seconds = time.monotonic() - start
-        """From when the output directory is there to when the model is."""
+        """Seconds from the output directory to the saved model."""
         self._end_well(process)
 
     def kill_and_resume(self, seconds: float) -> str:
-        """Kill a run so long after its output directory is there, and resume it; what came of it.
+        """Kill a run some seconds after it made its output directory, and resume it.
+
+        Returns:
+            A sentence for the user.
 
         Raises:
-            AssertionError: it did not end with the bytes of the run that was left alone.
+            AssertionError: the run did not end with the bytes of the run that was not killed.
         """
         self._runs += 1
         output = self._folder / str(self._runs)

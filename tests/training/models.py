@@ -1,4 +1,4 @@
-"""Training models of tiny encoders, and plain PyTorch of the same."""
+"""Training models of tiny encoders, and the same computation in plain PyTorch."""
 
 import copy
 
@@ -22,7 +22,7 @@ FAMILIES = {**masked_lm_configs(), **causal_lm_configs()}
 def encoder_of(
     family: str = "bert", *, dropout: float = 0.0, dtype: torch.dtype = torch.float64
 ) -> SpladeEncoder:
-    """In training mode; float64 unless rounding is what a test is about."""
+    """Return an encoder in training mode, in float64 unless a test is about rounding."""
     config = copy.deepcopy(FAMILIES[family])
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(config, name, dropout)
@@ -34,7 +34,7 @@ def training_model(family: str = "bert", *, seed: int = 0, **arguments) -> Train
 
 
 def texts(count: int, seed: int, most: int = 9) -> list[str]:
-    """Different texts of different lengths."""
+    """Return different texts of different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(limit: int) -> int:
@@ -46,7 +46,7 @@ def texts(count: int, seed: int, most: int = 9) -> list[str]:
 
 
 def batch_of(encoder: SpladeEncoder, batch: int, seed: int, documents: int = 1) -> dict:
-    """Queries and documents as the collator gives them."""
+    """Return queries and documents as the collator does."""
     return {
         "queries": encoder.tokenize(texts(batch, seed, most=3)),
         "documents": encoder.tokenize(texts(batch * documents, seed + 1000)),
@@ -54,7 +54,7 @@ def batch_of(encoder: SpladeEncoder, batch: int, seed: int, documents: int = 1) 
 
 
 def plain_vectors(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """By the model's own logits."""
+    """Return vectors from the model's own logits."""
     return reference.splade_pool(model(**inputs).logits, inputs["attention_mask"])
 
 

@@ -1,4 +1,4 @@
-"""Small training runs, some in a process of their own that dies at a given moment."""
+"""Small training runs, some in a process that is killed at a given moment."""
 
 import multiprocessing
 import os
@@ -39,15 +39,16 @@ CACHE: dict[str, Any] = {
 
 
 def checkpoint_in(folder: Path, dropout: bool = True) -> Path:
-    """A tiny masked LM."""
+    """Write a tiny masked LM into a folder."""
     config = masked_lm_configs()["bert"]
+    config.num_hidden_layers = 1
     if not dropout:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     return save_checkpoint(config, folder / "checkpoint")
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
-    """Queries whose words are among those of their document."""
+    """Write pairs of a query and a document that holds its words."""
     draw = random.Random(seed)
     lines = []
     for _ in range(count):
@@ -58,19 +59,19 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
 
 
 def keep_datasets_in(folder: Path) -> None:
-    """Where `datasets` writes what it converts, in a process that conftest.py does not reach."""
+    """Set the cache of `datasets`, in a process in which no fixture does."""
     datasets.config.HF_DATASETS_CACHE = folder
 
 
 def be_rank(rank: int, count: int, folder: Path) -> None:
-    """Let the trainer find the process group that `run_ranks` has made."""
+    """Let the trainer find the process group of `run_ranks`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # not asked, but looked for
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # read, but not used
     keep_datasets_in(folder / f"datasets-{rank}")
 
 
 def make_trainer(checkpoint: Path, data: Any, output: Path, **options: Any) -> SpladeTrainer:
-    """A trainer of a tiny encoder; options: of SpladeTrainingArguments, or of the trainer."""
+    """Make a trainer; options are arguments of SpladeTrainingArguments or of SpladeTrainer."""
     others = {name: options.pop(name) for name in _OF_TRAINER if name in options}
     arguments = SpladeTrainingArguments(output_dir=str(output), **(SMALL | options))
     encoder = others.pop("model", None) or SpladeEncoder.from_pretrained(checkpoint)
@@ -81,7 +82,7 @@ _OF_TRAINER = ("model", "eval_dataset", "query_encoder", "evaluator", "callbacks
 
 
 def state_files(folder: Path) -> dict[str, bytes]:
-    """Weights, optimizer, cache and random states of a checkpoint, byte for byte."""
+    """Return the bytes of a checkpoint's safetensors files by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
@@ -93,11 +94,11 @@ def assert_same_state(actual: Path, expected: Path) -> None:
 
 
 class Moments(TrainerCallback):
-    """Counts the moments at which a run can die: steps, and its own operations on files.
+    """Count the moments at which a run can be killed: steps and operations on its files.
 
     Args:
-        output: the output directory.
-        last: the process kills itself at this moment; None: never.
+        output: output directory of the run.
+        last: moment at which the process kills itself, or None.
     """
 
     def __init__(self, output: Path, last: int | None) -> None:
@@ -128,7 +129,7 @@ class Moments(TrainerCallback):
 
 
 def in_process(function: Callable[..., None], *arguments: Any, seconds: float = 120) -> int:
-    """The exit code of function(*arguments) in a process of its own; -9 if it was killed."""
+    """Run function(*arguments) in a new process and return its exit code, -9 if it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_alone, args=(function, *arguments))
@@ -150,7 +151,7 @@ def _alone(function: Callable[..., None], *arguments: Any) -> None:
 def train_until(
     checkpoint: Path, pairs: Path, output: Path, streaming: bool, last: int | None, counted: Path
 ) -> None:
-    """A run that resumes where one before it was, dies at a moment, or counts the moments."""
+    """Train, resuming if there is a checkpoint, and write the number of moments to a file."""
     keep_datasets_in(output.parent / "datasets")
     data = load_training_data(pairs, streaming=streaming)
     if streaming:

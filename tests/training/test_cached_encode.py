@@ -19,6 +19,7 @@ from tests.tiny_models import (
     masked_lm_configs,
 )
 from tests.tolerances import assert_accurate, assert_accurate_gradients
+from tests.training.models import texts
 
 FAMILIES = {**masked_lm_configs(), **causal_lm_configs()}
 TEXTS = ["fox", "the lazy dog sleeps under an old tree", "quick", "a quick dog", "", "over a dog",
@@ -33,9 +34,9 @@ def encoder_of(family="bert", dropout=0.0, dtype=torch.float64):
     return SpladeEncoder(make_model(config).to(dtype), make_tokenizer())
 
 
-def trained(encoder, vectors):
+def trained(encoder, vectors, upstream=UPSTREAM):
     encoder.zero_grad()
-    vectors.backward(UPSTREAM.to(vectors.dtype))
+    vectors.backward(upstream.to(vectors.dtype))
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
@@ -61,14 +62,18 @@ def test_equals_the_whole_batch(family, size):
 
 
 def test_float32_is_as_accurate_as_the_whole_batch():
+    """Over many texts, because the largest rounding error of a few depends on luck."""
     encoder = encoder_of(dtype=torch.float32)
-    inputs = encoder.tokenize(TEXTS)
+    inputs = encoder.tokenize(TEXTS + texts(33, seed=0))
     exact = copy.deepcopy(encoder).double()
     truth, plain = exact(**inputs), encoder(**inputs)
-    baseline = trained(encoder, plain)
+    upstream = torch.linspace(0.1, 1, truth.numel(), dtype=torch.float64).view_as(truth)
+    baseline = trained(encoder, plain, upstream)
     vectors = cached_encode(encoder, inputs, 2)
     assert_accurate(vectors.detach(), truth.detach(), plain.detach())
-    assert_accurate_gradients(trained(encoder, vectors), trained(exact, truth), baseline)
+    assert_accurate_gradients(
+        trained(encoder, vectors, upstream), trained(exact, truth, upstream), baseline
+    )
 
 
 def test_other_encoders():

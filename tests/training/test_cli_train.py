@@ -1,4 +1,4 @@
-"""`splade-fast train`: files, flags, what it writes, and what it says of bad input."""
+"""`splade-fast train`: configuration, output, and errors of bad input."""
 
 import json
 import resource
@@ -61,7 +61,7 @@ def trained(files, *flags):
 
 
 def refused(files, *flags):
-    """What it says, which is one message."""
+    """Return the error of a run, which is its only message."""
     result = invoke(files, *flags)
     assert result.exit_code == 2, (result.output, result.exception)
     assert "Traceback" not in result.output
@@ -88,27 +88,23 @@ def test_trains_as_the_file_says(files, model):
     assert list((files / "run").rglob("events.out.tfevents*"))
 
 
-def test_flags_go_before_the_file(files):
-    trained(files, "--max-steps", 3, "--learning_rate=0.002", "--report_to", "none")
-    assert len([entry for entry in log_of(files / "run") if "loss" in entry]) == 3
-    assert log_of(files / "run")[0]["learning_rate"] == 0.002
-    assert not list((files / "run").rglob("events.out.tfevents*"))
-
-
-def test_lists_and_mappings_in_the_file(files):
+def test_flags_override_the_file_which_may_hold_lists_and_mappings(files):
     more = write_pairs(files / "more.tsv", 4, seed=1)
     configure(
         files,
         **{"train-data": [str(files / "pairs.tsv"), str(more)], "train_data": ...},
-        max_steps=...,
-        num_train_epochs=1,
+        num_train_epochs=3,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-4},
         bf16=True,
     )
-    trained(files)
+    flags = ["--max-steps=-1", "--num_train_epochs", 1, "--learning_rate=0.002"]
+    trained(files, *flags, "--report_to", "none")
     state = json.loads((files / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # 16 examples
+    assert len([entry for entry in log_of(files / "run") if "loss" in entry]) == 4
+    assert log_of(files / "run")[0]["learning_rate"] == 0.002
+    assert not list((files / "run").rglob("events.out.tfevents*"))
 
 
 def test_a_run_goes_on_or_starts_anew(files):
@@ -153,11 +149,6 @@ def test_evaluates_loss_and_retrieval(files):
     assert all({"eval_MRR@10", "eval_relevance_loss", "eval_index_mib"} <= e.keys() for e in found)
 
 
-def test_evaluates_at_the_end_where_no_strategy_says_when(files):
-    trained(files, "--eval_data", files / "pairs.tsv")
-    assert [entry["step"] for entry in log_of(files / "run") if "eval_loss" in entry] == [2]
-
-
 @pytest.mark.parametrize("kind", ["idf", "learned"])
 def test_bags_of_words_as_queries(files, kind):
     trained(files, "--query_encoder", "bag_of_words", "--query_weights", kind)
@@ -179,11 +170,6 @@ def test_another_encoder_for_queries(files, model):
     assert not all(same)
 
 
-def test_term_weights(files):
-    trained(files, "--architecture", "term_weights")
-    assert TermWeightEncoder.from_pretrained(files / "run")
-
-
 def test_adapters(files, model):
     trained(files, "--lora_rank", 2, "--lora_dropout", 0.1)
     assert (files / "run" / "adapter_model.safetensors").is_file()
@@ -199,15 +185,18 @@ def test_adapters_are_added_once(files):
     assert message in refused(files, "--lora_rank", 2, *again)
 
 
-def test_streams(files):
-    trained(files, "--streaming", "--max_steps", 5, "--shuffle_buffer", 4)
+def test_term_weights_from_a_stream(files):
+    flags = ["--streaming", "--max_steps", 5, "--shuffle_buffer", 4]
+    trained(files, "--architecture", "term_weights", *flags)
+    assert TermWeightEncoder.from_pretrained(files / "run")
     assert len([entry for entry in log_of(files / "run") if "loss" in entry]) == 5
 
 
-def test_the_negative_cache(files):
+def test_negative_cache_and_evaluation_at_the_end_without_a_strategy(files):
     configure(files, loss="negative_cache", cache_size=8, cache_k=8, cache_document_length=16)
-    trained(files)
+    trained(files, "--eval_data", files / "pairs.tsv")
     assert "cache/staleness" in log_of(files / "run")[0]
+    assert [entry["step"] for entry in log_of(files / "run") if "eval_loss" in entry] == [2]
 
 
 def test_help_is_readable(files):

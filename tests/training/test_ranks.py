@@ -1,6 +1,7 @@
 """DistributedDataParallel over real processes against one process with the joined batch."""
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from splade_fast.negative_cache import sources
 from tests.ranks import run_ranks
+from tests.selection import ALL, covering_rows
 from tests.training.models import assert_same_gradients, batch_of, gradients, training_model
 
 PENALTIES = {
@@ -26,8 +28,18 @@ PARTS = {2: [2, 4], 3: [2, 1, 3]}  # queries of each rank
 CACHE = {"cache_size": 9, "cache_document_length": 16, "cache_in_batch": False}
 STEPS = 5
 
+_VALUES = [list(PARTS), list(DOCUMENTS), [None, 1]]  # ranks, loss, mini_batch_size
+CASES = (
+    list(itertools.product(*_VALUES))
+    if os.environ.get(ALL)
+    else [
+        tuple(values[i] for values, i in zip(_VALUES, row, strict=True))
+        for row in covering_rows([len(values) for values in _VALUES])
+    ]
+)
 
-def labels_of(loss: str, batch: int, documents: int) -> torch.Tensor | None:
+
+def make_labels(loss: str, batch: int, documents: int) -> torch.Tensor | None:
     shape = {"pointwise": (batch,), "margin_mse": (batch, documents), "kl": (batch, documents)}
     return torch.rand(shape[loss], dtype=torch.float64) if loss in shape else None
 
@@ -37,12 +49,12 @@ def joined_batch(encoder, loss: str, batch: int, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     return {
         **batch_of(encoder, batch, seed, documents),
-        "labels": labels_of(loss, batch, documents),
+        "labels": make_labels(loss, batch, documents),
     }
 
 
-def part_of(batch: dict, sizes: list[int], rank: int) -> dict:
-    """The queries of a rank with all their documents."""
+def take_part(batch: dict, sizes: list[int], rank: int) -> dict:
+    """Return the queries of a rank with all their documents."""
     mine = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     count = len(batch["documents"]["input_ids"]) // sum(sizes)
     documents = torch.cat([j * sum(sizes) + mine for j in range(count)])
@@ -55,14 +67,16 @@ def part_of(batch: dict, sizes: list[int], rank: int) -> dict:
 
 
 def parts_are_the_joined_batch(rank, count, expectations):
-    """(loss, gradients) of two steps; the second goes by the document frequencies of both."""
+    """Compare loss and gradients of two steps; the second uses the frequencies of both."""
     steps_of_losses = torch.load(expectations)
-    for loss, mini_batch_size in itertools.product(DOCUMENTS, (None, 1)):
+    for number_of_ranks, loss, mini_batch_size in CASES:
+        if number_of_ranks != count:
+            continue
         model = training_model(loss=loss, mini_batch_size=mini_batch_size, **PENALTIES)
         parallel = DistributedDataParallel(model)
         for step, (expected, expected_gradients) in enumerate(steps_of_losses[loss]):
             batch = joined_batch(model.encoder, loss, sum(PARTS[count]), step)
-            result = parallel(**part_of(batch, PARTS[count], rank))
+            result = parallel(**take_part(batch, PARTS[count], rank))
             actual = gradients(model, result["loss"])
             torch.testing.assert_close(result["loss"].detach(), expected)
             assert_same_gradients(actual, expected_gradients)
@@ -83,7 +97,7 @@ def test_unequal_batches_of_ranks_are_one_batch(count, tmp_path):
 
 
 def train_with_a_cache(rank, count, folder, arguments, sizes):
-    """Each step leaves what it started from, its loss and its gradient."""
+    """Train, and write the state before each step, its loss and its gradient."""
     sources._QUERIES_OF_A_RANK = sizes[0]  # so that draws are those of the joined batch
     model = training_model(**arguments, seed=3 + rank * (arguments["cache_sharing"] == "shards"))
     parallel = DistributedDataParallel(model)
@@ -95,7 +109,7 @@ def train_with_a_cache(rank, count, folder, arguments, sizes):
         if rank == 0:
             save_file(dict(model.encoder.model.named_parameters()), start / "weights")
         batch = joined_batch(model.encoder, "negative_cache", sum(sizes), step % 3)
-        result = parallel(**part_of(batch, sizes, rank))
+        result = parallel(**take_part(batch, sizes, rank))
         found = gradients(model.encoder, result["loss"])
         if rank == 0:
             metrics = result["metrics"].items()

@@ -51,9 +51,12 @@ def train_alone(checkpoint, pairs, output, streaming=False, **options):
     trainer.state.save_to_json(str(output / "trainer_state.json"))
 
 
-def _train_rank(rank, count, checkpoint, pairs, output, streaming, options):
-    be_rank(rank, count, output.parent)
-    train_alone(checkpoint, pairs, output, streaming, per_device_train_batch_size=4, **options)
+@pytest.fixture(scope="module")
+def alone(checkpoint, pairs, tmp_path_factory):
+    """The output directory of one process."""
+    output = tmp_path_factory.mktemp("alone")
+    train_alone(checkpoint, pairs, output)
+    return output
 
 
 def assert_same_training(actual, expected):
@@ -70,7 +73,7 @@ def assert_same_training(actual, expected):
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_torchrun(checkpoint, pairs, tmp_path):
+def test_torchrun(checkpoint, pairs, alone, tmp_path):
     config = tmp_path / "config.yaml"
     values = OPTIONS | {
         "model_name_or_path": str(checkpoint),
@@ -78,6 +81,7 @@ def test_torchrun(checkpoint, pairs, tmp_path):
         "output_dir": str(tmp_path / "two"),
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
+        "report_to": "none",
         "lambda_query": 1e-3,
         "lambda_document": 1e-3,
     }
@@ -94,26 +98,22 @@ def test_torchrun(checkpoint, pairs, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trained for 3 steps") == 1
-    train_alone(checkpoint, pairs, tmp_path / "one")
-    assert_same_training(tmp_path / "two", tmp_path / "one")
+    assert_same_training(tmp_path / "two", alone)
     before = load_file(checkpoint / "model.safetensors")
     after = load_file(tmp_path / "two" / "model.safetensors")
     assert not all(torch.allclose(before[name], after[name], atol=1e-4) for name in after)
 
 
-@pytest.mark.parametrize(
-    ("streaming", "options"),
-    [(True, {}), (False, {"mini_batch_size": 2})],
-    ids=["streamed", "mini-batches"],
-)
-def test_two_ranks(checkpoint, pairs, tmp_path, streaming, options):
-    run_ranks(2, _train_rank, tmp_path, checkpoint, pairs, tmp_path / "two", streaming, options)
-    train_alone(checkpoint, pairs, tmp_path / "one", streaming)
-    assert_same_training(tmp_path / "two", tmp_path / "one")
-
-
-def _fail_on_one(rank, count, checkpoint, pairs, folder):
+def _run_rank(rank, count, checkpoint, pairs, folder):
     be_rank(rank, count, folder)
+    fail_on_one_rank(rank, checkpoint, pairs, folder)
+    half = {"per_device_train_batch_size": 4}
+    train_alone(checkpoint, pairs, folder / "streamed", streaming=True, **half)
+    train_alone(checkpoint, pairs, folder / "mini-batches", mini_batch_size=2, **half)
+
+
+def fail_on_one_rank(rank, checkpoint, pairs, folder):
+    """An error of one process ends all, of which that process alone raises it."""
 
     def flags(model, output):
         return [
@@ -130,5 +130,8 @@ def _fail_on_one(rank, count, checkpoint, pairs, folder):
     assert trainer.args.process_index == rank
 
 
-def test_what_fails_in_one_process_ends_all_with_one_message(checkpoint, pairs, tmp_path):
-    run_ranks(2, _fail_on_one, tmp_path, checkpoint, pairs, tmp_path)
+def test_two_ranks(checkpoint, pairs, alone, tmp_path):
+    run_ranks(2, _run_rank, tmp_path, checkpoint, pairs, tmp_path, seconds=240)
+    train_alone(checkpoint, pairs, tmp_path / "one", streaming=True)
+    assert_same_training(tmp_path / "streamed", tmp_path / "one")
+    assert_same_training(tmp_path / "mini-batches", alone)
