@@ -163,7 +163,7 @@ def test_adapters_get_what_they_get_without(way):
 
 
 def test_gradients_add_up_and_hooks_run_once():
-    """As DistributedDataParallel and gradient accumulation need it, with two passes in one loss."""
+    """Two passes in one loss, as DistributedDataParallel and gradient accumulation need it."""
     encoder = encoder_of()
     inputs = encoder.tokenize(TEXTS)
     runs = []
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_inside(family):
 
 
 def test_memory_is_that_of_a_mini_batch():
-    """What autograd keeps at any time does not grow with the number of mini-batches."""
+    """The tensors that autograd keeps do not grow with the number of mini-batches."""
 
     def most_kept(texts, encode):
         encoder = encoder_of().train()

@@ -7,6 +7,7 @@ import pytest
 from splade_fast.search.texts import DataError
 from splade_fast.training import load_training_data
 from splade_fast.training.data.layout import infer_kind
+from tests.selection import pairwise
 
 datasets = pytest.importorskip("datasets")
 
@@ -55,9 +56,15 @@ def test_json_lines(tmp_path, ending, rows):
     assert both(write(tmp_path / f"train.{ending}", jsonl(rows))) == rows
 
 
-@pytest.mark.parametrize("ending", ["tsv", "tsv.gz"])
-@pytest.mark.parametrize("header", [False, True])
-@pytest.mark.parametrize("rows", [PAIRS, LABELLED, TRIPLES])
+@pairwise(
+    ending=["tsv", "tsv.gz"],
+    header=[False, True],
+    rows=[
+        pytest.param(PAIRS, id="pairs"),
+        pytest.param(LABELLED, id="labelled"),
+        pytest.param(TRIPLES, id="triples"),
+    ],
+)
 def test_tsv_with_and_without_a_header(tmp_path, ending, header, rows):
     fields = [[v[0] if isinstance(v, list) else v for v in row.values()] for row in rows]
     lines = [list(rows[0]), *fields] if header else fields

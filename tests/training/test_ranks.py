@@ -129,7 +129,7 @@ def train_with_a_cache(rank, count, folder, arguments, sizes):
 @pytest.mark.parametrize(("count", "embeddings"), [(2, "sparse"), (3, "dense")])
 @pytest.mark.parametrize("sharing", ["replicas", "shards"])
 def test_caches_of_ranks_are_one_cache(count, sharing, embeddings, tmp_path):
-    """What the ranks wrote before a step, one process reads, and the step is the same."""
+    """Compare each step of the ranks with that of one process that reads their caches."""
     sizes = PARTS[count] if sharing == "shards" else [2] * count
     arguments = {
         "loss": "negative_cache", **CACHE, **PENALTIES, "document_regularizer": "flops",
