@@ -126,24 +126,11 @@ class BagOfWordsQueryEncoder(TextEncoder):
         hub["subfolder"] = settings.subfolder
         config = read_json(name, "config.json", hub) or {}
         tokenizer = load_tokenizer(name, hub)
-        frozen = config.get("frozen", False)
-        if "path" in config:  # {token: weight}
-            by_token = read_json(name, config["path"], hub)
-            if by_token is None:
-                raise ValueError(f"config.json of {name} names {config['path']}, which is missing")
-            weight = torch.zeros(len(tokenizer))
-            weight[tokenizer.convert_tokens_to_ids(list(by_token))] = torch.tensor(
-                list(by_token.values()), dtype=weight.dtype
-            )
+        if "path" in config:
+            weight = _read_json_weight(name, config["path"], tokenizer, hub)
         else:
-            path = find_file(name, _WEIGHTS_FILE, hub)
-            if path is None:
-                raise OSError(f"{name} must hold a {_WEIGHTS_FILE}, got none")
-            tensors = load_file(path)
-            if "weight" not in tensors:
-                raise ValueError(f"{path} must hold weight, got {', '.join(tensors) or 'nothing'}")
-            weight = tensors["weight"]
-        return cls(tokenizer, weight, settings, frozen=frozen).eval()
+            weight = _read_weight(name, hub)
+        return cls(tokenizer, weight, settings, frozen=config.get("frozen", False)).eval()
 
     @property
     def vocab_size(self) -> int:
@@ -210,6 +197,30 @@ class BagOfWordsQueryEncoder(TextEncoder):
             counted = mask.to(input_ids.dtype)
         occurrences = counted.new_zeros(batch, self.vocab_size)
         return occurrences.scatter_add(1, input_ids, counted) > 0
+
+
+def _read_weight(name: str, hub: dict[str, Any]) -> Tensor:
+    path = find_file(name, _WEIGHTS_FILE, hub)
+    if path is None:
+        raise OSError(f"{name} must hold a {_WEIGHTS_FILE}, got none")
+    tensors = load_file(path)
+    if "weight" not in tensors:
+        raise ValueError(f"{path} must hold weight, got {', '.join(tensors) or 'nothing'}")
+    return tensors["weight"]
+
+
+def _read_json_weight(
+    name: str, file: str, tokenizer: PreTrainedTokenizerBase, hub: dict[str, Any]
+) -> Tensor:
+    """Read the weights of a JSON file {token: weight}; other tokens weigh 0."""
+    weights = read_json(name, file, hub)
+    if weights is None:
+        raise ValueError(f"config.json of {name} names {file}, which is missing")
+    weight = torch.zeros(len(tokenizer))
+    weight[tokenizer.convert_tokens_to_ids(list(weights))] = torch.tensor(
+        list(weights.values()), dtype=weight.dtype
+    )
+    return weight
 
 
 def _inverse_document_frequencies(

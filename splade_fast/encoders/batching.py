@@ -19,7 +19,7 @@ _CHARACTERS = 2**19
 
 
 def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-    """Yield positions in `lengths`, longest text first, in groups to be tokenized at a time.
+    """Yield the places of texts in `lengths`, longest first, in groups to be tokenized at a time.
 
     Args:
         lengths: number of characters of each text.

@@ -124,12 +124,11 @@ def encode_corpus(
                 progress.update(count)
                 chunks.check_no_rank_failed()
 
-            for number, texts in enumerate(_split(read.track(iterate_texts(corpus)), chunk_size)):
-                if number % ranks == rank:
-                    rows = encoder.encode_batches(
-                        texts, prompt, k, batch_size, max_length, after_batch
-                    )
-                    rows.save(chunks.file(number))
+            # Every rank reads the whole corpus, and encodes its own chunks.
+            numbered = enumerate(_split(read.track(iterate_texts(corpus)), chunk_size))
+            for number, texts in islice(numbered, rank, None, ranks):
+                rows = encoder.encode_batches(texts, prompt, k, batch_size, max_length, after_batch)
+                rows.save(chunks.file(number))
             if read != checked:
                 raise DataError(
                     f"{corpus} must be the same file for all ranks and stay as it is, got "
