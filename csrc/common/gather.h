@@ -82,10 +82,10 @@ inline void check_rows_fit(const Element& name, const Tensor& rows, const Tensor
   STD_TORCH_CHECK(rows.scalar_type() == table.scalar_type(), name, " must have the dtype of its table, ",
                   torch::headeronly::toString(table.scalar_type()), ", got ",
                   torch::headeronly::toString(rows.scalar_type()));
-  bool fits = rows.dim() == table.dim() && rows.size(0) == count;
-  for (int64_t dim = 1; fits && dim < table.dim(); ++dim) fits = rows.size(dim) == table.size(dim);
-  STD_TORCH_CHECK(fits, name, " must be (count, *row) with count = ", count, " and the row shape of its table, got ",
-                  describe(rows));
+  bool has_row_shape = rows.dim() == table.dim() && rows.size(0) == count;
+  for (int64_t dim = 1; has_row_shape && dim < table.dim(); ++dim) has_row_shape = rows.size(dim) == table.size(dim);
+  STD_TORCH_CHECK(has_row_shape, name, " must be (count, *row) with count = ", count,
+                  " and the row shape of its table, got ", describe(rows));
 }
 
 // Check that one call can write to rows of all these tables.

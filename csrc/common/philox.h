@@ -151,9 +151,9 @@ SPLADE_FAST_INLINE float gumbel_at_slot(const State& state, uint32_t query, uint
 // Order of the draws: NaN comes first, then the larger perturbed score, and among equal ones the lower slot.
 template <typename Acc>
 SPLADE_FAST_INLINE bool is_drawn_before(Acc perturbed, int64_t slot, Acc other, int64_t other_slot) {
-  const bool nan = perturbed != perturbed, other_nan = other != other;
-  if (nan != other_nan) return nan;
-  if (!nan && perturbed != other) return perturbed > other;
+  const bool is_nan = perturbed != perturbed, is_other_nan = other != other;
+  if (is_nan != is_other_nan) return is_nan;
+  if (!is_nan && perturbed != other) return perturbed > other;
   return slot < other_slot;
 }
 

@@ -30,9 +30,9 @@ inline SampleMasks contiguous_masks(const SampleMasks& masks) {
 }
 
 inline void check_slot_mask(const char* name, const Tensor& mask, int64_t queries, int64_t slots) {
-  const bool per_query = mask.dim() == 2;
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (per_query || mask.dim() == 1) &&
-                      mask.size(mask.dim() - 1) == slots && (!per_query || mask.size(0) == queries),
+  const bool is_per_query = mask.dim() == 2;
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (is_per_query || mask.dim() == 1) &&
+                      mask.size(mask.dim() - 1) == slots && (!is_per_query || mask.size(0) == queries),
                   name, " must be bool (", slots, ",) or (", queries, ", ", slots, "), got ", describe(mask));
 }
 

@@ -44,10 +44,10 @@ void copy_rows(const std::vector<Copy>& copies, int64_t count, From from, To to)
       if (copy.bytes == 0) continue;  // the pointers may be null
       const auto source = [&](int64_t i) { return copy.source + from(i) * copy.source_stride; };
       const auto target = [&](int64_t i) { return copy.target + to(i) * copy.target_stride; };
-      const bool dense = copy.source_stride == copy.bytes && copy.target_stride == copy.bytes;
+      const bool is_dense = copy.source_stride == copy.bytes && copy.target_stride == copy.bytes;
       for (int64_t i = begin, next; i < end; i = next) {
         next = i + 1;
-        while (dense && next < end && from(next) == from(next - 1) + 1 && to(next) == to(next - 1) + 1) ++next;
+        while (is_dense && next < end && from(next) == from(next - 1) + 1 && to(next) == to(next - 1) + 1) ++next;
         const int64_t ahead = next - 1 + kRowsAhead;
         if (ahead < end) {
           prefetch_row<false>(source(ahead), copy.bytes);

@@ -22,10 +22,11 @@ HeadInput check_head_input(const Tensor& hidden, const Tensor& weight, const std
 }
 
 HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const std::optional<Tensor>& cu_seqlens,
-                             Pooling pooling, bool save, bool float_output, bool none) {
+                             Pooling pooling, bool save, bool float_output, bool is_declined) {
   const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
   const std::vector<int64_t> shape{input.sequences.batch(), input.vocabulary()}, empty{0};
-  const std::vector<int64_t>&pooled = none ? empty : shape, &saved = save && pooling == Pooling::kMax ? pooled : empty;
+  const std::vector<int64_t>&pooled = is_declined ? empty : shape,
+        &saved = save && pooling == Pooling::kMax ? pooled : empty;
   return {new_tensor(hidden, pooled, float_output ? acc : dtype), new_tensor(hidden, saved, acc),
           new_tensor(hidden, saved, head_position_type(hidden, cu_seqlens))};
 }
@@ -118,12 +119,12 @@ struct SumDevice {
 
   void accumulate(const Tensor& sum, const Tensor& part) const {
     constexpr int64_t kBlock = 1024;
-    const bool wide = sum.scalar_type() != part.scalar_type();
+    const bool is_wider = sum.scalar_type() != part.scalar_type();
     torch::stable::parallel_for(0, ceil_div(sum.numel(), kBlock), 16, [&](int64_t begin, int64_t end) {
       const Scratch<Acc> total(kBlock);
       for (int64_t i = begin * kBlock; i < std::min(end * kBlock, sum.numel()); i += kBlock) {
         const int64_t count = std::min(kBlock, sum.numel() - i);
-        if (wide) {
+        if (is_wider) {
           kernels<T>().axpy(mutable_data<Acc>(sum) + i, Acc(1), const_data<T>(part) + i, count);
           continue;
         }

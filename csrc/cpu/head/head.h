@@ -24,9 +24,9 @@ struct HeadOutputs {
   Tensor max_logits, argmax;  // without elements if they are not saved
 };
 
-// Return uninitialised outputs; with `none`, all of them are without elements.
+// Return uninitialised outputs; if the op has declined, all are without elements.
 HeadOutputs new_head_outputs(const Tensor& hidden, const HeadInput& input, const std::optional<Tensor>& cu_seqlens,
-                             Pooling pooling, bool save, bool float_output, bool none = false);
+                             Pooling pooling, bool save, bool float_output, bool is_declined = false);
 
 struct HeadGradients {
   Tensor hidden, weight, bias;  // without elements if they are not needed

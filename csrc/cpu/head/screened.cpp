@@ -189,7 +189,7 @@ class ScreenedForward {
       all_steps_ += ceil_div(end - start, tile) * tokens_.steps;
       for (int64_t sequence = first; sequence < last; ++sequence) {
         const int64_t begin = offset[sequence] - origin, length = input.sequences.length(sequence);
-        if (length == 0 || all_settled(begin - start, length)) continue;
+        if (length == 0 || is_settled(begin - start, length)) continue;
         screen().find_pairs(
             weight,
             {products_.get() + (begin - start) * head_.columns_, state + (sequence - block_.first) * head_.columns_,
@@ -207,7 +207,7 @@ class ScreenedForward {
       }
     }
 
-    bool all_settled(int64_t first, int64_t tokens) const {
+    bool is_settled(int64_t first, int64_t tokens) const {
       const int64_t tile = screen().tile_tokens, from = first / tile, to = (first + tokens - 1) / tile + 1;
       return std::memchr(settled_.get() + from, 0, to - from) == nullptr;
     }

@@ -35,7 +35,7 @@ class BlockMask {
   // Return false only if no query may draw a slot of [begin, end).
   bool has_valid_slot(int64_t begin, int64_t end) const {
     return !valid_mask_ || is_per_query_ ||
-           std::any_of(valid_mask_ + begin, valid_mask_ + end, [](bool valid) { return valid; });
+           std::any_of(valid_mask_ + begin, valid_mask_ + end, [](bool is_valid) { return is_valid; });
   }
 
   template <typename Acc>

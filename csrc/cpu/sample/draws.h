@@ -39,8 +39,8 @@ class Draws {
 
   // Perturbed score below which a draw is not among the first.
   Acc bound() const {
-    const bool full = static_cast<int64_t>(heap_.size()) == size_;
-    return full ? heap_.front().perturbed : -std::numeric_limits<Acc>::infinity();
+    const bool is_full = static_cast<int64_t>(heap_.size()) == size_;
+    return is_full ? heap_.front().perturbed : -std::numeric_limits<Acc>::infinity();
   }
 
   std::vector<Draw<Acc>> sorted() const {

@@ -41,17 +41,17 @@ struct InstructionSet {
 InstructionSet choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
   const InstructionSet sets[] = {
-      {"amx", avx512vnni && __builtin_cpu_supports("avx512bf16") && has_amx_int8(), kernels_avx512bf16, screen_amx},
-      {"avx512bf16", avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
-      {"avx512vnni", avx512vnni, kernels_avx512, screen_avx512vnni},
-      {"avx512", avx512, kernels_avx512, screen_avx512},
-      {"avxvnni", avx2 && __builtin_cpu_supports("avxvnni"), kernels_avx2, screen_avxvnni},
-      {"avx2", avx2, kernels_avx2, screen_avx2},
+      {"amx", has_avx512vnni && __builtin_cpu_supports("avx512bf16") && has_amx_int8(), kernels_avx512bf16, screen_amx},
+      {"avx512bf16", has_avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
+      {"avx512vnni", has_avx512vnni, kernels_avx512, screen_avx512vnni},
+      {"avx512", has_avx512, kernels_avx512, screen_avx512},
+      {"avxvnni", has_avx2 && __builtin_cpu_supports("avxvnni"), kernels_avx2, screen_avxvnni},
+      {"avx2", has_avx2, kernels_avx2, screen_avx2},
       {"portable", true, kernels_portable, screen_portable},
   };
 #elif defined(__aarch64__)

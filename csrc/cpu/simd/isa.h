@@ -269,7 +269,7 @@ inline Mask<Acc> beats(Vec<Acc> x, Vec<Acc> maximum) {
 
 // Whether any lane of a mask is set.
 template <typename M>
-inline bool any_lane(M mask) {
+inline bool has_set_lane(M mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
 #else

@@ -72,13 +72,14 @@ int64_t packed_bytes(int64_t lanes, int64_t dim) {
 // fewer than kLanes lanes, each store writes too much, and the next store overwrites the excess; the last store must
 // not write too much.
 template <typename T>
-inline void pack_square(typename Step<T>::Unit* target, int64_t lanes, const T* const* rows, int64_t count, bool last) {
+inline void pack_square(typename Step<T>::Unit* target, int64_t lanes, const T* const* rows, int64_t count,
+                        bool is_last) {
   constexpr int kCount = kLanes<Accumulator<T>>;
   Vec<Accumulator<T>> square[kCount];
   for (int i = 0; i < kCount; ++i) square[i] = i < count ? Step<T>::load_units(rows[i]) : Vec<Accumulator<T>>{};
   transpose(square);
   for (int i = 0; i < kCount; ++i) {
-    if (last && lanes < kCount && i + 1 == kCount) {
+    if (is_last && lanes < kCount && i + 1 == kCount) {
       std::memcpy(target + i * lanes, &square[i], lanes * sizeof(*target));
     } else {
       store_bits(target + i * lanes, square[i]);

@@ -186,7 +186,7 @@ int64_t sample_tile(const SampleTile<Acc>& tile) {
         }
         const Words32 at_slot = words[slot % philox::kSlotsPerBlock];
         const Mask<float> passes = may_be_drawn(narrow<Acc>(gap), at_slot);
-        if (!any_lane(passes)) continue;
+        if (!has_set_lane(passes)) continue;
         for (int i = 0; i < kLanes<float>; ++i) {
           if (!passes[i]) continue;
           tile.places[found] = static_cast<int32_t>(place + i);

@@ -23,9 +23,9 @@ inline bool has_nonfinite(const T* values, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) zero += load_vec(values + i) * Vec<Acc>{};
   if (i < count) zero += load_partial(values + i, count - i) * Vec<Acc>{};
-  bool any = false;
-  for (int lane = 0; lane < kLanes<Acc>; ++lane) any |= zero[lane] != 0;
-  return any;
+  bool is_nan = false;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) is_nan |= zero[lane] != 0;
+  return is_nan;
 }
 
 // Reduce the entries of a row to hits, one by one. With `should_keep_all`, entries whose column no query uses are hits
@@ -169,7 +169,7 @@ int64_t find_above_bounds(const Acc* scores, int64_t count, int64_t lanes, const
     for (int64_t q = 0; q < lanes; q += kLanes<Acc>) {
       const Mask<Acc> key = to_keys<Acc>(load_bits<Vec<Acc>>(scores + first + q));
       const Mask<Acc> above = key > load_bits<Mask<Acc>>(bounds + q);
-      if (!any_lane(above)) continue;
+      if (!has_set_lane(above)) continue;
       for (int lane = 0; lane < kLanes<Acc>; ++lane) {
         if (!above[lane]) continue;
         keys[found] = key[lane];

@@ -130,8 +130,8 @@ struct Screen {
   int64_t (*multiply)(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
                       float* state, uint8_t* settled);
 
-  // Find the products of a sequence that may be positive logits and, with `only_largest`, may be the maximum.
-  void (*find_pairs)(const ScreenPanel& panel, const ScreenedSequence& sequence, bool only_largest,
+  // Find the products of a sequence that may be positive logits and, with `is_max_pooling`, may be the maximum.
+  void (*find_pairs)(const ScreenPanel& panel, const ScreenedSequence& sequence, bool is_max_pooling,
                      ScreenedPairs& found);
 };
 

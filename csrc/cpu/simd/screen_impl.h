@@ -348,8 +348,8 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
 #else
 // Whether a product of the tile can still reach its threshold, given the sums up to the end of a stage. The rest of a
 // product is at most the product of the norms of the dimensions after the stage.
-inline bool can_reach(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
-                      const Ints (*sum)[kScreenVectors]) {
+inline bool has_open_product(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
+                             const Ints (*sum)[kScreenVectors]) {
   Ints largest[kScreenVectors];
   for (int j = 0; j < kScreenVectors; ++j) {
     largest[j] = sum[0][j];
@@ -378,8 +378,8 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
     for (int t = 0; t < kScreenTokens; ++t) {
       for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.correction[0][first + t]);
     }
-    bool open = true;
-    for (int64_t stage = 0, step = 0; stage < tokens.stages && open; ++stage) {
+    bool is_open = true;
+    for (int64_t stage = 0, step = 0; stage < tokens.stages && is_open; ++stage) {
       const int64_t stage_end = screen_stage_end(kScreenStages - tokens.stages + stage, tokens.steps);
       steps += stage_end - step;
       for (int t = 0; t < kScreenTokens && stage > 0; ++t) {
@@ -393,17 +393,17 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
           for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
         }
       }
-      open = stage + 1 == tokens.stages || can_reach(tokens, panel, first, stage, sum);
+      is_open = stage + 1 == tokens.stages || has_open_product(tokens, panel, first, stage, sum);
     }
-    *settled++ = !open;
-    if (!open) continue;
+    *settled++ = !is_open;
+    if (!is_open) continue;
     store_products(tokens, first, first + kScreenTokens < end ? first + kScreenTokens : end, sum, products, state);
   }
   return steps;
 }
 #endif
 
-void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool only_largest, ScreenedPairs& found) {
+void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool is_max_pooling, ScreenedPairs& found) {
   found.entries = found.pairs = 0;
   for (int64_t column = 0; column < kScreenColumns; column += kScreenLanes) {
     const Floats scale = load_vec(panel.scale + column), threshold = load_vec(panel.threshold + column);
@@ -419,7 +419,7 @@ void find_pairs(const ScreenPanel& panel, const ScreenedSequence& sequence, bool
     const auto is_settled = [&](int64_t t) { return sequence.settled[(sequence.first + t) / kSettledTokens] != 0; };
     const float* products = sequence.products + column;
     Floats limit = threshold;
-    for (int64_t t = 0; t < sequence.tokens && only_largest; ++t) {
+    for (int64_t t = 0; t < sequence.tokens && is_max_pooling; ++t) {
       if (is_settled(t)) continue;
       const Floats lower =
           load_vec(products + t * kScreenColumns) * scale - error(sequence.residual[t], sequence.norm[t]);
