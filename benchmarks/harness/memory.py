@@ -7,12 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+STATUS = Path("/proc/self/status")
+
+
+def has_peak_memory() -> bool:
+    """Return whether this system tells the peak memory of a process, as Linux does."""
+    return STATUS.exists()
+
+
 def peak_growth(run: Callable[[], object]) -> int:
     """Return the bytes by which run() makes this process larger, at its largest.
 
     Raises:
         RuntimeError: this system does not tell the memory of a process.
     """
+    if not has_peak_memory():
+        raise RuntimeError(f"{STATUS} must exist; peak memory needs Linux")
     return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # peak := current
     before = resident_bytes("VmHWM")
@@ -32,8 +42,7 @@ def resident_bytes(field: str) -> int:
     Raises:
         RuntimeError: this system does not tell the memory of a process.
     """
-    status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
     if found is None:
-        raise RuntimeError(f"/proc/self/status must have {field}; peak memory needs Linux")
+        raise RuntimeError(f"{STATUS} must have {field}; peak memory needs Linux")
     return int(found[1]) << 10

@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.harness.memory import has_peak_memory, peak_growth
 from examples.docstrings.contenders import as_sparse_rows, load_contender
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -67,33 +68,21 @@ def measure(
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     encode = load_contender(contender, model, max_length)
     encode(["warm up"], batch_size)
-    reset_peak()
-    before = resident_mib("VmRSS")
-    start = time.perf_counter()
-    encoded = encode(texts, batch_size)
-    seconds = time.perf_counter() - start
-    peak = resident_mib("VmHWM")
-    above = None if before is None or peak is None else peak - before
-    as_sparse_rows(encoded).save(folder / "vectors.safetensors")
-    result = asdict(Measurement(len(texts) / seconds, above))
+    vectors, seconds = [], []
+
+    def run() -> None:
+        start = time.perf_counter()
+        vectors.append(encode(texts, batch_size))
+        seconds.append(time.perf_counter() - start)
+
+    if has_peak_memory():
+        peak_mib = peak_growth(run) / 2**20
+    else:
+        run()
+        peak_mib = None
+    as_sparse_rows(vectors[0]).save(folder / "vectors.safetensors")
+    result = asdict(Measurement(len(texts) / seconds[0], peak_mib))
     (folder / "measurement.json").write_text(json.dumps(result), encoding="utf-8")
-
-
-def reset_peak() -> None:
-    """Forget the peak of loading; Linux only."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def resident_mib(field: str) -> float | None:
-    """VmRSS, what the process holds now, or VmHWM, its peak; None where Linux does not tell it."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return float(lines[field].split()[0]) / 1024
 
 
 if __name__ == "__main__":

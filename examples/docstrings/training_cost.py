@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.memory import peak_growth
 from examples.docstrings.corpus import Pair
-from examples.docstrings.measure import reset_peak, resident_mib
 from examples.docstrings.training import FINE_TUNING, train
 
 CONTENDERS = ("splade_fast", "pytorch")
@@ -214,21 +214,23 @@ def measure(folder: Annotated[Path, typer.Argument()]) -> None:
     encoder = SpladeEncoder.from_pretrained(given["model"])
     pairs = [Pair(**pair) for pair in given["pairs"]]
     ended: list[float] = []
-    reset_peak()
-    before = resident_mib("VmRSS")
-    progress = train(
-        encoder,
-        pairs,
-        setting.steps,
-        setting.arguments,
-        callbacks=[_clock(ended)],
-        seed=setting.seed,
-    )
-    peak = resident_mib("VmHWM")
-    if before is None or peak is None:
-        raise RuntimeError("this system does not tell the memory of a process")
+    progress: list[Any] = []
+
+    def run() -> None:
+        progress.extend(
+            train(
+                encoder,
+                pairs,
+                setting.steps,
+                setting.arguments,
+                callbacks=[_clock(ended)],
+                seed=setting.seed,
+            )
+        )
+
+    peak_mib = peak_growth(run) / 2**20
     seconds = [b - a for a, b in itertools.pairwise(ended)]
-    cost = StepCost(seconds, [point.loss for point in progress], peak - before)
+    cost = StepCost(seconds, [point.loss for point in progress], peak_mib)
     (folder / "cost.json").write_text(json.dumps(asdict(cost)), encoding="utf-8")
 
 
