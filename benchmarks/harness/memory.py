@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-
 STATUS = Path("/proc/self/status")
 
 
