@@ -1,4 +1,4 @@
-"""One module per op, each with `cases(device, dtypes, quick)`; a new file is found by its name."""
+"""Cases: one module per op with `cases(device, dtypes, quick)`, found by its name."""
 
 import importlib
 import pkgutil

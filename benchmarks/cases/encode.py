@@ -1,10 +1,9 @@
 """Token ids to the k largest entries of each document: a whole masked language model and its head.
 
-The model has BERT's architecture and random weights, with a decoder bias that leaves as many
-entries positive as a trained SPLADE model does, so that nothing is downloaded; documents are
-batches of ragged lengths, similar ones together. The peer is the model with the pooling module of
-sentence-transformers, then torch.topk. The demo measures the same with a real checkpoint and with
-tokenising.
+The model has BERT's architecture and random weights, so that nothing is downloaded. Its decoder
+bias leaves as many entries positive as in a trained SPLADE model. Documents have ragged lengths;
+a batch holds similar ones. The peer is the model with the pooling module of sentence-transformers,
+then torch.topk. The demo measures a real checkpoint, tokenizing included.
 """
 
 import copy
@@ -24,7 +23,7 @@ from benchmarks.inputs.peer import PeerPool
 from splade_fast import reference
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
 
-_ACTIVE = 0.01  # of the vocabulary
+_ACTIVE = 0.01  # share of the vocabulary
 
 Batch = tuple[Tensor, Tensor]  # input_ids and attention_mask
 
@@ -78,7 +77,7 @@ class EncodeCase(Case):
 
     @property
     def fill(self) -> float:
-        """Real tokens over all positions, each batch padded to its longest document."""
+        """Share of real tokens, with each batch padded to its longest document."""
         return self.lengths().sum().item() / sum(ids.numel() for ids, _ in self.batches())
 
     @property

@@ -1,9 +1,9 @@
 """gather_rows, scatter_rows_ and the whole update of a negative cache.
 
 The tables are those of a full cache: token ids, their mask, and embeddings. Rows are read and
-written at random places. The update refreshes some embeddings and inserts as many new items; beside
-it, eager assigns row after row in Python as the known port does, each padded to the table's width,
-cast, and assigned by an index tensor; "plain rows" is the least that such a loop can do.
+written at random places. The update refreshes some embeddings and inserts as many new items. Eager
+assigns row after row in Python as the known port does: each row is padded to the table's width,
+cast, and assigned by an index tensor. "plain rows" is the shortest such loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,88 +23,88 @@ Action = Literal["read", "write", "update"]
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What all contenders work on; each changes a cache of its own."""
+class _Inputs:
+    """Inputs of all contenders, of which each changes its own cache."""
 
     manager: CacheManager
     caches: Mapping[str, NegativeCache]
-    written: Mapping[str, Tensor]  # (1, D) of each cache, a view: a row that is written
+    written: Mapping[str, Tensor]  # (1, D) views of a row that is written, by contender
     places: Tensor  # (N,), no duplicates
     fresh: Tensor  # (N, D), for these places
     new: Mapping[str, Tensor]  # N items
 
 
-def _ours(problem: _Problem, action: Action) -> Tensor:
+def _ours(inputs: _Inputs, action: Action) -> Tensor:
     return _act(
-        problem, action, "ours", splade_fast.gather_rows, splade_fast.scatter_rows_, _update_at_once
+        inputs, action, "ours", splade_fast.gather_rows, splade_fast.scatter_rows_, _update_at_once
     )
 
 
-def _eager(problem: _Problem, action: Action) -> Tensor:
+def _eager(inputs: _Inputs, action: Action) -> Tensor:
     return _act(
-        problem, action, "eager", reference.gather_rows, reference.scatter_rows_, _update_row_by_row
+        inputs, action, "eager", reference.gather_rows, reference.scatter_rows_, _update_row_by_row
     )
 
 
 def _act(
-    problem: _Problem,
+    inputs: _Inputs,
     action: Action,
     contender: str,
     read: Callable[..., dict[str, Tensor]],
     write: Callable[..., None],
-    update: Callable[[NegativeCache, _Problem], None],
+    update: Callable[[NegativeCache, _Inputs], None],
 ) -> Tensor:
-    cache = problem.caches[contender if action != "read" else "ours"]
-    if action == "update":  # so short that nothing else may be done here
-        update(cache, problem)
-        return problem.written[contender]
+    cache = inputs.caches[contender if action != "read" else "ours"]
+    if action == "update":  # so short that any other work here would show
+        update(cache, inputs)
+        return inputs.written[contender]
     tables = cache.data.tables()
     if action == "read":
-        return read(tables, problem.places)["embedding"]
-    write(tables, problem.places, problem.new)
-    return problem.written[contender]
+        return read(tables, inputs.places)["embedding"]
+    write(tables, inputs.places, inputs.new)
+    return inputs.written[contender]
 
 
-def _update_at_once(cache: NegativeCache, problem: _Problem) -> None:
-    problem.manager.update_cache(
+def _update_at_once(cache: NegativeCache, inputs: _Inputs) -> None:
+    inputs.manager.update_cache(
         cache,
-        new_items=problem.new,
-        updated_item_data={"embedding": problem.fresh},
-        updated_item_indices=problem.places,
+        new_items=inputs.new,
+        updated_item_data={"embedding": inputs.fresh},
+        updated_item_indices=inputs.places,
     )
 
 
-def _update_row_by_row(cache: NegativeCache, problem: _Problem) -> None:
+def _update_row_by_row(cache: NegativeCache, inputs: _Inputs) -> None:
     tables = cache.data.tables()
-    youngest = torch.full((len(problem.places), 1), -1, dtype=torch.int32, device=cache.age.device)
-    assign_rows(tables["embedding"], problem.places, problem.fresh)
-    assign_rows(cache.age, problem.places, youngest)
-    slots = cache.age.topk(len(problem.places)).indices
+    youngest = torch.full((len(inputs.places), 1), -1, dtype=torch.int32, device=cache.age.device)
+    assign_rows(tables["embedding"], inputs.places, inputs.fresh)
+    assign_rows(cache.age, inputs.places, youngest)
+    slots = cache.age.topk(len(inputs.places)).indices
     for name, table in tables.items():
-        assign_rows(table, slots, problem.new[name])
+        assign_rows(table, slots, inputs.new[name])
     assign_rows(cache.age, slots, youngest)
     cache.age += 1
 
 
-def _update_by_plain_rows(problem: _Problem, action: Action) -> Tensor:
-    """Rows that fit as they are, assigned by integers."""
-    cache = problem.caches["plain rows"]
+def _update_by_plain_rows(inputs: _Inputs, action: Action) -> Tensor:
+    """Assign rows that already fit, by integers."""
+    cache = inputs.caches["plain rows"]
     tables = cache.data.tables()
-    for place, row in zip(problem.places.tolist(), problem.fresh, strict=True):
+    for place, row in zip(inputs.places.tolist(), inputs.fresh, strict=True):
         tables["embedding"][place] = row
         cache.age[place] = -1
-    slots = cache.age.topk(len(problem.places)).indices.tolist()
+    slots = cache.age.topk(len(inputs.places)).indices.tolist()
     for name, table in tables.items():
-        for slot, row in zip(slots, problem.new[name], strict=True):
+        for slot, row in zip(slots, inputs.new[name], strict=True):
             table[slot] = row
     for slot in slots:
         cache.age[slot] = -1
     cache.age += 1
-    return problem.written["plain rows"]
+    return inputs.written["plain rows"]
 
 
 def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
-    """Each row padded to the table's width, cast, and assigned by its index."""
+    """Assign rows one by one: each padded to the table's width, cast, and assigned by its index."""
     for place, row in zip(places.unsqueeze(1), rows, strict=True):
         missing = (len(table[0]) if table.ndim > 1 else 1) - len(row)
         padded = torch.cat([row, torch.zeros(missing, dtype=row.dtype, device=row.device)])
@@ -113,7 +113,7 @@ def assign_rows(table: Tensor, places: Tensor, rows: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class InPlaceCase(Case):
-    """Each contender changes tables of its own, which no compiler may trace."""
+    """Case in which each contender changes its own tables, which no compiler may trace."""
 
     @property
     def fill(self) -> float:
@@ -137,12 +137,12 @@ class GatherCase(InPlaceCase):
     action: Action
     rows: int = 64
     slots: int = 131_072
-    depth: int = 768
+    dim: int = 768
     tokens: int = 128
 
     @property
     def shape(self) -> str:
-        return f"{self.action} N{self.rows} C{self.slots} D{self.depth} tokens {self.tokens}"
+        return f"{self.action} N{self.rows} C{self.slots} D{self.dim} tokens {self.tokens}"
 
     @property
     def layout(self) -> str:
@@ -160,13 +160,13 @@ class GatherCase(InPlaceCase):
         return {"plain rows": lambda: _update_by_plain_rows}
 
     def tiny(self) -> "GatherCase":
-        return replace(self, rows=5, slots=200, depth=16, tokens=8)
+        return replace(self, rows=5, slots=200, dim=16, tokens=8)
 
     def build(self, *, floors: bool = True) -> Workload:
         specs = {
             "ids": FixedLenFeature([self.tokens], torch.int32),
             "mask": FixedLenFeature([self.tokens], torch.bool),
-            "embedding": FixedLenFeature([self.depth], self.dtype),
+            "embedding": FixedLenFeature([self.dim], self.dtype),
         }
         manager = CacheManager(specs, self.slots)
         generator = seeded("cpu")
@@ -184,13 +184,13 @@ class GatherCase(InPlaceCase):
             name: cache.data.tables()["embedding"].narrow(0, int(places[0]), 1)
             for name, cache in caches.items()
         }
-        fresh = torch.randn(self.rows, self.depth, generator=generator).to(self.dtype)
+        fresh = torch.randn(self.rows, self.dim, generator=generator).to(self.dtype)
         new = {
             "ids": torch.randint(30522, (self.rows, self.tokens), generator=generator).int(),
             "mask": torch.rand(self.rows, self.tokens, generator=generator) < 0.7,
             "embedding": fresh if self.action == "write" else fresh.flip(0).contiguous(),
         }
-        problem = _Problem(
+        inputs = _Inputs(
             manager,
             caches,
             written,
@@ -198,21 +198,21 @@ class GatherCase(InPlaceCase):
             fresh.to(self.device),
             {name: rows.to(self.device) for name, rows in new.items()},
         )
-        expected = torch.ones(self.rows, self.depth) if self.action == "read" else fresh[:1]
+        expected = torch.ones(self.rows, self.dim) if self.action == "read" else fresh[:1]
         return Workload(
-            arguments=(problem, self.action),
+            arguments=(inputs, self.action),
             options={},
             leaves={},
             upstream=torch.empty(0),
             exact=lambda: {"output": expected.double().to(self.device)},
-            floors=self._floors(problem) if floors else {},
+            floors=self._floors(inputs) if floors else {},
         )
 
-    def _floors(self, problem: _Problem) -> dict[str, Callable[[], Any]]:
-        """A copy of as many bytes that lie in one piece."""
-        sources = [*problem.new.values()]
+    def _floors(self, inputs: _Inputs) -> dict[str, Callable[[], Any]]:
+        """Return a copy of as many bytes in one piece."""
+        sources = [*inputs.new.values()]
         if self.action == "update":
-            sources.append(problem.fresh)
+            sources.append(inputs.fresh)
         targets = [torch.empty_like(rows) for rows in sources]
         return {
             "copy": lambda: [

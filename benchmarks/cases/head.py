@@ -86,7 +86,7 @@ class HeadCase(Case):
         )
 
     def _inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden (B, L, D), weight, bias and attention_mask (B, L)."""
+        """Return hidden (B, L, D), weight, bias and attention_mask (B, L)."""
         mask = right_padding(self.lengths(), self.length, self.device)
         hidden = self._normal(generator, self.batch, self.length, self.dim)
         weight = self._normal(generator, self.vocab, self.dim).div_(self.dim**0.5)
@@ -111,7 +111,7 @@ class HeadCase(Case):
         cu_seqlens: Tensor | None,
         upstream: Tensor,
     ) -> dict[str, Tensor]:
-        """The reference in fp64 by blocks of the vocabulary, which only share `hidden`."""
+        """Compute the reference in fp64 by blocks of the vocabulary, which share only `hidden`."""
         backward = self.direction == "forward+backward"
         hidden64 = hidden.detach().double().requires_grad_(backward)
         outputs, weight_gradients, bias_gradients = [], [], []
@@ -140,7 +140,7 @@ class HeadCase(Case):
 
 
 def _bare_products(tokens: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """torch.mm of the real tokens by vocabulary chunks into one buffer, either operand first."""
+    """Return torch.mm of the real tokens by vocabulary chunks, with either operand first."""
     chunks = {min(chunk, len(weight)) for chunk in FLOOR_CHUNKS}
     whole_bytes = len(tokens) * len(weight) * weight.element_size()
     if weight.is_cuda and whole_bytes <= FLOOR_WHOLE_BYTES:
@@ -179,7 +179,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype], *, quick: bool) -> list[He
 
 
 def _measured(device: str, dtype: torch.dtype, *, main: bool) -> list[HeadCase]:
-    """The whole table for the main dtype, its most telling rows for the others."""
+    """Return all shapes for the main dtype, and a few for the others."""
 
     def shape(batch: int, length: int, dim: int, vocab: int) -> HeadCase:
         return HeadCase(
@@ -220,6 +220,6 @@ def _measured(device: str, dtype: torch.dtype, *, main: bool) -> list[HeadCase]:
 
 
 def _both_directions(base: HeadCase) -> list[HeadCase]:
-    """Forward, then forward+backward with few and with all pairs active."""
+    """Return forward, and forward+backward with few and with all pairs active."""
     training = dataclasses.replace(base, direction="forward+backward")
     return [base, training, dataclasses.replace(training, active=None)]

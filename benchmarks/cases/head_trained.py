@@ -1,8 +1,8 @@
 """splade_head and splade_head_topk on a trained checkpoint and real texts: few entries are active.
 
 The synthetic cases of `head` have 5 % or all of the entries active, a trained SPLADE model 0.5 %,
-which is what the screened product lives on. "dense" is ours without it. In training every step
-changes the weight, so that each run of ours prepares it anew.
+which makes the screened product fast. "dense" is ours without it. A training step changes the
+weight, so that each forward+backward of ours prepares it again.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class TrainedHeadCase(HeadCase):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperScreenedHeadCase(TrainedHeadCase):
-    """On a GPU, where "auto" is dense; SPLADE_FAST_HOPPER=1 asks for its kernels."""
+    """Screened head on a GPU, where "auto" is dense; SPLADE_FAST_HOPPER=1 enables its kernels."""
 
     ours: ClassVar[Implementation] = staticmethod(
         partial(splade_fast.splade_head, algorithm="screened")
@@ -124,7 +124,7 @@ def _largest_of(head: Implementation) -> Implementation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTopkCase(TrainedHeadCase):
-    """Only the values are compared, largest first; "active" is their share of k a document."""
+    """Case that compares the values alone, largest first; "active" is the share of k values."""
 
     op: ClassVar[str] = "head_topk"
     ours: ClassVar[Implementation] = staticmethod(_ours_topk)

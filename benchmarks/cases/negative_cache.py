@@ -1,8 +1,8 @@
 """A whole step over a full negative cache: score, draw, gather, embed, refresh, insert.
 
-The document network is a small one, an embedding bag, so that the cache's part is what counts.
-Beside ours, eager is the same step in plain PyTorch: scores, softmax and noise in memory, rows
-assigned one by one. What is compared is the interpretable loss of the first step.
+The document network is an embedding bag, so that the cache takes most of the time. Eager is the
+same step in plain PyTorch: scores, softmax and noise in memory, rows assigned one by one. The
+interpretable losses of the first step are compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Inputs:
     handler: CacheLossHandler
     other: NegativeCache  # eager's
     network: nn.EmbeddingBag
@@ -44,38 +44,36 @@ class _Problem:
         return embeddings
 
 
-def _ours(problem: _Problem) -> Tensor:
-    result = problem.handler.step(
-        problem.embed, problem.queries, problem.positives, {"ids": problem.ids}
+def _ours(inputs: _Inputs) -> Tensor:
+    result = inputs.handler.step(
+        inputs.embed, inputs.queries, inputs.positives, {"ids": inputs.ids}
     )
     return result.interpretable_loss
 
 
-def _eager(problem: _Problem) -> Tensor:
-    cache, queries = problem.other, problem.queries
+def _eager(inputs: _Inputs) -> Tensor:
+    cache, queries = inputs.other, inputs.queries
     embeddings, ids = cache.data["embedding"], cache.data["ids"]
     assert isinstance(embeddings, Tensor)
     assert isinstance(ids, Tensor)
     scores = _SCALE * (queries @ embeddings.t())
-    if problem.top_k is not None:
-        scores, places = scores.view(len(queries), problem.top_k, -1).max(-1)
-        group = torch.arange(problem.top_k, device=scores.device) * (
-            len(embeddings) // problem.top_k
-        )
+    if inputs.top_k is not None:
+        scores, places = scores.view(len(queries), inputs.top_k, -1).max(-1)
+        group = torch.arange(inputs.top_k, device=scores.device) * (len(embeddings) // inputs.top_k)
         slots_of = places + group
     noise = -torch.log(-torch.log(torch.rand_like(scores)))
     drawn = (scores + noise).argmax(1, keepdim=True)
-    slots = (drawn if problem.top_k is None else slots_of.gather(1, drawn)).squeeze(1)
-    fresh = problem.embed({"ids": ids[slots]})
-    own = _SCALE * (queries * problem.positives).sum(1)
+    slots = (drawn if inputs.top_k is None else slots_of.gather(1, drawn)).squeeze(1)
+    fresh = inputs.embed({"ids": ids[slots]})
+    own = _SCALE * (queries * inputs.positives).sum(1)
     log_p = torch.cat([own[:, None], scores], 1).log_softmax(1)[:, 0]
-    # The loss of a training, which is part of a step's time and memory; nothing is trained here.
+    # The training loss belongs to a step's time and memory, though nothing is trained here.
     (-torch.expm1(log_p) * (_SCALE * (queries * fresh).sum(1) - own)).mean()
     young = torch.full((len(slots), 1), -1, dtype=torch.int32, device=slots.device)
     assign_rows(embeddings, slots, fresh)
     assign_rows(cache.age, slots, young)
     oldest = cache.age.topk(len(queries)).indices
-    for table, rows in ((embeddings, problem.positives), (ids, problem.ids)):
+    for table, rows in ((embeddings, inputs.positives), (ids, inputs.ids)):
         assign_rows(table, oldest, rows)
     assign_rows(cache.age, oldest, young)
     cache.age += 1
@@ -91,13 +89,13 @@ class CacheStepCase(InPlaceCase):
     top_k: int | None = None
     queries: int = 64
     slots: int = 131_072
-    depth: int = 768
+    dim: int = 768
     tokens: int = 32
 
     @property
     def shape(self) -> str:
         grouped = "" if self.top_k is None else f" top{self.top_k}"
-        return f"step B{self.queries} C{self.slots} D{self.depth}{grouped}"
+        return f"step B{self.queries} C{self.slots} D{self.dim}{grouped}"
 
     @property
     def layout(self) -> str:
@@ -109,18 +107,18 @@ class CacheStepCase(InPlaceCase):
 
     def tiny(self) -> "CacheStepCase":
         top_k = None if self.top_k is None else 10
-        return replace(self, queries=3, slots=200, depth=16, tokens=8, top_k=top_k)
+        return replace(self, queries=3, slots=200, dim=16, tokens=8, top_k=top_k)
 
     def build(self, *, floors: bool = True) -> Workload:
         generator = seeded("cpu")
         keys: dict[str, Any] = {"embedding_key": "embedding", "data_keys": ("ids",)}
         specs = {
             "ids": FixedLenFeature([self.tokens], torch.int32),
-            "embedding": FixedLenFeature([self.depth], self.dtype),
+            "embedding": FixedLenFeature([self.dim], self.dtype),
         }
-        network = nn.EmbeddingBag(_WORDS, self.depth).to(self.device, self.dtype)
+        network = nn.EmbeddingBag(_WORDS, self.dim).to(self.device, self.dtype)
         network.weight.requires_grad_(False)
-        network.weight.copy_(torch.randn(_WORDS, self.depth, generator=generator))
+        network.weight.copy_(torch.randn(_WORDS, self.dim, generator=generator))
         loss = CacheClassificationLoss(
             **keys, score_transform=Scale(_SCALE), top_k=self.top_k, reducer=None
         )
@@ -140,14 +138,14 @@ class CacheStepCase(InPlaceCase):
         ids = torch.randint(_WORDS, (2, self.queries, self.tokens), generator=generator)
         ids = ids.int().to(self.device)
         queries, positives = network(ids[0].long()), network(ids[1].long())
-        problem = _Problem(handler, other, network, queries, positives, ids[1], self.top_k)
+        inputs = _Inputs(handler, other, network, queries, positives, ids[1], self.top_k)
         embeddings = tables["embedding"]
         products: dict[str, Callable[[], object]] = {
             "queries x cache": lambda: torch.mm(queries, embeddings.t()),
             "cache x queries": lambda: torch.mm(embeddings, queries.t()),
         }
         return Workload(
-            arguments=(problem,),
+            arguments=(inputs,),
             options={},
             leaves={},
             upstream=torch.empty(0),

@@ -78,7 +78,7 @@ class PoolCase(Case):
         )
 
     def _exact(self, logits: Tensor, mask: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-        """The reference in fp64, one document at a time."""
+        """Compute the reference in fp64, one document at a time."""
         outputs, gradients = [], []
         for document in range(self.batch):
             row = slice(document, document + 1)
@@ -94,7 +94,7 @@ class PoolCase(Case):
         return {**exact, "logits": torch.cat(gradients)} if gradients else exact
 
     def _floors(self, logits: Tensor, real_tokens: int) -> dict[str, Callable[[], object]]:
-        """The fewest bytes: the logits of real tokens read once, the result written once.
+        """Move the fewest bytes: read the logits of real tokens once, write the result once.
 
         The gradient of the logits is dense, so forward+backward writes all of (B, L, V).
         """
@@ -112,7 +112,7 @@ class PoolCase(Case):
 
 
 def _copy_moving(moved_bytes: int) -> Callable[[], object]:
-    """A device copy that reads and writes this many bytes together."""
+    """Return a device copy that reads and writes this many bytes together."""
     source = torch.randint(256, (moved_bytes // 2,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

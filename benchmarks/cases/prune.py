@@ -27,7 +27,7 @@ def _eager(x: Tensor, *, k: int, dense: bool) -> Tensor:
 
 
 def _topk(x: Tensor, *, k: int, dense: bool) -> Tensor:
-    """Sparse only of dense rows: it finds the k largest, and leaves making rows of them to do."""
+    """Find the k largest; for sparse output, making rows of them is not included."""
     values, columns = x.topk(k, dim=1)
     return torch.zeros_like(x).scatter_(1, columns, values) if dense else values
 
@@ -41,8 +41,8 @@ class PruneCase(Case):
     batch: int
     vocab: int
     k: int
-    positive: float  # share of the entries
-    dense: bool = False  # output
+    positive: float  # share of positive entries
+    dense: bool = False  # output; else sparse rows
 
     @property
     def shape(self) -> str:

@@ -1,8 +1,7 @@
 """sample_negatives from a full cache, dense or sparse, beside the formula in plain PyTorch.
 
-What is compared for correctness is the logsumexp; the draws themselves are random. Dense embeddings
-are normal, scaled so that the scores have a standard deviation of 3; sparse queries and rows are
-those of the score cases.
+The logsumexp is compared, since the draws themselves are random. Dense embeddings are normal with a
+scale that gives scores a standard deviation of 3; sparse ones are those of the score cases.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class _Extra:
-    """What only some contenders need, made before any timing."""
+    """Inputs of only some contenders, made before any timing."""
 
     rng: Philox
-    formats: Formats | None  # the sparse case's, as embedding_bag takes them
+    formats: Formats | None  # sparse rows as embedding_bag takes them
 
 
 def _ours(
@@ -42,7 +41,7 @@ def _ours(
 def _eager(
     queries: Any, cache: Any, extra: _Extra, *, top_k: int | None, num_samples: int
 ) -> Tensor:
-    """Scores, the groups' maxima, noise, argmax, logsumexp, each written to memory."""
+    """Write scores, the groups' maxima, noise, argmax and logsumexp to memory one by one."""
     formats = extra.formats
     scores = queries @ cache.t() if formats is None else embedding_bag_scores(formats)
     return _draw(scores, top_k, num_samples)
@@ -51,7 +50,7 @@ def _eager(
 def _densified(
     queries: SparseRows, cache: SparseRows, extra: _Extra, *, top_k: int | None, num_samples: int
 ) -> Tensor:
-    """Dense products of the rows, some at a time."""
+    """Multiply the rows as dense ones, some at a time."""
     dense = queries.to_dense()
     parts = [
         dense @ cache[start : start + _ROWS_AT_ONCE].to_dense().t()
@@ -79,14 +78,14 @@ class SampleCase(Case):
     slots: int = 131_072
     top_k: int | None = None
     num_samples: int = 1
-    depth: int = 768  # of dense embeddings
+    dim: int = 768  # of dense embeddings
     vocab: int = 30522
     query_terms: int = 30
     doc_terms: int = 128
 
     @property
     def shape(self) -> str:
-        size = f"V{self.vocab} k{self.doc_terms}" if self.sparse else f"D{self.depth}"
+        size = f"V{self.vocab} k{self.doc_terms}" if self.sparse else f"D{self.dim}"
         grouped = "" if self.top_k is None else f" top{self.top_k}"
         return f"B{self.queries} C{self.slots} {size}{grouped} m{self.num_samples}"
 
@@ -109,7 +108,7 @@ class SampleCase(Case):
 
     def tiny(self) -> "SampleCase":
         top_k = None if self.top_k is None else 10
-        return replace(self, queries=3, slots=200, depth=16, vocab=500, doc_terms=20, top_k=top_k)
+        return replace(self, queries=3, slots=200, dim=16, vocab=500, doc_terms=20, top_k=top_k)
 
     def peer(self) -> Implementation:
         if not self.sparse:
@@ -138,9 +137,9 @@ class SampleCase(Case):
     def _build_dense(self) -> Workload:
         generator = seeded(self.device)
         options: dict[str, Any] = {"generator": generator, "device": self.device}
-        scale = _SCORE_DEVIATION / self.depth**0.5
-        queries = (torch.randn(self.queries, self.depth, **options) * scale).to(self.dtype)
-        cache = torch.randn(self.slots, self.depth, **options).to(self.dtype)
+        scale = _SCORE_DEVIATION / self.dim**0.5
+        queries = (torch.randn(self.queries, self.dim, **options) * scale).to(self.dtype)
+        cache = torch.randn(self.slots, self.dim, **options).to(self.dtype)
 
         def exact() -> Tensor:
             parts = cache.split(_ROWS_AT_ONCE)

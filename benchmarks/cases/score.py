@@ -1,4 +1,4 @@
-"""sparse_scores and sparse_search, of synthetic and of really encoded queries and documents.
+"""sparse_scores and sparse_search on synthetic and on really encoded queries and documents.
 
 Synthetic terms are drawn as encoded texts have them: the term of rank r with probability
 proportional to 1 / (r + 50), so that the most frequent one is in about a third of all documents
@@ -8,9 +8,9 @@ counts once, so rows are ragged. Weights are log1p of exponential numbers.
 Encoded queries are really encoded summaries, and documents are drawn from the statistics of really
 encoded ones (benchmarks.inputs.encoded_rows).
 
-Contenders: ours; eager, torch's embedding_bag over the entries; peer, the scipy product, which for
-search finds the same k best; the best of torch's own sparse products; and for search Seismic, an
-approximate index (the extra bench-seismic), with its recall.
+Eager is torch's embedding_bag over the entries. The peer is the scipy product, which for search
+finds the same k best. "torch sparse" is the fastest of torch's own sparse products. For search
+there is also Seismic, an approximate index (the extra bench-seismic), with its recall.
 """
 
 import functools
@@ -32,12 +32,12 @@ from splade_fast import SparseRows
 
 _RANK_OFFSET = 50.0
 _ROWS_AT_ONCE = 1 << 15
-# Of a query the 10 heaviest terms; its index is built with Seismic's defaults.
+# The 10 heaviest terms of a query; the index has Seismic's defaults.
 _SEISMIC_SEARCH = {"query_cut": 10, "heap_factor": 0.7}
 
 
 class Formats:
-    """The same queries and documents as the other libraries take them; made before any timing."""
+    """Queries and documents as the other libraries take them, made before any timing."""
 
     def __init__(self, queries: SparseRows, docs: SparseRows, case: "ScoreCase") -> None:
         self.queries, self.docs, self._case = queries, docs, case
@@ -58,7 +58,7 @@ class Formats:
 
     @functools.cached_property
     def torch_product(self) -> "Fastest":
-        """Sparse x dense with the 32-bit indices for which torch has its fastest kernels."""
+        """Fastest sparse product, with the 32-bit indices of torch's fastest kernels."""
         docs, queries = _csr(self.docs), _csr(self.queries)
         return Fastest(
             {
@@ -70,7 +70,7 @@ class Formats:
 
     @functools.cached_property
     def seismic_queries(self) -> tuple[Any, list[Any], list[Any]]:
-        """Numbers of the queries, their terms and their values, as Seismic takes them."""
+        """Numbers, terms and values of the queries, as Seismic takes them."""
         import numpy as np
         import seismic
 
@@ -83,8 +83,8 @@ class Formats:
         )
 
     def seismic_search(self, k: int) -> list[list[tuple[str, float, str]]]:
-        """Hits (query, score, document) of each query, in any order of the queries."""
-        index = _seismic_index(self._case.of_documents())
+        """Return the hits (query, score, document) of each query, with the queries in any order."""
+        index = _seismic_index(self._case.documents_alone())
         found: list[list[tuple[str, float, str]]] = index.batch_search(
             *self.seismic_queries, k=k, num_threads=torch.get_num_threads(), **_SEISMIC_SEARCH
         )
@@ -92,7 +92,7 @@ class Formats:
 
 
 class Fastest:
-    """The fastest of several ways, found at the first call; those that fail do not count."""
+    """Fastest of several functions that do not fail, found at the first call."""
 
     def __init__(self, ways: Mapping[str, Callable[[], Any]]) -> None:
         self._ways = ways
@@ -130,7 +130,7 @@ def _eager(queries: SparseRows, docs: SparseRows, formats: Formats, k: int | Non
 
 
 def embedding_bag_scores(formats: Formats) -> Tensor:
-    """embedding_bag over the entries: faster here than torch's sparse CSR and COO products."""
+    """Return scores by embedding_bag, which is faster here than torch's sparse products."""
     return embedding_bag(
         formats.columns,
         formats.query_table,
@@ -155,7 +155,7 @@ def _scipy(queries: SparseRows, docs: SparseRows, formats: Formats, k: int | Non
 
 
 def _scipy_best(scores: Any, k: int) -> Any:
-    """The k best documents of each query, best first."""
+    """Return the k best documents of each query, best first."""
     import numpy as np
 
     best = np.argpartition(scores, -k, axis=1)[:, -k:]
@@ -168,7 +168,7 @@ def _seismic(queries: SparseRows, docs: SparseRows, formats: Formats, k: int) ->
 
 
 def _recall(formats: Formats, found: Mapping[int, Sequence[int]], k: int) -> float:
-    """The share of the k best, of all queries, that was found; equal scores are equally good."""
+    """Return the share of the k best of all queries that was found; equal scores are equal."""
     least = splade_fast.sparse_search(formats.queries, formats.docs, k)[0][:, -1]
     hits = 0
     for query, ids in found.items():
@@ -187,7 +187,7 @@ class ScoreCase(Case):
     queries: int
     docs: int
     k: int | None = None  # None: sparse_scores
-    encoded: bool = False  # or synthetic
+    encoded: bool = False  # else synthetic
     vocab: int = 30522
     query_terms: int = 30
     doc_terms: int = 128
@@ -204,8 +204,8 @@ class ScoreCase(Case):
 
     @property
     def fill(self) -> float:
-        """Used slots of the documents, in a sample."""
-        sample = _documents(self.of_documents())[:4096]
+        """Share of used slots in a sample of the documents."""
+        sample = _documents(self.documents_alone())[:4096]
         return sample.lengths.sum().item() / sample.indices.numel()
 
     @property
@@ -219,8 +219,8 @@ class ScoreCase(Case):
             self, queries=3, docs=200, vocab=500, query_terms=5, doc_terms=20, encoded=False
         )
 
-    def of_documents(self) -> "ScoreCase":
-        """The same for all cases that share their documents."""
+    def documents_alone(self) -> "ScoreCase":
+        """Return a case that is the same for all cases with these documents."""
         return replace(self, queries=0, query_terms=0, k=None)
 
     def peer(self) -> Implementation:
@@ -270,7 +270,7 @@ class ScoreCase(Case):
         return SparseRows(indices, values.to(self.dtype), lengths, self.vocab).to(self.device)
 
     def build(self, *, floors: bool = True) -> Workload:
-        docs = _documents(self.of_documents())
+        docs = _documents(self.documents_alone())
         if self.encoded:
             queries = _sample(self.doc_terms)[0][: self.queries].to(self.device, self.dtype)
         else:
@@ -291,7 +291,7 @@ class ScoreCase(Case):
 
     @staticmethod
     def exact(queries: SparseRows, docs: SparseRows) -> Tensor:
-        """All scores by torch's sparse product in fp64, of some documents at a time."""
+        """Return all scores by torch's sparse product in fp64, some documents at a time."""
         table = queries.to_dense().double().t()
         parts = []
         for start in range(0, len(docs), _ROWS_AT_ONCE):
@@ -338,7 +338,7 @@ def _available_seismic() -> Implementation:
 
 
 def one_read(docs: SparseRows) -> dict[str, Callable[[], object]]:
-    """One read of the documents."""
+    """Return functions that read the documents once."""
     indices, values = docs.indices.view(torch.int32), docs.values
     bits = values.view(torch.int32) if values.dtype == torch.float32 else values.view(torch.int16)
     return {

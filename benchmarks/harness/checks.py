@@ -14,14 +14,14 @@ TIMES_EAGER = 2.0
 FLOOR_IN_EPSILONS = 1.0
 # Two positions whose logits differ by less than their rounding may each be taken as the maximum,
 # and the gradient goes to another token. That happens for about this many epsilons of the
-# pairs, and for one pair sooner or later; one pair among n moves a gradient by sqrt(2 / n).
+# pairs, and at least for one; one pair among n moves a gradient by sqrt(2 / n).
 TIES_IN_EPSILONS = 32.0
 
 
 @dataclass(frozen=True)
 class Check:
     is_correct: bool
-    tensor: str  # the one closest to, or farthest beyond, its tolerance
+    tensor: str  # tensor with the largest error relative to its tolerance
     error: float
     tolerance: float
     active: float  # share of positive pooled entries

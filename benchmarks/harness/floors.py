@@ -1,4 +1,4 @@
-"""The least that work on a tensor can cost."""
+"""Floors: the least cost of work on a tensor."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def one_read(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Any reduction at memory speed will do, and the one over 32-bit words serves all dtypes."""
+    """Return reductions over 32-bit words, which read any dtype at the speed of memory."""
     words = x.flatten()[: x.numel() * x.element_size() // 4 * 4 // x.element_size()]
     integers, floats = words.view(torch.int32), words.view(torch.float32)
     return {

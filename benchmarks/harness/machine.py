@@ -1,4 +1,4 @@
-"""Facts that a measurement needs to be compared with another: machine, versions, commit, date."""
+"""Machine, versions, commit and date of a measurement."""
 
 import datetime
 import os
@@ -23,7 +23,7 @@ class Machine:
     cores: int
     threads: int
     gpu: str
-    kernels: str  # what "ours" ran on: the instruction set or GPU architectures of the build
+    kernels: str  # instruction set or GPU architectures of the build that "ours" ran on
 
     @classmethod
     def current(cls, device: str) -> "Machine":
@@ -64,7 +64,7 @@ def _kernels(device: str) -> str:
 
 
 def _commit() -> tuple[str, str]:
-    """Short hash and whether tracked files differ; without a history, what the caller says."""
+    """Return the short hash and whether tracked files differ; else BENCHMARK_COMMIT."""
     try:
         return _git("rev-parse", "--short=12", "HEAD"), "yes" if _git("diff", "HEAD") else "no"
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Batches that look like those of training: ragged lengths, a chosen share of active entries."""
+"""Random batches like those of training: ragged lengths, a chosen share of active entries."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def seeded(device: str) -> torch.Generator:
 
 
 def ragged_lengths(batch: int, length: int, fill: float) -> Tensor:
-    """Lengths spread evenly around `fill * length`, in random order: (B,) int64 on the CPU."""
+    """Return (B,) int64 lengths, spread evenly around `fill * length`, in random order."""
     if fill == 1:
         return torch.full((batch,), length)
     mean = fill * length
@@ -21,14 +21,16 @@ def ragged_lengths(batch: int, length: int, fill: float) -> Tensor:
 
 
 def right_padding(lengths: Tensor, length: int, device: str) -> Tensor:
-    """attention_mask (B, L) int64, as tokenizers give it."""
+    """Return the attention_mask (B, L) int64 that a tokenizer gives for these lengths."""
     return (torch.arange(length) < lengths[:, None]).long().to(device)
 
 
 def shift_for_active_share(pooled: Tensor, share: float | None) -> float:
-    """What to add to the logits so that this share of pooled entries is positive; None: leave them.
+    """Return the addend of the logits that makes this share of pooled entries positive; None: 0.
 
-    pooled: maxima over the positions of a sample of raw logits, any shape.
+    Args:
+        pooled: maxima over the positions of a sample of raw logits, of any shape.
+        share: share of positive entries.
     """
     if share is None:
         return 0.0

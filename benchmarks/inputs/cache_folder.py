@@ -1,4 +1,4 @@
-"""What takes long to make from the demo's corpus is kept in a cache folder of the user."""
+"""Cache folder of the user, for inputs that take long to make from the demo's corpus."""
 
 import hashlib
 import importlib.metadata
@@ -8,7 +8,7 @@ from examples.docstrings.corpus import PACKAGES
 
 
 def cache_folder(kind: str, checkpoint: str, settings: str, cache: Path | None = None) -> Path:
-    """The folder of what was made with these settings from these versions of the packages."""
+    """Return the folder of inputs made with these settings from the installed packages."""
     cache = cache or Path.home() / ".cache" / "splade_fast"
     versions = [f"{name}=={_version(name)}" for name in PACKAGES]
     made_of = " ".join([checkpoint, *versions, settings])

@@ -1,4 +1,4 @@
-"""Sparse rows with the statistics of really encoded documents, as many as wanted.
+"""Sparse rows with the statistics of really encoded documents, in any number.
 
 A sample of the demo's corpus (docstrings of the installed packages, and their summaries as
 queries) is encoded with the demo's checkpoint, once for these versions of the packages; the
@@ -31,10 +31,10 @@ _ROWS_AT_ONCE = 1 << 14
 
 
 def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, SparseRows]:
-    """Really encoded queries and documents, the latter with their k largest entries.
+    """Return really encoded queries, and documents with their k largest entries.
 
     Raises:
-        CheckpointError: the demo's checkpoint is not there and cannot be fetched.
+        CheckpointError: the demo's checkpoint cannot be fetched.
     """
     settings = f"{_DOCUMENTS} {_QUERIES} {_MAX_LENGTH} {k}"
     folder = cache_folder("encoded", DEMO.requirement, settings, cache)
@@ -54,7 +54,7 @@ def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, Spars
 
 
 def resampled(documents: SparseRows, count: int, seed: int) -> SparseRows:
-    """`count` rows drawn from the statistics of `documents`, which must have some entries."""
+    """Draw `count` rows from the statistics of `documents`, which must have some entries."""
     _, columns, values = (tensor.numpy() for tensor in documents.coordinates())
     lengths = documents.lengths.numpy()
     parts = _drawn(columns, values, lengths, documents.width, count, np.random.default_rng(seed))
@@ -78,7 +78,7 @@ def _drawn(
     count: int,
     random: np.random.Generator,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Padded indices and weights of some rows at a time.
+    """Yield padded indices and weights of some rows at a time.
 
     A random entry of all encoded documents has a term by its document frequency, and one of the
     weights of that term.

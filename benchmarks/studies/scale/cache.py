@@ -106,10 +106,10 @@ class _Update:
 
 def fill_slots(slots: int, folder: Path) -> Works:
     sparse = replace(_SAMPLE, slots=slots)
-    dense = [replace(sparse, sparse=False, depth=dim) for dim in DIMS]
+    dense = [replace(sparse, sparse=False, dim=dim) for dim in DIMS]
     return [
         (f"draw, {_SPARSE}", CaseWork(sparse)),
-        *((f"draw, dense D{case.depth}", CaseWork(case)) for case in dense),
+        *((f"draw, dense D{case.dim}", CaseWork(case)) for case in dense),
         (f"update, {_SPARSE}", UpdateWork(slots, None)),
         (f"update, dense D{DIMS[-1]}", UpdateWork(slots, DIMS[-1])),
     ]
