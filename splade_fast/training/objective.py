@@ -25,7 +25,7 @@ from splade_fast.training.sparsity import Sparsity
 
 __all__ = ["Objective", "ObjectiveArguments"]
 
-# What `labels` must be, by loss; losses that are not here take none.
+# Required labels by loss; other losses take none.
 _LABELS = {
     "pointwise": "(batch,), the relevance of each pair",
     "margin_mse": "(batch, documents), the teacher's scores",
@@ -35,22 +35,30 @@ _SEVERAL_DOCUMENTS = ("pairwise", "margin_mse", "kl")
 
 
 class Objective(nn.Module):
-    """relevance loss + regulariser of the queries + regulariser of the documents.
+    """Compute relevance loss + regulariser of the queries + regulariser of the documents.
 
-    Under torch.distributed the loss is that of the joined batch of all ranks, see
+    Under torch.distributed the loss is the loss of the joined batch of all ranks; see
     `splade_fast.losses`.
 
-    With the loss negative_cache, `handler` holds the cache, which is updated in training mode; in
-    evaluation mode it is left alone, and the loss is in_batch.
+    With the loss negative_cache, `handler` holds the cache, and a training step updates it. In
+    evaluation mode the cache does not change, and the loss is in_batch.
 
     Args:
-        arguments: what is trained for.
-        vocab_size: V.
-        tokenizer: of the documents; a cache stores its inputs.
-        seed: of the draws from the cache.
+        arguments: arguments of the objective.
+        vocab_size: size V of the vocabulary.
+        tokenizer: tokenizer of the documents, whose outputs a cache stores.
+        seed: seed of the draws from the cache.
 
     Raises:
-        ValueError: the arguments do not go together.
+        ValueError: arguments contradict each other.
+
+    Example::
+
+        >>> from splade_fast.training import Objective, ObjectiveArguments
+        >>> objective = Objective(ObjectiveArguments(loss="in_batch"), vocab_size=3)
+        >>> result = objective(queries=torch.eye(3), documents=torch.eye(3))
+        >>> result["metrics"]["document_active_dims"]
+        tensor(1.)
     """
 
     def __init__(
@@ -82,22 +90,23 @@ class Objective(nn.Module):
         network: Network | None = None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Any]:
-        """The loss and its parts.
+        """Return the loss and its metrics.
 
         Args:
             queries: (B, V).
-            documents: (m * B, V), row j * B + i is document j of query i; document 0 is relevant.
+            documents: (m · B, V); row j · B + i is document j of query i, document 0 is relevant.
             labels: (B,) relevance for pointwise, (B, m) scores for margin_mse and kl.
-            step: of the schedules.
-            network: for a cache: tokenized documents -> vectors.
-            inputs: for a cache: what the documents were encoded from, by name.
+            step: step of the schedules.
+            network: function from tokenized documents to vectors; required by a cache.
+            inputs: tokenized documents of the batch by name; required by a cache.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
             query_regularizer and document_regularizer add up to the loss; query_active_dims and
-            document_active_dims are means over the batch of this rank. With a cache
+            document_active_dims are means over the batch of this rank. With a cache,
             relevance_loss has the gradient of the cross entropy, whose value is
-            cache/interpretable_prediction_loss, and cache/staleness is that of the drawn documents.
+            cache/interpretable_prediction_loss, and cache/staleness is the staleness of the drawn
+            documents.
 
         Raises:
             ValueError: the batch does not fit the loss.
@@ -140,11 +149,13 @@ class Objective(nn.Module):
         labels: Tensor | None,
         inputs: Mapping[str, Tensor] | None = None,
     ) -> int:
-        """m, how many documents each query has.
+        """Return the number m of documents of each query, and check the batch.
 
         Args:
-            queries, documents: how many.
-            labels, inputs: as in `forward`.
+            queries: number of queries.
+            documents: number of documents.
+            labels: as in `forward`.
+            inputs: as in `forward`.
 
         Raises:
             ValueError: the numbers, the labels or the inputs do not fit the loss.

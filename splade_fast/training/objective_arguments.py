@@ -1,4 +1,4 @@
-"""ObjectiveArguments: what is trained for, as a dataclass whose fields can be flags."""
+"""ObjectiveArguments: arguments of the objective, as a dataclass whose fields can be flags."""
 
 from __future__ import annotations
 
@@ -27,10 +27,18 @@ def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> An
 
 @dataclass
 class ObjectiveArguments:
-    """Relevance loss, regularisers, negative cache and mini-batches; each field says what it is.
+    """Arguments of relevance loss, regularisers, negative cache and mini-batches.
+
+    The metadata of each field holds its description.
 
     Raises:
-        ValueError: a field is out of range, or two do not go together.
+        ValueError: a field is out of range, or two fields contradict each other.
+
+    Example::
+
+        >>> from splade_fast.training import ObjectiveArguments
+        >>> ObjectiveArguments(loss="kl", temperature=2.0).document_regularizer
+        'flops'
     """
 
     loss: str = _option(
@@ -42,9 +50,9 @@ class ObjectiveArguments:
     )
     temperature: float = _option(1.0, "Divides the scores of in_batch, negative_cache and kl.")
     query_regularizer: str = _option(
-        "flops", f"Of the queries' vectors: {', '.join(REGULARIZERS)}, some joined by +, or none."
+        "flops", f"Regulariser of the queries: {', '.join(REGULARIZERS)}, joined by +, or none."
     )
-    document_regularizer: str = _option("flops", "Of the documents' vectors, likewise.")
+    document_regularizer: str = _option("flops", "Regulariser of the documents, likewise.")
     lambda_query: float = _option(
         5e-5, "Final weight of the queries' regulariser, anti_zero excepted."
     )
@@ -53,32 +61,32 @@ class ObjectiveArguments:
     )
     lambda_anti_zero: float = _option(1.0, "Weight of anti_zero, which no schedule changes.")
     regularizer_schedule: str = _option(
-        "quadratic", "How lambda_query and lambda_document rise.", SCHEDULES
+        "quadratic", "Rise of lambda_query and lambda_document.", SCHEDULES
     )
-    regularizer_steps: int = _option(0, "Steps until they have risen; 0: at once.")
+    regularizer_steps: int = _option(0, "Number of steps of their rise; 0: none.")
     flops_threshold_query: int | None = _option(
-        None, "flops leaves queries alone that have at most so many active terms."
+        None, "Number of active terms up to which flops ignores a query."
     )
     flops_threshold_document: int | None = _option(
-        None, "flops leaves documents alone that have at most so many active terms."
+        None, "Number of active terms up to which flops ignores a document."
     )
-    df_alpha: float = _option(0.1, "df_flops: the document frequency whose weight is 1/2.")
-    df_beta: float = _option(10.0, "df_flops: how steep the weight is there.")
+    df_alpha: float = _option(0.1, "Document frequency whose weight in df_flops is 1/2.")
+    df_beta: float = _option(10.0, "Steepness of that weight.")
     df_momentum: float = _option(
         0.99,
-        "df_flops: what the running estimate of the document frequencies keeps from step to step.",
+        "Momentum of the running document frequencies of df_flops.",
     )
     query_top_k: int | None = _option(None, "Keep the k largest entries of a query's vector.")
     document_top_k: int | None = _option(None, "Keep the k largest entries of a document's vector.")
-    cache_size: int = _option(0, "negative_cache: how many documents the caches of all ranks hold.")
+    cache_size: int = _option(0, "Number of documents in the caches of all ranks.")
     cache_embeddings: str = _option(
-        "sparse", "What the cache stores of a vector: its cache_k largest entries, or all.",
+        "sparse", "Stored entries of a vector. sparse: the cache_k largest; dense: all.",
         CACHE_EMBEDDINGS,
     )  # fmt: skip
     cache_k: int = _option(256, "Entries of a vector in a sparse cache.")
-    cache_dtype: str = _option("float32", "Of the cached vectors.", CACHE_DTYPES)
+    cache_dtype: str = _option("float32", "Type of the cached vectors.", CACHE_DTYPES)
     cache_top_k: int | None = _option(
-        None, "Count and draw only so many cached documents of each query; by default all."
+        None, "Number of cached documents that each query is compared with; by default all."
     )
     cache_top_k_method: str = _option(
         "grouped", "grouped: the best of each of cache_top_k parts of the cache.", TOP_K_METHODS
@@ -86,8 +94,8 @@ class ObjectiveArguments:
     cache_negatives: int = _option(1, "Negatives drawn for each query.")
     cache_in_batch: bool = _option(
         True,
-        "The other positives of this rank's batch count and are drawn as well; hard negatives "
-        "always do.",
+        "Whether the other positives of the rank's batch are candidates; hard negatives always "
+        "are.",
     )
     cache_exclude: bool = _option(True, "A query's own positive never is its negative.")
     cache_document_length: int = _option(256, "Tokens that the cache has room for per document.")
@@ -106,7 +114,7 @@ class ObjectiveArguments:
         self.check_objective()
 
     def check_objective(self) -> None:
-        """Raises ValueError where a field is out of range, or two do not go together."""
+        """Raise ValueError if a field is out of range, or two fields contradict each other."""
         check_choices(self, ObjectiveArguments)
         for name in ("lambda_query", "lambda_document", "lambda_anti_zero"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -158,14 +166,14 @@ _LEAST = {
 
 
 def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
-    """The terms of a regulariser such as "flops+anti_zero"; () for "none".
+    """Return the terms of a regulariser such as "flops+anti_zero"; () for "none".
 
     Args:
-        name: of the argument, for messages.
-        joined: the terms.
+        name: name of the argument, for messages.
+        joined: terms joined by +.
 
     Raises:
-        ValueError: a term is unknown or there twice.
+        ValueError: a term is unknown or occurs twice.
     """
     if joined == "none":
         return ()
@@ -179,11 +187,7 @@ def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
 
 
 def check_choices(arguments: Any, kind: type) -> None:
-    """The fields of the dataclass `kind` that have choices are among them.
-
-    Raises:
-        ValueError: naming one that is not.
-    """
+    """Raise ValueError if a field of the dataclass `kind` is none of its choices."""
     for option in fields(kind):
         choices, value = option.metadata.get("choices"), getattr(arguments, option.name)
         if choices is not None and value not in choices:
