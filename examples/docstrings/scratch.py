@@ -1,7 +1,7 @@
-"""python -m examples.docstrings.scratch: from random weights to a model that finds docstrings.
+"""python -m examples.docstrings.scratch: train a model from random weights to find docstrings.
 
-The proof that training works: nothing of the model was ever trained before but its tokenizer's
-vocabulary.
+Only the vocabulary of the tokenizer comes from a trained model, so the quality is due to this
+training alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from splade_fast.search.evaluation import evaluate_run
 from splade_fast.search.texts import DataError, Texts
 from splade_fast.training.evaluator import RetrievalEvaluator
 
-# Random vectors have thousands of entries: enough of them is kept to search with.
+# Vectors of random weights have thousands of active dims; a search needs only the largest.
 _KEPT = 256
 
-# With zeros, half of the vocabulary would be active at first: scores of thousands, from which
-# training does not find back.
+# With a bias of zero, half of the vocabulary would be active at first. The scores would be in the
+# thousands, and the training would not recover.
 _DECODER_BIAS = -0.5
 
 SETTINGS: dict[str, Any] = {
@@ -49,7 +49,7 @@ console = Console()
 
 
 def random_encoder(tokenizer_folder: str | Path) -> SpladeEncoder:
-    """A BERT of one layer and width 128 with random weights, and a checkpoint's tokenizer."""
+    """Return a random BERT of one layer and width 128 with the tokenizer of a folder."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -66,8 +66,13 @@ def random_encoder(tokenizer_folder: str | Path) -> SpladeEncoder:
     return SpladeEncoder(model, tokenizer)
 
 
-def evaluator_of(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
-    """Each of so many queries has to find its document among those of all pairs."""
+def make_evaluator(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
+    """Return an evaluator whose queries search for their documents among those of all pairs.
+
+    Args:
+        pairs: held-out pairs.
+        num_queries: number of pairs whose query is evaluated.
+    """
     names = [f"{pair.name}#{number}" for number, pair in enumerate(pairs)]
     asked = spread(range(len(pairs)), num_queries)
     return RetrievalEvaluator(
@@ -83,14 +88,14 @@ def evaluator_of(pairs: list[Pair], num_queries: int) -> RetrievalEvaluator:
 
 def demo(
     steps: Annotated[int, typer.Option(min=1)] = 1000,
-    num_queries: Annotated[int, typer.Option(min=1, help="Of held-out modules.")] = 1000,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many pairs.")] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Number of queries.")] = 1000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of pairs to use.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    plot_file: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path(
+    plot_file: Annotated[Path, typer.Option("--plot", help="File for the plot.")] = Path(
         ".demo/scratch.png"
     ),
 ) -> None:
-    """Train a small random model on docstrings; measure it on those of held-out modules."""
+    """Train a small random model on docstrings, and evaluate it on those of held-out modules."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     pairs: Sequence[Pair] = docstring_pairs()
@@ -100,7 +105,7 @@ def demo(
     if not split.held_out or not split.training:
         raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got too few pairs")
     encoder = random_encoder(demo_checkpoint())
-    evaluator = evaluator_of(split.held_out, num_queries)
+    evaluator = make_evaluator(split.held_out, num_queries)
     results = {"random weights": evaluator(encoder)}
     start = time.perf_counter()
     progress = train(encoder, split.training, steps, SETTINGS)

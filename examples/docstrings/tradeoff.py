@@ -1,4 +1,4 @@
-"""Quality and size of an index against the number of entries kept of each document."""
+"""Quality and size of an index as functions of the number of entries kept of each document."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 KEPT = (16, 32, 64, 128, 256, None)
 
-_BLOCK = 256  # documents that are dense at a time
+_BLOCK = 256  # number of documents that are made dense at a time
 
 
 @dataclass
 class TradeOff:
-    """An index with at most `kept` entries a document (None: all), its size and its quality."""
+    """Size and quality of an index with at most `kept` entries a document; None keeps all."""
 
     kept: int | None
     mib: float
@@ -26,28 +26,28 @@ class TradeOff:
         return "all" if self.kept is None else str(self.kept)
 
 
-def pruned(rows: SparseRows, k: int | None) -> SparseRows:
-    """The k largest entries of each row."""
+def prune(rows: SparseRows, k: int | None) -> SparseRows:
+    """Return the k largest entries of each row; None keeps all."""
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)] or [rows]
     return SparseRows.cat([SparseRows.from_dense(block.to_dense(), k) for block in blocks])
 
 
-def trade_offs(documents: SparseRows, mrr_of: Callable[[SparseRows], float]) -> list[TradeOff]:
-    """One for every number in KEPT.
+def trade_offs(documents: SparseRows, measure_mrr: Callable[[SparseRows], float]) -> list[TradeOff]:
+    """Return the trade-off at every number of entries in KEPT.
 
     Args:
         documents: the unpruned vectors.
-        mrr_of: MRR@10 of searching in such documents.
+        measure_mrr: returns the MRR@10 of a search in the given documents.
     """
     found = []
     for kept in KEPT:
-        rows = pruned(documents, kept)
-        found.append(TradeOff(kept, rows.nbytes / 2**20, mrr_of(rows)))
+        rows = prune(documents, kept)
+        found.append(TradeOff(kept, rows.nbytes / 2**20, measure_mrr(rows)))
     return found
 
 
 def plot(found: list[TradeOff], path: Path) -> None:
-    """MRR@10 over index size, as a picture in the format of the path's suffix."""
+    """Plot MRR@10 over index size to a file; the suffix of path sets the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Training on docstrings: which pairs are held out, the training itself, and its plot."""
+"""Training on docstrings: held-out pairs, the training itself, and a plot of its progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splade_fast.encoders.text_encoder import TextEncoder
 _GROUP_DEPTH = 2
 _LOGGED_STEPS = 10
 
-# What was found to work on the demo's checkpoint and corpus; see benchmarks/NOTES.md.
+# These settings work for the demo's checkpoint and corpus; benchmarks/NOTES.md compares others.
 FINE_TUNING: dict[str, Any] = {
     "loss": "negative_cache",
     "temperature": 1.0,
@@ -33,7 +33,7 @@ FINE_TUNING: dict[str, Any] = {
 
 @dataclass
 class Split:
-    """Pairs to train on, and pairs of other modules to measure on."""
+    """Pairs to train on, and held-out pairs of other modules to evaluate on."""
 
     training: list[Pair]
     held_out: list[Pair]
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass
 class Progress:
-    """Means over the steps since the point before."""
+    """Mean values of a training over the steps since the last log."""
 
     step: int
     loss: float  # the cross entropy against the cache, or the relevance loss without one
@@ -53,19 +53,23 @@ class Progress:
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> Split:
     """Hold out all pairs of about `share` of the modules, chosen by a hash of their names.
 
-    A module is named by two components here, as scipy.signal or transformers.models: docstrings of
-    neighbouring files repeat each other (one model's processor is documented like the next one's),
-    so whole subpackages go to one side. Hashes keep the choice when packages come and go.
+    A module is named by two components here, such as scipy.signal. Docstrings of neighbouring
+    files repeat each other, so a whole subpackage is either held out or trained on. The choice
+    depends on the name of the module alone, not on the other installed packages.
+
+    Args:
+        pairs: all pairs.
+        share: approximate share of the modules to hold out, from 0 to 1.
     """
     split = Split([], [])
     for pair in pairs:
-        side = split.held_out if _hash(module_of(pair)) < share else split.training
+        side = split.held_out if _hash_to_unit(module_name(pair)) < share else split.training
         side.append(pair)
     return split
 
 
-def module_of(pair: Pair) -> str:
-    """The subpackage, or top-level module, that a docstring is in."""
+def module_name(pair: Pair) -> str:
+    """Return the subpackage or top-level module of a docstring, such as scipy.signal."""
     return ".".join(pair.name.split(".")[:_GROUP_DEPTH])
 
 
@@ -81,23 +85,27 @@ def train(
     """Train an encoder on pairs with `SpladeTrainer`; the weights change in place.
 
     Args:
-        encoder: of queries and documents.
-        pairs: what is relevant for what.
-        steps: of the optimiser; the regularisers rise during the first half of them.
+        encoder: encodes queries and documents.
+        pairs: queries and their relevant documents.
+        steps: number of optimiser steps; the weights of the regularisers rise during the first
+            half.
         settings: further `SpladeTrainingArguments`.
-        callbacks: of the trainer.
-        seed: of the order of the pairs, of dropout and of the draws from the cache.
+        callbacks: further callbacks for the trainer.
+        seed: seeds the order of the pairs, dropout and the draws from the cache.
+
+    Returns:
+        The progress at every logged step.
 
     Raises:
-        ImportError: what training needs is not installed.
+        ImportError: a package that training needs is not installed.
     """
     from transformers import PrinterCallback, ProgressCallback
 
     from splade_fast.training import SpladeTrainer, SpladeTrainingArguments
     from splade_fast.training.data.load import import_datasets
 
-    class BarAlone(ProgressCallback):
-        """The progress bar, without the logs that it prints."""
+    class SilentProgressBar(ProgressCallback):
+        """Progress bar that does not print the logs."""
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             pass
@@ -125,14 +133,14 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if not arguments.disable_tqdm:
-            trainer.add_callback(BarAlone)
+            trainer.add_callback(SilentProgressBar)
         trainer.train()
     encoder.eval()
     return [_progress(entry) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def plot(progress: Sequence[Progress], path: Path) -> None:
-    """Loss, active entries and staleness over the steps, in the format of the path's suffix."""
+    """Plot loss, active dims and staleness over the steps; the suffix of path sets the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 7), layout="constrained")
@@ -142,11 +150,11 @@ def plot(progress: Sequence[Progress], path: Path) -> None:
     axes[0].set(ylabel="loss, nats")
     axes[1].plot(steps, [point.document_active_dims for point in progress], label="documents")
     axes[1].plot(steps, [point.query_active_dims for point in progress], label="queries")
-    axes[1].set(ylabel="active entries", yscale="log")
+    axes[1].set(ylabel="active dims", yscale="log")
     axes[1].legend()
-    stale = [point for point in progress if point.staleness is not None]
-    axes[2].plot([point.step for point in stale], [point.staleness for point in stale])
-    axes[2].set(ylabel="staleness of the drawn", xlabel="step")
+    with_cache = [point for point in progress if point.staleness is not None]
+    axes[2].plot([point.step for point in with_cache], [point.staleness for point in with_cache])
+    axes[2].set(ylabel="staleness of drawn negatives", xlabel="step")
     for axis in axes:
         axis.grid(visible=True, alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +171,6 @@ def _progress(entry: Mapping[str, float]) -> Progress:
     )
 
 
-def _hash(name: str) -> float:
-    """From 0 to 1, the same everywhere."""
+def _hash_to_unit(name: str) -> float:
+    """Return a number from 0 to 1 that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

