@@ -24,6 +24,7 @@ from benchmarks.harness.timing import WARM_UPS, Rounds, garbage_collection_off
 from benchmarks.inputs.trained_states import fetched
 from examples.docstrings.checkpoint import DEMO
 from examples.docstrings.corpus import Pair, docstring_pairs
+from splade_fast.encoders.batching import without_padding
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
@@ -33,7 +34,6 @@ from splade_fast.negative_cache import (
     Scale,
     SparseFeature,
 )
-from splade_fast.training.gradient_cache import without_padding
 
 BATCH, SLOTS = 32, 131_072
 ENCODED = 2048  # documents that the slots hold, again and again

@@ -50,15 +50,44 @@ def batches_by_tokens(
     mask: Tensor = inputs["attention_mask"].cpu()
     tokens = mask.count_nonzero(1)
     for rows in tokens.argsort(descending=True, stable=True).split(batch_size):
-        used = mask.index_select(0, rows).any(0).nonzero()
-        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(1)
-        batch = {
-            name: value[:, columns].index_select(0, rows.to(value.device))
-            if isinstance(value, Tensor)
-            else value
-            for name, value in inputs.items()
-        }
-        yield rows, batch
+        batch = cut_columns(inputs, _columns_with_tokens(mask.index_select(0, rows)))
+        yield (
+            rows,
+            {
+                name: value.index_select(0, rows.to(value.device))
+                if isinstance(value, Tensor)
+                else value
+                for name, value in batch.items()
+            },
+        )
+
+
+def without_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut the columns behind the last token of any text; reading their number waits for a GPU.
+
+    Padding before the tokens stays, since models count positions from the first column.
+
+    Args:
+        inputs: attention_mask (N, L) and others, see `cut_columns`.
+    """
+    return cut_columns(inputs, slice(_columns_with_tokens(inputs["attention_mask"]).stop))
+
+
+def cut_columns(inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
+    """Cut the tensors that have as many columns as attention_mask, and keep everything else."""
+    width = inputs["attention_mask"].shape[1]
+    return {
+        name: value[:, columns]
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _columns_with_tokens(attention_mask: Tensor) -> slice:
+    """Return the columns from the first to the last token of all rows, at least one column."""
+    used = attention_mask.any(0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
 
 
 def is_padded_to_longest(inputs: Mapping[str, Any]) -> bool:

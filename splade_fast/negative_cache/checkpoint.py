@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splade_fast._atomic_files import whole_file
-from splade_fast._distributed import Ranks
+from splade_fast._distributed import Ranks, is_distributed
 from splade_fast.negative_cache.negative_cache import NegativeCache
 
 _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
@@ -26,15 +26,24 @@ def save_sharded(
     *,
     replicated: bool = False,
 ) -> None:
-    """Write this rank's state, e.g. of a `CacheLossHandler`; all ranks call it with one folder.
+    """Write the state of a module of this rank. All ranks call this with the same folder.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> manager = nc.CacheManager({"id": nc.FixedLenFeature([], torch.int64)}, cache_size=3)
+        >>> nc.save_sharded(manager.init_cache(), "checkpoint")
 
     Args:
-        replicated: the ranks have the same state, of which the first writes the only shard.
+        module: e.g. a `CacheLossHandler`.
+        folder: made if it does not exist.
+        process_group: the ranks; None: all.
+        replicated: the ranks have the same state, and the first rank writes the only shard.
 
     Raises:
         ValueError: the folder holds shards of another number of ranks.
     """
-    rank, count = _place(process_group)
+    rank, count = _rank_and_count(process_group)
     if replicated:
         if rank > 0:
             return
@@ -42,8 +51,8 @@ def save_sharded(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = _NAME.format(rank=rank, count=count)
-    of_all = name.removeprefix(f"shard-{rank:05d}")
-    others = sorted(p.name for p in folder.glob("shard-*") if not p.name.endswith(of_all))
+    suffix = name.removeprefix(f"shard-{rank:05d}")
+    others = sorted(p.name for p in folder.glob("shard-*") if not p.name.endswith(suffix))
     if others:
         raise ValueError(f"folder must hold no checkpoint of other ranks, got {others[0]}")
     tensors = {key: tensor.cpu().contiguous() for key, tensor in module.state_dict().items()}
@@ -58,18 +67,28 @@ def load_sharded(
     *,
     replicated: bool = False,
 ) -> None:
-    """Read what `save_sharded` wrote, from any number of ranks, into this rank's module.
+    """Read a checkpoint of `save_sharded`, written by any number of ranks, into a module.
 
-    Slots count over all ranks in their order: rank 0 takes the first as many as it has, and so on.
-    Everything else, the generator's state among it, is that of the first rank.
+    The slots of all shards, in the order of the ranks, are divided among the present ranks: rank 0
+    takes the first, as many as its module has, and so on. All other tensors, such as the state of
+    the generator, come from the first shard.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> manager = nc.CacheManager({"id": nc.FixedLenFeature([], torch.int64)}, cache_size=3)
+        >>> nc.save_sharded(manager.init_cache(), "checkpoint")
+        >>> nc.load_sharded(manager.init_cache(), "checkpoint")
 
     Args:
+        module: filled in place.
+        folder: the folder given to `save_sharded`.
+        process_group: the ranks; None: all.
         replicated: every rank has all slots.
 
     Raises:
         FileNotFoundError: shards are missing.
-        ValueError: the shards' slots are not as many as those of the ranks now, or their features
-            differ.
+        ValueError: the shards have another number of slots than the ranks, or other features.
     """
     paths = _shards(Path(folder))
     shards = [safe_open(path, framework="pt") for path in paths]
@@ -91,8 +110,8 @@ def load_sharded(
     module.load_state_dict(loaded)
 
 
-def _place(process_group: Any) -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
+def _rank_and_count(process_group: Any) -> tuple[int, int]:
+    if not is_distributed():
         return 0, 1
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
@@ -108,8 +127,8 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _slots_before(mine: int, process_group: Any) -> tuple[int, int]:
-    """Slots of the ranks before this one, and of all."""
-    rank, count = _place(process_group)
+    """Return the number of slots of the ranks before this one, and of all ranks."""
+    rank, count = _rank_and_count(process_group)
     if count == 1:
         return 0, mine
     (sizes,) = Ranks(process_group).all_gather(torch.tensor([mine]))
@@ -117,7 +136,11 @@ def _slots_before(mine: int, process_group: Any) -> tuple[int, int]:
 
 
 def _slice(key: str, shards: list[Any], first: int, count: int, total: int) -> Tensor:
-    """Rows [first, first + count) of a table over all shards, which have `total`."""
+    """Return rows [first, first + count) of a table that all shards together hold.
+
+    Raises:
+        ValueError: the shards do not have `total` rows.
+    """
     parts, start = [], 0
     for shard in shards:
         rows = shard.get_slice(key)

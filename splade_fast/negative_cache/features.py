@@ -1,4 +1,4 @@
-"""What a cache stores of an item: the specs of its features, and their tables."""
+"""Features of cached items: their specs, and the tables that store them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tables = dict[str, Tensor]
 Value = Tensor | SparseRows
 _Any = TypeVar("_Any")
 
-# Table names of a sparse feature are its key with these behind it.
+# A sparse feature has three tables, named by its key and these suffixes.
 _SPARSE = (":indices", ":values", ":lengths")
 
 
@@ -39,35 +39,52 @@ def select(name: str, values: Mapping[str, _Any], keys: Iterable[str]) -> dict[s
 class FixedLenFeature:
     """A dense feature: one tensor of a fixed shape for each item.
 
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> spec = nc.FixedLenFeature([4], torch.int32, default_value=-1)
+        >>> nc.CacheManager({"ids": spec}, cache_size=10).init_cache().data["ids"].shape
+        torch.Size([10, 4])
+
     Args:
-        shape: of one item, e.g. [512], or [] for a number.
-        dtype: any of torch's.
-        default_value: what pads an item that is shorter than `shape`; None: 0.
+        shape: shape of one item, e.g. [512], or [] for a number.
+        dtype: any dtype of torch.
+        default_value: pads items that are smaller than `shape`; None: 0.
     """
 
     shape: Sequence[int]
     dtype: torch.dtype
     default_value: float | None = None
 
-    def zeros(self, count: int) -> dict[str, Tensor]:
+    def zeros(self, count: int) -> Tables:
+        """Return tables of `count` empty items, by suffix of their names."""
         return {"": torch.zeros([count, *self.shape], dtype=self.dtype)}
 
 
 @dataclass(frozen=True)
 class SparseFeature:
-    """Sparse vectors, each as its k largest positive entries.
+    """A sparse feature: the k largest positive entries of a vector for each item.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> spec = nc.SparseFeature(num_cols=30_522, k=256)
+        >>> nc.CacheManager({"terms": spec}, cache_size=10).init_cache().data["terms"].shape
+        (10, 30522)
 
     Args:
         num_cols: length of the vectors, V.
-        k: how many entries of a vector are stored; with k of at least its positive entries, all.
-        dtype: of the values.
+        k: number of entries stored of a vector. A vector with at most k positive entries is stored
+            completely.
+        dtype: dtype of the values.
     """
 
     num_cols: int
     k: int
     dtype: torch.dtype = torch.float32
 
-    def zeros(self, count: int) -> dict[str, Tensor]:
+    def zeros(self, count: int) -> Tables:
+        """Return tables of `count` empty items, by suffix of their names."""
         tables = (
             torch.full((count, self.k), -1, dtype=torch.int32),
             torch.zeros((count, self.k), dtype=self.dtype),
@@ -80,13 +97,13 @@ Feature = FixedLenFeature | SparseFeature
 
 
 def sparse_tables(key: str, rows: SparseRows) -> Tables:
-    """The tables of a sparse feature."""
+    """Return the tables of a sparse feature."""
     tensors = (rows.indices, rows.values, rows.lengths)
     return {key + suffix: tensor for suffix, tensor in zip(_SPARSE, tensors, strict=True)}
 
 
-def value_of(key: str, tables: Mapping[str, Tensor], num_cols: int | None) -> Value:
-    """The feature `key` of tables; num_cols: of a sparse one."""
+def join_tables(key: str, tables: Mapping[str, Tensor], num_cols: int | None) -> Value:
+    """Return a feature from its tables; num_cols: None for a dense feature, V for a sparse one."""
     if num_cols is None:
         return tables[key]
     indices, values, lengths = (tables[key + suffix] for suffix in _SPARSE)
@@ -94,16 +111,17 @@ def value_of(key: str, tables: Mapping[str, Tensor], num_cols: int | None) -> Va
 
 
 def table_names(key: str, num_cols: int | None) -> tuple[str, ...]:
+    """Return the names of the tables of a feature."""
     return (key,) if num_cols is None else tuple(key + suffix for suffix in _SPARSE)
 
 
 def as_dense(value: Value) -> Tensor:
-    """(N, ...), differentiable."""
+    """Return (N, ...), differentiable."""
     return value.to_dense() if isinstance(value, SparseRows) else value
 
 
-def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether these rows can be stored in a table as they are."""
+def _is_storable(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
+    """Return whether rows can be stored in the table `like` without a change."""
     return (
         isinstance(value, Tensor)
         and value.dtype is like.dtype
@@ -114,36 +132,36 @@ def fits(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]
     )
 
 
-def stored(
+def to_stored(
     name: str,
     value: Value,
     like: Value,
     device: torch.device,
     default_value: float | None = None,
 ) -> Value:
-    """Items as a cache stores them: cast, padded or pruned to the shape of its rows.
+    """Cast, pad or prune items to the rows of a cache.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
         value: (N, ...) items, or SparseRows.
         like: the feature in the cache.
-        device: where the rows are to be.
+        device: device of the result.
         default_value: pads dense items; None: 0.
 
     Raises:
         TypeError, ValueError: the items do not fit.
     """
     if isinstance(like, SparseRows):
-        return _stored_sparse(name, value, like, device)
+        return _to_sparse_rows(name, value, like, device)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     value = value.detach()
     shape = like.shape[1:]
-    fits = value.ndim == like.ndim and all(
+    has_room = value.ndim == like.ndim and all(
         mine <= theirs for mine, theirs in zip(value.shape[1:], shape, strict=True)
     )
-    if not fits:
-        raise ValueError(f"{name} must be (items, {_shown(shape)}), got {tuple(value.shape)}")
+    if not has_room:
+        raise ValueError(f"{name} must be (items, {_describe(shape)}), got {tuple(value.shape)}")
     value = value.to(device=device, dtype=like.dtype)
     if value.shape[1:] == shape:
         return value
@@ -152,7 +170,7 @@ def stored(
     return padded
 
 
-def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.device) -> SparseRows:
+def _to_sparse_rows(name: str, value: Value, like: SparseRows, device: torch.device) -> SparseRows:
     if isinstance(value, Tensor):
         if value.ndim != 2 or value.shape[1] != like.num_cols:
             raise ValueError(f"{name} must be (items, {like.num_cols}), got {tuple(value.shape)}")
@@ -161,9 +179,12 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
         raise ValueError(f"{name} must have num_cols {like.num_cols}, got {value.num_cols}")
     if value.width > like.width:
         value = SparseRows.from_dense(value.to_dense().detach(), like.width)
-    of_value = (value.indices, value.values, value.lengths)
-    of_like = (like.indices, like.values, like.lengths)
-    if all(fits(mine, theirs, device) for mine, theirs in zip(of_value, of_like, strict=True)):
+    pairs = (
+        (value.indices, like.indices),
+        (value.values, like.values),
+        (value.lengths, like.lengths),
+    )
+    if all(_is_storable(rows, table, device) for rows, table in pairs):
         return value
     value = value.to(device)
     missing = (0, like.width - value.width)
@@ -175,5 +196,5 @@ def _stored_sparse(name: str, value: Value, like: SparseRows, device: torch.devi
     )
 
 
-def _shown(shape: Sequence[int]) -> str:
+def _describe(shape: Sequence[int]) -> str:
     return ", ".join(f"up to {size}" for size in shape) or "no more dimensions"

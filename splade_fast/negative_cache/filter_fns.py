@@ -1,4 +1,4 @@
-"""Functions that say which new items to add to a cache."""
+"""Functions that choose the new items to add to a cache."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from splade_fast.negative_cache.negative_cache import NegativeCache
 
 
 class CacheFilterFn(metaclass=abc.ABCMeta):
-    """new_items_mask of `CacheManager.update_cache`, from the cache and the items."""
+    """Computes `new_items_mask` of `CacheManager.update_cache` from the cache and the items."""
 
     @abc.abstractmethod
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, Value]) -> Tensor:
-        """(N,) bool: which items to add."""
+        """Return (N,) bool, True for the items to add."""
 
 
 class IsInCacheFilterFn(CacheFilterFn):
-    """Adds the items that no slot of the cache equals in all of some features, bit for bit.
+    """Adds the items that are not in the cache; items are equal if some features are, bit for bit.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> cache = nc.NegativeCache({"id": torch.tensor([7, 8])}, age=torch.zeros(2))
+        >>> nc.IsInCacheFilterFn(["id"])(cache, {"id": torch.tensor([8, 9])})
+        tensor([False,  True])
 
     Args:
-        keys: the features compared.
+        keys: the features to compare.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:

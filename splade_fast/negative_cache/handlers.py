@@ -16,6 +16,9 @@ from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCach
 
 Features = Mapping[str, Value]
 
+# Caches of several ranks: copies of one, parts of one, or a separate one for each rank.
+SHARINGS = ("replicas", "shards", "own")
+
 _ONLY = "cache"  # name of the cache of a CacheLossHandler
 
 

@@ -1,4 +1,4 @@
-"""Which slots of a cache hold a given item: exact comparison of features, bit for bit."""
+"""Find the slots of a cache that hold an item: features are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from splade_fast.negative_cache.features import Tables
 
 _ROWS_AT_ONCE = 8192
-_FIRST_ENTRIES = 16  # of a row, which tell most texts apart; a cache line of token ids
+_FIRST_ENTRIES = 16  # they differ between most texts; 16 token ids are one cache line
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def matches(items: Tables, stored: Tables) -> Tensor:
-    """(N, C) bool: item n and row c agree in all tables.
+    """Return (N, C) bool, True where item n and row c are equal in all tables.
 
-    One number for each item, an id, is compared as it is. Of longer features 64-bit fingerprints
-    are compared, of their first entries, then of the whole rows where these agree, and where that
-    agrees all entries one by one; it waits for a GPU.
+    A single number for each item, such as an id, is compared directly. For longer features three
+    steps follow each other: 64-bit fingerprints of the first entries, fingerprints of the rows that
+    agreed, all entries of the rows that agreed again. These steps synchronise with a GPU.
 
     Args:
         items: (N, ...) by name, as the cache stores them.
@@ -48,12 +48,12 @@ def _first_entries(tables: Tables) -> Tables:
 
 
 def _integers(table: Tensor) -> Tensor:
-    """(N, entries) of the same bits."""
+    """View a table as integers, (N, entries)."""
     return table.reshape(len(table), prod(table.shape[1:])).view(_INTEGERS[table.element_size()])
 
 
 def _fingerprints(tables: Tables, device: torch.device) -> Tensor:
-    """(N,) int64: a random linear combination of all entries, modulo 2^64."""
+    """Return (N,) int64, a random linear combination of the entries of a row, modulo 2^64."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.int64, device=device)
     for table in tables.values():

@@ -1,4 +1,4 @@
-"""A cache of items and their embeddings, and how it is updated."""
+"""A cache of items and their embeddings, and the manager that updates them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from splade_fast.negative_cache.features import (
     SparseFeature,
     Tables,
     Value,
+    join_tables,
     sparse_tables,
-    stored,
     table_names,
-    value_of,
+    to_stored,
 )
 from splade_fast.ops.gather import gather_rows, update_cache_
 from splade_fast.ops.sparse_rows import SparseRows
@@ -28,7 +28,7 @@ STORAGES = ("device", "pinned")
 
 
 class CacheData(nn.Module, MutableMapping[str, Value]):
-    """The features of C items by name: a mapping to (C, ...) tensors or SparseRows, all buffers."""
+    """Features of C items: a mapping from names to (C, ...) tensors or SparseRows, as buffers."""
 
     def __init__(
         self,
@@ -47,15 +47,15 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
     def __getitem__(self, key: str) -> Value:
         tables: Any = self._buffers
-        return value_of(key, tables, self._num_cols[key])
+        return join_tables(key, tables, self._num_cols[key])
 
     def __setitem__(self, key: str, value: Value) -> None:
-        """The value itself becomes the buffer."""
+        """Register a value as buffers, without a copy."""
         if not isinstance(key, str) or not key or "." in key:
             raise ValueError(f"keys must be strings without dots, got {key!r}")
         if key in self._num_cols:
             del self[key]
-        # Not register_buffer: it refuses the names of a module's methods, as "type".
+        # register_buffer refuses names of methods of a module, such as "type".
         if isinstance(value, SparseRows):
             self._num_cols[key] = value.num_cols
             self._buffers.update(sparse_tables(key, value))
@@ -73,7 +73,7 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
     def __len__(self) -> int:
         return len(self._num_cols)
 
-    # A mapping without elements is false; a module never is.
+    # An empty mapping is false, but a module is always true.
     def __bool__(self) -> bool:
         return True
 
@@ -84,14 +84,14 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
     @property
     def device(self) -> torch.device | None:
-        """Of all tables; None: there are none, or they stay in host memory."""
+        """Device of all tables; None without tables or if they stay in host memory."""
         if self.storage == "device":
             for table in self._buffers.values():
                 return None if table is None else table.device
         return None
 
     def tables(self, keys: Iterable[str] | None = None) -> Tables:
-        """The tensors behind some features; None: behind all."""
+        """Return the tables of some features; None: of all."""
         tables: Any = self._buffers
         if keys is None:
             return dict(tables)
@@ -100,19 +100,24 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
         }
 
     def values_of(self, tables: Mapping[str, Tensor], *keys: str) -> dict[str, Value]:
-        """Features from rows of their tables."""
-        return {key: value_of(key, tables, self._num_cols[key]) for key in keys}
+        """Return features from rows of their tables."""
+        return {key: join_tables(key, tables, self._num_cols[key]) for key in keys}
 
     def rows(self, name: str, items: Mapping[str, Value], device: torch.device) -> Tables:
-        """Items as rows of the tables of their features, padded, pruned and cast.
+        """Cast, pad and prune items to rows of the tables of their features.
+
+        Args:
+            name: name of the argument that holds the items, for messages.
+            items: (N, ...) by name of a feature.
+            device: device of the rows.
 
         Raises:
-            TypeError, ValueError: they do not fit; `name` is the argument that held them.
+            TypeError, ValueError: the items do not fit the features.
         """
         tables: Tables = {}
         counts = {}
         for key, value in items.items():
-            rows = stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
+            rows = to_stored(f"{name}[{key!r}]", value, self[key], device, self._defaults.get(key))
             tables.update(sparse_tables(key, rows) if isinstance(rows, SparseRows) else {key: rows})
             counts[key] = len(rows)
         if len(set(counts.values())) > 1:
@@ -133,15 +138,22 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
 
 class NegativeCache(nn.Module):
-    """C items with their embeddings, the steps since each was last new or fresh, and which are set.
+    """C slots for items: their features, their ages, and a mask of the slots in use.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> cache = nc.NegativeCache({"id": torch.tensor([7, 8])}, age=torch.zeros(2))
+        >>> cache.size, cache.data["id"]
+        (2, tensor([7, 8]))
 
     Args:
         data: the features by name, (C, ...) tensors or SparseRows of C rows.
-        age: (C,) int32.
-        valid: (C,) bool, false for slots that hold no item yet; None: all do.
-        storage: "device", or "pinned": the features stay in host memory, which a GPU reads and
-            writes in place; page-locked from when the module moves to a GPU.
-        defaults: by name, what pads items that are smaller than the cache's rows; else 0.
+        age: (C,) int32, the steps since an item was added or refreshed.
+        valid: (C,) bool, False for slots without an item; None: all slots have one.
+        storage: "device"; or "pinned" to keep the features in host memory, which a GPU reads and
+            writes in place. The memory is page-locked once the module moves to a GPU.
+        defaults: by name of a feature, the value that pads items smaller than its rows; else 0.
     """
 
     data: CacheData
@@ -169,27 +181,42 @@ class NegativeCache(nn.Module):
 
     @property
     def size(self) -> int:
-        """C."""
+        """Number of slots, C."""
         return len(self.valid)
 
     @property
     def device(self) -> torch.device:
-        """Where draws and updates happen; pinned features stay in host memory."""
+        """Device of draws and updates; pinned features stay in host memory."""
         return self.data.device or self.age.device
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
-        """Rows of the tables of some features, (N, ...) for slots (N,); on the cache's device."""
+        """Return rows of the tables of some features, (N, ...) on the cache's device.
+
+        Args:
+            slots: (N,) int64.
+            keys: names of the features.
+        """
         return gather_rows(self.data.tables(keys), slots)
 
 
 class CacheManager:
-    """Makes and updates caches that replace their oldest items (FIFO) or longest unused (LRU).
+    """Makes and updates caches. New items replace the oldest or the longest unused ones.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> manager = nc.CacheManager({"id": nc.FixedLenFeature([], torch.int64)}, cache_size=3)
+        >>> cache = manager.update_cache(
+        ...     manager.init_cache(), new_items={"id": torch.tensor([7, 8])}
+        ... )
+        >>> cache.data["id"], cache.age, cache.valid
+        (tensor([7, 8, 0]), tensor([0, 0, 1], dtype=torch.int32), tensor([ True,  True, False]))
 
     Args:
         specs: the features by name.
-        cache_size: slots, C.
-        use_lru: a refreshed item counts as new.
-        storage: where the features are, see `NegativeCache`.
+        cache_size: number of slots, C.
+        use_lru: count a refreshed item as new, so that the longest unused items go first.
+        storage: memory of the features, see `NegativeCache`.
     """
 
     def __init__(
@@ -208,13 +235,13 @@ class CacheManager:
         self.storage = storage
 
     def init_cache(self) -> NegativeCache:
-        """A cache of zeros in which no slot is valid."""
+        """Return a cache of zeros in which no slot is valid."""
         count = self.cache_size
         data: dict[str, Value] = {}
         for key, spec in self.specs.items():
             tables = {key + suffix: table for suffix, table in spec.zeros(count).items()}
             num_cols = spec.num_cols if isinstance(spec, SparseFeature) else None
-            data[key] = value_of(key, tables, num_cols)
+            data[key] = join_tables(key, tables, num_cols)
         defaults = {
             key: spec.default_value
             for key, spec in self.specs.items()
@@ -238,19 +265,19 @@ class CacheManager:
         updated_item_indices: Tensor | None = None,
         updated_item_mask: Tensor | None = None,
     ) -> NegativeCache:
-        """Refresh some items, put new ones in place of the oldest; every other age grows by one.
+        """Refresh some items, replace the oldest by new ones, and add one to all other ages.
 
         The m-th unmasked new item takes the m-th oldest slot; of equal ages the lowest slot counts
         as the oldest. Refreshed items get age 0 with `use_lru`; new ones always.
 
         Args:
-            cache: is changed in place: completely, or not at all where this raises.
+            cache: changed in place; not changed at all if an error is raised.
             new_items: (N, ...) for every feature of the cache. Items that are smaller than the
                 spec's shape are padded, sparse features pruned.
-            new_items_mask: (N,) bool, false: this one is not added. None: all are.
+            new_items_mask: (N,) bool, False for items that are not added; None: all are added.
             updated_item_data: (M, ...) for some features.
             updated_item_indices: (M,) slots; of several for one slot the last counts.
-            updated_item_mask: (M,) bool, false: this one is not written, whatever its index.
+            updated_item_mask: (M,) bool, False for items that are not written.
 
         Returns:
             The cache.

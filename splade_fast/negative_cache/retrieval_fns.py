@@ -12,15 +12,21 @@ from splade_fast.ops.sample import gumbel_max
 
 
 class AbstractRetrievalFn(nn.Module, metaclass=abc.ABCMeta):
-    """Chooses columns of scores (B, N), of which -inf must not be chosen."""
+    """Chooses columns of scores (B, N), but none whose score is -inf."""
 
     @abc.abstractmethod
     def forward(self, scores: Tensor) -> Tensor:
-        """(B, m) int64."""
+        """Return the chosen columns, (B, m) int64."""
 
 
 class MaxScoreRetrievalFn(AbstractRetrievalFn):
-    """The highest score; of equal scores the first."""
+    """Chooses the highest score, and the first of equal scores.
+
+    Example::
+
+        >>> sf.negative_cache.MaxScoreRetrievalFn()(torch.tensor([[1.0, 3.0, 3.0]]))
+        tensor([[1]])
+    """
 
     def forward(self, scores: Tensor) -> Tensor:
         return scores.argmax(dim=1, keepdim=True)
@@ -29,12 +35,18 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """argmax(inv_temp * scores + G) with Gumbel noise G: a draw from softmax(inv_temp * scores).
 
-    With this one the losses draw while they score, without the (B, N) scores.
+    With this function the losses draw while they score, and the (B, N) scores never exist.
+
+    Example::
+
+        >>> draw = sf.negative_cache.GumbelMaxRetrievalFn(seed=0)
+        >>> draw(torch.tensor([[0.0, 100.0, -torch.inf]]))
+        tensor([[1]])
 
     Args:
         inv_temp: inverse temperature; 0 draws uniformly.
-        seed: of the noise; None: from torch's default generator, so `torch.manual_seed` decides.
-            The generator is a buffer: it moves and is saved with the module.
+        seed: seed of the noise; None: from torch's default generator, which `torch.manual_seed`
+            sets. The state of the noise is a buffer: it moves and is saved with the module.
     """
 
     def __init__(self, inv_temp: float = 1.0, *, seed: int | None = None) -> None:
@@ -48,7 +60,7 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
         return gumbel_max(scores, inv_temp=self.inv_temp, rng=self.rng_on(scores.device))
 
     def rng_on(self, device: torch.device) -> Philox:
-        """The generator, moved to a device for good."""
+        """Move the generator to a device and return it."""
         if self.rng.device != device:
             self.rng.to(device)
         return self.rng

@@ -1,4 +1,4 @@
-"""Transforms of scores that keep the fused way of drawing."""
+"""Transforms of scores that the fused kernels support."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scale:
-    """factor * scores. Unlike a lambda it can be pickled, and scoring and drawing stay one pass."""
+    """factor * scores. Unlike a lambda, a Scale can be pickled, and scores and draws are one pass.
+
+    Example::
+
+        >>> sf.negative_cache.Scale(2.0)(torch.tensor([1.0, 3.0]))
+        tensor([2., 6.])
+
+    Args:
+        factor: multiplies the scores.
+    """
 
     factor: float
 

@@ -9,7 +9,7 @@ from splade_fast._distributed import Ranks
 
 
 def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The highest score of each of k contiguous groups of columns, and where it is.
+    """Return the highest score of each of k contiguous groups of columns, and its column.
 
     Args:
         negative_scores: (B, N).
@@ -33,6 +33,6 @@ def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Ten
 def cross_replica_concat(
     tensor: Tensor, group: torch.distributed.ProcessGroup | None = None
 ) -> Tensor:
-    """(ranks * N, ...) from (N, ...) on every rank, in the order of the ranks; no gradient."""
+    """Return (ranks * N, ...) from (N, ...) of every rank, in their order; without gradient."""
     (gathered,) = Ranks(group).all_gather(tensor)
     return gathered.flatten(0, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from splade_fast._distributed import mean_over_ranks, world_size
+from splade_fast.encoders.batching import without_padding
 from splade_fast.negative_cache.features import Feature, FixedLenFeature, SparseFeature, Value
 from splade_fast.negative_cache.handlers import CacheLossHandler
 from splade_fast.negative_cache.losses import (
@@ -20,7 +21,6 @@ from splade_fast.negative_cache.losses import (
 from splade_fast.negative_cache.negative_cache import CacheManager
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.negative_cache.transforms import Scale
-from splade_fast.training.gradient_cache import without_padding
 from splade_fast.training.objective_arguments import ObjectiveArguments
 
 Network = Callable[[dict[str, Tensor]], Tensor]
@@ -68,7 +68,12 @@ class DocumentCacheHandler(CacheLossHandler):
             reducer=None,
         )
         super().__init__(
-            CacheManager(specs, _slots(arguments), storage=arguments.cache_storage),
+            CacheManager(
+                specs,
+                _slots(arguments),
+                arguments.cache_use_lru,
+                storage=arguments.cache_storage,
+            ),
             loss,
             _EMBEDDING,
             tuple(paddings),

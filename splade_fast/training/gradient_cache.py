@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from splade_fast.encoders.batching import cut_columns
+
 Inputs = dict[str, Tensor]
 
 
@@ -62,16 +64,6 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
     else:
         vectors = _join_vectors(parts, [encoder(**part.inputs) for part in parts])
     return vectors
-
-
-def without_padding(inputs: Mapping[str, Tensor]) -> Inputs:
-    """Return tokenized texts without the columns that are padding at the end of all texts.
-
-    Args:
-        inputs: `attention_mask` (N, L) and other tensors; those with L columns are cut.
-    """
-    lengths = _text_lengths(inputs["attention_mask"])
-    return _take_columns(inputs, int(lengths.max()) if len(lengths) else 0)
 
 
 class _MiniBatch(NamedTuple):
@@ -157,13 +149,14 @@ def _mini_batches(inputs: Mapping[str, Tensor], size: int) -> list[_MiniBatch]:
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:
         some = next(iter(inputs.values()))
-        parts = torch.arange(len(some), device=some.device).split(size)
-        return [_MiniBatch(rows, {name: x[rows] for name, x in inputs.items()}) for rows in parts]
+        every = torch.arange(len(some), device=some.device).split(size)
+        return [_MiniBatch(rows, {name: x[rows] for name, x in inputs.items()}) for rows in every]
     lengths, order = _text_lengths(attention_mask).sort(descending=True, stable=True)
-    return [
-        _MiniBatch(rows, {name: x[rows] for name, x in _take_columns(inputs, longest).items()})
-        for rows, longest in zip(order.split(size), lengths[::size].tolist(), strict=True)
-    ]
+    parts = []
+    for rows, longest in zip(order.split(size), lengths[::size].tolist(), strict=True):
+        columns = cut_columns(inputs, slice(max(1, longest)))
+        parts.append(_MiniBatch(rows, {name: x[rows] for name, x in columns.items()}))
+    return parts
 
 
 def _join_vectors(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:
@@ -175,15 +168,6 @@ def _text_lengths(attention_mask: Tensor) -> Tensor:
     """Return the number (N,) of columns up to the last token of each text."""
     positions = torch.arange(attention_mask.shape[1] + 1, device=attention_mask.device)
     return (nn.functional.pad(attention_mask != 0, (1, 0)) * positions).amax(1)
-
-
-def _take_columns(inputs: Mapping[str, Tensor], count: int) -> Inputs:
-    """Cut the inputs that have as many columns as the mask to their first ones, at least one."""
-    width = inputs["attention_mask"].shape[1]
-    return {
-        name: x[:, : max(1, count)] if x.ndim > 1 and x.shape[1] == width else x
-        for name, x in inputs.items()
-    }
 
 
 def _accumulate(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from splade_fast.negative_cache.handlers import SHARINGS
 from splade_fast.negative_cache.negative_cache import STORAGES
 from splade_fast.ops.sample import TOP_K_METHODS
 
@@ -15,7 +16,6 @@ REGULARIZERS = ("flops", "l1", "df_flops", "anti_zero")
 SCHEDULES = ("quadratic", "linear", "constant")
 CACHE_EMBEDDINGS = ("sparse", "dense")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
-CACHE_SHARINGS = ("replicas", "shards", "own")
 
 
 def _option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
@@ -103,7 +103,10 @@ class ObjectiveArguments:
         "replicas",
         "With several ranks: replicas: each has all cache_size documents, the same; shards: each "
         "has a part of one cache; own: each has a part, which the others do not see.",
-        CACHE_SHARINGS,
+        SHARINGS,
+    )
+    cache_use_lru: bool = _option(
+        True, "A drawn document, whose vector is refreshed, counts as new when the oldest go."
     )
     cache_storage: str = _option("device", "Where the cached documents are.", STORAGES)
     mini_batch_size: int | None = _option(

@@ -23,7 +23,7 @@ from splade_fast.integrations.sentence_transformers import (
     NegativeCacheLoss,
     accelerate,
 )
-from splade_fast.integrations.sentence_transformers.negative_cache_loss import _padded
+from splade_fast.integrations.sentence_transformers.negative_cache_loss import _as_padded
 from tests.integrations.sparse_encoders import inference_free, sentences, splade
 from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB_SIZE
@@ -62,6 +62,10 @@ def trainer_of(model, dataset, loss, folder, steps=4, callbacks=(), **options):
     )
 
 
+def cache_loss(model, cache_size, **options):
+    return NegativeCacheLoss(model, cache_size, cache_document_length=16, **options)
+
+
 def curve(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -93,11 +97,11 @@ LOSSES = {
     ),
     "negative cache": (
         PAIRS,
-        lambda m: SpladeLoss(m, NegativeCacheLoss(m, 8, document_length=16, seed=1), **WEIGHTS),
+        lambda m: SpladeLoss(m, cache_loss(m, 8, seed=1), **WEIGHTS),
     ),
     "negative cache alone": (
         PAIRS,
-        lambda m: NegativeCacheLoss(m, 8, document_length=16, num_negatives=2, seed=1),
+        lambda m: cache_loss(m, 8, cache_negatives=2, seed=1),
     ),
 }
 
@@ -135,7 +139,9 @@ def without_dropout(model):
 def test_one_cached_document_against_the_formula(tmp_path):
     """With one slot the draw is certain: loss and gradient can be written down."""
     model = without_dropout(accelerate(splade(tmp_path).double()))
-    loss = NegativeCacheLoss(model, 1, k=VOCAB_SIZE, dtype=torch.float64, scale=0.5)
+    loss = NegativeCacheLoss(
+        model, 1, cache_k=VOCAB_SIZE, cache_dtype=torch.float64, temperature=2.0
+    )
     first = columns_of(model, ["quick fox"], ["the lazy dog sleeps"])
     second = columns_of(model, ["brown"], ["an old tree"])
     assert loss(copy.deepcopy(first)) == 0  # nothing to compare with
@@ -167,7 +173,7 @@ def test_one_cached_document_against_the_formula(tmp_path):
 def test_in_splade_loss_as_alone(merged, tmp_path):
     """Whether SpladeLoss encodes the columns together or one after the other."""
     model = without_dropout(accelerate(splade(tmp_path).double()))
-    alone, inner = (NegativeCacheLoss(model, 8, document_length=16, seed=3) for _ in range(2))
+    alone, inner = (cache_loss(model, 8, seed=3) for _ in range(2))
     weights = {"document_regularizer_weight": 0.1}
     if not merged:
         weights["query_regularizer_weight"] = 0.1
@@ -183,7 +189,7 @@ def test_in_splade_loss_as_alone(merged, tmp_path):
 
 def test_long_documents_keep_their_first_tokens(tmp_path):
     model = without_dropout(accelerate(splade(tmp_path)))
-    loss = NegativeCacheLoss(model, 4, document_length=3)
+    loss = NegativeCacheLoss(model, 4, cache_document_length=3)
     batch = columns_of(model, ["quick"] * 2, ["the lazy dog sleeps under an old tree", "fox"])
     tokens = batch[1]["input_ids"][:, :3].clone()
     loss(batch)
@@ -192,7 +198,7 @@ def test_long_documents_keep_their_first_tokens(tmp_path):
 
 def test_evaluation_leaves_the_cache(tmp_path):
     model = accelerate(splade(tmp_path)).double()
-    loss = NegativeCacheLoss(model, 4, document_length=16, scale=2.0)
+    loss = cache_loss(model, 4, temperature=0.5)
     batch = columns_of(model, ["quick", "old"], ["fox", "tree"])
     queries, documents = (model(copy.deepcopy(f))["sentence_embedding"] for f in batch)
     with torch.no_grad():
@@ -205,7 +211,9 @@ def test_evaluation_leaves_the_cache(tmp_path):
 def test_inference_free_queries(tmp_path):
     model = without_dropout(accelerate(inference_free(tmp_path)))
     loss = SpladeLoss(
-        model, NegativeCacheLoss(model, 8, document_length=16), document_regularizer_weight=0.1
+        model,
+        cache_loss(model, 8),
+        document_regularizer_weight=0.1,
     )
     for texts in (sentences(4), sentences(9)[5:]):
         batch = [features_of(model, texts, task=task) for task in ("query", "document")]
@@ -218,7 +226,7 @@ def test_inference_free_queries(tmp_path):
 
 def test_flattened_documents_are_stored_padded():
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    padded = _padded(
+    padded = _as_padded(
         {
             "input_ids": torch.tensor([[7, 8, 4, 5, 6]]),
             "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
@@ -239,7 +247,7 @@ def test_training_resumes_to_the_bit(wrapped, tmp_path):
 
     def run(resume=None, with_callback=True):
         model = accelerate(splade(tmp_path / "model"))
-        inner = NegativeCacheLoss(model, 16, document_length=16, in_batch=False, seed=1)
+        inner = cache_loss(model, 16, cache_in_batch=False, seed=1)
         loss = SpladeLoss(model, inner, **WEIGHTS) if wrapped else inner
         callbacks = [NegativeCacheCallback(inner)] if with_callback else []
         options = {"save_strategy": "steps", "save_steps": 3}
@@ -258,7 +266,7 @@ def test_training_resumes_to_the_bit(wrapped, tmp_path):
 
 def test_a_checkpoint_without_a_cache_is_refused(tmp_path):
     model = accelerate(splade(tmp_path))
-    loss = NegativeCacheLoss(model, 8, document_length=16)
+    loss = cache_loss(model, 8)
     options = {"save_strategy": "steps", "save_steps": 1}
     trainer_of(model, PAIRS, loss, tmp_path / "run", 1, **options).train()
     callback = NegativeCacheCallback(loss)
@@ -271,13 +279,15 @@ def test_a_checkpoint_without_a_cache_is_refused(tmp_path):
 
 def test_what_the_loss_refuses(tmp_path):
     model = accelerate(splade(tmp_path)).train()
-    with pytest.raises(ValueError, match="sharing must be one of own, replicas, shards, got 'all'"):
-        NegativeCacheLoss(model, 8, sharing="all")
-    with pytest.raises(ValueError, match="document_length must be at least 1, got 0"):
-        NegativeCacheLoss(model, 8, document_length=0)
+    with pytest.raises(ValueError, match="cache_sharing must be one of replicas, .* 'all'"):
+        NegativeCacheLoss(model, 8, cache_sharing="all")
+    with pytest.raises(ValueError, match="cache_document_length must be at least 1, got 0"):
+        NegativeCacheLoss(model, 8, cache_document_length=0)
+    with pytest.raises(ValueError, match=r"temperature must be greater than 0, got 0\.0"):
+        NegativeCacheLoss(model, 8, temperature=0.0)
     with pytest.raises(TypeError, match="model must be a SparseEncoder, got Linear"):
         NegativeCacheLoss(torch.nn.Linear(2, 2), 8)
-    loss = NegativeCacheLoss(model, 8, document_length=16)
+    loss = cache_loss(model, 8)
     batch = columns_of(model, ["a"], ["fox"])
     with pytest.raises(ValueError, match="takes two columns, queries and their positives, got 3"):
         loss([*batch, features_of(model, ["dog"])])
@@ -287,7 +297,7 @@ def test_what_the_loss_refuses(tmp_path):
 
 def test_compiled_model(tmp_path):
     model = without_dropout(accelerate(splade(tmp_path).double()))
-    losses = [NegativeCacheLoss(model, 8, document_length=16, seed=3) for _ in range(2)]
+    losses = [cache_loss(model, 8, seed=3) for _ in range(2)]
     texts = sentences(9)
     results = []
     for loss in losses:
@@ -304,7 +314,9 @@ def train_on_rank(rank, count, folder):
     """Two steps with each way of sharing: gradients agree, and the caches hold what they should."""
     for sharing in ("replicas", "shards", "own"):
         model = without_dropout(accelerate(splade(Path(folder)).double()))
-        loss = NegativeCacheLoss(model, 16, document_length=16, sharing=sharing, seed=rank)
+        loss = NegativeCacheLoss(
+            model, 16, cache_document_length=16, cache_sharing=sharing, seed=rank
+        )
         loss.model = DistributedDataParallel(model)  # as trainers do
         whole = SpladeLoss(loss.model, loss, **WEIGHTS)
         for step in range(2):
@@ -333,6 +345,6 @@ def test_two_processes(tmp_path):
 def test_the_model_goes_to_other_processes_without_the_cache(tmp_path):
     model = accelerate(splade(tmp_path))
     size = len(pickle.dumps(model))
-    loss = NegativeCacheLoss(model, 4096, document_length=64)
+    loss = NegativeCacheLoss(model, 4096, cache_document_length=64)
     assert len(pickle.dumps(model)) < size + 10_000
     assert sum(b.nbytes for b in loss.handler.buffers()) > 1_000_000

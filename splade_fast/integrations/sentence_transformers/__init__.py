@@ -2,11 +2,11 @@
 
     model = accelerate(SparseEncoder("…"))
 
-encodes and trains as before, with the same results and the same saved files.
+The model encodes and trains with the same results and saves the same files, in less time.
 """
 
 try:
-    import sentence_transformers as _theirs  # noqa: F401
+    import sentence_transformers as _installed  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "splade_fast.integrations.sentence_transformers needs sentence-transformers >= 5.4; "

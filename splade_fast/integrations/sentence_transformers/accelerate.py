@@ -1,4 +1,4 @@
-"""accelerate and restore: a SparseEncoder changes in place, and back."""
+"""`accelerate` changes a SparseEncoder in place, `restore` undoes the change."""
 
 from __future__ import annotations
 
@@ -29,21 +29,29 @@ Encoder = TypeVar("Encoder", bound=SparseEncoder)
 def accelerate(sparse_encoder: Encoder) -> Encoder:
     """Make a SparseEncoder compute pooled(hidden · weightᵀ + bias) without the logits.
 
-    Everything else stays as it was: arguments, results (within rounding), training, saved files.
-    Each Transformer that a SpladePooling follows stops before its decoder, and the pooling runs
-    the fused head with the decoder's weight, also on the routes of a Router. Other modules, such
-    as the SparseStaticEmbedding of queries, are left as they are. `restore` undoes it.
+    Arguments, results (within rounding), training and saved files stay the same. Each Transformer
+    before a SpladePooling stops before its decoder, and the pooling runs the fused head with the
+    weight of the decoder. This includes the routes of a Router. Other modules, such as the
+    SparseStaticEmbedding of queries, do not change. `restore` undoes the change.
+
+    Example::
+
+        >>> from sentence_transformers import SparseEncoder
+        >>> from splade_fast.integrations.sentence_transformers import accelerate
+        >>> model = accelerate(SparseEncoder("CHECKPOINT"))
+        >>> model.encode(["A quick fox."]).is_sparse
+        True
 
     Args:
-        sparse_encoder: changed in place. Its modules keep their identity, and `isinstance` holds.
+        sparse_encoder: changed in place. Its modules keep their identity and their type.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: it is no SparseEncoder.
-        ValueError: no SpladePooling follows a Transformer, as in CSR models, or the two do
-            something of their own; nothing is changed.
+        TypeError: sparse_encoder is no SparseEncoder.
+        ValueError: no SpladePooling follows a Transformer, as in CSR models, or a class of one of
+            them overrides `forward`. Nothing has changed then.
     """
     if not isinstance(sparse_encoder, SparseEncoder):
         raise TypeError(
@@ -62,8 +70,14 @@ def accelerate(sparse_encoder: Encoder) -> Encoder:
 def restore(sparse_encoder: Encoder) -> Encoder:
     """Undo `accelerate`.
 
+    Example::
+
+        >>> from sentence_transformers import SparseEncoder
+        >>> from splade_fast.integrations.sentence_transformers import accelerate, restore
+        >>> model = restore(accelerate(SparseEncoder("CHECKPOINT")))
+
     Args:
-        sparse_encoder: changed in place; nothing happens to one that is as it was.
+        sparse_encoder: changed in place. A model that is not accelerated does not change.
 
     Returns:
         The same object.
@@ -76,7 +90,7 @@ def restore(sparse_encoder: Encoder) -> Encoder:
 
 
 def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
-    """Each Transformer before a SpladePooling, and that pooling."""
+    """Return each Transformer before a SpladePooling, and that pooling."""
     steps = list(_steps(modules, None))
     pairs = [
         (module, following)
@@ -102,7 +116,7 @@ def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
 def _steps(
     modules: Sequence[nn.Module], after: nn.Module | None
 ) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """Each module, also of a Router's routes, and the one that takes its output."""
+    """Yield each module, also of the routes of a Router, and the module that takes its output."""
     for module, following in zip(modules, [*modules[1:], after], strict=True):
         if isinstance(module, Router):
             router: Any = module
@@ -113,7 +127,7 @@ def _steps(
 
 
 def _check_pair(transformer: Any, pooling: Any) -> None:
-    """Both do what theirs do, and the logits are those of the decoder."""
+    """Raise ValueError unless both run the library's `forward` and the decoder gives the logits."""
     for module, theirs in ((transformer, Transformer), (pooling, SpladePooling)):
         kind = original_class(module)
         if kind.forward is not theirs.forward:

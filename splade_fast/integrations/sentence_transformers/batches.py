@@ -1,6 +1,6 @@
-"""How encode cuts texts into batches: as theirs, but sorted by tokens instead of characters.
+"""Batches of `SparseEncoder.encode`, sorted by tokens where the original sorts by characters.
 
-Each batch has the features that their preprocess gives for its texts.
+The features of a batch are those that the model's `preprocess` returns for its texts.
 """
 
 from __future__ import annotations
@@ -25,46 +25,49 @@ _TAKES_PROCESSING = "processing_kwargs" in inspect.signature(Transformer.preproc
 def batches(
     model: Any, texts: Sequence[Any], batch_size: int, prompt: str | None, options: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Features]]:
-    """The places in texts and the features of each batch, the longest texts first."""
+    """Yield the positions in `texts` and the features of each batch, the longest texts first."""
     lengths = [model._input_length(text) for text in texts]
 
-    def features_of(places: Tensor) -> Features:
+    def preprocess(places: Tensor) -> Features:
         return _preprocessed(model, [texts[i] for i in places.tolist()], prompt, options)
 
-    def as_theirs(order: Tensor) -> Iterator[tuple[Tensor, Features]]:
-        return ((places, features_of(places)) for places in order.split(batch_size))
+    def split_evenly(order: Tensor) -> Iterator[tuple[Tensor, Features]]:
+        return ((places, preprocess(places)) for places in order.split(batch_size))
 
     shortest = min(range(len(texts)), key=lengths.__getitem__)
     if (
         len(texts) <= batch_size
-        or model._can_flatten_inputs()  # nothing is padded
+        or model._can_flatten_inputs()  # flattened inputs have no padding
         or not all(isinstance(text, str) for text in texts)
-        # Padding to a fixed width, or to multiples of one, is what a compiled model may need.
-        or not is_padded_to_longest(features_of(torch.tensor([shortest])))
+        # A compiled model may need the fixed width, or multiple of a width, that padding gives.
+        or not is_padded_to_longest(preprocess(torch.tensor([shortest])))
     ):
         order = np.argsort([-length for length in lengths])
         if model._can_flatten_inputs():
             order = model._interleave_sorted_indices(order)
-        yield from as_theirs(torch.from_numpy(order))
+        yield from split_evenly(torch.from_numpy(order))
         return
     for places in longest_first(lengths, batch_size):
-        features = features_of(places)
+        features = preprocess(places)
         if is_padded_to_longest(features):
             for rows, of_rows in batches_by_tokens(features, batch_size):
                 yield places[rows], of_rows
         else:
-            yield from as_theirs(places)
+            yield from split_evenly(places)
 
 
 def _preprocessed(
     model: Any, texts: Sequence[Any], prompt: str | None, options: dict[str, Any]
 ) -> Features:
-    """Theirs, by way of lists where that is known to be safe: torch takes long to read them."""
+    """Return the features of `preprocess`, by way of numpy where that is known to be safe.
+
+    torch takes much longer than numpy to read the lists of a tokenizer.
+    """
     first = model[0]
     if (
         _TAKES_PROCESSING
         and isinstance(first, HiddenTransformer)
-        # Both work on tensors.
+        # Query expansion and messages work on tensors.
         and getattr(first, "query_expansion", None) is None
         and "message" not in first.modality_config
         and "processing_kwargs" not in options

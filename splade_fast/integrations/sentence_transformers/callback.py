@@ -1,4 +1,4 @@
-"""The negative cache in the checkpoints of transformers' trainers, which do not save losses."""
+"""Checkpoints of the negative cache, since trainers of transformers do not save losses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,29 @@ from splade_fast.negative_cache import load_sharded, save_sharded
 
 
 class NegativeCacheCallback(TrainerCallback):
-    """Saves the cache of a NegativeCacheLoss, draws included, in each checkpoint; resumes from it.
+    """Save the cache of a NegativeCacheLoss in each checkpoint, and resume from it.
 
-    It also adds the loss's metrics, `cache/interpretable_prediction_loss` and `cache/staleness`,
-    to what is logged.
+    The state of the draws is saved as well. The callback adds the metrics of the loss,
+    `cache/interpretable_prediction_loss` and `cache/staleness`, to the log.
+
+    Example::
+
+        >>> from sentence_transformers import SparseEncoder
+        >>> from splade_fast.integrations.sentence_transformers import (
+        ...     NegativeCacheCallback, NegativeCacheLoss
+        ... )
+        >>> loss = NegativeCacheLoss(SparseEncoder("CHECKPOINT"), cache_size=100)
+        >>> callbacks = [NegativeCacheCallback(loss)]  # for SparseEncoderTrainer(callbacks=…)
 
     Args:
-        loss: the loss, also where it is wrapped in a SpladeLoss.
+        loss: the loss itself, also where a SpladeLoss wraps it.
         resume_from_checkpoint: the folder given to `trainer.train(resume_from_checkpoint=…)`.
-            None: that of the training arguments, or the step's checkpoint in the output folder.
-        subfolder: of the checkpoint; with several losses each needs its own.
+            None: the folder of the training arguments, or the checkpoint of the current step in
+            the output folder.
+        subfolder: name of the cache's folder in a checkpoint; several losses need different names.
 
     Raises:
-        FileNotFoundError: when training resumes from a checkpoint without a cache.
+        FileNotFoundError: training resumes from a checkpoint without a cache.
     """
 
     def __init__(
@@ -51,8 +61,8 @@ class NegativeCacheCallback(TrainerCallback):
             load_sharded(self.loss.handler, source / self.subfolder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{source / self.subfolder} holds no negative cache; name the checkpoint that is "
-                "resumed from in NegativeCacheCallback(loss, resume_from_checkpoint=…)"
+                f"{source / self.subfolder} holds no negative cache; pass the checkpoint to resume "
+                "from to NegativeCacheCallback(loss, resume_from_checkpoint=…)"
             ) from error
 
     def on_save(

@@ -1,4 +1,4 @@
-"""Their SparseEncoder, whose vectors stay sparse from the head to the result."""
+"""Methods of an accelerated SparseEncoder: vectors stay sparse from the head to the result."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
 
 
 class _Encoder(Role):
-    """What encode does with texts, whatever the version of sentence-transformers.
+    """Encoding of texts, the same for all versions of sentence-transformers.
 
-    The attributes and methods used here are theirs.
+    The attributes and methods used here are those of SparseEncoder.
     """
 
     def _encode_texts(
@@ -40,7 +40,7 @@ class _Encoder(Role):
         max_active_dims: int | None,
         **kwargs: Any,
     ) -> Tensor:
-        """(N, V) in the order of the texts."""
+        """Return (N, V) in the order of the texts."""
         model: Any = self
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
@@ -70,7 +70,7 @@ class _Encoder(Role):
 
 
 class _WithInference(_Encoder):
-    """sentence-transformers 6: encode, its pools and its ranks all end in `_inference`."""
+    """sentence-transformers 6: `encode`, its pools and its ranks all call `_inference`."""
 
     def _inference(self, inputs: list[Any], *, device: Any = None, **options: Any) -> Tensor:
         model: Any = self
@@ -81,7 +81,7 @@ class _WithInference(_Encoder):
 
 
 class _WithEncode(_Encoder):
-    """sentence-transformers 5.4: encode does all; its pools call it in their processes."""
+    """sentence-transformers 5.4: `encode` does everything; pools call it in their processes."""
 
     def encode(
         self,
@@ -110,7 +110,7 @@ class _WithEncode(_Encoder):
             or isinstance(device, list)
             or not known >= {*kwargs}
         ):
-            # Theirs says what is wrong, or hands chunks to processes that come back here.
+            # The original says what is wrong, or gives chunks to processes that call this method.
             return self._original.encode(
                 self,
                 inputs,
@@ -153,7 +153,7 @@ SparseRowsEncoder: type[Role] = (
 
 
 class _Coordinates:
-    """Batches of vectors, gathered into one sparse COO tensor."""
+    """Collects batches of vectors into one sparse COO tensor."""
 
     def __init__(self) -> None:
         self._lengths: list[Tensor] = []
@@ -175,14 +175,14 @@ class _Coordinates:
         self._values.append(values)
 
     def in_order(self, order: Tensor) -> Tensor:
-        """The vectors as they were before `order` sorted them."""
+        """Return the vectors in the order before `order` sorted them."""
         lengths = torch.cat(self._lengths)
         device = lengths.device
         order = order.to(device)
         sorted_back = torch.empty_like(lengths)
         sorted_back[order] = lengths
         ends = sorted_back.cumsum(0)
-        starts = (ends - sorted_back)[order]  # in the result, of each vector in sorted order
+        starts = (ends - sorted_back)[order]  # first entry in the result, by sorted position
         count = int(ends[-1])
         indices = torch.empty(2, count, dtype=torch.int64, device=device)
         indices[0] = torch.repeat_interleave(sorted_back)
@@ -204,7 +204,7 @@ class _Coordinates:
 
 
 class _Matrix:
-    """Batches of vectors, gathered into one dense tensor."""
+    """Collects batches of vectors into one dense tensor."""
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
@@ -213,7 +213,7 @@ class _Matrix:
         self._batches.append(vectors.to_dense() if isinstance(vectors, SparseRows) else vectors)
 
     def in_order(self, order: Tensor) -> Tensor:
-        """The vectors as they were before `order` sorted them."""
+        """Return the vectors in the order before `order` sorted them."""
         first = self._batches[0]
         result = first.new_empty(len(order), first.shape[1])
         for places in order.to(first.device).split(len(first)):
@@ -222,7 +222,7 @@ class _Matrix:
 
 
 def _pools_last(model: nn.Sequential) -> bool:
-    """Whether every HeadPooling's vectors leave the model as they are."""
+    """Return whether the vectors of every HeadPooling are the output of the model."""
     last = _last_modules(list(model))
     return all(module in last for module in model.modules() if isinstance(module, HeadPooling))
 

@@ -1,4 +1,4 @@
-"""Their Transformer, left before its decoder, and their SpladePooling, with the decoder in it."""
+"""A Transformer that stops before its decoder, and a SpladePooling that includes the decoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
 
-# Keys of the features: from the transformer to the pooling, the decoder's weight and bias; from
-# the encoder to the pooling, that it shall return SparseRows of at most so many entries.
+# Keys of the features: the transformer passes the decoder's weight and bias to the pooling; the
+# encoder asks the pooling for SparseRows of at most so many entries.
 _DECODER = "splade_fast_decoder"
 SPARSE = "splade_fast_sparse"
 
@@ -22,7 +22,7 @@ Features = dict[str, Any]
 
 
 class HiddenTransformer(Role):
-    """Gives the decoder's input as token embeddings, and the decoder for the pooling."""
+    """Outputs the decoder's input as token embeddings, and the decoder for the pooling."""
 
     model: Any
     modality_config: dict[str, Any]
@@ -30,7 +30,7 @@ class HiddenTransformer(Role):
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         request = {SPARSE: features.pop(SPARSE)} if SPARSE in features else {}
-        if self._has_to_finish():
+        if self._must_finish():
             features = self._original.forward(self, features, **kwargs)
         else:
             hidden = run_to_decoder(self.model, self._original.forward, self, features, **kwargs)
@@ -40,8 +40,8 @@ class HiddenTransformer(Role):
         features.update(request)
         return features
 
-    def _has_to_finish(self) -> bool:
-        """Whether theirs does more behind the decoder: all layers' states, or virtual tokens."""
+    def _must_finish(self) -> bool:
+        """Return whether the original does more: states of all layers, or virtual tokens."""
         adapter = getattr(self.model, "active_peft_config", None)
         return bool(
             getattr(self.model.config, "output_hidden_states", False)
@@ -50,7 +50,7 @@ class HiddenTransformer(Role):
 
 
 class HeadPooling(Role):
-    """Pools without logits what HiddenTransformer gives, and logits of others as before."""
+    """Pools the output of HiddenTransformer without logits, and logits as the original does."""
 
     pooling_strategy: str
     activation_function: str
@@ -59,8 +59,8 @@ class HeadPooling(Role):
     def forward(self, features: Features) -> Features:
         wants_rows, k = SPARSE in features, features.pop(SPARSE, None)
         if _DECODER not in features:
-            pooled_by_them: Features = self._original.forward(self, features)
-            return pooled_by_them
+            pooled_by_original: Features = self._original.forward(self, features)
+            return pooled_by_original
         weight, bias = features.pop(_DECODER)
         hidden: Tensor = features["token_embeddings"]
         mask, cu_seqlens = features.get("attention_mask"), None
@@ -73,7 +73,7 @@ class HeadPooling(Role):
         }
         if self.embedding_dimension is None:
             self.embedding_dimension = weight.shape[0]
-        # The width of SparseRows depends on the data, which compiled code cannot have.
+        # The width of SparseRows depends on the data, which torch.compile does not support.
         if wants_rows and not torch.compiler.is_compiling():
             pooled: Any = splade_head_topk(hidden, weight, bias, mask, k=k, **options)
         else:

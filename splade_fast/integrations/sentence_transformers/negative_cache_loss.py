@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from splade_fast.encoders.batching import without_padding
 from splade_fast.encoders.hidden_states import find_decoder
 from splade_fast.losses import in_batch_loss
 from splade_fast.negative_cache import (
@@ -23,46 +25,61 @@ from splade_fast.negative_cache import (
     Scale,
     SparseFeature,
 )
+from splade_fast.negative_cache.handlers import SHARINGS
 
 Features = dict[str, Any]
-
-SHARING = ("own", "replicas", "shards")
 
 _EMBEDDING = "embedding"
 
 
 class NegativeCacheLoss(nn.Module):
-    """-log softmax([q · d⁺, q · E])[0] over all cached documents E, by a drawn negative.
+    """-log softmax([q · d⁺, q · E] / temperature)[0] over all cached documents E.
 
-    Lindgren et al., NeurIPS 2021: every query is trained against the whole cache, of which one
-    document (or `num_negatives`) is drawn from the softmax and encoded again, with gradients. The
-    batch's positives then replace the oldest documents. Use it alone, or in a SpladeLoss for its
-    regularizers. The cache stores pruned sparse vectors and the documents' tokens.
+    Every query is trained against the whole cache. The loss draws one document, or
+    `cache_negatives`, from the softmax and encodes it again with gradients. The positives of the
+    batch then replace the oldest documents. The cache stores pruned sparse vectors and the tokens
+    of the documents. Use the loss alone, or in a SpladeLoss for its regularisers.
 
-    Where gradients are off, or the model evaluates, the loss is the cross entropy against the
-    batch's positives, and the cache stays as it is. The trainer does not save losses: give it a
+    The options have the names of `splade_fast.training.ObjectiveArguments`.
+
+    In evaluation mode, or without gradients, the loss is the cross entropy against the positives of
+    the batch, and the cache does not change. Trainers do not save losses: give the trainer a
     `NegativeCacheCallback`.
+
+    Source: Lindgren, Reddi, Guo, Kumar: Efficient Training of Retrieval Models using Negative
+    Cache, NeurIPS 2021.
+
+    Example::
+
+        >>> from sentence_transformers import SparseEncoder
+        >>> from splade_fast.integrations.sentence_transformers import NegativeCacheLoss
+        >>> model = SparseEncoder("CHECKPOINT").train()
+        >>> loss = NegativeCacheLoss(model, cache_size=100, cache_document_length=16)
+        >>> columns = model.preprocess(["fast animal"]), model.preprocess(["A quick fox."])
+        >>> loss(columns).backward()
+        >>> loss.handler.cache.valid.sum()
+        tensor(1)
 
     Args:
         model: the SparseEncoder.
-        cache_size: documents in the cache.
-        k: entries stored of each document's vector, the largest.
-        dtype: of the stored values.
-        document_length: tokens stored of each document, special ones included; of longer ones the
-            first so many.
-        scale: factor of the scores.
-        num_negatives: drawn and encoded again for each query.
-        in_batch: the other positives of the batch count and are drawn as well.
-        exclude: documents with the tokens of the query's own positive neither count nor are drawn.
-        top_k: count only so many documents of each query; None: all.
-        top_k_method: "grouped" or "exact".
-        use_lru: documents encoded again count as new.
-        storage: of the cache: "device", or "pinned" in host memory.
-        sharing: with several processes: "own" caches, "replicas" of one, or "shards" of one.
-        seed: of the draws; None: from torch's default generator.
+        cache_size: documents in the cache of one process.
+        cache_k: entries stored of the vector of a document, the largest.
+        cache_dtype: dtype of the stored values, also as a name such as "bfloat16".
+        cache_document_length: tokens stored of a document, special tokens included. Longer
+            documents lose their last tokens.
+        temperature: divides the scores.
+        cache_negatives: documents drawn and encoded again for each query.
+        cache_in_batch: count and draw the other positives of the batch as well.
+        cache_exclude: neither count nor draw documents with the tokens of the query's positive.
+        cache_top_k: count only so many documents of each query; None: all.
+        cache_top_k_method: "grouped" or "exact".
+        cache_use_lru: count a document that is encoded again as new.
+        cache_storage: "device", or "pinned" in host memory.
+        cache_sharing: with several processes: "own" caches, "replicas" of one, or "shards" of one.
+        seed: seed of the draws; None: from torch's default generator.
 
     Raises:
-        ValueError: an argument is out of range, or the model has no text input.
+        ValueError: an argument is out of range, or the model takes no text.
     """
 
     def __init__(
@@ -70,55 +87,61 @@ class NegativeCacheLoss(nn.Module):
         model: SparseEncoder,
         cache_size: int = 131_072,
         *,
-        k: int = 256,
-        dtype: torch.dtype = torch.float32,
-        document_length: int = 256,
-        scale: float = 1.0,
-        num_negatives: int = 1,
-        in_batch: bool = True,
-        exclude: bool = True,
-        top_k: int | None = None,
-        top_k_method: str = "grouped",
-        use_lru: bool = True,
-        storage: str = "device",
-        sharing: str = "own",
+        cache_k: int = 256,
+        cache_dtype: torch.dtype | str = torch.float32,
+        cache_document_length: int = 256,
+        temperature: float = 1.0,
+        cache_negatives: int = 1,
+        cache_in_batch: bool = True,
+        cache_exclude: bool = True,
+        cache_top_k: int | None = None,
+        cache_top_k_method: str = "grouped",
+        cache_use_lru: bool = True,
+        cache_storage: str = "device",
+        cache_sharing: str = "own",
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if sharing not in SHARING:
-            raise ValueError(f"sharing must be one of {', '.join(SHARING)}, got {sharing!r}")
-        if document_length < 1:
-            raise ValueError(f"document_length must be at least 1, got {document_length}")
-        self._inputs = _Inputs()
+        if cache_sharing not in SHARINGS:
+            raise ValueError(
+                f"cache_sharing must be one of {', '.join(SHARINGS)}, got {cache_sharing!r}"
+            )
+        if cache_document_length < 1:
+            raise ValueError(
+                f"cache_document_length must be at least 1, got {cache_document_length}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
+        self._inputs = _EncodedInputs()
         self.model = model
-        self.document_length = document_length
-        self.scale = scale
-        self.sharing = sharing
-        specs = _token_specs(model, document_length)
+        self.cache_document_length = cache_document_length
+        self.temperature = temperature
+        self.cache_sharing = cache_sharing
+        specs = _token_specs(model, cache_document_length)
         self._token_keys = tuple(specs)
-        specs[_EMBEDDING] = SparseFeature(_vector_size(model), k, dtype)
+        dtype = getattr(torch, cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
+        specs[_EMBEDDING] = SparseFeature(_vector_size(model), cache_k, dtype)
         keys: dict[str, Any] = {"embedding_key": _EMBEDDING, "data_keys": self._token_keys}
-        loss = (
-            DistributedCacheClassificationLoss if sharing == "shards" else CacheClassificationLoss
-        )
+        has_shards = cache_sharing == "shards"
+        loss = DistributedCacheClassificationLoss if has_shards else CacheClassificationLoss
         cache_loss = loss(
             **keys,
-            score_transform=Scale(scale),
-            top_k=top_k,
-            top_k_method=top_k_method,
-            num_negatives=num_negatives,
-            in_batch=in_batch,
-            exclude=("input_ids", "attention_mask") if exclude else None,
+            score_transform=Scale(1 / temperature),
+            top_k=cache_top_k,
+            top_k_method=cache_top_k_method,
+            num_negatives=cache_negatives,
+            in_batch=cache_in_batch,
+            exclude=("input_ids", "attention_mask") if cache_exclude else None,
             retrieval_fn=GumbelMaxRetrievalFn(seed=seed),
         )
-        manager = CacheManager(specs, cache_size, use_lru, storage=storage)
+        manager = CacheManager(specs, cache_size, cache_use_lru, storage=cache_storage)
         self.handler = CacheLossHandler(
-            manager, cache_loss, **keys, use_cross_replica=sharing == "replicas"
+            manager, cache_loss, **keys, use_cross_replica=cache_sharing == "replicas"
         )
         self.metrics: dict[str, float] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Trainers put a wrapped or new model in place of the one they were given."""
+        """Follow a trainer that replaces `model` by a wrapped or new one."""
         if name == "model":
             self._inputs.listen_to(_unwrapped(value))
         super().__setattr__(name, value)
@@ -126,10 +149,11 @@ class NegativeCacheLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[Features], labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Args:
-            sentence_features: of the queries and of their positives, as the tokenizer gives them.
+            sentence_features: features of the queries and of their positives, as the model's
+                `preprocess` returns them.
             labels: not used.
 
         Raises:
@@ -141,7 +165,7 @@ class NegativeCacheLoss(nn.Module):
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of a batch that the model has just encoded, as SpladeLoss calls it.
+        """Return the loss of a batch that the model has just encoded; SpladeLoss calls this.
 
         Args:
             embeddings: queries and positives, (B, V) each.
@@ -158,13 +182,13 @@ class NegativeCacheLoss(nn.Module):
             )
         queries, positives = embeddings
         if not (torch.is_grad_enabled() and _unwrapped(self.model).training):
-            return in_batch_loss(queries * self.scale, positives)
+            return in_batch_loss(queries, positives, temperature=self.temperature)
         documents = self._inputs.take(len(queries))
         tokens = self._stored_tokens(documents)
         others = {n: value for n, value in documents.items() if not isinstance(value, Tensor)}
 
         def encode(cached: Mapping[str, Any]) -> Tensor:
-            features = {name: table.long() for name, table in _trimmed(cached).items()}
+            features = {name: table.long() for name, table in without_padding(cached).items()}
             vectors: Tensor = self.model(features | others)["sentence_embedding"]
             return vectors
 
@@ -177,16 +201,16 @@ class NegativeCacheLoss(nn.Module):
         return result.training_loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of the loss."""
+        """Return the options that the model card lists."""
         manager = self.handler.cache_manager
         embedding: Any = manager.specs[_EMBEDDING]
         return {
             "cache_size": manager.cache_size,
-            "k": embedding.k,
-            "document_length": self.document_length,
-            "scale": self.scale,
-            "num_negatives": self.handler.cache_loss.num_negatives,
-            "in_batch": self.handler.cache_loss.in_batch,
+            "cache_k": embedding.k,
+            "cache_document_length": self.cache_document_length,
+            "temperature": self.temperature,
+            "cache_negatives": self.handler.cache_loss.num_negatives,
+            "cache_in_batch": self.handler.cache_loss.in_batch,
         }
 
     @property
@@ -201,18 +225,18 @@ class NegativeCacheLoss(nn.Module):
 """
 
     def _stored_tokens(self, documents: Features) -> dict[str, Tensor]:
-        """The first tokens of each document, padded."""
+        """Return the first tokens of each document."""
         missing = [name for name in self._token_keys if name not in documents]
         if missing:
             raise ValueError(f"the features must have {missing[0]!r}, got {sorted(documents)}")
-        return {name: documents[name][:, : self.document_length] for name in self._token_keys}
+        return {name: documents[name][:, : self.cache_document_length] for name in self._token_keys}
 
 
-class _Inputs:
-    """What the model encoded last with gradients: the features, without their vectors.
+class _EncodedInputs:
+    """Features that the model encoded last with gradients, without their vectors.
 
-    A hook of the model, since SpladeLoss hands on vectors alone. It holds no reference to the loss,
-    so that the model can be sent to other processes without the cache.
+    SpladeLoss passes vectors alone, so a hook of the model records the features. It holds no
+    reference to the loss: the model can be sent to other processes without the cache.
     """
 
     def __init__(self) -> None:
@@ -225,21 +249,21 @@ class _Inputs:
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        with_gradients = model.training and torch.is_grad_enabled()
-        self._last = _padded(args[0]) if with_gradients else None
+        has_gradients = model.training and torch.is_grad_enabled()
+        self._last = _as_padded(args[0]) if has_gradients else None
 
     def __reduce__(self) -> Any:
-        return _Inputs, ()
+        return _EncodedInputs, ()
 
     def take(self, count: int) -> Features:
-        """The features of the `count` rows that were encoded last.
+        """Return the features of the `count` rows that were encoded last.
 
         Raises:
-            RuntimeError: they were not encoded with gradients, or not as documents of one batch.
+            RuntimeError: the rows were encoded without gradients, or not as one batch of documents.
         """
         last = self._last or {}
         rows = len(last.get("input_ids", ()))
-        # The positives are a call of their own, or the second half of one for both columns.
+        # SpladeLoss encodes the positives alone, or as the second half of one call.
         if rows not in (count, 2 * count):
             raise RuntimeError(
                 "NegativeCacheLoss needs the embeddings that its model has just encoded with "
@@ -252,12 +276,12 @@ class _Inputs:
         }
 
     def forget(self) -> None:
-        """What the loss itself had encoded."""
+        """Drop the features of the documents that the loss itself has encoded."""
         self._last = None
 
 
-def _padded(features: Features) -> Features:
-    """A copy of (B, L) token features; flattened ones are padded."""
+def _as_padded(features: Features) -> Features:
+    """Return a copy of (B, L) token features, with padding where they were flattened."""
     if "cu_seq_lens_q" not in features:
         return dict(features)
     lengths = features["cu_seq_lens_q"].diff()
@@ -270,17 +294,10 @@ def _padded(features: Features) -> Features:
     return padded | {n: v for n, v in features.items() if not isinstance(v, Tensor | int)}
 
 
-def _trimmed(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the columns that are padding in every row."""
-    used = tokens["attention_mask"].any(0).nonzero()
-    length = int(used[-1]) + 1 if len(used) else 1
-    return {name: table[:, :length] for name, table in tokens.items()}
-
-
 def _token_specs(model: SparseEncoder, length: int) -> dict[str, Any]:
-    """What is stored of a document's tokens: the features of a text that have its length."""
+    """Return specs of the features that have an entry for each token of a document."""
     task = {"task": "document"} if isinstance(model[0], Router) else {}
-    features = _padded(model.preprocess(["text"], **task))
+    features = _as_padded(model.preprocess(["text"], **task))
     if "input_ids" not in features or "attention_mask" not in features:
         raise ValueError(
             f"model must give token ids and a mask of texts, got features {sorted(features)}"
@@ -295,7 +312,7 @@ def _token_specs(model: SparseEncoder, length: int) -> dict[str, Any]:
 
 
 def _vector_size(model: SparseEncoder) -> int:
-    """V. SpladePooling knows it only once it has pooled."""
+    """Return V, which SpladePooling knows only after its first call."""
     transformer: Any = model.transformers_model
     if transformer is None:
         return int(model.get_embedding_dimension() or 0)
@@ -303,7 +320,7 @@ def _vector_size(model: SparseEncoder) -> int:
 
 
 def _unwrapped(model: Any) -> Any:
-    """Without DistributedDataParallel, DataParallel and torch.compile."""
+    """Return the SparseEncoder inside DistributedDataParallel, DataParallel or torch.compile."""
     while not isinstance(model, SparseEncoder):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if inner is None:

@@ -1,8 +1,8 @@
-"""Objects that change their class in place, for a subclass that looks like the original.
+"""Change the class of an object in place to a subclass that looks like the original.
 
-The object stays the same one, so whatever refers to it, a loss or a trainer, sees the change. The
-subclass has the name and the module of the original, by which sentence-transformers writes its
-files, and pickles by reference to the original.
+The object keeps its identity, so every loss or trainer that refers to it sees the change. The
+subclass has the name and the module of the original, which sentence-transformers writes to its
+files, and is pickled by reference to the original.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import nn
 
 
 class Role:
-    """Base of classes whose methods replace those of the original class.
+    """Base of classes whose methods replace the methods of the original class.
 
-    Python gives an object another class only where the original comes first among its bases, so
-    the methods are copied in front of it, and reach the ones they replace by `_original`.
+    Python changes the class of an object only if the original comes first among the bases of the
+    new class. So the methods of the role are copied into the new class, and they reach the replaced
+    methods by `_original`.
     """
 
     _role: ClassVar[Any]
@@ -39,6 +40,7 @@ def swap_back(module: nn.Module) -> None:
 
 
 def original_class(module: nn.Module) -> Any:
+    """Return the class that a module has without a role."""
     return module._original if isinstance(module, Role) else type(module)
 
 
@@ -58,7 +60,7 @@ def _subclass(role: Any, original: Any) -> Any:
 
 @cache
 def _metaclass(original: Any) -> Any:
-    """One of its own, since pickle asks a class's metaclass how to pickle it."""
+    """Return a new metaclass, since pickle looks up how to pickle a class by its metaclass."""
     metaclass = type(original.__name__, (original,), {})
     copyreg.pickle(metaclass, _by_reference)
     return metaclass
