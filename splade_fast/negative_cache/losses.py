@@ -1,8 +1,8 @@
-"""Cross entropy against a cache of documents, by one fresh negative or a few for each query.
+"""Cross entropy against a cache of documents, estimated by a few fresh negatives for each query.
 
 Lindgren, Reddi, Guo, Kumar: Efficient Training of Retrieval Models using Negative Cache, NeurIPS
-2021. More than one negative: sampling without replacement with importance weights, Kool, van Hoof,
-Welling, ICML 2019.
+2021. Several negatives are drawn without replacement and have importance weights: Kool, van Hoof,
+Welling: Stochastic Beams and Where to Find Them, ICML 2019.
 """
 
 from __future__ import annotations
@@ -37,26 +37,49 @@ Reducer = Callable[[Tensor], Tensor]
 
 
 class CacheLossReturn(NamedTuple):
-    """What a loss returns. The dicts are by name of a cache; M updates may be more than B."""
+    """Results of a loss.
 
-    training_loss: Tensor  # reduced, or (B,); its gradient is that of the cross entropy
-    interpretable_loss: Tensor  # the cross entropy by the cached embeddings; no gradient
-    updated_item_data: Any  # the embeddings (M, ...) of the drawn items by the present network
-    updated_item_indices: Any  # (M,) their slots
-    updated_item_mask: Any  # (M,) bool: which of them to store
-    staleness: Tensor  # |cached - fresh|^2 / |fresh|^2 of the drawn embeddings
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> data = {"embedding": torch.eye(3)}
+        >>> cache = nc.NegativeCache(data, age=torch.zeros(3))
+        >>> loss = nc.CacheClassificationLoss("embedding", ("embedding",))
+        >>> query, positive = torch.ones(1, 3), torch.full((1, 3), 2.0)
+        >>> result = loss(lambda drawn: drawn["embedding"], query, positive, {"cache": cache})
+        >>> result.interpretable_loss, result.staleness
+        (tensor(0.0200), tensor(0.))
+
+    Attributes:
+        training_loss: scalar, or (B,) without a reducer; its gradient is in expectation that of
+            the cross entropy.
+        interpretable_loss: the cross entropy with the cached embeddings, without gradient.
+        updated_item_data: by name of a cache, features by name, (M, ...): fresh embeddings of the
+            drawn items. M may exceed B.
+        updated_item_indices: by name of a cache, (M,) slots of these items.
+        updated_item_mask: by name of a cache, (M,) bool, True for the items to store.
+        staleness: |cached - fresh|² / |fresh|² of the drawn embeddings.
+        topk_features: for each query, features by name of the documents with the highest scores.
+    """
+
+    training_loss: Tensor
+    interpretable_loss: Tensor
+    updated_item_data: Any
+    updated_item_indices: Any
+    updated_item_mask: Any
+    staleness: Tensor
     topk_features: list[dict[str, Value]] | None = None
 
 
 class HardNegatives(NamedTuple):
-    """Documents given as negatives of a batch: every query's candidates."""
+    """Further documents that are candidates of every query of a batch."""
 
     embeddings: Tensor  # (N, D)
-    features: Features | None  # (N, ...), needed for `exclude`
+    features: Features | None  # (N, ...); needed for `exclude`
 
 
 class _Refreshed(NamedTuple):
-    """What follows from the present embeddings of the drawn documents; no gradient."""
+    """Results of the fresh embeddings of the drawn documents, without gradient."""
 
     staleness: Tensor  # (B,)
     updates: Updates
@@ -64,7 +87,7 @@ class _Refreshed(NamedTuple):
 
 
 class CacheLoss(metaclass=abc.ABCMeta):
-    """Any callable of this form works with the handlers."""
+    """Interface of the losses. The handlers take any callable of this form."""
 
     @abc.abstractmethod
     def __call__(
@@ -78,7 +101,7 @@ class CacheLoss(metaclass=abc.ABCMeta):
 
 
 class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
-    """What the losses over the caches of one process and over those of all ranks share."""
+    """Base of the losses over the caches of one process and over the caches of all ranks."""
 
     retrieval_fn: nn.Module
 
@@ -101,20 +124,21 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         Args:
             embedding_key: the cached feature that holds the embeddings.
             data_keys: the cached features that the document network takes.
-            score_transform: T, applied to q · d elementwise. `Scale` keeps scoring and drawing one
-                pass; any other callable goes by tiles of the cache, with the same draws.
-            top_k: count and draw only so many cached documents of each query, at least 1; None:
-                all.
-            reducer: of the (B,) results; None: none.
-            num_negatives: m, at least 1, drawn without replacement. Their weights make the
-                gradient's expectation that of the full cross entropy for every m.
-            in_batch: the other positives of this process's batch count and are drawn as well.
-            exclude: features in which a document that equals the query's own positive, bit for bit,
-                is neither counted nor drawn: the name of an id feature, or of several features.
-            top_k_method: "grouped", the highest of each of top_k contiguous groups, or "exact".
-            count_empty_slots: slots that hold nothing yet count as documents of zeros.
-            retrieval_fn: (B, N) scores -> (B, m) indices; None: `GumbelMaxRetrievalFn()`. Others
-                than that are shown all scores.
+            score_transform: T, applied elementwise to the scores q · d. With `Scale` one pass
+                computes and draws; with any other callable the loss reads the cache by tiles. The
+                draws are the same.
+            top_k: number of cached documents that count for each query, at least 1; None: all.
+            reducer: reduces the (B,) results; None: the results stay (B,).
+            num_negatives: m, at least 1, drawn without replacement. With their weights the gradient
+                is in expectation that of the full cross entropy, for every m.
+            in_batch: count and draw the other positives of the batch of this process as well.
+            exclude: a feature or several features, e.g. an id. A document whose features equal
+                those of the query's positive, bit for bit, neither counts nor is drawn.
+            top_k_method: "grouped", the highest score of each of top_k contiguous groups, or
+                "exact".
+            count_empty_slots: count slots without an item as documents of zeros.
+            retrieval_fn: maps (B, N) scores to (B, m) indices; None: `GumbelMaxRetrievalFn()`. Any
+                other function needs the scores of the whole cache in memory.
 
         Raises:
             TypeError, ValueError: a count is no integer of at least 1, or top_k_method is unknown.
@@ -134,7 +158,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         setattr(self, "retrieval_fn", retrieval_fn or GumbelMaxRetrievalFn())  # noqa: B010
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """retrieval_fn takes any callable, also by the name it has elsewhere."""
+        """Wrap a callable `retrieval_fn`, which the known packages name `_retrieval_fn`."""
         if name in ("retrieval_fn", "_retrieval_fn"):
             name = "retrieval_fn"
             value = value if isinstance(value, nn.Module) else _Function(value)
@@ -154,7 +178,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         hard: HardNegatives | None,
         return_topk: int,
     ) -> tuple[Source, Tables | None, Tables | None]:
-        """The documents to choose from; items of queries and of hard negatives for `exclude`."""
+        """Return the documents to draw from, and the `exclude` tables of positives and hard."""
 
     def forward(
         self,
@@ -168,23 +192,25 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         hard_negatives: Value | None = None,
         hard_features: Features | None = None,
     ) -> CacheLossReturn:
-        """training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0]; w = 1 for one.
+        """training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0].
+
+        One negative has weight w = 1.
 
         Args:
-            doc_network: features by name, (B * m, ...), -> (B * m, D) embeddings. Called once.
+            doc_network: maps features by name, (B * m, ...), to embeddings (B * m, D). Called once.
             query_embeddings: (B, D).
             pos_doc_embeddings: (B, D), the positive of each query.
             cache: the caches by name; several count as one, in the order of their names.
-            return_topk: also return the features of so many documents of the highest scores that
-                count, unsampled; 1 with top_k: of the drawn ones.
-            pos_features: (B, ...), the features of the positives; needed for `exclude`. They also
-                stand in for negatives where there are none, so that the network sees documents.
-            hard_negatives: (N, D), documents that count for every query of this process's batch and
-                are drawn as well.
-            hard_features: (N, ...), their features; needed for `exclude`.
+            return_topk: number of documents whose features to return, those with the highest
+                scores among all that count. With top_k, 1 returns the drawn documents instead.
+            pos_features: (B, ...) by name, features of the positives; needed for `exclude`. The
+                network gets them as well where there is no negative to encode.
+            hard_negatives: (N, D), documents that count and can be drawn for every query of the
+                batch of this process.
+            hard_features: (N, ...) by name, features of hard_negatives; needed for `exclude`.
 
         Returns:
-            CacheLossReturn. Queries with nothing to draw have loss 0.
+            The results. A query without any document to draw has loss 0.
 
         Raises:
             TypeError, ValueError, KeyError: the arguments do not fit each other or the caches.
@@ -215,12 +241,12 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         training, interpretable = self._losses(queries, positives, negatives, found, weights)
         updates = refreshed.updates
         return CacheLossReturn(
-            training_loss=self._reduced(training),
-            interpretable_loss=self._reduced(interpretable),
+            training_loss=self._reduce(training),
+            interpretable_loss=self._reduce(interpretable),
             updated_item_data={name: data for name, (data, _, _) in updates.items()},
             updated_item_indices={name: indices for name, (_, indices, _) in updates.items()},
             updated_item_mask={name: mask for name, (_, _, mask) in updates.items()},
-            staleness=self._reduced(refreshed.staleness),
+            staleness=self._reduce(refreshed.staleness),
             topk_features=refreshed.topk_features,
         )
 
@@ -231,10 +257,10 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         drawn: Tensor,
         doc_network: DocNetwork,
         pos_features: Features | None,
-        depth: int,
+        dim: int,
         return_topk: int,
     ) -> tuple[Tensor, _Refreshed]:
-        """Embeddings (B * m, depth) of the drawn documents by the present network."""
+        """Encode the drawn documents again; return embeddings (B * m, dim) and their results."""
         with torch.no_grad():
             cached = (drawn >= 0) & (drawn < source.total)
             slots = torch.where(cached, drawn, -1)
@@ -245,13 +271,13 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
                 data = self._network_input(schema, rows, cached, pos_features)
             fresh = as_dense(doc_network(dict(data)))
             name = "the output of doc_network"
-            if fresh.shape != (expected := (slots.numel(), depth)):
+            if fresh.shape != (expected := (slots.numel(), dim)):
                 raise ValueError(f"{name} must be {expected}, got {tuple(fresh.shape)}")
             tables = schema.rows(name, {self.embedding_key: fresh}, slots.device)
         with torch.no_grad():
             moved = _staleness(as_dense(stale), fresh).view(cached.shape)
             return fresh, _Refreshed(
-                staleness=_mean_where(cached, moved),
+                staleness=_masked_mean(moved, cached),
                 updates=source.updates(slots, tables),
                 topk_features=self._topk_features(source, schema, data, cached, return_topk),
             )
@@ -264,12 +290,12 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         found: NegativeSamples,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The training loss and the cross entropy, both (B,), of negatives (B * m, D)."""
+        """Return the training loss and the cross entropy, both (B,), of negatives (B * m, D)."""
         count = weights.shape[1]
         positive_scores = self._score(queries, positives)
         repeated = queries.repeat_interleave(count, 0)
         negative_scores = self._score(repeated, negatives).view(-1, count)
-        # log p = -softplus(log Σ exp S - s_pos), which neither underflows nor overflows.
+        # log p = -softplus(logsumexp(S) - s_pos) neither underflows nor overflows.
         gap = found.logsumexp - positive_scores.detach()
         differences = negative_scores - positive_scores.unsqueeze(1)
         drawn = found.indices[:, :count] >= 0
@@ -281,27 +307,27 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         scores = (queries.to(acc) * documents.to(acc)).sum(1)
         return scores if self.score_transform is None else self.score_transform(scores)
 
-    def _reduced(self, values: Tensor) -> Tensor:
+    def _reduce(self, values: Tensor) -> Tensor:
         return values if self.reducer is None else self.reducer(values)
 
     def _top_k(self) -> TopK | None:
         return None if self.top_k is None else TopK(self.top_k, self.top_k_method)
 
     def _draw(self, source: Source, in_batch: Tensor | None) -> tuple[NegativeSamples, Tensor]:
-        """The negatives of each query, and their weights (B, m)."""
+        """Draw the negatives of each query; return them and their weights (B, m)."""
         fn, wanted = self.retrieval_fn, self.num_negatives
         if not isinstance(fn, GumbelMaxRetrievalFn):
             found = source.choose(fn, self._top_k(), in_batch)
             drawn = (found.indices >= 0).to(found.scores.dtype)
             return found, drawn / drawn.sum(1, keepdim=True).clamp(min=1)
-        # One more than wanted: its perturbed score is the threshold of the others' weights.
+        # The perturbed score of one more draw is the threshold of the weights.
         found = source.draw(wanted + (wanted > 1), fn, self._top_k(), in_batch)
         if wanted == 1:
             return found, torch.ones_like(found.scores)
         return found, _weights(found, fn.inv_temp)
 
     def _candidates(self, positives: Tensor, hard: HardNegatives | None) -> Tensor | None:
-        """Documents of the batch that count: the positives with in_batch, then hard negatives."""
+        """Return the documents of the batch that count: positives, then hard negatives."""
         if hard is None:
             return positives if self.in_batch else None
         return torch.cat([positives, hard.embeddings]) if self.in_batch else hard.embeddings
@@ -313,7 +339,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         items: Tables | None,
         hard_items: Tables | None,
     ) -> Tensor | None:
-        """(B, candidates), -inf where one is or equals the query's own positive."""
+        """Return scores (B, candidates), -inf where a candidate equals the query's positive."""
         if candidates is None:
             return None
         scores = tile_scores(queries, candidates, self.score_transform)
@@ -321,17 +347,17 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         if self.in_batch:
             same.fill_diagonal_(True)
         if items is not None:
-            of_batch = [items] if self.in_batch else []
+            parts = [items] if self.in_batch else []
             if hard_items is not None:
-                of_batch.append(hard_items)
-            together = {name: torch.cat([one[name] for one in of_batch]) for name in items}
-            same |= matches(items, together)
+                parts.append(hard_items)
+            of_candidates = {name: torch.cat([part[name] for part in parts]) for name in items}
+            same |= matches(items, of_candidates)
         return scores.masked_fill(same, -torch.inf)
 
     def _network_input(
         self, schema: CacheData, rows: Tables, drawn: Tensor, pos_features: Features | None
     ) -> dict[str, Value]:
-        """The features of the drawn documents; of the positive where none was drawn."""
+        """Return features of the drawn documents, and of the positive where none was drawn."""
         tables = self._tables(schema, rows)
         if pos_features is not None:
             own = schema.rows(
@@ -373,18 +399,18 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             for start in range(0, slots.numel(), max(per_query, 1))
         ]
 
-    def _items(
+    def _positive_items(
         self, schema: CacheData, pos_features: Features | None, batch: int, device: torch.device
     ) -> Tables | None:
-        """The features by which documents are told apart."""
+        """Return the `exclude` tables of the positives."""
         if not self.exclude:
             return None
-        return self._told_apart("pos_features", pos_features, schema, batch, device)
+        return self._exclude_tables("pos_features", pos_features, schema, batch, device)
 
     def _hard_items(
         self, schema: CacheData, hard: HardNegatives | None, queries: Tensor
     ) -> Tables | None:
-        """The features by which hard negatives are told apart; raises where they do not fit."""
+        """Check hard negatives, and return their `exclude` tables."""
         if hard is None:
             return None
         shape = tuple(hard.embeddings.shape)
@@ -395,9 +421,11 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             )
         if not self.exclude:
             return None
-        return self._told_apart("hard_features", hard.features, schema, shape[0], queries.device)
+        return self._exclude_tables(
+            "hard_features", hard.features, schema, shape[0], queries.device
+        )
 
-    def _told_apart(
+    def _exclude_tables(
         self,
         name: str,
         features: Features | None,
@@ -405,7 +433,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         count: int,
         device: torch.device,
     ) -> Tables:
-        """The tables of `exclude` of `count` documents; raises where the features do not fit."""
+        """Return the tables of the features in `exclude` of `count` documents."""
         if features is None:
             raise ValueError(f"{name} must hold {', '.join(self.exclude)} for exclude, got None")
         items = schema.rows(name, select(name, features, self.exclude), device)
@@ -417,12 +445,12 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
     def _joined(
         self, cache: Mapping[str, NegativeCache], queries: Tensor, positives: Tensor
     ) -> JoinedCache:
-        """The caches as one; raises where the arguments do not fit."""
+        """Check the arguments, and return the caches as one."""
         if not cache:
             raise ValueError("cache must hold at least one cache, got none")
         if queries.ndim != 2 or positives.shape != queries.shape:
             raise ValueError(
-                "query_embeddings and pos_doc_embeddings must be (queries, depth) alike, got "
+                "query_embeddings and pos_doc_embeddings must be (queries, dim) alike, got "
                 f"{tuple(queries.shape)} and {tuple(positives.shape)}"
             )
         for name, one in cache.items():
@@ -435,17 +463,31 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
                     f"{queries.device}, got {one.device}"
                 )
         joined = JoinedCache(cache, self.embedding_key, count_empty_slots=self.count_empty_slots)
-        for depth in joined.depths():
-            if queries.shape[1] != depth:
+        for dim in joined.dims():
+            if queries.shape[1] != dim:
                 raise ValueError(
-                    f"query_embeddings must be (queries, {depth}) as the cached embeddings, "
+                    f"query_embeddings must be (queries, {dim}) as the cached embeddings, "
                     f"got {tuple(queries.shape)}"
                 )
         return joined
 
 
 class CacheClassificationLoss(AbstractCacheClassificationLoss):
-    """The loss over the caches of this process."""
+    """Cross entropy against the caches of this process.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> data = {"id": torch.arange(3), "embedding": torch.eye(3)}
+        >>> cache = nc.NegativeCache(data, age=torch.zeros(3))
+        >>> network = torch.nn.Embedding(3, 3)
+        >>> loss = nc.CacheClassificationLoss("embedding", ("id",), score_transform=nc.Scale(20.0))
+        >>> query, positive = torch.rand(2, 3), torch.rand(2, 3)
+        >>> result = loss(lambda drawn: network(drawn["id"]), query, positive, {"cache": cache})
+        >>> result.training_loss.backward()
+
+    See `CacheLossHandler` for a loss with the updates of its cache.
+    """
 
     def _source(
         self,
@@ -458,7 +500,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     ) -> tuple[Source, Tables | None, Tables | None]:
         joined = self._joined(cache, queries, positives)
         schema = joined.caches[0].data
-        items = self._items(schema, features, len(queries), queries.device)
+        items = self._positive_items(schema, features, len(queries), queries.device)
         hard_items = self._hard_items(schema, hard, queries)
         with torch.no_grad():
             source = LocalCaches(joined, queries, self.score_transform, items)
@@ -466,17 +508,24 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
 
 
 class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
-    """The loss over the caches of all ranks as one: each rank keeps a part.
+    """Cross entropy against the caches of all ranks, as shards of one cache.
 
-    All ranks call it together. Batches and caches may differ in size; whatever else differs, or a
-    wrong argument on one rank, or a document network, score_transform or retrieval_fn that fails
-    there, raises on all of them. The noise of the first rank counts: the draws are those of one
-    process with all caches, in the order of the ranks, and all queries. Refreshed embeddings return
-    to the rank that owns them.
+    All ranks must call the loss. The batches and the caches of the ranks may differ in size. An
+    error on one rank, also in the network, score_transform or retrieval_fn, raises on all ranks.
+    The draws are those of one process with all queries and all caches, in the order of the ranks,
+    and the generator of the first rank. Fresh embeddings go back to the ranks of their slots.
+
+    Example::
+
+        >>> from splade_fast import negative_cache as nc
+        >>> keys = {"embedding_key": "embedding", "data_keys": ("id",)}
+        >>> loss = nc.DistributedCacheClassificationLoss(**keys, num_negatives=2)
+        >>> loss.num_negatives
+        2
 
     Args:
-        process_group: whose ranks; None: all.
-        others: as `CacheClassificationLoss`.
+        process_group: the ranks; None: all.
+        others: see `CacheClassificationLoss`.
     """
 
     def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
@@ -500,7 +549,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
                 )
             joined = self._joined(cache, queries, positives)
             schema = joined.caches[0].data
-            items = self._items(schema, features, len(queries), queries.device)
+            items = self._positive_items(schema, features, len(queries), queries.device)
             hard_items = self._hard_items(schema, hard, queries)
         fn = self.retrieval_fn
         state = fn.rng.state if isinstance(fn, GumbelMaxRetrievalFn) else torch.zeros(2).long()
@@ -531,7 +580,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
 
 
 class _Function(nn.Module):
-    """A plain function as a module."""
+    """Module that calls a plain function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -542,22 +591,22 @@ class _Function(nn.Module):
 
 
 def _staleness(cached: Tensor, fresh: Tensor) -> Tensor:
-    """|cached - fresh|^2 / |fresh|^2 (N,); 0 where both are 0."""
+    """Return |cached - fresh|² / |fresh|², (N,); 0 where both are 0."""
     fresh = fresh.to(torch.promote_types(fresh.dtype, torch.float32))
     moved = (cached.to(fresh.dtype) - fresh).square().sum(1)
     return torch.where(moved == 0, 0, moved / fresh.square().sum(1))
 
 
-def _mean_where(counts: Tensor, values: Tensor) -> Tensor:
-    """(B,) from (B, m)."""
-    return torch.where(counts, values, 0).sum(1) / counts.sum(1).clamp(min=1)
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over each row's entries under the mask, (B,) from (B, m)."""
+    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _weights(found: NegativeSamples, inv_temp: float) -> Tensor:
-    """w_j = softmax(S)_j / P(j is drawn | the threshold), so that E Σ_j w_j f_j = E_softmax(S) f.
+    """w_j = softmax(S)_j / P(j is drawn | threshold), so that E Σ_j w_j f_j = E_softmax(S) f.
 
-    The threshold is the perturbed score of the draw that is one too many; where there is none, all
-    documents were drawn and their probabilities remain.
+    The threshold is the perturbed score of the last draw, which is one too many. Without such a
+    draw all documents were drawn, and the weights are their probabilities.
     """
     scores = found.scores[:, :-1]
     above = inv_temp * scores - found.perturbed[:, -1:]

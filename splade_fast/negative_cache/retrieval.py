@@ -1,4 +1,4 @@
-"""Scores of queries with joined caches, and draws from them, by tiles: (B, C) is never kept."""
+"""Scores of queries and joined caches, and draws from them, by tiles: (B, C) never exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TILE_SCORES = 1 << 19  # scores of a tile
 
 
 class Draw(NamedTuple):
-    """How to draw."""
+    """Settings of a draw."""
 
     draws: int  # of each query
     inv_temp: float
@@ -32,26 +32,26 @@ class Draw(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """Which scores count: the highest, or those of contiguous groups of all slots."""
+    """Number and choice of the scores that count: "exact" or "grouped", see the losses."""
 
     k: int
     method: str
 
 
 class Kept(NamedTuple):
-    """The scores that count, and their slots, ascending; -inf and -1 where there are fewer."""
+    """Scores that count, and their slots, ascending; -inf and -1 fill up rows with fewer."""
 
     scores: Tensor  # (B, k)
     slots: Tensor  # (B, k) int64
 
 
 class JoinedCache:
-    """Caches one behind the other, in the order of their names.
+    """Caches concatenated in the order of their names.
 
     Args:
         caches: by name.
-        embedding_key: the feature that queries are scored with.
-        count_empty_slots: slots without an item count like any other.
+        embedding_key: the feature that queries are scored against.
+        count_empty_slots: count slots without an item like all others.
         offset: number of the first slot among those of all shards.
     """
 
@@ -77,17 +77,17 @@ class JoinedCache:
     def device(self) -> torch.device:
         return self.caches[0].device
 
-    def depths(self) -> list[int]:
-        """Columns of the embeddings of each cache."""
+    def dims(self) -> list[int]:
+        """Return the number of columns of the embeddings of each cache."""
         embeddings = [cache.data[self.embedding_key] for cache in self.caches]
         return [
             one.num_cols if isinstance(one, SparseRows) else one[:1].numel() for one in embeddings
         ]
 
     def pieces(self, most: int | None = None) -> Iterator[tuple[int, Value, Tensor | None]]:
-        """(first slot, embeddings on the device, valid) of at most so many slots; None: any number.
+        """Yield (first slot, embeddings on the device, valid) of at most `most` slots each.
 
-        Pinned embeddings always come by tiles.
+        Pinned embeddings always come by tiles; others come whole where `most` is None.
         """
         for start, cache in zip(self.starts, self.caches, strict=False):
             embeddings = cache.data[self.embedding_key]
@@ -100,7 +100,7 @@ class JoinedCache:
                 yield start + first, embeddings[rows].to(cache.device, non_blocking=True), valid
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
-        """Rows of tables, (N, ...) for slots (N,); those of slots outside mean nothing."""
+        """Return rows of tables, (N, ...) for slots (N,); rows of slots outside are arbitrary."""
         rows: Tables = {}
         for start, cache in zip(self.starts, self.caches, strict=False):
             inside = (slots >= start) & (slots < start + cache.size)
@@ -115,7 +115,7 @@ class JoinedCache:
 
 
 def tile_scores(queries: Tensor, embeddings: Value, transform: Transform | None) -> Tensor:
-    """T(q · e) (B, T) in the accumulation dtype."""
+    """Return transform(q · e), (B, T), in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, embeddings.dtype))
     if isinstance(embeddings, SparseRows):
         scores = sparse_scores(queries.to(dtype=acc), embeddings)
@@ -128,7 +128,7 @@ def tile_scores(queries: Tensor, embeddings: Value, transform: Transform | None)
 def score_tiles(
     queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first slot, scores (B, T)) of all tiles; -inf: must not be counted or drawn."""
+    """Yield (first slot, scores (B, T)) of all tiles; -inf for slots that do not count."""
     most = max(1, _TILE_SCORES // max(1, len(queries)))
     for start, embeddings, valid in cache.pieces(most):
         scores = tile_scores(queries, embeddings, transform)
@@ -142,7 +142,7 @@ def score_tiles(
 def all_scores(
     queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Kept:
-    """All slots, for functions that want to see all scores: (B, C)."""
+    """Return the scores of all slots, (B, C), for functions that need them."""
     tiles = [scores for _, scores in score_tiles(queries, cache, transform, exclude)]
     scores = torch.cat(tiles, 1)
     slots = torch.arange(cache.size, device=scores.device) + cache.offset
@@ -156,13 +156,13 @@ def draw(
     exclude: Tensor | None,
     how: Draw,
 ) -> NegativeSamples:
-    """Draws from all slots of a cache; indices count from the first slot of all shards.
+    """Draw from all slots of a cache; indices count from the first slot of all shards.
 
-    With no transform but a scale scoring and drawing is one pass; otherwise it goes by tiles, with
-    the same noise.
+    Without a transform other than a scale, one pass computes the scores and draws. Otherwise the
+    draw goes by tiles, with the same noise.
     """
     parts = []
-    scale = _scale_of(transform)
+    scale = _find_scale(transform)
     if scale is not None:
         for start, embeddings, valid in cache.pieces():
             excluded = None if exclude is None else exclude[:, start : start + len(embeddings)]
@@ -178,7 +178,7 @@ def draw(
                 slot_offset=cache.offset + start,
                 query_offset=how.query_offset,
             )
-            parts.append(_numbered(found, cache.offset + start))
+            parts.append(_add_offset(found, cache.offset + start))
     else:
         for start, scores in score_tiles(queries, cache, transform, exclude):
             parts.append(draw_from_scores(scores, cache.offset + start, how))
@@ -193,8 +193,8 @@ def draw_top_k(
     how: Draw,
     top_k: TopK,
 ) -> NegativeSamples:
-    """Draws from the scores that count; in one pass where there is one cache on the device."""
-    scale = _scale_of(transform)
+    """Draw from the scores that count, in one pass for a single cache on the device."""
+    scale = _find_scale(transform)
     pieces = list(cache.pieces())
     if scale is None or len(pieces) > 1:
         return draw_from_kept(keep_top_k(queries, cache, transform, exclude, top_k), how)
@@ -214,15 +214,15 @@ def draw_top_k(
     )
 
 
-def _scale_of(transform: Transform | None) -> float | None:
-    """The factor, where a transform is nothing else."""
+def _find_scale(transform: Transform | None) -> float | None:
+    """Return the factor of a transform that only scales, else None."""
     if transform is None:
         return 1.0
     return transform.factor if isinstance(transform, Scale) else None
 
 
 def draw_from_scores(scores: Tensor, slot_offset: int, how: Draw) -> NegativeSamples:
-    """Draws from scores (B, T) of the slots from slot_offset on, which the indices count."""
+    """Draw from scores (B, T) of the slots from slot_offset on; indices include the offset."""
     found = sample_scores(
         scores,
         None,
@@ -232,11 +232,11 @@ def draw_from_scores(scores: Tensor, slot_offset: int, how: Draw) -> NegativeSam
         slot_offset=slot_offset,
         query_offset=how.query_offset,
     )
-    return _numbered(found, slot_offset)
+    return _add_offset(found, slot_offset)
 
 
 def draw_from_kept(kept: Kept, how: Draw) -> NegativeSamples:
-    """Draws from the scores that count, with the noise of their slots."""
+    """Draw from the scores that count, with the noise of their slots."""
     return sample_scores(
         kept.scores,
         kept.slots.clamp(min=0),
@@ -248,7 +248,7 @@ def draw_from_kept(kept: Kept, how: Draw) -> NegativeSamples:
 
 
 def merge_draws(parts: Iterable[NegativeSamples]) -> NegativeSamples:
-    """The draws from all parts together, which are in the order of their slots."""
+    """Merge the draws from several parts, given in the order of their slots."""
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
@@ -272,11 +272,11 @@ def keep_top_k(
     top_k: TopK,
     total: int | None = None,
 ) -> Kept:
-    """The scores that count: the highest of every group, or the highest of all.
+    """Return the scores that count: the highest of every group, or the highest of all.
 
     Args:
-        total: slots of all shards, which the groups divide; None: they divide those of this cache.
-            Slots count from the first of all shards.
+        total: number of slots of all shards, for groups over all shards; None: groups over the
+            slots of this cache. Slots count from the first slot of all shards.
     """
     tiles = score_tiles(queries, cache, transform, exclude)
     if top_k.method == "exact":
@@ -284,9 +284,9 @@ def keep_top_k(
         for start, scores in tiles:
             slots = torch.arange(scores.shape[1], device=scores.device) + cache.offset + start
             new = Kept(scores, slots.expand_as(scores))
-            kept = highest(new if kept is None else _beside(kept, new), top_k.k)
+            kept = highest(new if kept is None else _concatenate(kept, new), top_k.k)
         assert kept is not None
-        return by_slot(kept)
+        return sort_by_slot(kept)
     groups = _Groups(cache.size if total is None else total, top_k.k)
     offset = 0 if total is None else cache.offset
     best: Kept | None = None
@@ -296,7 +296,7 @@ def keep_top_k(
             best = Kept(empty, torch.full_like(empty, -1, dtype=torch.int64))
         first = offset + start
         last = first + scores.shape[1]
-        group = groups.of(first)
+        group = groups.find(first)
         while first < last:
             stop = min(groups.start(group + 1), last)
             piece = scores[:, first - offset - start : stop - offset - start]
@@ -308,19 +308,20 @@ def keep_top_k(
 
 
 def highest(kept: Kept, count: int) -> Kept:
-    """The highest of each query, descending; NaN first, of equal scores the first."""
+    """Return the highest scores of each query, descending; NaN first, equal scores by slot."""
     scores, order = kept.scores.sort(dim=1, descending=True, stable=True)
     order = order[:, :count]
     return Kept(scores[:, :count], kept.slots.gather(1, order))
 
 
-def by_slot(kept: Kept) -> Kept:
+def sort_by_slot(kept: Kept) -> Kept:
+    """Return the scores in ascending order of their slots."""
     slots, order = kept.slots.sort(dim=1)
     return Kept(kept.scores.gather(1, order), slots)
 
 
 def merge_groups(parts: Iterable[Kept]) -> Kept:
-    """The maxima of groups from those of shards, which are in the order of their slots."""
+    """Merge the maxima of groups of several shards, given in the order of their slots."""
     best: Kept | None = None
     for part in parts:
         if best is None:
@@ -342,12 +343,12 @@ def _keep_better(best: Kept, group: int, value: Tensor, slot: Tensor) -> None:
 
 
 def _better(new: Tensor, old: Tensor) -> Tensor:
-    """Equal ones are not: the lower slot stays. NaN is above everything."""
+    """Return where new scores replace old ones: greater ones, and NaN over numbers."""
     return (new > old) | (new.isnan() & ~old.isnan())
 
 
 class _Groups:
-    """Contiguous groups of slots, the first of them one slot longer where they do not divide."""
+    """Contiguous groups of slots; the first groups have one slot more where sizes are uneven."""
 
     def __init__(self, slots: int, count: int) -> None:
         self.count = min(count, slots)
@@ -356,17 +357,17 @@ class _Groups:
     def start(self, group: int) -> int:
         return group * self._size + min(group, self._longer)
 
-    def of(self, slot: int) -> int:
+    def find(self, slot: int) -> int:
         in_longer = self._longer * (self._size + 1)
         if slot < in_longer:
             return slot // (self._size + 1)
         return self._longer + (slot - in_longer) // self._size
 
 
-def _beside(left: Kept, right: Kept) -> Kept:
+def _concatenate(left: Kept, right: Kept) -> Kept:
     return Kept(torch.cat([left.scores, right.scores], 1), torch.cat([left.slots, right.slots], 1))
 
 
-def _numbered(found: NegativeSamples, first: int) -> NegativeSamples:
-    """Indices from the first slot of all on; -1 stays."""
+def _add_offset(found: NegativeSamples, first: int) -> NegativeSamples:
+    """Add the number of the first slot to the indices; -1 stays."""
     return found._replace(indices=torch.where(found.indices < 0, -1, found.indices + first))

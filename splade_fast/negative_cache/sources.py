@@ -1,4 +1,4 @@
-"""Where negatives come from: the caches of this process, or those of all ranks as one."""
+"""Sources of negatives: the caches of this process, or the caches of all ranks as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from splade_fast.negative_cache.retrieval import (
     TopK,
     Transform,
     all_scores,
-    by_slot,
     draw,
     draw_from_kept,
     draw_from_scores,
@@ -28,20 +27,21 @@ from splade_fast.negative_cache.retrieval import (
     keep_top_k,
     merge_draws,
     merge_groups,
+    sort_by_slot,
 )
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.ops.sample import NegativeSamples
 
 Updates = dict[str, tuple[dict[str, Value], Tensor, Tensor]]
 
-# Numbers of queries on different ranks that share a seed must differ.
+# Ranks may share a seed, so their queries have different numbers for the noise.
 _QUERIES_OF_A_RANK = 1 << 20
 
 
 class Source(Protocol):
-    """Caches as the losses see them, for the queries of one step. Slots count over all caches."""
+    """Caches for the queries of one step. Slots are numbered over all caches."""
 
-    total: int  # slots
+    total: int  # number of slots
 
     def draw(
         self,
@@ -50,27 +50,27 @@ class Source(Protocol):
         top_k: TopK | None,
         in_batch: Tensor | None,
     ) -> NegativeSamples:
-        """Draws of the queries from the slots and, numbered behind them, the in-batch scores."""
+        """Draw for each query from the slots and from in_batch, numbered behind the slots."""
 
     def choose(
         self, fn: torch.nn.Module, top_k: TopK | None, in_batch: Tensor | None
     ) -> NegativeSamples:
-        """What another function chooses from all scores; perturbed has no elements."""
+        """Choose from all scores by another function; the result has no perturbed scores."""
 
     def highest(self, count: int, top_k: TopK | None) -> Kept:
-        """The highest of the scores that count, descending."""
+        """Return the highest of the scores that count, descending."""
 
     def rows(self, slots: Tensor, *keys: str) -> Tables:
-        """Rows of tables, (B * n, ...) for slots (B, n); those of slots outside mean nothing."""
+        """Return rows of tables, (B * n, ...) for slots (B, n), arbitrary for slots outside."""
 
     def fail_together(self, action: str) -> AbstractContextManager[None]:
         """Raise on all processes that share the caches if the block raises on any."""
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
-        """By name of a cache of this process: what to store, where, and which of it.
+        """Return (features, slots, mask) to store, by name of a cache of this process.
 
         Args:
-            slots: (B, n), where -1 is not stored.
+            slots: (B, n); -1 is not stored.
             fresh: (B * n, ...) rows of the tables of the embeddings.
         """
 
@@ -125,10 +125,10 @@ class LocalCaches:
 
 
 class ShardedCaches:
-    """The caches of all ranks as one: rank r has the slots behind those of rank r - 1.
+    """The caches of all ranks as one: the slots of rank r follow those of rank r - 1.
 
-    Every rank scores the queries of all ranks with its own slots; candidates, rows and refreshed
-    embeddings travel. All methods are collectives.
+    Every rank scores the queries of all ranks against its own slots. The ranks exchange candidates,
+    rows and fresh embeddings. All methods are collectives.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class ShardedCaches:
         self._cache = cache
         sent = {"": queries} | (items or {})
         gathered = ranks.all_gather(*(pad_rows(tensor, self._most) for tensor in sent.values()))
-        whole = [self._unpadded(tensor) for tensor in gathered]
+        whole = [self._drop_padding(tensor) for tensor in gathered]
         everyone = dict(zip(sent, whole, strict=True))
         all_queries = everyone.pop("")
         excluded = _excluded(cache, everyone if items is not None else None)
@@ -173,8 +173,8 @@ class ShardedCaches:
             found = draw_from_kept(self._keep(top_k), mine)
         else:
             with self.fail_together("score_transform"):
-                of_all = draw(*self._scored, mine._replace(query_offset=0))
-            parts = self._to_owners_of_queries(*of_all)
+                candidates = draw(*self._scored, mine._replace(query_offset=0))
+            parts = self._to_owners_of_queries(*candidates)
             found = merge_draws(NegativeSamples(*part) for part in parts)
         found = _with_in_batch(found, in_batch, self.total, mine)
         rng.advance()
@@ -183,7 +183,7 @@ class ShardedCaches:
     def choose(
         self, fn: torch.nn.Module, top_k: TopK | None, in_batch: Tensor | None
     ) -> NegativeSamples:
-        """First a slot of every rank, then a rank by the logsumexp of its scores."""
+        """Choose a slot of every rank, then a rank by the logsumexp of its scores."""
         with self.fail_together("score_transform or retrieval_fn"):
             if top_k is None:
                 kept = all_scores(*self._scored)
@@ -191,13 +191,13 @@ class ShardedCaches:
                 share, more = divmod(top_k.k, self._ranks.count)
                 k = share + (self._ranks.rank < more)
                 kept = keep_top_k(*self._scored, top_k._replace(k=k))
-            of_all = choose_from(kept, fn, None, self.total)
-            if of_all.indices.shape[1] != 1:
+            candidates = choose_from(kept, fn, None, self.total)
+            if candidates.indices.shape[1] != 1:
                 raise ValueError(
                     "retrieval_fn must choose one negative of a query over ranks, got "
-                    f"{of_all.indices.shape[1]}"
+                    f"{candidates.indices.shape[1]}"
                 )
-        parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*of_all)]
+        parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*candidates)]
         with self.fail_together("retrieval_fn"):
             if in_batch is not None:
                 slots = torch.arange(in_batch.shape[1], device=in_batch.device) + self.total
@@ -216,11 +216,11 @@ class ShardedCaches:
         return highest(self._keep(top_k or TopK(count, "exact")), count)
 
     def rows(self, slots: Tensor, *keys: str) -> Tables:
-        asked = self._asked(slots)
-        tables = self._cache.gather(asked.flatten() - self._cache.offset, *keys)
-        shaped = [t.view(*asked.shape, *t.shape[1:]) for t in tables.values()]
+        requested = self._requested(slots)
+        tables = self._cache.gather(requested.flatten() - self._cache.offset, *keys)
+        shaped = [t.view(*requested.shape, *t.shape[1:]) for t in tables.values()]
         answers = self._ranks.all_to_all(*shaped)
-        owner = self._owner(slots.flatten())
+        owner = self._find_rank(slots.flatten())
         places = torch.arange(slots.numel(), device=slots.device)
         return {name: answer[owner, places] for name, answer in zip(tables, answers, strict=True)}
 
@@ -228,34 +228,34 @@ class ShardedCaches:
         return self._ranks.fail_together(action)
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
-        """Every rank stores what any rank has refreshed of its slots."""
-        asked, count = self._asked(slots), self._most * slots.shape[1]
+        """Return the fresh embeddings of all ranks for the slots of this rank."""
+        requested, count = self._requested(slots), self._most * slots.shape[1]
         tables = self._ranks.all_gather(*(pad_rows(table, count) for table in fresh.values()))
         rows = {name: table.flatten(0, 1) for name, table in zip(fresh, tables, strict=True)}
-        local = asked.flatten() - self._cache.offset
+        local = requested.flatten() - self._cache.offset
         return _updates(self._cache, local, rows)
 
     def _keep(self, top_k: TopK) -> Kept:
-        """The scores that count of the queries of this rank, from the slots of all."""
+        """Return the scores that count for the queries of this rank, from all slots."""
         with self.fail_together("score_transform"):
-            of_all = keep_top_k(*self._scored, top_k, self.total)
+            candidates = keep_top_k(*self._scored, top_k, self.total)
         if top_k.method == "exact":
-            missing = (0, min(top_k.k, self.total) - of_all.scores.shape[1])
-            of_all = Kept(
-                torch.nn.functional.pad(of_all.scores, missing, value=-torch.inf),
-                torch.nn.functional.pad(of_all.slots, missing, value=-1),
+            missing = (0, min(top_k.k, self.total) - candidates.scores.shape[1])
+            candidates = Kept(
+                torch.nn.functional.pad(candidates.scores, missing, value=-torch.inf),
+                torch.nn.functional.pad(candidates.slots, missing, value=-1),
             )
-        parts = [Kept(*part) for part in self._to_owners_of_queries(*of_all)]
+        parts = [Kept(*part) for part in self._to_owners_of_queries(*candidates)]
         if top_k.method == "grouped":
             return merge_groups(parts)
-        together = Kept(
+        kept = Kept(
             torch.cat([part.scores for part in parts], 1),
             torch.cat([part.slots for part in parts], 1),
         )
-        return by_slot(highest(together, top_k.k))
+        return sort_by_slot(highest(kept, top_k.k))
 
     def _to_owners_of_queries(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """From (all queries, ...) to the queries of this rank, a part from every rank."""
+        """Send rows (all queries, ...) to the ranks of the queries; return one part per rank."""
         by_rank = [
             torch.stack([pad_rows(part, self._most) for part in tensor.split(self._batches)])
             for tensor in tensors
@@ -264,17 +264,17 @@ class ShardedCaches:
         received = [tensor[:, :mine] for tensor in self._ranks.all_to_all(*by_rank)]
         return list(zip(*(tensor.unbind() for tensor in received), strict=True))
 
-    def _unpadded(self, gathered: Tensor) -> Tensor:
-        """(all queries, ...) from (ranks, most, ...)."""
+    def _drop_padding(self, gathered: Tensor) -> Tensor:
+        """Return (all queries, ...) from (ranks, most, ...)."""
         parts = zip(gathered, self._batches, strict=True)
         return torch.cat([part[:batch] for part, batch in parts])
 
-    def _asked(self, slots: Tensor) -> Tensor:
-        """What all ranks ask for, (ranks, most * n) from (B, n); -1 behind small batches."""
+    def _requested(self, slots: Tensor) -> Tensor:
+        """Return the slots that all ranks need, (ranks, most * n) from (B, n), padded with -1."""
         return self._ranks.all_gather(pad_rows(slots, self._most, -1).flatten())[0]
 
-    def _owner(self, slots: Tensor) -> Tensor:
-        """The rank that has a slot; any rank for those outside."""
+    def _find_rank(self, slots: Tensor) -> Tensor:
+        """Return the rank of each slot, and any rank for slots outside."""
         last = torch.tensor([*self._starts[1:], self.total], device=slots.device)
         return torch.searchsorted(last, slots, right=True).clamp(max=self._ranks.count - 1)
 
@@ -311,7 +311,7 @@ def exchange_sizes(
 def choose_from(
     kept: Kept, fn: torch.nn.Module, in_batch: Tensor | None, first_in_batch: int
 ) -> NegativeSamples:
-    """What a function (B, N) -> (B, m) chooses of the scores that count, and the in-batch ones."""
+    """Choose from the scores that count and in_batch by a function (B, N) -> (B, m)."""
     scores, slots = kept
     if in_batch is not None:
         behind = torch.arange(in_batch.shape[1], device=slots.device) + first_in_batch
@@ -343,7 +343,7 @@ def _with_in_batch(
 
 
 def _excluded(cache: JoinedCache, items: Tables | None) -> Tensor | None:
-    """(B, C) bool: which slots hold the item of a query."""
+    """Return (B, C) bool, True where a slot holds the positive of a query."""
     if items is None:
         return None
     parts = []
@@ -354,7 +354,7 @@ def _excluded(cache: JoinedCache, items: Tables | None) -> Tensor | None:
 
 
 def _updates(cache: JoinedCache, slots: Tensor, fresh: Tables) -> Updates:
-    """Slots (N,) of the caches, -1 or outside: not stored."""
+    """Return the updates of slots (N,); slots outside the caches are not stored."""
     updates: Updates = {}
     for name, one, start in zip(cache.names, cache.caches, cache.starts, strict=False):
         local = slots - start
