@@ -1,4 +1,4 @@
-"""The negative cache of an objective: what it stores of a document, and a step with it."""
+"""Negative cache of an objective: the features that it stores, and a step with it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class DocumentCacheHandler(CacheLossHandler):
     """A cache of tokenized documents and their vectors, and the loss over it.
 
     Args:
-        arguments: those of the objective.
-        tokenizer: of the documents; its inputs are what is stored.
+        arguments: options of the objective.
+        tokenizer: tokenizer of the documents, whose inputs the cache stores.
         vocab_size: V.
-        seed: of the draws; that of the first rank counts.
+        seed: seed of the draws; with shards, that of the first rank.
 
     Raises:
         ValueError: the cache has fewer slots than there are ranks to share them.
@@ -53,8 +53,8 @@ class DocumentCacheHandler(CacheLossHandler):
         paddings = _paddings(tokenizer)
         specs = _specs(arguments, paddings, vocab_size)
         ranks = world_size()
-        joined = ranks > 1 and arguments.cache_sharing == "shards"
-        loss_class = DistributedCacheClassificationLoss if joined else CacheClassificationLoss
+        has_shards = ranks > 1 and arguments.cache_sharing == "shards"
+        loss_class = DistributedCacheClassificationLoss if has_shards else CacheClassificationLoss
         loss = loss_class(
             _EMBEDDING,
             tuple(paddings),
@@ -70,7 +70,7 @@ class DocumentCacheHandler(CacheLossHandler):
         super().__init__(
             CacheManager(
                 specs,
-                _slots(arguments),
+                _count_slots(arguments),
                 arguments.cache_use_lru,
                 storage=arguments.cache_storage,
             ),
@@ -79,20 +79,20 @@ class DocumentCacheHandler(CacheLossHandler):
             tuple(paddings),
             use_cross_replica=ranks > 1 and arguments.cache_sharing == "replicas",
         )
-        self._left_padded = tokenizer.padding_side == "left"
-        self._most_tokens = arguments.cache_document_length
+        self._is_left_padded = tokenizer.padding_side == "left"
+        self._max_tokens = arguments.cache_document_length
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raises ValueError where the cache cannot store tokenized documents."""
+        """Raise ValueError if the cache cannot store these tokenized documents."""
         if set(inputs) != set(self.data_keys):
             raise ValueError(
                 f"documents must have {sorted(self.data_keys)}, the tokenizer's inputs, which the "
                 f"cache stores, got {sorted(inputs)}"
             )
         width = inputs[_IDS].shape[1]
-        if width > self._most_tokens:
+        if width > self._max_tokens:
             raise ValueError(
-                f"documents must be at most cache_document_length = {self._most_tokens} tokens "
+                f"documents must be at most cache_document_length = {self._max_tokens} tokens "
                 f"long, got {width}"
             )
 
@@ -106,10 +106,10 @@ class DocumentCacheHandler(CacheLossHandler):
         """Compute the loss of a batch over the cache, then update the cache with its positives.
 
         Args:
-            network: tokenized texts -> vectors; gets the drawn documents without their padding.
+            network: maps tokenized texts, without padding, to vectors.
             queries: (B, V).
-            documents: (m * B, V), the positive of each query, then hard negatives, which are
-                candidates of every query and are not cached.
+            documents: (m * B, V), the positive of each query, then hard negatives. Hard negatives
+                are candidates of every query and are not cached.
             inputs: tokenized documents, (m * B, L) by name, see `check_inputs`.
 
         Returns:
@@ -124,7 +124,7 @@ class DocumentCacheHandler(CacheLossHandler):
             }
             return network(without_padding(texts)).to(documents.dtype)
 
-        features = _left_aligned(inputs) if self._left_padded else inputs
+        features = _align_left(inputs) if self._is_left_padded else inputs
         batch = len(queries)
         has_hard = len(documents) > batch
         result = self.step(
@@ -144,7 +144,7 @@ class DocumentCacheHandler(CacheLossHandler):
 
 
 def _paddings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The inputs that the tokenizer makes, and what it pads them with."""
+    """Return the names of the tokenizer's inputs with the values that pad them."""
     known = {_IDS: tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     return {name: known.get(name, 0) for name in tokenizer.model_input_names}
 
@@ -153,7 +153,7 @@ def _specs(
     arguments: ObjectiveArguments, paddings: Mapping[str, int], vocab_size: int
 ) -> dict[str, Feature]:
     length = arguments.cache_document_length
-    # Padded as in a longer batch, so that a document equals itself in any batch.
+    # Padding to one length makes a document equal to itself in any batch.
     specs: dict[str, Feature] = {
         name: FixedLenFeature([length], _DTYPES.get(name, torch.int32), default_value=padding)
         for name, padding in paddings.items()
@@ -167,8 +167,8 @@ def _specs(
     return specs
 
 
-def _slots(arguments: ObjectiveArguments) -> int:
-    """Of this rank."""
+def _count_slots(arguments: ObjectiveArguments) -> int:
+    """Return the number of slots of this rank."""
     ranks = world_size()
     if ranks == 1 or arguments.cache_sharing == "replicas":
         return arguments.cache_size
@@ -180,7 +180,7 @@ def _slots(arguments: ObjectiveArguments) -> int:
     return share + (dist.get_rank() < more)
 
 
-def _left_aligned(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Padding moved behind the texts, so that a document equals itself in any batch."""
+def _align_left(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move padding behind the texts, so that a document equals itself in any batch."""
     order = (inputs[_MASK] == 0).to(torch.uint8).argsort(dim=1, stable=True)
     return {name: tensor.gather(1, order) for name, tensor in inputs.items()}
