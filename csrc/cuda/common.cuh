@@ -1,4 +1,4 @@
-// What every op on CUDA needs beside device.cuh: the dispatch over dtypes, the device and its stream.
+// Shared by every op on CUDA, beside device.cuh: the dispatch over dtypes, the device and its stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ void dispatch_floating(ScalarType dtype, Body body) {
 // Device and launches --------------------------------------------------------------------------------------------
 
 inline void check_cuda(cudaError_t error, const char* op) {
-  if (error != cudaSuccess) cudaGetLastError();  // so that the next launch is not blamed for it
+  if (error != cudaSuccess) cudaGetLastError();  // clear the error, so that the next launch does not report it
   STD_TORCH_CHECK(error == cudaSuccess, "splade_fast::", op, ": ", cudaGetErrorString(error));
 }
 

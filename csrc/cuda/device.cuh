@@ -1,4 +1,4 @@
-// What kernels need and torch has no part in: element types, vector accesses, activations, sequences.
+// Device code without torch: element types, vector accesses, activations, sequences.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -3,12 +3,12 @@
 // A block takes a row of one table, or when writing a few rows, and copies it by the widest accesses that the row's
 // size and the addresses allow. Tables lie in device memory or in pinned host memory, which the GPU reads in place.
 //
-// A write must be refused as a whole if any index is out of range, and of several writes to one row the last one has to
-// win, both without the host looking. So every block reads all indices before it writes: a bad one stops every block by
-// a device-side assertion, and a row with a later write is left out.
+// An index out of range must refuse the whole write, and of several writes to one row the last one must win, both
+// without the host. So every block reads all indices before it writes: a bad index stops every block by a device-side
+// assertion, and a block skips a row that has a later write.
 //
 // The update of a cache is four launches: the refreshed rows; one block that ages every slot and finds the oldest; the
-// order of those; the new rows, by the slots that came out of it.
+// order of those; the new rows, which go to the slots found.
 #include <torch/csrc/stable/library.h>
 
 #include "common/gather.h"
@@ -19,8 +19,8 @@ namespace splade_fast::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxTables = 48;        // of a launch: the arguments of a kernel have 4 KiB
-constexpr int kMaxRows = 32;          // that a block writes
+constexpr int kMaxTables = 48;        // in a launch: the arguments of a kernel have 4 KiB
+constexpr int kMaxRows = 32;          // written by a block
 constexpr int64_t kBlocks = 1 << 10;  // more rows than this share a block
 
 struct Copy {
@@ -62,7 +62,7 @@ __device__ void copy_row(const Copy& copy, int64_t from, int64_t to) {
 
 __device__ inline bool in_range(int64_t index, int64_t table_rows) { return index >= 0 && index < table_rows; }
 
-// Whatever NDEBUG says, as PyTorch's own checks of indices: the next call that waits for the device raises.
+// Checks regardless of NDEBUG, as PyTorch checks indices: the next call that waits for the device raises.
 __device__ inline void refuse() {
   __assert_fail("indices must be between 0 and the last row of the tables", __FILE__, __LINE__, "splade_fast gather");
 }
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   const int rows = static_cast<int>(min(static_cast<int64_t>(rows_per_block), count - first));
   if (threadIdx.x < rows) {
     const bool written = mask == nullptr || mask[first + threadIdx.x];
-    own[threadIdx.x] = written ? indices[first + threadIdx.x] : -1;  // an index that is masked may be unset memory
+    own[threadIdx.x] =
+        written ? indices[first + threadIdx.x] : -1;  // the index under a false mask may be uninitialised
     left_out[threadIdx.x] = !written;
   }
   __syncthreads();
@@ -119,7 +120,7 @@ struct AgeTask {
   bool use_lru;  // refreshed slots become the youngest
   const bool* new_mask;
   int64_t new_count;
-  int64_t wanted;         // how many of the oldest are looked for: no more than there are slots
+  int64_t wanted;         // number of oldest slots to find, at most the number of slots
   int64_t* found;         // (wanted,) their slots, ascending
   int32_t* found_age;     // (wanted,)
   int64_t* item_of_rank;  // (wanted,) which new item takes the slot of a rank, -1: none
@@ -134,11 +135,11 @@ struct AgeShared {
   int64_t remaining;
 };
 
-// How many of the block's threads before this one have `counts` set; total: of all.
-__device__ unsigned rank_in_block(AgeShared& shared, bool counts, unsigned& total) {
+// Number of threads before this one in the block with a true argument; total: number in the whole block.
+__device__ unsigned rank_in_block(AgeShared& shared, bool is_counted, unsigned& total) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const unsigned ballot = __ballot_sync(kAllLanes, counts);
-  __syncthreads();  // the last call's results have been read
+  const unsigned ballot = __ballot_sync(kAllLanes, is_counted);
+  __syncthreads();  // all threads have read the results of the last call
   if (lane == 0) shared.warp[warp] = __popc(ballot);
   __syncthreads();
   if (warp == 0) {
@@ -167,7 +168,7 @@ __device__ void rank_new_items(AgeShared& shared, const AgeTask& task) {
     unsigned total = 0;
     const int64_t rank = before + rank_in_block(shared, added, total);
     if (added && rank < task.wanted) task.item_of_rank[rank] = item;
-    if (added && rank >= task.wanted) task.places[item] = -1;  // which no table has
+    if (added && rank >= task.wanted) task.places[item] = -1;  // no table has this slot
     before += total;
   }
 }
@@ -196,11 +197,11 @@ __device__ void age_range(AgeShared& shared, const AgeTask& task, int32_t& large
 }
 
 struct AgeCut {
-  unsigned youth;   // of the wanted-th oldest: how much younger than the oldest it is
-  int64_t of_them;  // how many slots of that youth are among the wanted
+  unsigned youth;   // difference of age between the oldest slot and the wanted-th oldest
+  int64_t of_them;  // number of wanted slots with that difference
 };
 
-// Digit by digit of how much younger a slot is than the oldest, from the highest digit that differs.
+// Finds the difference digit by digit, from the highest digit that differs.
 __device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t largest, int32_t smallest) {
   const int lane = threadIdx.x % kWarp;
   const unsigned range = static_cast<unsigned>(largest) - static_cast<unsigned>(smallest);
@@ -215,11 +216,11 @@ __device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t 
       const int64_t slot = tile + threadIdx.x;
       unsigned youth = 0;
       if (slot < task.slots) youth = static_cast<unsigned>(largest) - static_cast<unsigned>(task.age[slot]);
-      const bool counts = slot < task.slots && youth >> shift >> kDigitBits == known;
-      const int digit = counts ? static_cast<int>(youth >> shift) & (kBins - 1) : kBins;
-      // Neighbouring slots are mostly of one age: one atomic for all lanes that agree.
+      const bool is_counted = slot < task.slots && youth >> shift >> kDigitBits == known;
+      const int digit = is_counted ? static_cast<int>(youth >> shift) & (kBins - 1) : kBins;
+      // Most neighbouring slots have the same age: one atomic serves all lanes that agree.
       const unsigned peers = __match_any_sync(kAllLanes, digit);
-      if (counts && lane == __ffs(static_cast<int>(peers)) - 1) {
+      if (is_counted && lane == __ffs(static_cast<int>(peers)) - 1) {
         atomicAdd(&shared.histogram[digit], static_cast<unsigned long long>(__popc(peers)));
       }
     }
@@ -238,7 +239,7 @@ __device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t 
   return {prefix, remaining};
 }
 
-// One block: everything in it has seen what it wrote before.
+// One block, so its threads see what it wrote before.
 __global__ void __launch_bounds__(kAgeThreads, 1) age_kernel(const AgeTask task) {
   __shared__ AgeShared shared;
   bool all_in_range = true;
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kAgeThreads, 1) age_kernel(const AgeTask task)
   }
 }
 
-// A thread for each found slot: its rank is how many are older, of equal ages those in front.
+// A thread for each found slot: its rank is the number of older slots, and of slots of the same age in front of it.
 __global__ void __launch_bounds__(kThreads) rank_kernel(const AgeTask task) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= task.wanted) return;
@@ -305,13 +306,13 @@ int access_width(const Copy& copy) {
   return width;
 }
 
-// The address of a table as the kernels see it: device memory as it is, pinned host memory where it is mapped.
+// The address of a table on the device: its own in device memory, the mapped one in pinned host memory.
 uint8_t* device_address(const Tensor& table, const Tensor& indices, const char* op) {
   if (table.is_cuda()) {
     STD_TORCH_CHECK(table.device() == indices.device(), "tables must be on the device of indices or in pinned memory");
     return mutable_data<uint8_t>(table);
   }
-  if (table.numel() == 0) return nullptr;  // it may have no address to ask for, and nothing is copied
+  if (table.numel() == 0) return nullptr;  // an empty table may have no address, and nothing is copied
   cudaPointerAttributes attributes{};
   check_cuda(cudaPointerGetAttributes(&attributes, table.const_data_ptr()), op);
   STD_TORCH_CHECK(attributes.type == cudaMemoryTypeHost,
@@ -404,7 +405,7 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   const OnDevice device(age, op);
   if (slots == 0) return;
   const Tensors written = update.written();
-  for (const Tensor& table : tables) device_address(table, age, op);  // raises before anything is written
+  for (const Tensor& table : tables) device_address(table, age, op);  // raise before anything is written
   const Tensors refreshed_sources = contiguous_sources(refreshed_rows, written);
   const Tensors new_sources = contiguous_sources(new_rows, written);
   const std::optional<Tensor> places = contiguous_or_none(refreshed_slots);

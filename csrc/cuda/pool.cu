@@ -1,8 +1,8 @@
 // pool on CUDA: logits (B, L, V) -> pooled (B, V).
 //
-// Memory-bound: every logit that counts is read once, each gradient is written once. A thread owns a few neighbouring
-// columns and keeps their running result in registers while it walks over the rows; where columns are too few to fill
-// the device, the rows of a sequence are cut into slices for several threads of a block.
+// Memory bounds the kernel: it reads every logit of a real token once and writes each gradient once. A thread owns a
+// few neighbouring columns and keeps their running result in registers while it walks over the rows. Where there are
+// too few columns to fill the device, several threads of a block share the rows of a sequence.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,11 +13,11 @@ namespace splade_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kThreadsPerMultiprocessor = 2048;  // what fills a device
-constexpr int kMinRows = 4;                          // of a slice
-constexpr int kMinSegmentBytes = 128;                // of a row that a slice reads at once
+constexpr int64_t kThreadsPerMultiprocessor = 2048;  // enough to fill a device
+constexpr int kMinRows = 4;                          // in a slice
+constexpr int kMinSliceBytes = 128;                  // of a row, read by a slice at once
 
-// Whether a running maximum takes the candidate: NaN is taken and then kept, as torch.max does; ties keep the earlier.
+// Whether the candidate replaces the maximum: NaN does and then stays, as in torch.max; of equals the earlier stays.
 template <typename Acc>
 __device__ bool beats(Acc candidate, Acc value) {
   return !(candidate <= value) && value == value;
@@ -28,9 +28,9 @@ __device__ Acc lowest() {
   return -static_cast<Acc>(INFINITY);
 }
 
-// The running result of one thread's columns.
+// The running result of the columns of one thread.
 template <typename T, int kVec, Pooling kPooling>
-struct Running {
+struct ColumnState {
   using Acc = Accumulator<T>;
 
   Acc value[kVec];
@@ -60,7 +60,7 @@ struct Running {
         value[i] = better ? logit : value[i];
         position[i] = better ? row : position[i];
       } else {
-        // Most logits of a trained model are not positive: they skip the logarithm.
+        // Most logits of a trained model are not positive and skip the logarithm.
         const Acc biased = logit + bias[i];
         if (!(biased <= Acc(0))) value[i] += activate(biased, activation);
       }
@@ -68,14 +68,14 @@ struct Running {
   }
 };
 
-// Activation, type and place of a finished entry.
+// Stores a finished entry.
 template <typename T, Pooling kPooling>
-__device__ void finish(const PoolTask& task, int64_t b, int64_t column, Accumulator<T> value, int32_t position,
-                       bool counted) {
+__device__ void store_result(const PoolTask& task, int64_t b, int64_t column, Accumulator<T> value, int32_t position,
+                             bool has_real_row) {
   if constexpr (kPooling == Pooling::kSum) {
     store_either<T>(task.pooled, task.pooled_in_acc, b * task.vocabulary + column, value);
   } else {
-    store_maximum<T>(task, b, column, value, position, counted);
+    store_maximum<T>(task, b, column, value, position, has_real_row);
   }
 }
 
@@ -84,7 +84,7 @@ template <typename T, int kVec, Pooling kPooling>
 __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int lanes, int64_t tiles) {
   using Acc = Accumulator<T>;
   constexpr bool kMax = kPooling == Pooling::kMax;
-  // Loads in flight of a thread; the sum's logarithms are inlined for each of them.
+  // Loads in flight per thread. The compiler inlines the logarithms of the sum for each of them.
   constexpr int kUnroll = kVec * sizeof(T) >= kVectorBytes || !kMax ? 4 : 8;
   __shared__ alignas(16) Acc values[kThreads * kVec];
   __shared__ alignas(16) int32_t positions[kMax ? kThreads * kVec : 1];
@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
 
   const int slices = kThreads / lanes, slice = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t column = first + lane * kVec;
-  Running<T, kVec, kPooling> running;
-  running.start(task, column);
-  bool counted = false;
+  ColumnState<T, kVec, kPooling> state;
+  state.start(task, column);
+  bool has_real_row = false;
   if (column < task.columns && !empty) {
     const int64_t per_slice = (end - begin + slices - 1) / slices;
     const int64_t from = begin + slice * per_slice;
@@ -113,18 +113,18 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
         static_cast<const T*>(task.logits) + offset + (first_position - task.first_row) * task.row_stride + column;
     const bool* mask = task.mask != nullptr ? task.mask + from : nullptr;
     for (int row = 0; row < rows; row += kUnroll, source += kUnroll * task.row_stride) {
-      bool counts[kUnroll];
+      bool is_real[kUnroll];
       Vector<T, kVec> logits[kUnroll];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) counts[i] = row + i < rows && (mask == nullptr || mask[row + i]);
+      for (int i = 0; i < kUnroll; ++i) is_real[i] = row + i < rows && (mask == nullptr || mask[row + i]);
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        if (counts[i]) logits[i] = load_vector<kVec>(source + i * task.row_stride);
+        if (is_real[i]) logits[i] = load_vector<kVec>(source + i * task.row_stride);
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        if (counts[i]) running.add(logits[i], first_position + row + i, task.activation);
-        counted |= counts[i];
+        if (is_real[i]) state.add(logits[i], first_position + row + i, task.activation);
+        has_real_row |= is_real[i];
       }
     }
   }
@@ -132,17 +132,17 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const int slot = slice * tile + lane * kVec + i;
-    values[slot] = running.value[i];
-    if constexpr (kMax) positions[slot] = running.position[i];
+    values[slot] = state.value[i];
+    if constexpr (kMax) positions[slot] = state.position[i];
   }
-  counted = __syncthreads_or(counted);
+  has_real_row = __syncthreads_or(has_real_row);
 
-  // Slices in the order of their rows: ties go to the lowest row, NaN to the first.
+  // Merges the slices in the order of their rows: ties go to the lowest row, NaN to the first.
   const bool opens = empty || whole.start >= task.first_row, closes = empty || whole.stop <= task.end_row;
   for (int c = threadIdx.x; c < tile && first + c < task.columns; c += kThreads) {
     Acc value = kMax ? lowest<Acc>() : Acc(0);
     int32_t position = 0;
-    bool any = counted;
+    bool any = has_real_row;
     if (!opens) {
       value = static_cast<const Acc*>(task.carry_in.value)[first + c];
       if constexpr (kMax) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
       }
     }
     if (closes) {
-      finish<T, kPooling>(task, b, first + c, value, position, any);
+      store_result<T, kPooling>(task, b, first + c, value, position, any);
     } else {
       static_cast<Acc*>(task.carry_out.value)[first + c] = value;
       if constexpr (kMax) task.carry_out.position[first + c] = any ? position : -1;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
 int choose_lanes(const PoolTask& task, int vector_bytes, int64_t vectors, int64_t multiprocessors) {
   const int64_t rows = (task.end_row - task.first_row) / task.num_sequences;
   int lanes = kThreads;
-  while (lanes / 2 * vector_bytes >= kMinSegmentBytes && rows * lanes >= 2 * kMinRows * kThreads &&
+  while (lanes / 2 * vector_bytes >= kMinSliceBytes && rows * lanes >= 2 * kMinRows * kThreads &&
          task.num_sequences * vectors * kThreads < multiprocessors * kThreadsPerMultiprocessor * lanes) {
     lanes /= 2;
   }
@@ -196,7 +196,7 @@ struct Walk {
   int64_t tiles, splits, rows_per_split;
 
   Walk(int64_t batch, int64_t length, int64_t vectors, int64_t multiprocessors) {
-    constexpr int64_t kRows = 16;  // amortize what is computed once per column
+    constexpr int64_t kRows = 16;  // to amortise the work done once per column
     tiles = ceil_div(vectors, kThreads);
     const int64_t wanted = ceil_div(2 * multiprocessors * kThreadsPerMultiprocessor, batch * tiles * kThreads);
     splits = std::max<int64_t>(std::min(wanted, length / kRows), 1);
@@ -207,7 +207,7 @@ struct Walk {
   int64_t blocks(int64_t batch) const { return batch * splits * tiles; }
 };
 
-// Where a thread is: block = (b * splits + split) * tiles + tile.
+// The place of a thread: block = (b * splits + split) * tiles + tile.
 template <int kVec>
 struct Place {
   int64_t b, column, first_row, last_row;
@@ -264,12 +264,12 @@ __global__ void __launch_bounds__(kThreads)
   const int rows = static_cast<int>(place.last_row - place.first_row);
 #pragma unroll 4
   for (int row = 0; row < rows; ++row, source += row_stride, target += vocabulary) {
-    const bool counts = mask == nullptr || mask[first + row];
+    const bool is_real = mask == nullptr || mask[first + row];
     Vector<T, kVec> out, logit;
-    if (counts) logit = load_vector<kVec>(source);
+    if (is_real) logit = load_vector<kVec>(source);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const Acc gradient = counts ? coefficient(incoming[i], to_acc(logit.element[i]), activation) : Acc(0);
+      const Acc gradient = is_real ? coefficient(incoming[i], to_acc(logit.element[i]), activation) : Acc(0);
       out.element[i] = from_acc<T>(gradient);
     }
     store_vector(target, out);

@@ -9,7 +9,7 @@ namespace splade_fast::cuda {
 // The running result of the one sequence that a block of rows cuts in two.
 struct PoolCarry {
   void* value;        // (columns,) in the accumulation type
-  int32_t* position;  // (columns,); -1: no row has counted yet; max pooling only
+  int32_t* position;  // (columns,); -1: no real token so far; max pooling only
 };
 
 // Some columns of some rows of logits, reduced over the rows of each sequence.
@@ -19,12 +19,12 @@ struct PoolTask : PooledOutputs {
   const void* logits;
   int64_t sequence_stride, row_stride;
   int64_t columns;
-  int64_t readable;            // >= columns: elements of a row that may be read
-  int64_t first_row, end_row;  // the rows that logits holds, among the rows of all sequences
+  int64_t readable;            // >= columns: number of readable elements of a row
+  int64_t first_row, end_row;  // rows in logits, among the rows of all sequences
   Sequences sequences;
-  int64_t first_sequence, num_sequences;  // no others have rows here
+  int64_t first_sequence, num_sequences;  // sequences with rows here
   const bool* mask;                       // (B, L), or null
-  PoolCarry carry_in, carry_out;          // only where rows are cut within a sequence
+  PoolCarry carry_in, carry_out;          // used where a sequence is cut
 };
 
 // dtype: of logits and bias.

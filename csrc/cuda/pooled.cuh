@@ -1,11 +1,11 @@
-// Where the maxima of sequences go, whichever kernel finds them.
+// The outputs of max pooling, for every kernel that finds maxima.
 #pragma once
 
 #include "cuda/device.cuh"
 
 namespace splade_fast::cuda {
 
-// Outputs (B, vocabulary), at the first column of whoever writes. Maxima and their positions: null if not wanted.
+// Outputs (B, vocabulary), from the first column of the writer on. Maxima and their positions: null if not wanted.
 struct PooledOutputs {
   int64_t vocabulary;
   void* pooled;
@@ -17,13 +17,13 @@ struct PooledOutputs {
   Activation activation;
 };
 
-// Bias, activation, type and place of a finished maximum. A sequence without rows that count stays at -inf whatever the
-// bias.
+// Adds the bias to a finished maximum, applies the activation and stores both. A sequence without real tokens keeps
+// -inf, whatever the bias.
 template <typename T>
 __device__ void store_maximum(const PooledOutputs& outputs, int64_t b, int64_t column, Accumulator<T> value,
-                              int32_t position, bool counted) {
+                              int32_t position, bool has_real_token) {
   const int64_t index = b * outputs.vocabulary + column;
-  if (outputs.bias != nullptr && counted) value += to_acc(static_cast<const T*>(outputs.bias)[column]);
+  if (outputs.bias != nullptr && has_real_token) value += to_acc(static_cast<const T*>(outputs.bias)[column]);
   store_either<T>(outputs.pooled, outputs.pooled_in_acc, index, activate(value, outputs.activation));
   if (outputs.max_logits != nullptr) {
     static_cast<Accumulator<T>*>(outputs.max_logits)[index] = value;

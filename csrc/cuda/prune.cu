@@ -2,8 +2,8 @@
 //
 // A block per row. One coalesced pass compacts the entries above the threshold into shared memory, in the order of
 // their columns. A row with at most k of them is finished; otherwise a radix selection finds the k-th largest among
-// them, or in the row itself, again from global memory, where they are more than the buffer holds. A last pass writes
-// what is kept, again in order.
+// them, or in the row itself, read again from global memory, where the buffer is too small. A last pass writes the
+// remaining entries, again in order.
 #include <torch/csrc/stable/library.h>
 
 #include <climits>
@@ -18,21 +18,18 @@ namespace splade_fast::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kItems = 8;               // of a thread, before the block has to agree on places
+constexpr int kItems = 8;               // per thread, between two agreements of the block on places
 constexpr int kBufferBytes = 32 << 10;  // candidates of a row
 constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
 
 template <typename Acc>
-using Key = OrderedKey<Acc>;
-
-template <typename Acc>
-constexpr int kCapacity = kBufferBytes / static_cast<int>(sizeof(Key<Acc>) + sizeof(int32_t));
+constexpr int kCapacity = kBufferBytes / static_cast<int>(sizeof(OrderedKey<Acc>) + sizeof(int32_t));
 
 struct PruneTask {
   const void* x;
   int64_t row_stride;
   int columns;
-  int k;             // columns where there is no limit
+  int k;             // number of columns where there is no limit
   double threshold;  // NaN: none
   double max_ratio;  // negative: none
   int64_t width;
@@ -43,34 +40,34 @@ struct PruneTask {
 
 template <typename Acc>
 struct Shared {
-  Key<Acc> key[kCapacity<Acc>];
+  OrderedKey<Acc> key[kCapacity<Acc>];
   int32_t column[kCapacity<Acc>];
-  Key<Acc> largest[kWarps];
+  OrderedKey<Acc> largest[kWarps];
   unsigned counts[2][kItems * kWarps];
   unsigned total[2];
   int histogram[kBins];
   int digit, remaining;
 };
 
-// An entry may be kept for certain, or as one of a number of ties. Both are counted in one integer: a tile has fewer
-// than 2^16 entries.
+// An entry is kept for certain, or as one of several ties. One integer counts both: a tile has fewer than 2^16 entries.
 constexpr unsigned kCertain = 1, kTie = 1 << 16;
 
 struct Counts {
   int certain, ties;
 };
 
-// classify(i, key) sets the key and says 0, kCertain or kTie; then place(i, key, class, counts of what stands before
-// it) for all that are not 0, for 0 <= i < count. Returns the counts of all.
+// Calls classify(i, key) for 0 <= i < count, which sets the key and returns 0, kCertain or kTie. Then calls place(i,
+// key, class, counts of the entries in front) for each entry with another class than 0. Returns the counts of all
+// entries.
 template <typename Acc, typename Classify, typename Place>
 __device__ Counts in_order(Shared<Acc>& shared, int count, Classify classify, Place place) {
   constexpr int kTile = kThreads * kItems, kPerLane = kItems * kWarps / kWarp;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const unsigned lower_lanes = (1u << lane) - 1;
   Counts before{0, 0};
-  int turn = 0;  // two sets of counts, so that a tile need not wait until all have read those of the last
+  int turn = 0;  // two sets of counts, so that no tile waits until all threads have read those of the last
   for (int64_t tile = 0; tile < count; tile += kTile, turn ^= 1) {
-    Key<Acc> key[kItems];
+    OrderedKey<Acc> key[kItems];
     unsigned kind[kItems], offset[kItems];
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -119,30 +116,30 @@ __device__ Counts in_order(Shared<Acc>& shared, int count, Classify classify, Pl
 
 template <typename Acc>
 struct Cut {
-  Key<Acc> kth;
-  int ties;  // how many entries equal to the k-th largest are among the k largest
+  OrderedKey<Acc> kth;
+  int ties;  // number of entries equal to the k-th largest among the k largest
 };
 
-// The k-th largest key, digit by digit. candidate(i, key) sets the key and says whether entry i takes part.
-template <typename Acc, typename Candidate>
-__device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, Candidate candidate) {
-  constexpr int kBits = 8 * sizeof(Key<Acc>), kPerLane = kBins / kWarp;
+// The k-th largest key, digit by digit. load_key(i, key) sets the key and returns whether entry i takes part.
+template <typename Acc, typename LoadKey>
+__device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, LoadKey load_key) {
+  constexpr int kBits = 8 * sizeof(OrderedKey<Acc>), kPerLane = kBins / kWarp;
   const int lane = threadIdx.x % kWarp;
-  Key<Acc> prefix = 0;
+  OrderedKey<Acc> prefix = 0;
   int remaining = k;
   for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
     __syncthreads();
-    // Digits above this one; shifted in two steps, since a shift by all bits is undefined.
-    const Key<Acc> known = prefix >> shift >> kDigitBits;
+    // The digits above this one. Two shifts, since a shift by all bits is undefined.
+    const OrderedKey<Acc> known = prefix >> shift >> kDigitBits;
     for (int64_t tile = 0; tile < count; tile += kThreads) {
       const int64_t i = tile + threadIdx.x;
-      Key<Acc> key = 0;
-      const bool counts = i < count && candidate(static_cast<int>(i), key) && key >> shift >> kDigitBits == known;
-      const int digit = counts ? static_cast<int>(key >> shift) & (kBins - 1) : kBins;
-      // Leading digits are mostly the same: one atomic for all lanes that agree.
+      OrderedKey<Acc> key = 0;
+      const bool is_counted = i < count && load_key(static_cast<int>(i), key) && key >> shift >> kDigitBits == known;
+      const int digit = is_counted ? static_cast<int>(key >> shift) & (kBins - 1) : kBins;
+      // Most leading digits are the same: one atomic serves all lanes that agree.
       const unsigned peers = __match_any_sync(kAllLanes, digit);
-      if (counts && lane == __ffs(peers) - 1) atomicAdd(&shared.histogram[digit], __popc(peers));
+      if (is_counted && lane == __ffs(peers) - 1) atomicAdd(&shared.histogram[digit], __popc(peers));
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {
@@ -163,14 +160,14 @@ __device__ Cut<Acc> select_kth(Shared<Acc>& shared, int count, int k, Candidate 
       }
     }
     __syncthreads();
-    prefix |= static_cast<Key<Acc>>(shared.digit) << shift;
+    prefix |= static_cast<OrderedKey<Acc>>(shared.digit) << shift;
     remaining = shared.remaining;
   }
   return {prefix, remaining};
 }
 
 template <typename Acc>
-__device__ Key<Acc> block_max(Shared<Acc>& shared, Key<Acc> key) {
+__device__ OrderedKey<Acc> block_max(Shared<Acc>& shared, OrderedKey<Acc> key) {
   for (int step = kWarp / 2; step > 0; step /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, step));
   if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = key;
   __syncthreads();
@@ -186,17 +183,17 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const PruneTask task) {
   const T* row = static_cast<const T*>(task.x) + b * task.row_stride;
   // Rounded as PyTorch rounds a number that is compared with a tensor.
   const Acc threshold = to_acc(from_acc<T>(static_cast<Acc>(task.threshold)));
-  const auto from_row = [&](int column, Key<Acc>& key) {
+  const auto from_row = [&](int column, OrderedKey<Acc>& key) {
     const Acc value = to_acc(row[column]);
     key = to_key(value);
     return !(value <= threshold);
   };
 
-  Key<Acc> largest = 0;
+  OrderedKey<Acc> largest = 0;
   const int found =
       in_order(
-          shared, task.columns, [&](int column, Key<Acc>& key) { return from_row(column, key) ? kCertain : 0u; },
-          [&](int column, Key<Acc> key, unsigned, Counts before) {
+          shared, task.columns, [&](int column, OrderedKey<Acc>& key) { return from_row(column, key) ? kCertain : 0u; },
+          [&](int column, OrderedKey<Acc> key, unsigned, Counts before) {
             largest = max(largest, key);
             if (before.certain < kCapacity<Acc>) {
               shared.key[before.certain] = key;
@@ -210,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const PruneTask task) {
   Cut<Acc> cut{0, INT_MAX};
   if (found > task.k) {
     cut = in_buffer ? select_kth(shared, found, task.k,
-                                 [&](int i, Key<Acc>& key) {
+                                 [&](int i, OrderedKey<Acc>& key) {
                                    key = shared.key[i];
                                    return true;
                                  })
@@ -218,34 +215,35 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const PruneTask task) {
   }
   if (task.max_ratio >= 0) {
     const Acc least = to_acc(from_acc<T>(from_key<Acc>(block_max(shared, largest)) * static_cast<Acc>(task.max_ratio)));
-    // Whatever is larger than the k-th is among the k largest; nothing is less than NaN.
+    // Entries larger than the k-th are among the k largest. No key is less than that of NaN.
     if (least == least && to_key(least) > cut.kth) cut = {to_key(least), INT_MAX};
   }
 
   T* values = static_cast<T*>(task.values) + b * task.width;
   int32_t* indices = task.indices + b * task.width;
-  const auto kind = [&](Key<Acc> key) { return key > cut.kth ? kCertain : key == cut.kth ? kTie : 0u; };
+  const auto kind = [&](OrderedKey<Acc> key) { return key > cut.kth ? kCertain : key == cut.kth ? kTie : 0u; };
   const auto write = [&](int column, unsigned kind_of_entry, Counts before) {
     if (kind_of_entry == kTie && before.ties >= cut.ties) return;
     const int place = before.certain + min(before.ties, cut.ties);
     values[place] = row[column];
     indices[place] = column;
   };
-  const Counts kept = in_buffer ? in_order(
-                                      shared, found,
-                                      [&](int i, Key<Acc>& key) {
-                                        key = shared.key[i];
-                                        return kind(key);
-                                      },
-                                      [&](int i, Key<Acc>, unsigned kind_of_entry, Counts before) {
-                                        write(shared.column[i], kind_of_entry, before);
-                                      })
-                                : in_order(
-                                      shared, task.columns,
-                                      [&](int column, Key<Acc>& key) { return from_row(column, key) ? kind(key) : 0u; },
-                                      [&](int column, Key<Acc>, unsigned kind_of_entry, Counts before) {
-                                        write(column, kind_of_entry, before);
-                                      });
+  const Counts kept =
+      in_buffer ? in_order(
+                      shared, found,
+                      [&](int i, OrderedKey<Acc>& key) {
+                        key = shared.key[i];
+                        return kind(key);
+                      },
+                      [&](int i, OrderedKey<Acc>, unsigned kind_of_entry, Counts before) {
+                        write(shared.column[i], kind_of_entry, before);
+                      })
+                : in_order(
+                      shared, task.columns,
+                      [&](int column, OrderedKey<Acc>& key) { return from_row(column, key) ? kind(key) : 0u; },
+                      [&](int column, OrderedKey<Acc>, unsigned kind_of_entry, Counts before) {
+                        write(column, kind_of_entry, before);
+                      });
   const int length = kept.certain + min(kept.ties, cut.ties);
   if (threadIdx.x == 0) task.lengths[b] = length;
   for (int64_t place = length + static_cast<int64_t>(threadIdx.x); place < task.width; place += kThreads) {

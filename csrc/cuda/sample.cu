@@ -1,13 +1,13 @@
 // sample on CUDA: Gumbel-Max draws and the logsumexp of scores that exist a tile at a time.
 //
 // A tile (queries, slots) is sized to stay in the second-level cache. torch's GEMM, or the kernel of score, writes it;
-// then a block takes a segment of a query's slots, adds up its part of the logsumexp, makes the noise, a Philox block
-// for four slots, and picks the segment's first draws; one block per query merges the segments with what earlier tiles
-// gave. Nothing depends on the order in which blocks run. Tiles of one launch follow each other on the stream, so the
-// draws of earlier tiles are a bound that spares most slots of later ones the logarithms of their noise.
+// then a block takes a part of the slots of a query, sums its part of the logsumexp, makes the noise (one Philox block
+// for four slots) and picks the first draws of the part. One block per query merges the parts with the result of
+// earlier tiles. Nothing depends on the order in which blocks run. Tiles follow each other on the stream, so the draws
+// of earlier tiles are a bound that spares most slots of later tiles the logarithms of their noise.
 //
-// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile; the exact one keeps the highest scores,
-// which are the first draws without noise. Both draw from what is kept at the end.
+// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile; exact top_k keeps the highest scores,
+// which are the first draws without noise. Both draw from the kept scores at the end.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -23,10 +23,10 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kQuads = 4;  // Philox blocks of a thread, four slots each
+constexpr int kQuads = 4;  // Philox blocks per thread, four slots each
 constexpr int kPerThread = kQuads * static_cast<int>(philox::kSlotsPerBlock);
-constexpr int64_t kSegment = kThreads * kPerThread;  // slots of a block
-constexpr int64_t kMaxSegments = kThreads - 1;       // of a tile: a thread of the merge takes one
+constexpr int64_t kPartSlots = kThreads * kPerThread;  // slots of a block
+constexpr int64_t kMaxParts = kThreads - 1;            // in a tile: a thread of the merge takes one
 constexpr int64_t kTileBytes = int64_t{16} << 20;
 constexpr int64_t kSmallGroup = 1024;  // slots of a group that a single warp reduces
 
@@ -38,33 +38,33 @@ __device__ inline Acc negative_infinity() {
 }
 
 template <typename Acc>
-struct Candidate {
+struct Draw {
   Acc perturbed, score;
   int64_t slot;
 };
 
 template <typename Acc>
-__device__ inline Candidate<Acc> no_candidate() {
+__device__ inline Draw<Acc> no_draw() {
   return {negative_infinity<Acc>(), negative_infinity<Acc>(), INT64_MAX};
 }
 
 template <typename Acc>
-__device__ inline bool before(const Candidate<Acc>& a, const Candidate<Acc>& b) {
+__device__ inline bool before(const Draw<Acc>& a, const Draw<Acc>& b) {
   return philox::is_drawn_before(a.perturbed, a.slot, b.perturbed, b.slot);
 }
 
-// The first of all threads' candidates, to all threads of the block.
+// Returns the first of the draws of all threads to all threads of the block.
 template <typename Acc>
-__device__ Candidate<Acc> first_of_block(Candidate<Acc> mine, Candidate<Acc>* of_warps) {
+__device__ Draw<Acc> first_of_block(Draw<Acc> mine, Draw<Acc>* of_warps) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Candidate<Acc> other{__shfl_down_sync(kAllLanes, mine.perturbed, offset),
-                               __shfl_down_sync(kAllLanes, mine.score, offset),
-                               __shfl_down_sync(kAllLanes, mine.slot, offset)};
+    const Draw<Acc> other{__shfl_down_sync(kAllLanes, mine.perturbed, offset),
+                          __shfl_down_sync(kAllLanes, mine.score, offset),
+                          __shfl_down_sync(kAllLanes, mine.slot, offset)};
     if (before(other, mine)) mine = other;
   }
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  Candidate<Acc> first = of_warps[0];
+  Draw<Acc> first = of_warps[0];
   for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
     if (before(of_warps[warp], first)) first = of_warps[warp];
   }
@@ -72,7 +72,7 @@ __device__ Candidate<Acc> first_of_block(Candidate<Acc> mine, Candidate<Acc>* of
   return first;
 }
 
-// reduce(a, b) over all threads of the block in a fixed order, to all of them.
+// Reduces over all threads of the block in a fixed order. Returns the result to all threads.
 template <typename Value, typename Reduce>
 __device__ Value reduce_block(Value mine, Value* of_warps, Reduce reduce) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -94,7 +94,7 @@ __device__ inline Acc finite_or_zero(Acc x) {
 __device__ inline float exp_of(float x) { return ::expf(x); }
 __device__ inline double exp_of(double x) { return ::exp(x); }
 
-// Whether the noise of a word might lift a score by -gap: see may_be_drawn() of csrc/cpu/sample_impl.h. NaN passes.
+// Whether the noise of a word might raise a score by -gap: see may_be_drawn() in cpu/simd/sample_impl.h. NaN passes.
 __device__ inline bool may_be_drawn(float gap, uint32_t word) {
   constexpr float kLog2E = 0x1.715476p0f, kWordBits = 24, kSlack = 0x1p-10f, kLimit = 100;
   const float exponent = fmaxf(fminf(gap * kLog2E + (kWordBits + kSlack), kLimit), -kLimit);
@@ -102,13 +102,13 @@ __device__ inline bool may_be_drawn(float gap, uint32_t word) {
   return static_cast<float>(word >> 8) <= bound;
 }
 
-// What of a tile's scores counts, and as how much.
+// The scores of a tile with their scale and masks.
 template <typename T>
 struct Tile {
   const T* scores;  // (queries, columns)
   int64_t columns;
   int64_t first;         // slot of the first column
-  const int64_t* slots;  // (queries, columns), where they are not the columns
+  const int64_t* slots;  // (queries, columns), where slots are not consecutive; else null
   Accumulator<T> scale;
   const bool *valid, *exclude;  // rows of all slots, a stride apart; null: none
   int64_t valid_stride, exclude_stride;
@@ -133,26 +133,26 @@ struct Drawing {
   int64_t num_samples;
 };
 
-// Draws of every query so far, in their order, and its logsumexp.
+// The draws of every query so far, in order.
 template <typename Acc>
-struct Running {
+struct Draws {
   Acc *scores, *perturbed;  // (queries, num_samples)
   int64_t* indices;         // -1: none
 };
 
-// What the segments of a tile give.
+// The results of the parts of a tile.
 template <typename Acc>
-struct Segments {
-  int64_t count, room;  // room: for draws of a segment
+struct TileDraws {
+  int64_t count, room;  // room: number of draws of a part
   Acc *scores, *perturbed;
   int64_t* slots;      // (queries, count, room)
   int32_t* found;      // (queries, count)
   Acc *maximum, *sum;  // (queries, count)
 };
 
-// The part of a logsumexp that a segment gives.
+// Writes the maximum and the sum of a part of the logsumexp.
 template <typename Acc>
-__device__ void write_logsumexp(const Acc (&score)[kPerThread], const Segments<Acc>& segments, int64_t place,
+__device__ void write_logsumexp(const Acc (&score)[kPerThread], const TileDraws<Acc>& parts, int64_t place,
                                 Acc* of_warps) {
   Acc maximum = negative_infinity<Acc>();
 #pragma unroll
@@ -164,65 +164,64 @@ __device__ void write_logsumexp(const Acc (&score)[kPerThread], const Segments<A
   for (int i = 0; i < kPerThread; ++i) sum += exp_of(score[i] - reference);
   sum = reduce_block(sum, of_warps, [](Acc a, Acc b) { return a + b; });
   if (threadIdx.x == 0) {
-    segments.maximum[place] = maximum;
-    segments.sum[place] = sum;
+    parts.maximum[place] = maximum;
+    parts.sum[place] = sum;
   }
 }
 
-// The first draws of a segment, one after the other: each is the first of what comes after the one before.
+// Writes the first draws of a part, one after the other: each is the first after the one before.
 template <typename T>
 __device__ void write_draws(const Accumulator<T> (&perturbed)[kPerThread], const Accumulator<T> (&score)[kPerThread],
                             const Tile<T>& tile, int64_t query, int64_t first_column,
-                            const Segments<Accumulator<T>>& segments, int64_t place,
-                            Candidate<Accumulator<T>>* of_warps) {
+                            const TileDraws<Accumulator<T>>& parts, int64_t place, Draw<Accumulator<T>>* of_warps) {
   using Acc = Accumulator<T>;
-  Candidate<Acc> last = no_candidate<Acc>();
+  Draw<Acc> last = no_draw<Acc>();
   int found = 0;
-  for (; found < segments.room; ++found) {
-    Candidate<Acc> mine = no_candidate<Acc>();
+  for (; found < parts.room; ++found) {
+    Draw<Acc> mine = no_draw<Acc>();
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       if (perturbed[i] == negative_infinity<Acc>()) continue;
       const int64_t column = first_column + (i / 4) * (4 * kThreads) + i % 4;
-      const Candidate<Acc> candidate{perturbed[i], score[i], tile.slot(query, column)};
+      const Draw<Acc> candidate{perturbed[i], score[i], tile.slot(query, column)};
       if ((found == 0 || before(last, candidate)) && before(candidate, mine)) mine = candidate;
     }
     last = first_of_block(mine, of_warps);
     if (last.slot == INT64_MAX) break;
     if (threadIdx.x == 0) {
-      const int64_t target = place * segments.room + found;
-      segments.perturbed[target] = last.perturbed;
-      segments.scores[target] = last.score;
-      segments.slots[target] = last.slot;
+      const int64_t target = place * parts.room + found;
+      parts.perturbed[target] = last.perturbed;
+      parts.scores[target] = last.score;
+      parts.slots[target] = last.slot;
     }
   }
-  if (threadIdx.x == 0) segments.found[place] = found;
+  if (threadIdx.x == 0) parts.found[place] = found;
 }
 
-// Where the noise of a score comes from.
+// The source of the noise of a score.
 enum class Noise {
-  kOfColumns,     // slots follow each other: a Philox block serves four
+  kOfColumns,     // consecutive slots: a Philox block serves four
   kOfGivenSlots,  // each slot has a number of its own
   kNone           // the first draws are the highest scores
 };
 
 // Kernels --------------------------------------------------------------------------------------------------------
 
-// A block per query and segment. Columns of a thread are those of whole Philox blocks, `phase` being the place of the
-// first column in its block.
+// A block per query and part. A thread takes the columns of whole Philox blocks; `phase` is the place of the first
+// column in its Philox block.
 template <typename T, Noise kNoise>
 __global__ void __launch_bounds__(kThreads)
     draw_kernel(const Tile<T> tile, const Drawing<Accumulator<T>> drawing, const Accumulator<T>* perturbed_so_far,
-                const Segments<Accumulator<T>> segments) {
+                const TileDraws<Accumulator<T>> parts) {
   using Acc = Accumulator<T>;
   __shared__ Acc sums[kWarps];
-  __shared__ Candidate<Acc> candidates[kWarps];
-  const int64_t query = blockIdx.x / segments.count, segment = blockIdx.x % segments.count;
+  __shared__ Draw<Acc> draws_of_warps[kWarps];
+  const int64_t query = blockIdx.x / parts.count, part = blockIdx.x % parts.count;
   const philox::State state = philox::unpack_state(drawing.state[0], drawing.state[1]);
   const uint32_t query_number = static_cast<uint32_t>(drawing.query_offset + query);
   const int64_t first_number = drawing.slot_offset + tile.first;  // of the first column
   const int phase = kNoise == Noise::kOfColumns ? static_cast<int>(first_number % philox::kSlotsPerBlock) : 0;
-  const int64_t first_column = segment * kSegment + 4 * static_cast<int64_t>(threadIdx.x) - phase;
+  const int64_t first_column = part * kPartSlots + 4 * static_cast<int64_t>(threadIdx.x) - phase;
 
   Acc score[kPerThread], perturbed[kPerThread];
 #pragma unroll
@@ -232,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
     score[i] = inside ? tile.score(query, column) : negative_infinity<Acc>();
     perturbed[i] = negative_infinity<Acc>();
   }
-  write_logsumexp(score, segments, blockIdx.x, sums);
+  write_logsumexp(score, parts, blockIdx.x, sums);
 
   Acc bound = perturbed_so_far[(query + 1) * drawing.num_samples - 1];
 #pragma unroll
@@ -253,13 +252,13 @@ __global__ void __launch_bounds__(kThreads)
       if (value == negative_infinity<Acc>()) continue;
       Acc sum;
       if constexpr (kNoise == Noise::kNone) {
-        if (value <= bound) continue;  // an equal score of a later slot is too late
+        if (value <= bound) continue;  // of equal scores the earlier slot is drawn
         sum = value;
       } else if constexpr (kNoise == Noise::kOfGivenSlots) {
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
         sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_at_slot(state, query_number, number));
       } else {
-        // The product rounded as perturb() rounds it: contracted with the difference it could be less.
+        // Rounds the product as perturb() does. Contracted with the difference it could be less.
         const Acc tempered = philox::multiply(value, drawing.inv_temp);
         if (!may_be_drawn(static_cast<float>(tempered - bound), words.word[j])) continue;
         const uint64_t number = static_cast<uint64_t>(first_number + start + j);
@@ -267,36 +266,36 @@ __global__ void __launch_bounds__(kThreads)
                               philox::gumbel_from_word(state, words.word[j], query_number, number));
       }
       perturbed[4 * quad + j] = sum;
-      // With one draw its own slots are a bound too.
+      // With one draw, the slots of this thread are a bound as well.
       if (drawing.num_samples == 1 && sum > bound) bound = sum;
     }
   }
-  write_draws(perturbed, score, tile, query, first_column, segments, blockIdx.x, candidates);
+  write_draws(perturbed, score, tile, query, first_column, parts, blockIdx.x, draws_of_warps);
 }
 
-// A block per query: a thread has the draws of a segment, or those so far, and the first of all goes next.
+// A block per query. A thread holds the draws of a part, or the draws so far; the first of all threads goes next.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
-    merge_kernel(const Segments<Acc> segments, int64_t num_samples, const Running<Acc> before_tile,
-                 const Running<Acc> after_tile, Acc* maximum, double* sum, Acc* logsumexp) {
-  __shared__ Candidate<Acc> candidates[kWarps];
+    merge_kernel(const TileDraws<Acc> parts, int64_t num_samples, const Draws<Acc> before_tile,
+                 const Draws<Acc> after_tile, Acc* maximum, double* sum, Acc* logsumexp) {
+  __shared__ Draw<Acc> draws_of_warps[kWarps];
   const int64_t query = blockIdx.x, row = query * num_samples;
   const int64_t list = threadIdx.x;
-  const bool of_segment = list < segments.count, so_far = list == segments.count;
-  const int64_t place = query * segments.count + list;
-  const int64_t length = of_segment ? segments.found[place] : (so_far ? num_samples : 0);
+  const bool is_part = list < parts.count, is_so_far = list == parts.count;
+  const int64_t place = query * parts.count + list;
+  const int64_t length = is_part ? parts.found[place] : (is_so_far ? num_samples : 0);
   int64_t next = 0;
   for (int64_t i = 0; i < num_samples; ++i) {
-    Candidate<Acc> mine = no_candidate<Acc>();
+    Draw<Acc> mine = no_draw<Acc>();
     if (next < length) {
-      if (of_segment) {
-        const int64_t source = place * segments.room + next;
-        mine = {segments.perturbed[source], segments.scores[source], segments.slots[source]};
+      if (is_part) {
+        const int64_t source = place * parts.room + next;
+        mine = {parts.perturbed[source], parts.scores[source], parts.slots[source]};
       } else if (before_tile.indices[row + next] >= 0) {
         mine = {before_tile.perturbed[row + next], before_tile.scores[row + next], before_tile.indices[row + next]};
       }
     }
-    const Candidate<Acc> first = first_of_block(mine, candidates);
+    const Draw<Acc> first = first_of_block(mine, draws_of_warps);
     const bool none = first.slot == INT64_MAX;
     if (!none && mine.slot == first.slot) ++next;
     if (threadIdx.x == 0) {
@@ -306,12 +305,12 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (threadIdx.x != 0) return;
-  // Parts without anything that counts have no maximum to speak of.
+  // A part with a sum of 0 has no scores, hence no maximum.
   double total = sum[query], reference = total != 0 ? static_cast<double>(finite_or_zero(maximum[query])) : 0.0;
-  for (int64_t segment = 0; segment < segments.count; ++segment) {
-    const double part = segments.sum[query * segments.count + segment];
+  for (int64_t part = 0; part < parts.count; ++part) {
+    const double part = parts.sum[query * parts.count + part];
     if (part == 0) continue;
-    const double of_part = finite_or_zero(segments.maximum[query * segments.count + segment]);
+    const double of_part = finite_or_zero(parts.maximum[query * parts.count + part]);
     const double larger = total != 0 ? ::fmax(reference, of_part) : of_part;
     total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part, of_part - larger);
     reference = larger;
@@ -325,17 +324,17 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Acc>
 __global__ void group_kernel(const Tile<Acc> tile, int64_t first_group, int64_t groups_of_tile, int64_t groups,
                              int64_t slots, Acc* kept_scores, int64_t* kept_slots) {
-  __shared__ Candidate<Acc> candidates[kWarps];
+  __shared__ Draw<Acc> draws_of_warps[kWarps];
   const int64_t query = blockIdx.x / groups_of_tile, group = first_group + blockIdx.x % groups_of_tile;
   const int64_t start = group_start(group, groups, slots), stop = group_start(group + 1, groups, slots);
   const int64_t begin = max(start, tile.first), end = min(stop, tile.first + tile.columns);
-  Candidate<Acc> mine = no_candidate<Acc>();
+  Draw<Acc> mine = no_draw<Acc>();
   for (int64_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
     const Acc score = tile.score(query, slot - tile.first);
-    const Candidate<Acc> candidate{score, score, slot};
+    const Draw<Acc> candidate{score, score, slot};
     if (before(candidate, mine)) mine = candidate;
   }
-  const Candidate<Acc> first = first_of_block(mine, candidates);
+  const Draw<Acc> first = first_of_block(mine, draws_of_warps);
   if (threadIdx.x != 0) return;
   const int64_t place = query * groups + group;
   if (begin != start && !before(first, {kept_scores[place], kept_scores[place], kept_slots[place]})) return;
@@ -370,13 +369,13 @@ Tensor matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtyp
   return new_tensor(like, std::vector<int64_t>{rows, columns}, dtype);
 }
 
-// Slots of a tile, in whole segments.
+// Slots of a tile, in whole parts.
 int64_t tile_slots(int64_t queries, int64_t element_bytes) {
   const int64_t fit = kTileBytes / (std::max<int64_t>(queries, 1) * element_bytes);
-  return std::min(std::max(fit / kSegment, int64_t{1}), kMaxSegments - 1) * kSegment;
+  return std::min(std::max(fit / kPartSlots, int64_t{1}), kMaxParts - 1) * kPartSlots;
 }
 
-// The draws of all queries while tiles go by. Two sets of outputs take turns: a merge reads one and writes the other.
+// Collects the draws of all queries, tile by tile. Two sets of outputs take turns: a merge reads one, writes the other.
 template <typename Acc>
 class Sampler {
  public:
@@ -405,26 +404,26 @@ class Sampler {
     if (queries_ == 0 || tile.columns == 0) return;
     const bool of_columns = noise_ == Noise::kOfColumns;
     const int64_t phase = of_columns ? (drawing_.slot_offset + tile.first) % philox::kSlotsPerBlock : 0;
-    const int64_t count = ceil_div(tile.columns + phase, kSegment), room = std::min(drawing_.num_samples, kSegment);
+    const int64_t count = ceil_div(tile.columns + phase, kPartSlots), room = std::min(drawing_.num_samples, kPartSlots);
     const Tensor scores = matrix(like_, queries_ * count, room, kScalarType<Acc>);
     const Tensor perturbed = matrix(like_, queries_ * count, room, kScalarType<Acc>);
     const Tensor slots = matrix(like_, queries_ * count, room, ScalarType::Long);
     const Tensor found = matrix(like_, queries_, count, ScalarType::Int);
     const Tensor maximum = matrix(like_, queries_, count, kScalarType<Acc>);
     const Tensor sum = matrix(like_, queries_, count, kScalarType<Acc>);
-    const Segments<Acc> segments{count,
-                                 room,
-                                 mutable_data<Acc>(scores),
-                                 mutable_data<Acc>(perturbed),
-                                 mutable_data<int64_t>(slots),
-                                 mutable_data<int32_t>(found),
-                                 mutable_data<Acc>(maximum),
-                                 mutable_data<Acc>(sum)};
-    const Running<Acc> current = running(current_), next = running(next_);
+    const TileDraws<Acc> parts{count,
+                               room,
+                               mutable_data<Acc>(scores),
+                               mutable_data<Acc>(perturbed),
+                               mutable_data<int64_t>(slots),
+                               mutable_data<int32_t>(found),
+                               mutable_data<Acc>(maximum),
+                               mutable_data<Acc>(sum)};
+    const Draws<Acc> current = draws_in(current_), next = draws_in(next_);
     const unsigned blocks = grid_size(queries_ * count);
     const auto draw = [&](auto noise) {
       draw_kernel<T, decltype(noise)::value>
-          <<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, segments);
+          <<<blocks, kThreads, 0, device_.stream()>>>(tile, drawing_, current.perturbed, parts);
     };
     switch (noise_) {
       case Noise::kOfColumns:
@@ -438,7 +437,7 @@ class Sampler {
         break;
     }
     merge_kernel<Acc><<<grid_size(queries_), kThreads, 0, device_.stream()>>>(
-        segments, drawing_.num_samples, current, next, mutable_data<Acc>(maximum_), mutable_data<double>(sum_),
+        parts, drawing_.num_samples, current, next, mutable_data<Acc>(maximum_), mutable_data<double>(sum_),
         mutable_data<Acc>(next_.logsumexp));
     std::swap(current_, next_);
   }
@@ -446,7 +445,7 @@ class Sampler {
   const Samples& result() const { return current_; }
 
  private:
-  static Running<Acc> running(const Samples& samples) {
+  static Draws<Acc> draws_in(const Samples& samples) {
     return {mutable_data<Acc>(samples.scores), mutable_data<Acc>(samples.perturbed),
             mutable_data<int64_t>(samples.indices)};
   }
@@ -461,14 +460,14 @@ class Sampler {
   Tensor maximum_, sum_;
 };
 
-// Draws from scores (queries, kept) whose slots are given, at most kMaxSegments segments at a time.
+// Draws from scores (queries, kept) with given slots, at most kMaxParts parts at a time.
 template <typename Acc>
 Samples sample_kept(const SampleOptions& options, const Tensor& state, const Tensor& scores, const Tensor& slots,
                     const OnDevice& device) {
   Sampler<Acc> sampler(options, options.num_samples, Noise::kOfGivenSlots, state, scores, scores.size(0), device);
   const int64_t columns = scores.size(1);
-  for (int64_t first = 0; first < columns; first += kMaxSegments * kSegment) {
-    const int64_t count = std::min(kMaxSegments * kSegment, columns - first);
+  for (int64_t first = 0; first < columns; first += kMaxParts * kPartSlots) {
+    const int64_t count = std::min(kMaxParts * kPartSlots, columns - first);
     const Tensor part = as_contiguous(narrowed(scores, 1, first, count));
     const Tensor numbers = as_contiguous(narrowed(slots, 1, first, count));
     sampler.add(
@@ -477,7 +476,7 @@ Samples sample_kept(const SampleOptions& options, const Tensor& state, const Ten
   return sampler.result();
 }
 
-// The masks as a tile of T sees them; listed exclusions are written into the scores instead.
+// Sets the boolean masks of a tile. Listed exclusions are written into the scores instead.
 template <typename T>
 void set_masks(Tile<T>& tile, const SampleMasks& masks) {
   if (masks.valid) {
@@ -490,8 +489,8 @@ void set_masks(Tile<T>& tile, const SampleMasks& masks) {
   }
 }
 
-// body(tile) for every tile; products(first, count) are the scores (queries, count) of slots from `first` on, not yet
-// scaled.
+// Calls body(tile) for every tile. products(first, count) returns the unscaled scores (queries, count) of the slots
+// from `first` on.
 template <typename Acc, typename Products, typename Body>
 void for_each_tile(const SampleOptions& options, const SampleMasks& masks, int64_t queries, int64_t slots,
                    const OnDevice& device, const Products& products, const Body& body) {
@@ -553,7 +552,7 @@ SampleResult sample_by_tiles(const SampleOptions& options, const SampleMasks& ma
 
 // Host functions -------------------------------------------------------------------------------------------------
 
-// body(Type<Acc>{}) for float or double.
+// Calls body(Type<Acc>{}) with float or double.
 template <typename Body>
 SampleResult dispatch_accumulation(ScalarType dtype, const Body& body) {
   return dtype == ScalarType::Double ? body(Type<double>{}) : body(Type<float>{});
@@ -633,8 +632,8 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
     using T = typename decltype(type)::type;
     using Acc = Accumulator<T>;
     Sampler<Acc> sampler(options, num_samples, Noise::kOfColumns, state, scores, batch, device);
-    // Rows of a tile follow each other, so whole rows are read in place.
-    const int64_t most = (kMaxSegments - 1) * kSegment;
+    // The rows of a tile are contiguous, so a tile of whole rows is read in place.
+    const int64_t most = (kMaxParts - 1) * kPartSlots;
     for (int64_t first = 0; first < columns; first += most) {
       const int64_t count = std::min(most, columns - first);
       const Tensor part = as_contiguous(narrowed(scores, 1, first, count));

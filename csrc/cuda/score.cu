@@ -2,9 +2,9 @@
 //
 // Queries go in blocks of kMaxQueries. A block becomes a dense table (num_cols, lanes) that stays in the second-level
 // cache, and flags of the columns that any of its queries has. A warp takes a document: its lanes read entries and look
-// up the flags, and each entry that counts adds value x table row, a query or two per lane. The sum of a pair runs over
-// ascending columns and nothing else, so it does not depend on the block or the grid. Entries outside the columns are
-// left out: finding them would need to wait for the device.
+// up the flags, and each hit adds value x table row, a query or two per lane. The sum of a pair runs over
+// ascending columns only, so it does not depend on the block or the grid. Entries outside the columns are skipped:
+// reporting them would need to wait for the device.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/score.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kDocuments = kWarp;  // of a block: a row of its result is written by a warp
+constexpr int kDocuments = kWarp;  // per block: a warp writes a row of the result
 constexpr int kMaxQueries = 64;
 
 struct Entries {
@@ -68,15 +68,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t start = 0; start < length; start += kWarp) {
       int32_t column = 0;
       Acc value = Acc(0);
-      bool counts = false;
+      bool is_hit = false;
       if (start + lane < length) {
         const int64_t place = n * documents.width + start + lane;
         column = documents.indices[place];
         value = to_acc(values[place]);
-        // inf or NaN is not harmless where a query has 0.
-        counts = is_inside(column, documents) && (used[column] != 0 || !isfinite(value));
+        // inf or NaN times the 0 of another query would not be 0.
+        is_hit = is_inside(column, documents) && (used[column] != 0 || !isfinite(value));
       }
-      for (unsigned hits = __ballot_sync(kAllLanes, counts); hits != 0; hits &= hits - 1) {
+      for (unsigned hits = __ballot_sync(kAllLanes, is_hit); hits != 0; hits &= hits - 1) {
         const int source = __ffs(static_cast<int>(hits)) - 1;
         const Acc factor = __shfl_sync(kAllLanes, value, source);
         const Acc* row = table + static_cast<int64_t>(__shfl_sync(kAllLanes, column, source)) * kLanes + lane;
@@ -136,7 +136,7 @@ Tensor sparse_products(const SparseOperands& operands, ScalarType result, const 
   const std::optional<Tensor> query_sizes = contiguous_or_none(query_lengths);
   const Tensor query_entries = as_contiguous(query_values);
   const Tensor columns = as_contiguous(doc_indices), sizes = as_contiguous(doc_lengths);
-  // Documents meet float64 queries as float64; otherwise they are read as they are.
+  // With float64 queries documents are read as float64, else in their own type.
   const Tensor entries = contiguous_as(doc_values, result == ScalarType::Double ? result : doc_values.scalar_type());
   const Entries queries{query_columns ? const_data<int32_t>(*query_columns) : nullptr,
                         query_sizes ? const_data<int32_t>(*query_sizes) : nullptr, query_values.size(0),
@@ -149,7 +149,7 @@ Tensor sparse_products(const SparseOperands& operands, ScalarType result, const 
     dispatch_floating(query_entries.scalar_type(), [&](auto query_type) {
       using Query = typename decltype(query_type)::type;
       for (int64_t first = 0; first < queries.rows; first += kMaxQueries) {
-        // The wider of the two types is that of the documents or the accumulation type.
+        // The wider of the two types is the type of the documents or the accumulation type.
         if (result == entries.scalar_type()) {
           score_block(queries, const_data<Query>(query_entries), first, documents, const_data<T>(entries), entries,
                       mutable_data<T>(scores), device);

@@ -1,4 +1,4 @@
-// The lanes of a warp, and what they find together; all of them take part.
+// Operations of a whole warp; all lanes take part.
 #pragma once
 
 namespace splade_fast::cuda {
@@ -6,7 +6,7 @@ namespace splade_fast::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// In every lane, and added up in an order that depends on nothing.
+// Returns the sum to every lane, always added in the same order.
 __device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);

@@ -18,21 +18,21 @@ namespace {
 
 constexpr int kSharedEnd = kMaxSharedBytes;
 
-// A matrix (rows, depth) in global memory, of the bits of its elements.
+// A matrix (rows, dim) in global memory, of the bits of its elements.
 template <typename T>
 struct MatrixOf {
-  int rows, depth;
+  int rows, dim;
   std::vector<T> element;
 
-  MatrixOf(int rows, int depth) : rows(rows), depth(depth), element(static_cast<size_t>(rows) * depth) {}
-  T& at(int row, int d) { return element[static_cast<size_t>(row) * depth + d]; }
+  MatrixOf(int rows, int dim) : rows(rows), dim(dim), element(static_cast<size_t>(rows) * dim) {}
+  T& at(int row, int d) { return element[static_cast<size_t>(row) * dim + d]; }
   T at_or_zero(int row, int d) const {
-    return row < rows && d < depth ? element[static_cast<size_t>(row) * depth + d] : T{0};
+    return row < rows && d < dim ? element[static_cast<size_t>(row) * dim + d] : T{0};
   }
 };
 
 using Matrix = MatrixOf<uint16_t>;  // of bfloat16
-constexpr int kTileDepth = row_elements(Operand::kBfloat16);
+constexpr int kTileDims = row_elements(Operand::kBfloat16);
 
 uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(to_bits(x) >> 16); }  // exact where the test uses it
 float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
@@ -42,32 +42,32 @@ using SharedMemory = std::vector<uint8_t>;
 // Copy as the copy engine does with a 128-byte swizzle: in every 8 rows of 128 bytes, the 16-byte chunk c of row r goes
 // to chunk c ^ r. The box is 128 bytes wide, and elements outside of the matrix are 0.
 template <typename T>
-void copy_box(SharedMemory& shared, uint32_t target, const MatrixOf<T>& matrix, int first_depth, int first_row,
+void copy_box(SharedMemory& shared, uint32_t target, const MatrixOf<T>& matrix, int first_dim, int first_row,
               int rows) {
   constexpr int kPerChunk = 16 / sizeof(T);
   EXPECT(target % 1024 == 0, "the swizzle's pattern begins at a multiple of 1024");
   for (int r = 0; r < rows; ++r) {
     for (int chunk = 0; chunk < 8; ++chunk) {
       for (int i = 0; i < kPerChunk; ++i) {
-        const T value = matrix.at_or_zero(first_row + r, first_depth + chunk * kPerChunk + i);
+        const T value = matrix.at_or_zero(first_row + r, first_dim + chunk * kPerChunk + i);
         memcpy(&shared[target + r * 128 + (chunk ^ (r % 8)) * 16 + i * sizeof(T)], &value, sizeof(T));
       }
     }
   }
 }
 
-// What wgmma reads as element (row, depth) of a K-major operand: the canonical layout of the manual,
+// What wgmma reads as element (row, dim) of a K-major operand: the canonical layout of the manual,
 // Swizzle<3,4,3> o ((8, m), (8, 2)) : ((64, SBO), (1, 8)) for elements of two bytes, applied to addresses. With smaller
 // or larger ones, a row's 8 are as many as 16 bytes hold.
 template <typename T>
-T operand(const SharedMemory& shared, uint64_t descriptor, int row, int depth) {
+T operand(const SharedMemory& shared, uint64_t descriptor, int row, int dim) {
   const auto field = [&](int first, int bits) {
     return static_cast<uint32_t>(descriptor >> first) & ((1u << bits) - 1);
   };
   EXPECT(field(62, 2) == 1 && field(49, 3) == 0, "128-byte swizzle, aligned pattern");
   const int per_chunk = 16 / sizeof(T);
   const uint32_t start = field(0, 14) << 4, stride = field(32, 14) << 4;
-  uint32_t address = start + row % 8 * 128 + row / 8 * stride + depth / per_chunk * 16 + depth % per_chunk * sizeof(T);
+  uint32_t address = start + row % 8 * 128 + row / 8 * stride + dim / per_chunk * 16 + dim % per_chunk * sizeof(T);
   address ^= (address >> 7 & 7) << 4;
   EXPECT(address + sizeof(T) <= shared.size(), "inside of shared memory");
   T value;
@@ -77,26 +77,26 @@ T operand(const SharedMemory& shared, uint64_t descriptor, int row, int depth) {
 
 // Layout of elements whose bits are a T.
 template <typename T>
-void test_layout(Operand type, int instruction_depth) {
-  EXPECT(element_bytes(type) == sizeof(T) && row_elements(type) == kRowInstructions * instruction_depth, "sizes");
+void test_layout(Operand type, int instruction_dims) {
+  EXPECT(element_bytes(type) == sizeof(T) && row_elements(type) == kRowInstructions * instruction_dims, "sizes");
   std::mt19937 random(1);
   MatrixOf<T> matrix(300, 200);
   for (auto& x : matrix.element) x = static_cast<T>(random());
   SharedMemory shared(kSharedEnd);
   for (const uint32_t target : {0u, 1024u, 5u * 1024, 160u * 1024, 190u * 1024}) {
     for (const int first_row : {0, 64, 280}) {
-      for (const int first_depth : {0, row_elements(type), 192}) {
-        copy_box(shared, target, matrix, first_depth, first_row, 64);
+      for (const int first_dim : {0, row_elements(type), 192}) {
+        copy_box(shared, target, matrix, first_dim, first_row, 64);
         const uint64_t descriptor = matrix_descriptor(target);
         for (int part = 0; part < kRowInstructions; ++part) {
           for (int row = 0; row < 64; ++row) {
-            for (int d = 0; d < instruction_depth; ++d) {
-              const int depth = part * instruction_depth + d;
-              const T expected = matrix.at_or_zero(first_row + row, first_depth + depth);
-              EXPECT(operand<T>(shared, deeper(descriptor, part), row, d) == expected, "row %d depth %d", row, depth);
+            for (int d = 0; d < instruction_dims; ++d) {
+              const int dim = part * instruction_dims + d;
+              const T expected = matrix.at_or_zero(first_row + row, first_dim + dim);
+              EXPECT(operand<T>(shared, deeper(descriptor, part), row, d) == expected, "row %d dim %d", row, dim);
               T placed;
-              memcpy(&placed, &shared[target + tile_offset(type, row, depth)], sizeof(T));
-              EXPECT(placed == expected, "tile_offset of row %d depth %d", row, depth);
+              memcpy(&placed, &shared[target + tile_offset(type, row, dim)], sizeof(T));
+              EXPECT(placed == expected, "tile_offset of row %d dim %d", row, dim);
             }
           }
         }
@@ -331,7 +331,7 @@ struct Results {
 template <bool kPositions>
 struct HostSink {
   Results& results;
-  std::vector<Key<kPositions>>& keys;
+  std::vector<MaxKey<kPositions>>& keys;
   int vocabulary;
 
   size_t at(int row, int entry) const { return static_cast<size_t>(row) * vocabulary + entry; }
@@ -341,11 +341,11 @@ struct HostSink {
     results.counted[at(sequence, entry)] = counted;
     ++results.writes[at(sequence, entry)];
   }
-  void merge(int slot, int entry, Key<kPositions> key) {
+  void merge(int slot, int entry, MaxKey<kPositions> key) {
     EXPECT(slot >= 0 && at(slot, entry) < keys.size(), "slot %d", slot);
     keys[at(slot, entry)] = std::max(keys[at(slot, entry)], key);
   }
-  Key<kPositions> merged(int slot, int entry) const { return keys[at(slot, entry)]; }
+  MaxKey<kPositions> merged(int slot, int entry) const { return keys[at(slot, entry)]; }
 };
 
 // Compute one tile as a block does: by copies, wgmmas of two warpgroups, and a reduction by quads of threads.
@@ -355,10 +355,10 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
   const int first_row = tile.token * kTileTokens, first_entry = (tile.entry * cluster + rank) * kTileEntries;
   SharedMemory shared(kStageBytes);
   std::vector<float> product(static_cast<size_t>(kTileEntries) * kTileTokens);
-  for (int depth = 0; depth < weight.depth; depth += kTileDepth) {
-    copy_box(shared, 0, weight, depth, first_entry, kTileEntries);
+  for (int dim = 0; dim < weight.dim; dim += kTileDims) {
+    copy_box(shared, 0, weight, dim, first_entry, kTileEntries);
     for (int half = 0; half < cluster; ++half) {
-      copy_box(shared, kEntryBytes + half * (kTokenBytes / cluster), tokens, depth,
+      copy_box(shared, kEntryBytes + half * (kTokenBytes / cluster), tokens, dim,
                first_row + half * (kTileTokens / cluster), kTileTokens / cluster);
     }
     for (int group = 0; group < kConsumers; ++group) {
@@ -394,7 +394,7 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
       }
     }
     for_each_segment(rows.starts, rows.batch, first_sequence, first_row, [&](const Segment& segment) {
-      Key<kPositions> of_thread[2], key[2] = {0, 0};
+      MaxKey<kPositions> of_thread[2], key[2] = {0, 0};
       for (int q = 0; q < 4; ++q) {
         max_of_segment<kPositions>(accumulators[q], first_thread + q, segment, of_thread);
         for (int half = 0; half < 2; ++half) key[half] = std::max(key[half], of_thread[half]);
@@ -409,7 +409,7 @@ void run_tile(const Matrix& weight, const Matrix& tokens, const PackedRows& rows
 
 struct Case {
   std::vector<int> lengths;  // number of real tokens of each sequence
-  int vocabulary, depth;
+  int vocabulary, dim;
   bool padded;  // whether rows come from a padded batch with holes
   int special;  // one in `special` elements is inf or NaN; 0 for none
   int room;     // number of rows beyond the last sequence, filled with NaN
@@ -436,7 +436,7 @@ void run_case(const Case& test, unsigned seed) {
     }
   }
   // The few different values give many ties, and sums that are exact in any order.
-  Matrix weight(test.vocabulary, test.depth), tokens(capacity, test.depth);
+  Matrix weight(test.vocabulary, test.dim), tokens(capacity, test.dim);
   const auto fill = [&](Matrix& matrix) {
     for (auto& x : matrix.element) {
       x = to_bfloat16(static_cast<float>(static_cast<int>(random() % 5) - 2));
@@ -448,14 +448,14 @@ void run_case(const Case& test, unsigned seed) {
   fill(weight);
   fill(tokens);
   for (int row = counted_rows; row < capacity; ++row) {
-    for (int d = 0; d < test.depth; ++d) tokens.at(row, d) = to_bfloat16(NAN);
+    for (int d = 0; d < test.dim; ++d) tokens.at(row, d) = to_bfloat16(NAN);
   }
-  const Shape shape{capacity, batch, test.vocabulary, test.depth};
+  const Shape shape{capacity, batch, test.vocabulary, test.dim};
   EXPECT(fits(shape, Operand::kBfloat16, 0), "the kernel would run");
   const PackedRows rows{starts.data(), test.padded ? source_rows.data() : nullptr, padded_length, batch,
                         static_cast<int>(token_tiles(shape))};
   Results results(static_cast<size_t>(batch) * test.vocabulary);
-  std::vector<Key<kPositions>> keys(key_bytes(shape, kPositions) / sizeof(Key<kPositions>));
+  std::vector<MaxKey<kPositions>> keys(key_bytes(shape, kPositions) / sizeof(MaxKey<kPositions>));
   HostSink<kPositions> sink{results, keys, test.vocabulary};
   const int cluster = choose_cluster(test.vocabulary);
   const TileOrder order = TileOrder::of(test.vocabulary, counted_rows, cluster);
@@ -466,7 +466,7 @@ void run_case(const Case& test, unsigned seed) {
     for (int rank = 0; rank < cluster; ++rank) run_tile(weight, tokens, rows, order.at(turn), cluster, rank, sink);
   }
   for (int b = 0; b < batch; ++b) {
-    for (int v = 0; v < test.vocabulary; ++v) finish(rows, b, v, sink);
+    for (int v = 0; v < test.vocabulary; ++v) store_remaining(rows, b, v, sink);
   }
 
   for (int b = 0; b < batch; ++b) {
@@ -476,7 +476,7 @@ void run_case(const Case& test, unsigned seed) {
       bool counted = false;
       for (int row = starts[b]; row < starts[b + 1]; ++row) {
         float logit = 0;
-        for (int d = 0; d < test.depth; ++d) logit += from_bfloat16(weight.at(v, d)) * from_bfloat16(tokens.at(row, d));
+        for (int d = 0; d < test.dim; ++d) logit += from_bfloat16(weight.at(v, d)) * from_bfloat16(tokens.at(row, d));
         if (!counted || (!std::isnan(best) && (std::isnan(logit) || logit > best))) {
           best = logit;
           position = test.padded ? true_position[row] : row - starts[b];
@@ -540,7 +540,7 @@ void test_disorder() {
     const Shape shape{capacity, batch, 3, 8};
     const PackedRows rows{starts.data(), nullptr, 0, batch, static_cast<int>(token_tiles(shape))};
     Results results(static_cast<size_t>(batch) * 3);
-    std::vector<Key<true>> keys(key_bytes(shape, true) / 8);
+    std::vector<MaxKey<true>> keys(key_bytes(shape, true) / 8);
     HostSink<true> sink{results, keys, 3};
     for (int row = 0; row < starts[batch]; row += kTileTokens) {
       const int first_sequence = first_sequence_after(starts.data(), batch, row);
@@ -550,7 +550,7 @@ void test_disorder() {
         emit(rows, segment, row, 2, make_key<true>(1.0f, static_cast<uint32_t>(segment.first)), sink);
       });
     }
-    for (int b = 0; b < batch; ++b) finish(rows, b, 2, sink);
+    for (int b = 0; b < batch; ++b) store_remaining(rows, b, 2, sink);
   }
 }
 

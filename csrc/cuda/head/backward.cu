@@ -4,9 +4,9 @@
 // c = grad * activation'(logit),
 //   grad_weight[v] = sum over b of c * hidden[t],  grad_bias[v] = sum over b of c,
 //   grad_hidden[t] = sum over v of c * weight[v].
-// For grad_hidden the pairs of a sequence are first sorted by position, stably, so that each token finds its own side
-// by side: count per (segment of the vocabulary, token), scan, place. One warp or block owns each row of a gradient and
-// adds in an order that only depends on the pairs: no floating-point atomics, the same bits every time.
+// For grad_hidden the pairs of a sequence are first sorted by position, stably, so that those of a token are
+// adjacent: count per (slice of the vocabulary, token), scan, place. One warp or block owns each row of a gradient
+// and adds in an order that depends on the pairs only: no floating-point atomics, the same bits every time.
 //
 // sum: see common/head_sum_backward.h.
 #include <torch/csrc/stable/library.h>
@@ -58,21 +58,19 @@ struct Pairs {
 
 // Sums of scaled rows --------------------------------------------------------------------------------------------
 
-// A warp's sum of scaled rows, over kDepth entries of their depth.
+// The sum of scaled rows in a warp, over kDims dimensions.
 template <typename T, int kVec>
 class RowSum {
   using Acc = Accumulator<T>;
-  static constexpr int kAccumulators = sizeof(Acc) == 8 ? 16 : 32;  // of a lane
+  static constexpr int kAccumulators = sizeof(Acc) == 8 ? 16 : 32;  // per lane
   static constexpr int kParts = kVec == 1 ? 8 : kAccumulators / kVec;
 
  public:
-  static constexpr int kDepth = kWarp * kVec * kParts;
-  static constexpr int kLoads = kParts;  // in flight of a lane, per row
+  static constexpr int kDims = kWarp * kVec * kParts;
+  static constexpr int kLoads = kParts;  // in flight per lane and row
 
-  // depth: that is left from the first entry on.
-  __device__ RowSum(int lane, int64_t depth) : lane_(lane), depth_(static_cast<int>(min(depth, int64_t{kDepth}))) {
-    clear();
-  }
+  // dim: number of dimensions left from the first one on.
+  __device__ RowSum(int lane, int64_t dim) : lane_(lane), dim_(static_cast<int>(min(dim, int64_t{kDims}))) { clear(); }
 
   __device__ void clear() {
     for_each([](Acc& sum, int) { sum = Acc(0); });
@@ -82,11 +80,11 @@ class RowSum {
     Vector<T, kVec> parts[kParts];
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      if (first(p) < depth_) parts[p] = load_vector<kVec>(row + first(p));
+      if (first(p) < dim_) parts[p] = load_vector<kVec>(row + first(p));
     }
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      if (first(p) < depth_) {
+      if (first(p) < dim_) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) sum_[p][i] += factor * to_acc(parts[p].element[i]);
       }
@@ -96,7 +94,7 @@ class RowSum {
   __device__ void store(T* row) const {
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
-      if (first(p) < depth_) {
+      if (first(p) < dim_) {
         Vector<T, kVec> part;
 #pragma unroll
         for (int i = 0; i < kVec; ++i) part.element[i] = from_acc<T>(sum_[p][i]);
@@ -105,7 +103,7 @@ class RowSum {
     }
   }
 
-  // Whole sums of kDepth in shared memory, each lane's in places of its own.
+  // Saves sums of kDims dimensions in shared memory; each lane has places of its own.
   __device__ void save(Acc* shared) {
     for_each([&](Acc& sum, int i) { shared[i * kWarp + lane_] = sum; });
   }
@@ -126,11 +124,11 @@ class RowSum {
     }
   }
 
-  int lane_, depth_;
+  int lane_, dim_;
   Acc sum_[kParts][kVec];
 };
 
-// The widest vectors if rows of this depth at these addresses allow them, single elements otherwise.
+// Calls body with the widest vector that the addresses and sizes allow, or with single elements.
 template <typename T, typename Body>
 void dispatch_rows(int64_t or_of_elements, Body body) {
   if (or_of_elements % kMaxVector<T> == 0) {
@@ -147,22 +145,22 @@ int64_t address(const Tensor& tensor) {
 
 // Gradient of weight and bias ------------------------------------------------------------------------------------
 
-// A warp owns the row of one vocabulary entry; blockIdx.y is a tile of the depth. Null: not needed.
+// A warp owns the row of one vocabulary entry; blockIdx.y is a tile of dimensions. Null: not needed.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    grad_weight_kernel(const Pairs<T> pairs, const T* hidden, T* grad_weight, T* grad_bias, int64_t depth) {
+    grad_weight_kernel(const Pairs<T> pairs, const T* hidden, T* grad_weight, T* grad_bias, int64_t dim) {
   using Acc = Accumulator<T>;
-  // One more column than warps: the lanes that read a column of it meet different banks.
+  // One more column than warps, so that lanes which read a column meet different banks.
   __shared__ Acc coefficients[kWarp][kWarps + 1];
   __shared__ int64_t tokens[kWarp][kWarps + 1];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int staged_sequence = threadIdx.x / kWarps, staged_entry = threadIdx.x % kWarps;
   const int64_t first_entry = static_cast<int64_t>(blockIdx.x) * kWarps, v = first_entry + warp;
-  const int64_t first_depth = static_cast<int64_t>(blockIdx.y) * RowSum<T, kVec>::kDepth;
-  RowSum<T, kVec> sum(lane, depth - first_depth);
+  const int64_t first_dim = static_cast<int64_t>(blockIdx.y) * RowSum<T, kVec>::kDims;
+  RowSum<T, kVec> sum(lane, dim - first_dim);
   Acc bias = Acc(0);
   for (int64_t first = 0; first < pairs.batch; first += kWarp) {
-    // The pairs of a warp of sequences and the block's vocabulary entries, read row by row.
+    // The pairs of kWarp sequences and the vocabulary entries of the block, read row by row.
     const int64_t b = first + staged_sequence;
     Acc staged = Acc(0);
     int64_t token = 0;
@@ -182,28 +180,28 @@ __global__ void __launch_bounds__(kThreads)
       const Acc factor = __shfl_sync(kAllLanes, mine, source);
       const int64_t row = __shfl_sync(kAllLanes, my_token, source);
       bias += factor;
-      if (grad_weight != nullptr) sum.add(factor, hidden + row * depth + first_depth);
+      if (grad_weight != nullptr) sum.add(factor, hidden + row * dim + first_dim);
     }
     __syncthreads();
   }
   if (v >= pairs.vocabulary) return;
-  if (grad_weight != nullptr) sum.store(grad_weight + v * depth + first_depth);
+  if (grad_weight != nullptr) sum.store(grad_weight + v * dim + first_dim);
   if (grad_bias != nullptr && blockIdx.y == 0 && lane == 0) grad_bias[v] = from_acc<T>(bias);
 }
 
 template <typename T>
 void launch_grad_weight(const Pairs<T>& pairs, const HeadInput& input, const std::optional<Tensor>& grad_weight,
                         const std::optional<Tensor>& grad_bias, const OnDevice& device, const char* op) {
-  const int64_t depth = input.depth();
+  const int64_t dim = input.dim();
   T* weight = grad_weight ? mutable_data<T>(*grad_weight) : nullptr;
   T* bias = grad_bias ? mutable_data<T>(*grad_bias) : nullptr;
-  const int64_t all = depth | address<T>(input.tokens) | address_in_elements(weight, sizeof(T));
+  const int64_t all = dim | address<T>(input.tokens) | address_in_elements(weight, sizeof(T));
   dispatch_rows<T>(all, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
-    const int64_t depth_tiles = grad_weight ? std::max<int64_t>(ceil_div(depth, RowSum<T, kVec>::kDepth), 1) : 1;
-    const dim3 grid(grid_size(ceil_div(pairs.vocabulary, kWarps)), grid_size(depth_tiles));
+    const int64_t dim_tiles = grad_weight ? std::max<int64_t>(ceil_div(dim, RowSum<T, kVec>::kDims), 1) : 1;
+    const dim3 grid(grid_size(ceil_div(pairs.vocabulary, kWarps)), grid_size(dim_tiles));
     grad_weight_kernel<T, kVec>
-        <<<grid, kThreads, 0, device.stream()>>>(pairs, const_data<T>(input.tokens), weight, bias, depth);
+        <<<grid, kThreads, 0, device.stream()>>>(pairs, const_data<T>(input.tokens), weight, bias, dim);
   });
   check_launch(op);
 }
@@ -214,35 +212,35 @@ void launch_grad_weight(const Pairs<T>& pairs, const HeadInput& input, const std
 template <typename Acc>
 struct Buckets {
   int64_t first_sequence, num_sequences;
-  int segments;  // of the vocabulary: a warp each, so that one sequence has work for many
-  int64_t segment_entries;
-  // (segments, rows): number of pairs, then where they start, then where they end among the sequence's pairs.
+  int slices;  // of the vocabulary: a warp each, so that one sequence has work for many
+  int64_t slice_entries;
+  // (slices, rows): number of pairs, then where they start, then where they end among the sequence's pairs.
   int32_t* offsets;
   // (num_sequences, V)
   int32_t* entry;
   Acc* coefficient;
 };
 
-// A warp walks over one segment of one sequence twice: first it counts the pairs of each token, then, when the counts
-// have become offsets, it puts each pair in its place. The offsets of a segment are one warp's alone, so pairs of the
-// same token stay in the order of their entries.
+// A warp walks over one slice of one sequence twice. It counts the pairs of each token first; once the counts have
+// become offsets, it puts each pair in its place. One warp alone uses the offsets of a slice, so the pairs of a token
+// stay in the order of their entries.
 template <typename T, bool kPlace>
 __global__ void __launch_bounds__(kThreads) bucket_kernel(const Pairs<T> pairs, const Buckets<Accumulator<T>> buckets) {
   using Acc = Accumulator<T>;
-  constexpr int kGroups = 2;  // of a warp of entries, loaded together
+  constexpr int kGroups = 2;  // of kWarp entries, loaded together
   const int lane = threadIdx.x % kWarp;
   const int64_t work = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-  if (work >= buckets.num_sequences * buckets.segments) return;
-  const int64_t local = work / buckets.segments, segment = work % buckets.segments;
+  if (work >= buckets.num_sequences * buckets.slices) return;
+  const int64_t local = work / buckets.slices, slice = work % buckets.slices;
   const int64_t b = buckets.first_sequence + local;
   const Span span = sequence_span(pairs.sequences, b);
-  int32_t* offsets = buckets.offsets + segment * pairs.sequences.rows + span.start;
+  int32_t* offsets = buckets.offsets + slice * pairs.sequences.rows + span.start;
   if constexpr (!kPlace) {
     for (int64_t i = lane; i < span.stop - span.start; i += kWarp) offsets[i] = 0;
     __syncwarp();
   }
-  const int64_t begin = segment * buckets.segment_entries;
-  const int64_t end = min(begin + buckets.segment_entries, pairs.vocabulary);
+  const int64_t begin = slice * buckets.slice_entries;
+  const int64_t end = min(begin + buckets.slice_entries, pairs.vocabulary);
   for (int64_t first = begin; first < end; first += kGroups * kWarp) {
     Pair<Acc> loaded[kGroups];
 #pragma unroll
@@ -263,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) bucket_kernel(const Pairs<T> pairs, 
       if constexpr (kPlace) {
         const int rank = __popc(peers & ((1u << lane) - 1));
         const int64_t place = static_cast<int64_t>(__shfl_sync(kAllLanes, offset, leader)) + rank;
-        // Always true, unless sequences overlap because cu_seqlens does not rise.
+        // False only where sequences overlap because cu_seqlens does not rise.
         if (active && place >= 0 && place < pairs.vocabulary) {
           buckets.entry[local * pairs.vocabulary + place] = static_cast<int32_t>(first + g * kWarp + lane);
           buckets.coefficient[local * pairs.vocabulary + place] = pair.coefficient;
@@ -274,10 +272,10 @@ __global__ void __launch_bounds__(kThreads) bucket_kernel(const Pairs<T> pairs, 
   }
 }
 
-// Counts to offsets: an exclusive sum over (token, segment), a block per sequence.
+// Turns counts into offsets by an exclusive sum over (token, slice), a block per sequence.
 __global__ void __launch_bounds__(kThreads)
-    scan_kernel(int32_t* offsets, int segments, Sequences sequences, int64_t first_sequence) {
-  constexpr int kGroup = 8;  // segments, loaded together
+    scan_kernel(int32_t* offsets, int slices, Sequences sequences, int64_t first_sequence) {
+  constexpr int kGroup = 8;  // slices, loaded together
   __shared__ int32_t totals[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Span span = sequence_span(sequences, first_sequence + blockIdx.x);
@@ -287,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool inside = token < span.stop;
     int32_t total = 0;
 #pragma unroll 8
-    for (int s = 0; s < segments; ++s) total += inside ? offsets[s * sequences.rows + token] : 0;
+    for (int s = 0; s < slices; ++s) total += inside ? offsets[s * sequences.rows + token] : 0;
     int32_t inclusive = total;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -301,15 +299,15 @@ __global__ void __launch_bounds__(kThreads)
       if (w < warp) offset += totals[w];
       carried += totals[w];
     }
-    for (int group = 0; inside && group < segments; group += kGroup) {
+    for (int group = 0; inside && group < slices; group += kGroup) {
       int32_t count[kGroup];
 #pragma unroll
       for (int s = 0; s < kGroup; ++s) {
-        count[s] = group + s < segments ? offsets[(group + s) * sequences.rows + token] : 0;
+        count[s] = group + s < slices ? offsets[(group + s) * sequences.rows + token] : 0;
       }
 #pragma unroll
       for (int s = 0; s < kGroup; ++s) {
-        if (group + s < segments) offsets[(group + s) * sequences.rows + token] = offset;
+        if (group + s < slices) offsets[(group + s) * sequences.rows + token] = offset;
         offset += count[s];
       }
     }
@@ -320,46 +318,46 @@ __global__ void __launch_bounds__(kThreads)
 // Adds c * weight[v] for the pairs [begin, end) of one sequence, in order.
 template <typename T, int kVec>
 __device__ void add_pairs(RowSum<T, kVec>& sum, const int32_t* entries, const Accumulator<T>* coefficients, int begin,
-                          int end, const T* weight, int64_t depth, int64_t vocabulary, int lane) {
+                          int end, const T* weight, int64_t dim, int64_t vocabulary, int lane) {
   using Acc = Accumulator<T>;
   for (int first = begin; first < end; first += kWarp) {
     const int count = min(kWarp, end - first);
     int64_t entry = lane < count ? entries[first + lane] : 0;
-    // Places are left unwritten only where cu_seqlens does not rise.
+    // A place is unwritten only where cu_seqlens does not rise.
     entry = min(max(entry, int64_t{0}), vocabulary - 1);
     const Acc coefficient = lane < count ? coefficients[first + lane] : Acc(0);
 #pragma unroll(RowSum<T, kVec>::kLoads < 8 ? 2 : 1)
     for (int i = 0; i < count; ++i) {
       const Acc factor = __shfl_sync(kAllLanes, coefficient, i);
       const int64_t row = __shfl_sync(kAllLanes, entry, i);
-      sum.add(factor, weight + row * depth);
+      sum.add(factor, weight + row * dim);
     }
   }
 }
 
-// A block owns a few neighbouring tokens of a sequence at a time; blockIdx.y is a tile of the depth. A warp alone adds
-// the pairs of a token that has few; tokens with many, such as the first of a sequence, get the whole block.
+// A block owns a few neighbouring tokens of a sequence at a time; blockIdx.y is a tile of dimensions. One warp
+// adds the pairs of a token with few pairs; the whole block adds those of a token with many, such as the first token.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     grad_hidden_kernel(const Buckets<Accumulator<T>> buckets, Sequences sequences, const T* weight, T* grad_hidden,
-                       int64_t depth, int64_t vocabulary, int64_t blocks_per_sequence, int tokens_per_block) {
+                       int64_t dim, int64_t vocabulary, int64_t blocks_per_sequence, int tokens_per_block) {
   using Acc = Accumulator<T>;
   constexpr int kAlone = 32;  // pairs
-  __shared__ Acc saved[(kWarps - 1) * RowSum<T, kVec>::kDepth];
+  __shared__ Acc saved[(kWarps - 1) * RowSum<T, kVec>::kDims];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t local = blockIdx.x / blocks_per_sequence;
   const Span span = sequence_span(sequences, buckets.first_sequence + local);
-  const int64_t first_depth = static_cast<int64_t>(blockIdx.y) * RowSum<T, kVec>::kDepth;
-  const T* weight_tile = weight + first_depth;
-  T* target = grad_hidden + first_depth;
-  const int32_t* ends = buckets.offsets + (buckets.segments - 1) * sequences.rows;
+  const int64_t first_dim = static_cast<int64_t>(blockIdx.y) * RowSum<T, kVec>::kDims;
+  const T* weight_tile = weight + first_dim;
+  T* target = grad_hidden + first_dim;
+  const int32_t* ends = buckets.offsets + (buckets.slices - 1) * sequences.rows;
   const int32_t* entries = buckets.entry + local * vocabulary;
   const Acc* coefficients = buckets.coefficient + local * vocabulary;
   const auto bucket_begin = [&](int64_t token) { return token == span.start ? 0 : max(ends[token - 1], 0); };
   const auto bucket_end = [&](int64_t token) {
     return static_cast<int>(min(static_cast<int64_t>(ends[token]), vocabulary));
   };
-  RowSum<T, kVec> sum(lane, depth - first_depth);
+  RowSum<T, kVec> sum(lane, dim - first_dim);
   for (int64_t first = span.start + blockIdx.x % blocks_per_sequence * tokens_per_block; first < span.stop;
        first += blocks_per_sequence * tokens_per_block) {
     const int64_t own = first + warp;
@@ -367,8 +365,8 @@ __global__ void __launch_bounds__(kThreads)
       const int begin = bucket_begin(own), end = bucket_end(own);
       if (end - begin <= kAlone) {
         sum.clear();
-        add_pairs(sum, entries, coefficients, begin, end, weight_tile, depth, vocabulary, lane);
-        sum.store(target + own * depth);
+        add_pairs(sum, entries, coefficients, begin, end, weight_tile, dim, vocabulary, lane);
+        sum.store(target + own * dim);
       }
     }
     for (int64_t token = first; token < min(first + tokens_per_block, span.stop); ++token) {
@@ -377,12 +375,12 @@ __global__ void __launch_bounds__(kThreads)
       const int per_warp = (end - begin + kWarps - 1) / kWarps;
       sum.clear();
       add_pairs(sum, entries, coefficients, begin + warp * per_warp, min(begin + (warp + 1) * per_warp, end),
-                weight_tile, depth, vocabulary, lane);
-      if (warp > 0) sum.save(saved + (warp - 1) * RowSum<T, kVec>::kDepth);
+                weight_tile, dim, vocabulary, lane);
+      if (warp > 0) sum.save(saved + (warp - 1) * RowSum<T, kVec>::kDims);
       __syncthreads();
       if (warp == 0) {
-        for (int w = 1; w < kWarps; ++w) sum.add_saved(saved + (w - 1) * RowSum<T, kVec>::kDepth);
-        sum.store(target + token * depth);
+        for (int w = 1; w < kWarps; ++w) sum.add_saved(saved + (w - 1) * RowSum<T, kVec>::kDims);
+        sum.store(target + token * dim);
       }
       __syncthreads();
     }
@@ -394,11 +392,11 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
                         const OnDevice& device, const char* op) {
   using Acc = Accumulator<T>;
   constexpr int64_t kPairBytes = int64_t{64} << 20, kMaxOffsets = int64_t{8} << 20;
-  constexpr int64_t kMaxSegments = 64, kMinSegmentEntries = 256, kWarpsPerMultiprocessor = 32;
-  const int64_t rows = input.rows(), depth = input.depth(), vocabulary = pairs.vocabulary, batch = pairs.batch;
+  constexpr int64_t kMaxSlices = 64, kMinSliceEntries = 256, kWarpsPerMultiprocessor = 32;
+  const int64_t rows = input.rows(), dim = input.dim(), vocabulary = pairs.vocabulary, batch = pairs.batch;
   if (grad_hidden.numel() == 0) return;
   const bool no_pairs = batch == 0 || vocabulary == 0;
-  // Packed tokens may be of no sequence, which only the device could find out: the kernels leave those out.
+  // A packed token may belong to no sequence, which only the device knows: the kernels skip such tokens.
   if (no_pairs || input.cu_seqlens) {
     Tensor target = grad_hidden;
     torch::stable::zero_(target);
@@ -407,15 +405,15 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
   const int64_t pair_bytes = static_cast<int64_t>(sizeof(int32_t) + sizeof(Acc));
   const int64_t sequences = std::max<int64_t>(std::min(kPairBytes / (vocabulary * pair_bytes), batch), 1);
   const int64_t wanted = std::min({ceil_div(device.multiprocessors() * kWarpsPerMultiprocessor, sequences),
-                                   ceil_div(vocabulary, kMinSegmentEntries), kMaxOffsets / rows, kMaxSegments});
-  const int64_t segment_entries = ceil_div(ceil_div(vocabulary, std::max<int64_t>(wanted, 1)), kWarp) * kWarp;
-  const int64_t segments = ceil_div(vocabulary, segment_entries);
-  const std::vector<int64_t> offset_shape{segments, rows}, pair_shape{sequences, vocabulary};
+                                   ceil_div(vocabulary, kMinSliceEntries), kMaxOffsets / rows, kMaxSlices});
+  const int64_t slice_entries = ceil_div(ceil_div(vocabulary, std::max<int64_t>(wanted, 1)), kWarp) * kWarp;
+  const int64_t slices = ceil_div(vocabulary, slice_entries);
+  const std::vector<int64_t> offset_shape{slices, rows}, pair_shape{sequences, vocabulary};
   const Tensor offsets = new_tensor(input.weight, offset_shape, ScalarType::Int);
   const Tensor entry = new_tensor(input.weight, pair_shape, ScalarType::Int);
   const Tensor coefficient = new_tensor(input.weight, pair_shape, accumulation_type(input.weight.scalar_type()));
 
-  // Several tokens per block only where there are plenty. Packed sequences may be longer than the mean: blocks go on.
+  // Several tokens per block only where there are plenty. A packed sequence may exceed the mean length: blocks loop.
   const int64_t plenty = ceil_div(rows, device.multiprocessors()) / 16;
   const int tokens_per_block = static_cast<int>(std::max<int64_t>(std::min<int64_t>(plenty, kWarps), 1));
   const int64_t tokens = input.cu_seqlens ? std::min(2 * ceil_div(rows, batch), rows) : input.length;
@@ -424,25 +422,25 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
     const int64_t count = std::min(sequences, batch - first);
     const Buckets<Acc> buckets{first,
                                count,
-                               static_cast<int>(segments),
-                               segment_entries,
+                               static_cast<int>(slices),
+                               slice_entries,
                                mutable_data<int32_t>(offsets),
                                mutable_data<int32_t>(entry),
                                mutable_data<Acc>(coefficient)};
-    const unsigned blocks = grid_size(ceil_div(count * segments, kWarps));
+    const unsigned blocks = grid_size(ceil_div(count * slices, kWarps));
     bucket_kernel<T, false><<<blocks, kThreads, 0, device.stream()>>>(pairs, buckets);
     check_launch(op);
-    scan_kernel<<<grid_size(count), kThreads, 0, device.stream()>>>(buckets.offsets, buckets.segments, pairs.sequences,
+    scan_kernel<<<grid_size(count), kThreads, 0, device.stream()>>>(buckets.offsets, buckets.slices, pairs.sequences,
                                                                     first);
     check_launch(op);
     bucket_kernel<T, true><<<blocks, kThreads, 0, device.stream()>>>(pairs, buckets);
     check_launch(op);
-    const int64_t all = depth | address<T>(input.weight) | address<T>(grad_hidden);
+    const int64_t all = dim | address<T>(input.weight) | address<T>(grad_hidden);
     dispatch_rows<T>(all, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      const dim3 grid(grid_size(count * blocks_per_sequence), grid_size(ceil_div(depth, RowSum<T, kVec>::kDepth)));
+      const dim3 grid(grid_size(count * blocks_per_sequence), grid_size(ceil_div(dim, RowSum<T, kVec>::kDims)));
       grad_hidden_kernel<T, kVec><<<grid, kThreads, 0, device.stream()>>>(
-          buckets, pairs.sequences, const_data<T>(input.weight), mutable_data<T>(grad_hidden), depth, vocabulary,
+          buckets, pairs.sequences, const_data<T>(input.weight), mutable_data<T>(grad_hidden), dim, vocabulary,
           blocks_per_sequence, tokens_per_block);
     });
     check_launch(op);
@@ -451,20 +449,20 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
 
 // Sum pooling ----------------------------------------------------------------------------------------------------
 
-// Hidden states as the products may see them: what does not count must not get in, not even as 0 * NaN.
+// Hidden states for the products: masked tokens are 0, so that a NaN there does not spread as 0 * NaN.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    counted_rows_kernel(const T* hidden, const bool* mask, T* counted, int64_t depth) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * depth;
-  const bool counts = mask[blockIdx.x];
-  for (int64_t i = threadIdx.x; i < depth; i += kThreads) {
-    counted[first + i] = counts ? hidden[first + i] : from_acc<T>(0);
+    masked_rows_kernel(const T* hidden, const bool* mask, T* masked, int64_t dim) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * dim;
+  const bool is_real = mask[blockIdx.x];
+  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
+    masked[first + i] = is_real ? hidden[first + i] : from_acc<T>(0);
   }
 }
 
-// The sequence that a packed row belongs to: the last that starts at or before it.
+// Returns the sequence of a packed row: the last sequence that starts at or before it.
 __device__ int64_t find_sequence(const int32_t* starts, int64_t batch, int64_t row) {
-  int64_t low = 0, high = batch;  // starts[low] <= row < starts[high], if cu_seqlens is as it should be
+  int64_t low = 0, high = batch;  // starts[low] <= row < starts[high], if cu_seqlens is valid
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (starts[middle] <= row) {
@@ -489,13 +487,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = first_row + blockIdx.x;
   const int64_t b = sequences.starts != nullptr ? find_sequence(sequences.starts, batch, row) : row / sequences.length;
   const Span span = sequence_span(sequences, b);
-  const bool counts = row >= span.start && row < span.stop && (mask == nullptr || mask[row]);
+  const bool is_real = row >= span.start && row < span.stop && (mask == nullptr || mask[row]);
   T* target = product + blockIdx.x * columns;
   const int64_t begin = blockIdx.y * kColumnsPerBlock, end = min(begin + kColumnsPerBlock, columns);
 #pragma unroll 4
   for (int64_t column = begin + threadIdx.x; column < end; column += kThreads) {
     Acc gradient = Acc(0);
-    if (counts) {
+    if (is_real) {
       const Acc logit = to_acc(target[column]) + (bias != nullptr ? to_acc(bias[column]) : Acc(0));
       gradient = coefficient(load_either<T>(grad, grad_in_acc, b * vocabulary + column), logit, activation);
     }
@@ -512,7 +510,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The device's part of head_sum_backward.
+// The device functions that head_sum_backward calls.
 template <typename T>
 struct SumDevice {
   const Tensor& grad;  // (B, V), contiguous
@@ -559,18 +557,18 @@ struct SumDevice {
 };
 
 template <typename T>
-Tensor counted_tokens(const HeadInput& input, const OnDevice& device, const char* op) {
+Tensor masked_tokens(const HeadInput& input, const OnDevice& device, const char* op) {
   if (!input.mask || input.tokens.numel() == 0) return input.tokens;
-  const Tensor counted = new_tensor(input.tokens, input.tokens.sizes());
-  counted_rows_kernel<T><<<grid_size(input.rows()), kThreads, 0, device.stream()>>>(
-      const_data<T>(input.tokens), const_data<bool>(*input.mask), mutable_data<T>(counted), input.depth());
+  const Tensor masked = new_tensor(input.tokens, input.tokens.sizes());
+  masked_rows_kernel<T><<<grid_size(input.rows()), kThreads, 0, device.stream()>>>(
+      const_data<T>(input.tokens), const_data<bool>(*input.mask), mutable_data<T>(masked), input.dim());
   check_launch(op);
-  return counted;
+  return masked;
 }
 
 // Host functions -------------------------------------------------------------------------------------------------
 
-// Gradients like their tensors, or without elements where not needed.
+// Gradients of the shapes of their tensors, or without elements where not needed.
 struct Gradients {
   Tensor hidden, weight, bias;
 };
@@ -629,7 +627,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   const OnDevice device(hidden, op);
   const Gradients gradients = new_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias);
   const Tensor dense_grad = as_contiguous(grad);
-  // Sums over blocks of tokens in the accumulation type, rounded once.
+  // Sums over blocks of tokens use the accumulation type and are rounded once.
   const auto wide = [](const Tensor& gradient) {
     const ScalarType acc = accumulation_type(gradient.scalar_type());
     return gradient.scalar_type() == acc ? gradient : new_tensor(gradient, gradient.sizes(), acc);
@@ -639,14 +637,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_sum(const Tensor& grad, const Tensor
   };
   SumGradients sums;
   if (needs_hidden) {
-    sums.hidden = torch::stable::view(gradients.hidden, std::vector<int64_t>{input.rows(), input.depth()});
+    sums.hidden = torch::stable::view(gradients.hidden, std::vector<int64_t>{input.rows(), input.dim()});
   }
   if (needs_weight) sums.weight = wide(gradients.weight);
   if (needs_bias) sums.bias = wide(gradients.bias);
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const SumDevice<T> sum_device{dense_grad, input, activation, device, op};
-    head_sum_backward(counted_tokens<T>(input, device, op), input.weight, kChunkBytes, sum_device, sums);
+    head_sum_backward(masked_tokens<T>(input, device, op), input.weight, kChunkBytes, sum_device, sums);
   });
   if (needs_weight) round_to(gradients.weight, *sums.weight);
   if (needs_bias) round_to(gradients.bias, *sums.bias);

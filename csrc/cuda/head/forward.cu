@@ -1,11 +1,11 @@
 // head forward on CUDA. For every architecture: a GEMM through torch writes a chunk of logits, some rows x some
 // vocabulary entries, that stays in the second-level cache, and the kernel of pool reduces it from there. On sm_90a the
-// fused kernel of head_sm90.cu may take its place.
+// kernel of sm90/dense.cu can replace both.
 //
-// The chunk has the dtype of hidden, as torch's own product has, so bfloat16 and float16 logits are rounded once before
-// the maximum; bias, sum and activation are in float32. Torch's product follows its own setting of TF32. Padded input
-// multiplies all B * L rows, because the number of tokens that count is not known without waiting for the device;
-// packed input costs its real tokens.
+// The chunk has the dtype of hidden, as the product of torch has, so bfloat16 and float16 logits are rounded once
+// before the maximum; bias, sum and activation are in float32. The product follows torch's own setting of TF32. Padded
+// input multiplies all B * L rows, because the host does not know the number of real tokens without waiting for the
+// device. Packed input costs its real tokens.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
@@ -13,17 +13,17 @@
 #include <tuple>
 
 #include "common/torch_ops.h"
-#include "cuda/head/sm90/packed_call.h"
+#include "cuda/head/sm90/packed_head.h"
 #include "cuda/pool.h"
 
 namespace splade_fast::cuda {
 namespace {
 
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
-constexpr int64_t kChunkRows = 8192;  // more would leave too few columns for a good GEMM
+constexpr int64_t kChunkRows = 8192;  // more rows would leave too few columns for a good GEMM
 constexpr int64_t kColumnStep = 64;   // keeps rows of a chunk aligned for vectors of every dtype
 
-// Columns of a chunk with this many rows: as many as fit, in chunks of about the same width.
+// Returns the number of columns of a chunk: as many as fit, with all chunks of about the same width.
 int64_t chunk_columns(int64_t rows, int64_t vocabulary, int64_t element_bytes) {
   const int64_t fit = kChunkBytes / (std::max<int64_t>(rows, 1) * element_bytes);
   const int64_t most = std::max(fit / kColumnStep * kColumnStep, kColumnStep);
@@ -31,7 +31,7 @@ int64_t chunk_columns(int64_t rows, int64_t vocabulary, int64_t element_bytes) {
   return ceil_div(ceil_div(vocabulary, chunks), kColumnStep) * kColumnStep;
 }
 
-// The sequences with rows in [row, row + count). Where packed rows are cut is only known on the device.
+// Sets the sequences with rows in [row, row + count). Of packed rows the host does not know the boundaries.
 void set_rows(PoolTask& task, const HeadInput& input, int64_t row, int64_t count) {
   task.first_row = row;
   task.end_row = row + count;
@@ -61,8 +61,8 @@ void set_columns(PoolTask& task, const HeadInput& input, const HeadOutputs& outp
   }
 }
 
-// The results of sequences that are cut between blocks of rows, for the whole vocabulary. At most one sequence is cut
-// at a time; a launch reads one row of this and writes the other.
+// The running result of the sequence that two blocks of rows share, for the whole vocabulary. At most one sequence is
+// cut at a time; a launch reads one row of this and writes the other.
 class Carries {
  public:
   Carries(const HeadInput& input, bool needed) {
@@ -101,8 +101,8 @@ void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activati
   task.vocabulary = vocabulary;
   task.pooled_in_acc = outputs.pooled.scalar_type() != dtype;
   task.position_bytes = static_cast<int>(outputs.argmax.element_size());
-  // Blocks of rows outside: the tokens of a block stay in the cache beside the chunk. Input without rows takes one
-  // turn, which writes the results of empty sequences.
+  // Blocks of rows are the outer loop, so that the tokens of a block stay in the cache beside the chunk. Input without
+  // rows takes one turn, which writes the results of empty sequences.
   for (int64_t row = 0, block = 0; row < rows || block == 0; row += block_rows, ++block) {
     const int64_t count = std::min(block_rows, rows - row);
     set_rows(task, input, row, count);
@@ -121,16 +121,16 @@ void head_by_chunks(const HeadInput& input, Pooling pooling, Activation activati
   }
 }
 
-// The fused kernel of sm_90a ------------------------------------------------------------------------------------
+// The kernel of sm_90a ------------------------------------------------------------------------------------------
 
-// It has not run on a GPU yet, so it has to be asked for: SPLADE_FAST_HOPPER=1.
-bool fused_is_wanted() {
+// The kernel has not run on a GPU, so the caller has to ask for it: SPLADE_FAST_HOPPER=1.
+bool is_sm90_wanted() {
   const char* value = std::getenv("SPLADE_FAST_HOPPER");
   return value != nullptr && std::string_view(value) == "1";
 }
 
-// As what the fused kernel would multiply a dtype, if it may.
-std::optional<hopper::Operand> fused_operand(ScalarType dtype, bool allow_tf32) {
+// Returns the operand type of the kernel for a dtype, if it supports the dtype.
+std::optional<hopper::Operand> find_operand(ScalarType dtype, bool allow_tf32) {
   switch (dtype) {
     case ScalarType::BFloat16:
       return hopper::Operand::kBfloat16;
@@ -143,16 +143,16 @@ std::optional<hopper::Operand> fused_operand(ScalarType dtype, bool allow_tf32) 
   }
 }
 
-// Whether the fused kernel can run, and has been asked for.
-bool runs_fused(const HeadInput& input, hopper::Operand operand, const OnDevice& device) {
-  return sm90::is_built() && fused_is_wanted() && device.compute_capability() == 90 &&
-         sm90::fits(fused_shape(input), operand, address_of(input.tokens) | address_of(input.weight));
+// Whether the kernel can run and the caller has asked for it.
+bool should_run_sm90(const HeadInput& input, hopper::Operand operand, const OnDevice& device) {
+  return sm90::is_built() && is_sm90_wanted() && device.compute_capability() == 90 &&
+         sm90::fits(shape_of_input(input), operand, address_of(input.tokens) | address_of(input.weight));
 }
 
-void head_fused(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
-                const OnDevice& device, const char* op) {
-  const FusedHead fused(input, operand, activation, outputs, device, op);
-  sm90::HeadTask task = fused.task();
+void head_sm90(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
+               const OnDevice& device, const char* op) {
+  const PackedHead packed_head(input, operand, activation, outputs, device, op);
+  sm90::HeadTask task = packed_head.task();
   const Tensor keys =
       new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(task.shape, outputs.saved)}, ScalarType::Byte);
   task.keys = keys.mutable_data_ptr();
@@ -173,9 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
   const HeadOutputs outputs = new_outputs(input, hidden, pooling, save, float_output);
   if (outputs.pooled.numel() > 0) {
     const std::optional<hopper::Operand> operand =
-        pooling == Pooling::kMax ? fused_operand(hidden.scalar_type(), allow_tf32) : std::nullopt;
-    if (operand && runs_fused(input, *operand, device)) {
-      head_fused(input, *operand, activation, outputs, device, op);
+        pooling == Pooling::kMax ? find_operand(hidden.scalar_type(), allow_tf32) : std::nullopt;
+    if (operand && should_run_sm90(input, *operand, device)) {
+      head_sm90(input, *operand, activation, outputs, device, op);
     } else {
       head_by_chunks(input, pooling, activation, outputs, device, op);
     }

@@ -1,4 +1,4 @@
-// What the files of the CUDA head share: the arguments once checked.
+// The checked arguments and the outputs of the CUDA head.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -9,11 +9,11 @@ struct HeadInput {
   Tensor tokens;  // contiguous (B * L, D) or (T, D)
   Tensor weight;  // contiguous (V, D)
   std::optional<Tensor> bias, mask, cu_seqlens;
-  int64_t batch, length;  // length: padded
+  int64_t batch, length;  // length of a padded sequence
 
   int64_t rows() const { return tokens.size(0); }
   int64_t vocabulary() const { return weight.size(0); }
-  int64_t depth() const { return weight.size(1); }
+  int64_t dim() const { return weight.size(1); }
   Sequences sequences() const { return {cu_seqlens ? const_data<int32_t>(*cu_seqlens) : nullptr, length, rows()}; }
 };
 
@@ -29,6 +29,20 @@ inline HeadInput check_input(const Tensor& hidden, const Tensor& weight, const s
           contiguous_or_none(cu_seqlens),
           shape.batch,
           shape.length};
+}
+
+struct HeadOutputs {
+  Tensor pooled, max_logits, argmax;
+  bool saved;
+};
+
+inline HeadOutputs new_outputs(const HeadInput& input, const Tensor& hidden, Pooling pooling, bool save,
+                               bool float_output) {
+  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
+  const bool saved = save && pooling == Pooling::kMax;
+  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
+  return {new_tensor(hidden, shape, float_output ? acc : dtype), new_tensor(hidden, saved ? shape : none, acc),
+          new_tensor(hidden, saved ? shape : none, head_position_type(hidden, input.cu_seqlens)), saved};
 }
 
 }  // namespace splade_fast::cuda

@@ -21,7 +21,7 @@ enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 // A matrix of which one copy takes box_rows rows of 128 bytes.
 struct CUtensorMap {
   const uint8_t* data;
-  int64_t rows, depth, row_bytes;
+  int64_t rows, dim, row_bytes;
   int box_rows, element_bytes;
 };
 

@@ -93,9 +93,9 @@ void Machine::cluster_barrier() {
 
 // Tensor copies --------------------------------------------------------------------------------------------------
 
-void Machine::copy(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier, unsigned blocks) {
+void Machine::copy(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier, unsigned blocks) {
   for (int block = 0; block < kMaxBlocks; ++block) {
-    if (blocks >> block & 1) copies_.push_back({block, target, map, depth, row, barrier});
+    if (blocks >> block & 1) copies_.push_back({block, target, map, dim, row, barrier});
   }
 }
 
@@ -106,10 +106,10 @@ void Machine::run(const Copy& copy) {
   if (copy.target % kPatternBytes != 0) fail("a copy to where the swizzle's pattern does not begin");
   SharedMemory& memory = memory_.at(static_cast<size_t>(copy.block));
   for (int r = 0; r < copy.map.box_rows; ++r) {
-    const int64_t row = copy.row + r, first_byte = int64_t{copy.depth} * copy.map.element_bytes;
+    const int64_t row = copy.row + r, first_byte = int64_t{copy.dim} * copy.map.element_bytes;
     for (int byte = 0; byte < kBoxBytes; byte += kChunkBytes) {
       uint8_t chunk[kChunkBytes]{};
-      const int64_t in_row = copy.map.depth * copy.map.element_bytes - first_byte - byte;
+      const int64_t in_row = copy.map.dim * copy.map.element_bytes - first_byte - byte;
       if (row >= 0 && row < copy.map.rows && first_byte >= 0 && in_row > 0) {
         const int64_t size = in_row < kChunkBytes ? in_row : kChunkBytes;
         std::memcpy(chunk, copy.map.data + row * copy.map.row_bytes + first_byte + byte, static_cast<size_t>(size));

@@ -42,7 +42,7 @@ class Machine : public Engine {
   void arrive(int block, uint32_t address, int bytes);
   void wait(uint32_t address, unsigned parity);
   // Will be done at any time from now on, for each block of the mask.
-  void copy(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier, unsigned blocks);
+  void copy(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier, unsigned blocks);
   void cluster_barrier();
   Warpgroup& warpgroup();
 
@@ -53,7 +53,7 @@ class Machine : public Engine {
     int block;
     uint32_t target;
     CUtensorMap map;
-    int depth, row;
+    int dim, row;
     uint32_t barrier;
   };
 

@@ -34,13 +34,13 @@ inline void wait(uint32_t barrier, uint32_t parity) { Machine::current().wait(ba
 
 inline void prefetch(const CUtensorMap&) {}
 
-inline void copy_tile(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier) {
-  Machine::current().copy(target, map, depth, row, barrier, 1u << emulation::current_block());
+inline void copy_tile(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier) {
+  Machine::current().copy(target, map, dim, row, barrier, 1u << emulation::current_block());
 }
 
-inline void copy_tile_to_blocks(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier,
+inline void copy_tile_to_blocks(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier,
                                 uint16_t blocks) {
-  Machine::current().copy(target, map, depth, row, barrier, blocks);
+  Machine::current().copy(target, map, dim, row, barrier, blocks);
 }
 
 inline int block_in_cluster() { return emulation::current_block(); }

@@ -6,17 +6,17 @@
 namespace emulation::hopper {
 namespace {
 
-constexpr int kRows = 64, kColumns = 256, kDepthBytes = 32, kAccumulators = kRows * kColumns / kWarpgroupThreads;
+constexpr int kRows = 64, kColumns = 256, kDimBytes = 32, kAccumulators = kRows * kColumns / kWarpgroupThreads;
 
-// Element (row, depth) of a K-major operand with 128-byte swizzle: rows of 128 bytes in groups of eight, and bits 7-9
+// Element (row, dim) of a K-major operand with 128-byte swizzle: rows of 128 bytes in groups of eight, and bits 7-9
 // of the address, exclusive-or, in its bits 4-6.
-uint32_t element_address(uint64_t descriptor, int row, int depth_byte) {
+uint32_t element_address(uint64_t descriptor, int row, int dim_byte) {
   const auto field = [&](int first, int bits) {
     return static_cast<uint32_t>(descriptor >> first) & ((1u << bits) - 1);
   };
   if (field(62, 2) != 1 || field(49, 3) != 0) fail("a matrix descriptor of another layout");
   const uint32_t start = field(0, 14) << 4, stride = field(32, 14) << 4;
-  const uint32_t r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(depth_byte);
+  const uint32_t r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(dim_byte);
   const uint32_t address = start + r % 8 * 128 + r / 8 * stride + d;
   return address ^ ((address >> 7 & 7) << 4);
 }
@@ -26,7 +26,7 @@ std::vector<typename Type::Sum> load_operand(const SharedMemory& memory, uint64_
   using Bits = typename Type::Bits;
   std::vector<typename Type::Sum> operand;
   for (int row = 0; row < kOperandRows; ++row) {
-    for (int byte = 0; byte < kDepthBytes; byte += static_cast<int>(sizeof(Bits))) {
+    for (int byte = 0; byte < kDimBytes; byte += static_cast<int>(sizeof(Bits))) {
       operand.push_back(Type::value(memory.load<Bits>(element_address(descriptor, row, byte))));
     }
   }
@@ -36,16 +36,16 @@ std::vector<typename Type::Sum> load_operand(const SharedMemory& memory, uint64_
 template <typename Type>
 void run(const Product& product, const SharedMemory& memory) {
   using Sum = typename Type::Sum;
-  constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(typename Type::Bits));
+  constexpr int kDims = kDimBytes / static_cast<int>(sizeof(typename Type::Bits));
   const std::vector<Sum> a = load_operand<Type, kRows>(memory, product.a);
   const std::vector<Sum> b = load_operand<Type, kColumns>(memory, product.b);
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
     for (int i = 0; i < kAccumulators; ++i) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      const Sum *x = &a[static_cast<size_t>(row * kDepth)], *y = &b[static_cast<size_t>(column * kDepth)];
+      const Sum *x = &a[static_cast<size_t>(row * kDims)], *y = &b[static_cast<size_t>(column * kDims)];
       Sum& target = static_cast<Sum*>(product.d[thread])[i];
       Sum sum = product.accumulates ? target : Sum(0);
-      for (int k = 0; k < kDepth; ++k) sum += x[k] * y[k];
+      for (int k = 0; k < kDims; ++k) sum += x[k] * y[k];
       target = sum;
     }
   }

@@ -1,9 +1,9 @@
 // head forward on sm_90a, max pooling, bfloat16, float16 and float32 as TF32: one kernel multiplies and reduces; logits
 // never leave the registers.
 //
-// product_sm90.cuh multiplies; head_sm90_tiles.h has the order of the tiles and their reduction.
+// product.cuh multiplies. tiles.h holds the order of the tiles and their reduction.
 //
-// What the machine code of nvcc 13.0 shows (bfloat16 with positions, two blocks to a cluster): 2760 instructions, no
+// The machine code of nvcc 13.0 (bfloat16 with positions, two blocks to a cluster) has 2760 instructions, no
 // local memory, 168 registers at the start, then 40 and 232. The main loop is four HGMMA.64x256x16 to a group, with
 // nothing but uniform integer instructions between them; it waits for the group before (WARPGROUP.DEPBAR.LE 1) and
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
@@ -15,7 +15,7 @@
 namespace splade_fast::cuda::sm90 {
 namespace {
 
-// Which sequence the walk over a tile's segments begins with.
+// Finds the sequence with which the walk over the segments of each tile begins.
 constexpr int kPlanThreads = 256;
 __global__ void __launch_bounds__(kPlanThreads)
     first_sequences_kernel(const int32_t* starts, int batch, int tiles, int32_t* first_sequences) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 using hopper::Operand;
 
-// The type of bias and pooled values that goes with operands.
+// The type of bias and pooled values for a type of operands.
 template <Operand kOperand>
 using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16,
                                    std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
@@ -35,14 +35,14 @@ template <Operand kOperand, bool kPositions>
 struct DeviceSink {
   const HeadTask& task;
 
-  __device__ Key<kPositions>* key(int slot, int entry) const {
-    return static_cast<Key<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
+  __device__ MaxKey<kPositions>* key(int slot, int entry) const {
+    return static_cast<MaxKey<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
   }
-  __device__ void store(int sequence, int entry, float value, int position, bool counted) {
-    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, counted);
+  __device__ void store(int sequence, int entry, float value, int position, bool has_real_token) {
+    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, has_real_token);
   }
-  __device__ void merge(int slot, int entry, Key<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
-  __device__ Key<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
+  __device__ void merge(int slot, int entry, MaxKey<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
+  __device__ MaxKey<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
 };
 
 template <Operand kOperand, bool kPositions>
@@ -56,7 +56,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   DeviceSink<kOperand, kPositions> sink{task};
   for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
-                     Key<kPositions> key[2];
+                     MaxKey<kPositions> key[2];
                      max_of_segment<kPositions>(accumulators, thread, segment, key);
 #pragma unroll
                      for (int half = 0; half < 2; ++half) {
@@ -67,7 +67,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                    });
 }
 
-// What is done with the tiles of the product.
+// Reduces the tiles of the product.
 template <Operand kOperand, bool kPositions>
 struct Reduction {
   const HeadTask& task;
@@ -86,19 +86,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!task.only_if.holds()) return;
   Reduction<kOperand, kPositions> reduction{task};
   multiply_tiles<kOperand, kCluster>(weight_map, token_map, static_cast<int>(task.shape.vocabulary),
-                                     task.rows.starts[task.rows.batch], static_cast<int>(task.shape.depth), reduction);
+                                     task.rows.starts[task.rows.batch], static_cast<int>(task.shape.dim), reduction);
 #endif
 }
 
-// The results of sequences that no single tile had all rows of, and of those without rows. blockIdx.y walks over them.
+// Stores the results of sequences that cross tiles and of sequences without rows. blockIdx.y walks over the sequences.
 constexpr int kFinishThreads = 256;
 template <Operand kOperand, bool kPositions>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const HeadTask task) {
+__global__ void __launch_bounds__(kFinishThreads) store_kernel(const HeadTask task) {
   const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (entry >= task.shape.vocabulary || !task.only_if.holds()) return;
   DeviceSink<kOperand, kPositions> sink{task};
   for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
-    finish(task.rows, b, entry, sink);
+    store_remaining(task.rows, b, entry, sink);
   }
 }
 
@@ -126,7 +126,7 @@ cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
   constexpr int kMaxWalkers = 1024;
   const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
                   static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
-  finish_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
+  store_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
-// The fused head forward for max pooling on sm_90a: when it can run, what it needs, and its launch. Raw pointers of one
-// device; nothing here knows torch.
+// The dense head forward for max pooling on sm_90a: its task and its launch. Raw pointers of one device; independent of
+// torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace splade_fast::cuda::sm90 {
 
-// Something that kernels before have counted: more of it than this. Without a count it holds.
+// A condition on a count of earlier kernels: more than a limit. Without a count the condition holds.
 struct OnlyIf {
   const unsigned long long* count;
   unsigned long long more_than;
@@ -20,16 +20,16 @@ struct OnlyIf {
 };
 
 struct HeadTask {
-  Shape shape;  // rows: that tokens has room for
+  Shape shape;  // rows: capacity of tokens
   hopper::Operand operand;
-  const void* tokens;  // (rows, depth), of which starts[batch] are read
-  const void* weight;  // (vocabulary, depth)
+  const void* tokens;  // (rows, dim), of which starts[batch] are read
+  const void* weight;  // (vocabulary, dim)
   PackedRows rows;
   int32_t* first_sequences;  // (token tiles,), filled by the launch
   void* keys;                // key_bytes(), filled by the launch
-  bool keys_are_zero;        // already
+  bool keys_are_zero;        // before the launch
   PooledOutputs outputs;     // in the type of the operands, float for TF32
-  OnlyIf only_if;            // on the device, when the launch begins: nothing is written unless this holds
+  OnlyIf only_if;            // evaluated on the device when the launch begins; nothing is written unless it holds
 };
 
 // Whether the library has machine code for sm_90a.

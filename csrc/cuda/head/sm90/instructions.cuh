@@ -1,5 +1,5 @@
-// The instructions of sm_90a that CUDA C++ has no words for: barriers that count bytes, tensor copies, wgmma, clusters.
-// Addresses are of the shared window. Only kernels under SPLADE_FAST_SM90A may use what is here.
+// Instructions of sm_90a without a name in CUDA C++: barriers that count bytes, tensor copies, wgmma, clusters.
+// Addresses belong to the shared window. Only kernels under SPLADE_FAST_SM90A may use them.
 #pragma once
 
 #include <cuda.h>
@@ -27,7 +27,7 @@ __device__ inline void init_barrier(uint32_t barrier, int arrivals) {
 // Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Arrives, and keeps the barrier's phase open until so many bytes have been copied.
+// Arrives, and keeps the phase of the barrier open until the given number of bytes has been copied.
 __device__ inline void arrive_and_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -36,8 +36,8 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the same barrier of another block of the cluster, or of this one. Orders what this thread has waited for, such as
-// its wgmmas' reads; a release at the cluster's scope would add a fence of the whole device.
+// Arrives at the same barrier of any block of the cluster. Orders the accesses that this thread has waited for, such as
+// the reads of its wgmmas; a release at the scope of the cluster would add a fence of the whole device.
 __device__ inline void arrive_at_block(uint32_t barrier, int block) {
   asm volatile(
       "{\n"
@@ -49,7 +49,7 @@ __device__ inline void arrive_at_block(uint32_t barrier, int block) {
       : "memory");
 }
 
-// Until the phase of this parity has ended. A fresh barrier passes for parity 1.
+// Waits until the phase of the given parity has ended. A fresh barrier passes for parity 1.
 __device__ inline void wait(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
@@ -71,21 +71,21 @@ __device__ inline void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-__device__ inline void copy_tile(uint32_t target, const CUtensorMap& map, int depth, int row, uint32_t barrier) {
+__device__ inline void copy_tile(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           target),
-      "l"(&map), "r"(depth), "r"(row), "r"(barrier)
+      "l"(&map), "r"(dim), "r"(row), "r"(barrier)
       : "memory");
 }
 
-// To the same address in every block of the mask; its bytes count at the same barrier of each.
-__device__ inline void copy_tile_to_blocks(uint32_t target, const CUtensorMap& map, int depth, int row,
-                                           uint32_t barrier, uint16_t blocks) {
+// Copies to the same address in every block of the mask; the bytes count at the same barrier of each block.
+__device__ inline void copy_tile_to_blocks(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier,
+                                           uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(&map), "r"(depth), "r"(row), "r"(barrier), "h"(blocks)
+      "l"(&map), "r"(dim), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -97,7 +97,7 @@ __device__ inline int block_in_cluster() {
   return static_cast<int>(rank);
 }
 
-// Every thread of every block of the cluster.
+// Synchronises every thread of every block of the cluster.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -114,18 +114,18 @@ __device__ inline void take_registers() {
 
 // wgmma ----------------------------------------------------------------------------------------------------------
 
-// Before the first wgmma after the accumulators or shared memory were touched otherwise.
+// Required before the first wgmma after other accesses to the accumulators or to shared memory.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most so many committed groups are not finished.
+// Waits until at most kPending committed groups are unfinished.
 template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving reads or writes of the accumulators over this point.
+// Keeps the compiler from moving reads or writes of the accumulators across this point.
 template <int kCount>
 __device__ inline void pin(float (&accumulators)[kCount]) {
 #pragma unroll
@@ -143,14 +143,14 @@ __device__ inline void pin(int32_t (&accumulators)[kCount]) {
                                 c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define SPLADE_FAST_D32(c, d, i) SPLADE_FAST_D8(c, d, i), SPLADE_FAST_D8(c, d, i + 8), \
                                  SPLADE_FAST_D8(c, d, i + 16), SPLADE_FAST_D8(c, d, i + 24)
-// Its depth and types, the register constraint of the sums, and the immediates behind scale-d: the signs of a and b for
-// floats, and whether they are transposed for those of two bytes, which alone can be.
-#define SPLADE_FAST_WGMMA_M64N256(depth_and_types, constraint, immediates)                               \
+// Arguments: dimensions and types, the register constraint of the sums, and the immediates behind scale-d: the signs of
+// a and b for floats, and whether a and b are transposed for types of two bytes.
+#define SPLADE_FAST_WGMMA_M64N256(dims_and_types, constraint, immediates)                               \
   asm volatile(                                                                                          \
       "{\n"                                                                                              \
       ".reg .pred p;\n"                                                                                  \
       "setp.ne.b32 p, %130, 0;\n"                                                                        \
-      "wgmma.mma_async.sync.aligned.m64n256" depth_and_types " "                                         \
+      "wgmma.mma_async.sync.aligned.m64n256" dims_and_types " "                                         \
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                 \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                 \
@@ -166,7 +166,7 @@ __device__ inline void pin(int32_t (&accumulators)[kCount]) {
       : "l"(a), "l"(b), "r"(accumulate))
 // clang-format on
 
-// d = a b^T, or d += a b^T: 64 entries x 256 tokens over a depth of kInstructionBytes.
+// d = a b^T, or d += a b^T: 64 entries x 256 tokens over kInstructionBytes of dimensions.
 template <Operand kOperand>
 __device__ inline void wgmma(OperandSum<kOperand> (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   if constexpr (kOperand == Operand::kBfloat16) {

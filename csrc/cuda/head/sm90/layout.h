@@ -1,9 +1,10 @@
-// How tiles lie in shared memory and in registers for wgmma: plain integer functions, so that the host can test them.
+// The layout of tiles in shared memory and in registers for wgmma: plain integer functions, which the host can test.
 //
 // An operand tile has rows of 128 bytes, of which the copy engine permutes the 16-byte chunks by the row's number
-// modulo 8 (128-byte swizzle). Both operands are K-major: consecutive elements run along the depth. The bytes lie the
-// same for every type of element; of which there are more or fewer to a row, and to the 32 bytes that one wgmma is
-// deep. From the PTX manual, wgmma: "Register fragments", "Shared memory matrix layout", "Matrix descriptor".
+// modulo 8 (128-byte swizzle). Both operands are K-major: consecutive elements run along D. The layout of the
+// bytes is the same for every element type; the type determines the number of elements in a row and in the 32 bytes
+// that one wgmma multiplies. From the PTX manual, wgmma: "Register fragments", "Shared memory matrix layout", "Matrix
+// descriptor".
 #pragma once
 
 #include "common/float_bits.h"
@@ -17,20 +18,20 @@
 
 namespace splade_fast::cuda::hopper {
 
-// What wgmma multiplies: both operands have the same type. float32 is read as TF32, its low 13 bits are ignored.
+// The type of both operands of wgmma. It reads float32 as TF32 and ignores the low 13 bits.
 enum class Operand { kBfloat16, kFloat16, kTfloat32, kInt8 };
 
 SPLADE_FAST_INLINE constexpr int element_bytes(Operand operand) {
   return operand == Operand::kTfloat32 ? 4 : operand == Operand::kInt8 ? 1 : 2;
 }
 
-// What it adds up in.
+// The type of the sums.
 template <Operand kOperand>
 using OperandSum = std::conditional_t<kOperand == Operand::kInt8, int32_t, float>;
 
 constexpr int kWarpgroupThreads = 128;
-constexpr int kRowBytes = 128;                             // of an operand tile
-constexpr int kChunkBytes = 16;                            // what the swizzle moves in one piece
+constexpr int kRowBytes = 128;                             // in an operand tile
+constexpr int kChunkBytes = 16;                            // moved by the swizzle in one piece
 constexpr int kSwizzledRows = 8;                           // after which the pattern repeats
 constexpr int kSwizzledBytes = kSwizzledRows * kRowBytes;  // tiles are aligned to this
 constexpr int kInstructionEntries = 64;                    // M of one wgmma
@@ -43,12 +44,12 @@ SPLADE_FAST_INLINE constexpr int row_elements(Operand operand) { return kRowByte
 // Bits 4-6 of an address, the chunk, exclusive-or bits 7-9, the row modulo 8.
 SPLADE_FAST_INLINE constexpr uint32_t swizzle(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
-// Where the copy engine puts an element of a tile.
-SPLADE_FAST_INLINE constexpr uint32_t tile_offset(Operand operand, int row, int depth) {
-  return swizzle(static_cast<uint32_t>(row * kRowBytes + depth * element_bytes(operand)));
+// Returns the byte at which the copy engine puts an element of a tile.
+SPLADE_FAST_INLINE constexpr uint32_t tile_offset(Operand operand, int row, int dim) {
+  return swizzle(static_cast<uint32_t>(row * kRowBytes + dim * element_bytes(operand)));
 }
 
-// The operand of one wgmma: its first row and depth element are at this address of shared memory, before the swizzle.
+// Describes the operand of one wgmma whose first element is at this address of shared memory, before the swizzle.
 //   bits  0-13  address / 16
 //   bits 16-29  leading dimension offset / 16: not used by swizzled K-major operands, 1 by convention
 //   bits 32-45  stride offset / 16: from one group of 8 rows to the next
@@ -59,13 +60,13 @@ SPLADE_FAST_INLINE constexpr uint64_t matrix_descriptor(uint32_t address) {
   return (static_cast<uint64_t>(address & 0x3ffff) >> 4) | kLeading << 16 | kStride << 32 | kSwizzle128 << 62;
 }
 
-// The same operand some wgmma steps deeper: the address moves within the row, the swizzle sees the sum.
+// Describes the same operand some wgmma steps further along D: the address moves within the row.
 SPLADE_FAST_INLINE constexpr uint64_t deeper(uint64_t descriptor, int steps) {
   return descriptor + static_cast<uint64_t>(steps * kInstructionBytes / 16);
 }
 
-// Accumulator i of a thread of a warpgroup, for m64nN of every depth: which row and which column of the product. A
-// thread has two rows, 8 apart, and two neighbouring columns of every 8.
+// Row and column of the product in accumulator i of a thread of a warpgroup, for every m64nN. A thread has two rows, 8
+// apart, and two neighbouring columns of every 8.
 SPLADE_FAST_INLINE constexpr int accumulator_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }

@@ -1,4 +1,4 @@
-// The maximum of keys in memory, whichever thread comes first.
+// Merges a key into memory by maximum, in any order of threads.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Packing on CUDA: count per sequence, scan, number the rows that count, move them.
+// Packing on CUDA: count the real tokens of each sequence, scan, number them, move their rows.
 #include "cuda/head/sm90/pack.h"
 #include "cuda/warp.cuh"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256, kScanThreads = 1024;
 
-// A warp per sequence: the number of its rows that count, where the scan expects it.
+// A warp per sequence writes the number of its real tokens where the scan expects it.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const bool* mask, int64_t length, int64_t batch, int32_t* starts) {
   const int64_t b = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) starts[b + 1] = count;
 }
 
-// The sum of the values of all threads of the block before this one, and of all.
+// Returns the sum of the values of the threads before this one in the block, and of all threads.
 struct BlockSum {
   int before, total;
 };
@@ -35,7 +35,7 @@ __device__ BlockSum block_sum(int value) {
     const int before = __shfl_up_sync(kAllLanes, inclusive, step);
     if (lane >= step) inclusive += before;
   }
-  __syncthreads();  // the totals of the last call have been read
+  __syncthreads();  // all threads have read the totals of the last call
   if (lane == kWarp - 1) totals[warp] = inclusive;
   __syncthreads();
   BlockSum sum{inclusive - value, 0};
@@ -47,7 +47,7 @@ __device__ BlockSum block_sum(int value) {
   return sum;
 }
 
-// Counts to starts, one block.
+// Turns counts into starts, in one block.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int32_t* starts, int64_t batch) {
   int carried = 0;
   for (int64_t first = 0; first < batch; first += kScanThreads) {
@@ -68,21 +68,21 @@ __global__ void __launch_bounds__(kThreads) starts_kernel(Sequences sequences, i
       static_cast<int32_t>(b < batch ? sequence_span(sequences, b).start : sequence_span(sequences, b - 1).stop);
 }
 
-// A block per sequence.
+// A block per sequence numbers its real tokens.
 __global__ void __launch_bounds__(kThreads)
     number_kernel(const bool* mask, int64_t length, const int32_t* starts, int32_t* source_rows) {
   const int64_t b = blockIdx.x;
   int32_t* target = source_rows + starts[b];
   for (int64_t first = 0; first < length; first += kThreads) {
     const int64_t l = first + threadIdx.x, row = b * length + l;
-    const bool counts = l < length && mask[row];
-    const BlockSum sum = block_sum<kThreads>(counts);
-    if (counts) target[sum.before] = static_cast<int32_t>(row);
+    const bool is_real = l < length && mask[row];
+    const BlockSum sum = block_sum<kThreads>(is_real);
+    if (is_real) target[sum.before] = static_cast<int32_t>(row);
     target += sum.total;
   }
 }
 
-// A warp per packed row, in turns.
+// A warp moves a packed row, then the next of its rows.
 __global__ void __launch_bounds__(kThreads)
     move_kernel(const uint4* rows, int64_t vectors, const int32_t* source_rows, const int32_t* count, uint4* packed) {
   const int lane = threadIdx.x % kWarp;

@@ -1,5 +1,5 @@
-// Rows that count, side by side: padded sequences with a mask cost their real tokens, and the host need not wait to
-// learn how many they are. Raw pointers of one device throughout.
+// Packs the rows of real tokens side by side, so that padded sequences with a mask cost their real tokens and the host
+// does not wait for their number. Raw pointers of one device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,15 +9,15 @@
 namespace splade_fast::cuda {
 
 struct PackTask {
-  Sequences sequences;  // of the rows as given; at most INT32_MAX rows
+  Sequences sequences;  // of the padded rows; at most INT32_MAX rows
   int64_t batch;
-  const bool* mask;  // (rows,): those that count; null: all, and rows stay where they are
-  const void* rows;  // row_bytes each, a multiple of 16, at an address that is one too
+  const bool* mask;  // (rows,), true for real tokens; null: all are real, and rows stay in place
+  const void* rows;  // of row_bytes each, a multiple of 16, at a multiple of 16
   int64_t row_bytes;
 
-  int32_t* starts;       // (batch + 1,): of the sequences among the packed rows
-  int32_t* source_rows;  // (rows,): which row a packed row was; only with a mask
-  void* packed;          // (rows, row_bytes), of which the first starts[batch] are written; only with a mask
+  int32_t* starts;       // (batch + 1,), starts of the sequences among the packed rows
+  int32_t* source_rows;  // (rows,), padded row of each packed row; only with a mask
+  void* packed;          // (rows, row_bytes), of which starts[batch] rows are written; only with a mask
 };
 
 cudaError_t launch_pack(const PackTask& task, int64_t multiprocessors, cudaStream_t stream);

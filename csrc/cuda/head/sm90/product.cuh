@@ -1,8 +1,8 @@
-// weight · tokensᵀ on sm_90a, a tile at a time, for whoever reduces the tiles in registers.
+// The product weight · tokensᵀ on sm_90a, tile by tile; the caller reduces each tile in registers.
 //
 // Persistent blocks of three warpgroups: one thread of the first keeps the copy engine busy, the other two multiply 64
 // vocabulary entries each by the tile's 256 tokens. Two blocks of a cluster share each token tile, half of it copied by
-// either. head_sm90_tiles.h has the order of the tiles.
+// either. tiles.h holds the order of the tiles.
 #pragma once
 
 #include "cuda/head/sm90/instructions.cuh"
@@ -13,11 +13,12 @@ namespace splade_fast::cuda::sm90 {
 
 #if defined(SPLADE_FAST_SM90A)
 
-// For each tile of this block and each of its warpgroups that multiply: consumer.begin(token tile, first entry), the
-// product, consumer.reduce(accumulators, token tile, first entry). All threads of the cluster call it, once a kernel.
+// Multiplies each tile of this block. Each multiplying warpgroup calls consumer.begin(token tile, first entry) before
+// the product and consumer.reduce(accumulators, token tile, first entry) after it. All threads of the cluster call this
+// function once in a kernel.
 template <hopper::Operand kOperand, int kCluster, typename Consumer>
 __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUtensorMap& token_map, int vocabulary,
-                                      int rows, int depth, Consumer& consumer) {
+                                      int rows, int dim, Consumer& consumer) {
   using namespace hopper;
   extern __shared__ uint8_t dynamic[];
   const uint32_t tiles = (shared_address(dynamic) + kSwizzledBytes - 1) / kSwizzledBytes * kSwizzledBytes;
@@ -36,13 +37,13 @@ __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUten
     __syncthreads();
   }
 
-  constexpr int kTileDepth = row_elements(kOperand);
-  const int steps = (depth + kTileDepth - 1) / kTileDepth;
+  constexpr int kTileDims = row_elements(kOperand);
+  const int steps = (dim + kTileDims - 1) / kTileDims;
   const TileOrder order = TileOrder::of(vocabulary, rows, kCluster);
   const int first_tile = static_cast<int>(blockIdx.x) / kCluster, num_tiles = static_cast<int>(order.count());
   const int tile_stride = static_cast<int>(gridDim.x) / kCluster;
   Ring<kStages> ring;
-  // From one lane, so that the compiler knows it to be the same for the warp.
+  // Read from one lane, so that the compiler knows the value to be the same for the warp.
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == kConsumers) {
     give_up_registers<kProducerRegisters>();
@@ -56,12 +57,12 @@ __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUten
           const uint32_t target = tiles + ring.stage * kStageBytes, barrier = full + ring.stage * 8;
           wait(empty + ring.stage * 8, ring.parity ^ 1);
           arrive_and_expect(barrier, kStageBytes);
-          copy_tile(target, weight_map, step * kTileDepth, entry, barrier);
+          copy_tile(target, weight_map, step * kTileDims, entry, barrier);
           if constexpr (kCluster == 1) {
-            copy_tile(target + kEntryBytes, token_map, step * kTileDepth, token, barrier);
+            copy_tile(target + kEntryBytes, token_map, step * kTileDims, token, barrier);
           } else {
             constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;
-            copy_tile_to_blocks(target + kEntryBytes + rank * (kTokenBytes / kCluster), token_map, step * kTileDepth,
+            copy_tile_to_blocks(target + kEntryBytes + rank * (kTokenBytes / kCluster), token_map, step * kTileDims,
                                 token + rank * (kTileTokens / kCluster), barrier, kAllBlocks);
           }
         }
@@ -95,7 +96,7 @@ __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUten
                           step + part);
         }
         wgmma_commit();
-        // The step before this one has been read: its stage is free.
+        // wgmma has read the step before this one, so its stage is free.
         wgmma_wait<1>();
         if (step > 0) release(before);
         before = ring.stage;
@@ -106,7 +107,7 @@ __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUten
       consumer.reduce(accumulators, tile.token, first_entry);
     }
   }
-  // No block may end while the other still copies to it or arrives at its barriers.
+  // No block may end while the other one copies to it or arrives at its barriers.
   if constexpr (kCluster > 1) cluster_sync();
 }
 
@@ -114,8 +115,8 @@ __device__ inline void multiply_tiles(const CUtensorMap& weight_map, const CUten
 
 // Operands of a product, both of the same type and with rows that fits() takes.
 struct ProductOperands {
-  const void* weight;  // (shape.vocabulary, shape.depth)
-  const void* tokens;  // (shape.rows, shape.depth)
+  const void* weight;  // (shape.vocabulary, shape.dim)
+  const void* tokens;  // (shape.rows, shape.dim)
 };
 
 // Launches kernel(weight map, token map, task), which calls multiply_tiles<kOperand, kCluster>.
@@ -124,10 +125,9 @@ cudaError_t launch_product(void (*kernel)(CUtensorMap, CUtensorMap, Task), const
                            const Shape& shape, const Task& task, cudaStream_t stream) {
   CUtensorMap weight_map, token_map;
   cudaError_t error =
-      hopper::make_tensor_map(weight_map, operands.weight, shape.vocabulary, shape.depth, kTileEntries, kOperand);
+      hopper::make_tensor_map(weight_map, operands.weight, shape.vocabulary, shape.dim, kTileEntries, kOperand);
   if (error != cudaSuccess) return error;
-  error =
-      hopper::make_tensor_map(token_map, operands.tokens, shape.rows, shape.depth, kTileTokens / kCluster, kOperand);
+  error = hopper::make_tensor_map(token_map, operands.tokens, shape.rows, shape.dim, kTileTokens / kCluster, kOperand);
   if (error != cudaSuccess) return error;
 
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -143,7 +143,7 @@ cudaError_t launch_product(void (*kernel)(CUtensorMap, CUtensorMap, Task), const
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  // As many clusters as run at a time, but no more than there can be tiles.
+  // As many clusters as run at a time, but no more than tiles.
   int clusters = 0;
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) return error;

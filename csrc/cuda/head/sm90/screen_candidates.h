@@ -1,4 +1,4 @@
-// Which of a thread's accumulators are above their entry's threshold. Plain functions for host and device:
+// Finds the accumulators of a thread that exceed the threshold of their entry. Plain functions for host and device:
 // tests/cpp/test_screen_threshold.cpp runs them.
 #pragma once
 
@@ -7,16 +7,16 @@
 namespace splade_fast::cuda::sm90 {
 
 // A pair of a packed token and a vocabulary entry that may have a positive logit.
-struct Candidate {
+struct CandidatePair {
   int32_t row, entry;
 };
 
-// A thread's 64 columns of either of its entries, 32 to a word: bit i of word w is column own_column(thread, 32 w + i).
+// A bit for each of the 64 columns of a thread: bit i of word w is column own_column(thread, 32 w + i).
 constexpr int kWords = kAccumulators / 2 / 32;
 
 SPLADE_FAST_INLINE constexpr int own_column(int thread, int i) { return thread % 4 * 2 + i / 2 * 8 + i % 2; }
 
-// How many of a thread's columns are below `end`.
+// Returns the number of columns of a thread below `end`.
 SPLADE_FAST_INLINE constexpr int own_columns_below(int thread, int end) {
   const int rest = end - thread % 4 * 2;
   return rest <= 0 ? 0 : rest / 8 * 2 + (rest % 8 < 2 ? rest % 8 : 2);
@@ -39,7 +39,7 @@ SPLADE_FAST_INLINE bool any_above(const int32_t (&accumulators)[kAccumulators], 
   return largest[0] > threshold[0] || largest[1] > threshold[1];
 }
 
-// Of the columns below `end`, those that are above.
+// Sets the bits of the columns below `end` whose accumulator exceeds the threshold.
 SPLADE_FAST_INLINE void find_above(const int32_t (&accumulators)[kAccumulators], const int (&threshold)[2], int thread,
                                    int end, uint32_t (&words)[2][kWords]) {
   const int columns = own_columns_below(thread, end);

@@ -1,6 +1,7 @@
-// Rows to int8: h - mean, or w, rotated by random signs and Hadamard transforms of blocks, then divided by a scale. A
-// warp takes a row, a lane some consecutive depths of a block, which stays in registers. A row is rotated twice, to
-// find its largest entry and to round it: reading it again from the second-level cache is cheaper than keeping it.
+// Rounds rows to int8: h - mean, or w, rotated by random signs and Hadamard transforms of blocks, then divided by a
+// scale. A warp takes a row, and a lane some consecutive dimensions of a block, which stays in registers. The kernel
+// rotates a row twice, to find its largest entry and to round it: reading the row again from the second-level cache is
+// cheaper than keeping it.
 #include <cfloat>
 
 #include "cuda/device.cuh"
@@ -10,9 +11,9 @@
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 2;  // blocks that surely fit a multiprocessor: more would cost spills
+constexpr int kThreads = 256, kBlocks = 2;  // blocks that certainly fit a multiprocessor; more would cost spills
 
-// Hadamard transform, without its norm, of 32 kPerLane values.
+// Unnormalised Hadamard transform of 32 kPerLane values.
 template <int kPerLane>
 __device__ void hadamard(float (&x)[kPerLane], int lane) {
 #pragma unroll
@@ -35,34 +36,34 @@ __device__ void hadamard(float (&x)[kPerLane], int lane) {
   }
 }
 
-// Rows of one kind, and how they are rotated.
+// Reads and rotates the rows of one matrix.
 template <typename T>
 struct Rows {
   const T* rows;
-  int depth, padded_depth;
-  const float* mean;  // null: nothing is taken from them
+  int dim, padded_dim;
+  const float* mean;  // null: nothing is subtracted
 
   __device__ Rows(const RowsToRound& given, bool minus_mean)
       : rows(static_cast<const T*>(given.rows)),
-        depth(static_cast<int>(given.depth)),
-        padded_depth(static_cast<int>(screen_padded_dim(given.depth))),
+        dim(static_cast<int>(given.dim)),
+        padded_dim(static_cast<int>(screen_padded_dim(given.dim))),
         mean(minus_mean ? given.mean : nullptr) {}
 
-  // use(first depth, values of this lane) for every block of a row.
+  // Calls use(first dimension, values of this lane) for every block of a row.
   template <int kPerLane, typename Use>
   __device__ void for_rotated(int64_t row, Use use) const {
     constexpr int kBlock = kWarp * kPerLane, kVector = kPerLane < kMaxVector<T> ? kPerLane : kMaxVector<T>;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const float norm = 1.0f / sqrtf(static_cast<float>(kBlock));
-    const T* source = rows + row * depth;
+    const T* source = rows + row * dim;
 #pragma unroll 1
-    for (int block = 0; block < padded_depth; block += kBlock) {
+    for (int block = 0; block < padded_dim; block += kBlock) {
       const int first = block + lane * kPerLane;
       float x[kPerLane];
 #pragma unroll
       for (int i = 0; i < kPerLane; i += kVector) {
         Vector<T, kVector> vector;
-        const bool inside = first + i < depth;
+        const bool inside = first + i < dim;
         if (inside) vector = load_vector<kVector>(source + first + i);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
@@ -76,7 +77,7 @@ struct Rows {
     }
   }
 
-  // Of a rotated row, inf if it cannot be rounded for not being finite or for being too large.
+  // Returns the largest entry of a rotated row; inf if the row is not finite or too large to round.
   template <int kPerLane>
   __device__ float largest(int64_t row) const {
     float largest = 0;
@@ -93,15 +94,15 @@ struct Rows {
 
 __device__ bool is_finite(float largest) { return largest <= kScreenLargest; }
 
-// Whether a row is rounded; if not, it is all residual.
+// Whether a row is rounded; otherwise the whole row is residual.
 __device__ bool is_rounded(float largest) { return is_finite(largest) && largest >= kScreenSmallest; }
 
-// Upper bounds: of the norm of what rounding has taken, and of those of the row and of the rounded row.
+// Upper bounds of the norms of the residual and of the row, rounded or not.
 struct Norms {
   float residual, norm;
 };
 
-// Writes a row of integers. shared_largest: the entry that the scale is made for, at least the row's own.
+// Writes a row of integers. shared_largest: the entry that determines the scale, at least the largest of the row.
 template <int kPerLane, typename T>
 __device__ Norms round_row(const Rows<T>& rows, int64_t row, float largest, float shared_largest, int8_t* target) {
   const bool rounds = is_rounded(largest);
@@ -124,17 +125,17 @@ __device__ Norms round_row(const Rows<T>& rows, int64_t row, float largest, floa
   });
   lost_squares = warp_sum(lost_squares);
   squares = warp_sum(squares);
-  const float inflation = screen_inflation(rows.padded_depth);
-  const float whole = is_finite(largest) ? largest * sqrtf(static_cast<float>(rows.padded_depth)) : INFINITY;
+  const float inflation = screen_inflation(rows.padded_dim);
+  const float whole = is_finite(largest) ? largest * sqrtf(static_cast<float>(rows.padded_dim)) : INFINITY;
   const float residual = (rounds ? sqrtf(lost_squares) : whole) * inflation;
   return {residual, (rounds ? sqrtf(squares) : whole) * inflation + residual};
 }
 
-// Of a float vector, an upper bound; a warp works on it.
-__device__ float norm_of(const float* vector, int depth) {
+// Returns an upper bound of the norm of a float vector, computed by a warp.
+__device__ float norm_of(const float* vector, int dim) {
   float squares = 0;
-  for (int d = static_cast<int>(threadIdx.x) % kWarp; d < depth; d += kWarp) squares += vector[d] * vector[d];
-  return sqrtf(warp_sum(squares)) * screen_inflation(depth);
+  for (int d = static_cast<int>(threadIdx.x) % kWarp; d < dim; d += kWarp) squares += vector[d] * vector[d];
+  return sqrtf(warp_sum(squares)) * screen_inflation(dim);
 }
 
 __device__ int64_t first_row() { return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; }
@@ -145,25 +146,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) round_weight_kernel(const W
   const Rows<T> rows(task.weight, false);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t entry = first_row(); entry < task.vocabulary; entry += row_stride()) {
-    const T* source = rows.rows + entry * rows.depth;
+    const T* source = rows.rows + entry * rows.dim;
     float mean_dot = 0;
-    for (int d = lane; d < rows.depth; d += kWarp) mean_dot += task.weight.mean[d] * to_acc(source[d]);
+    for (int d = lane; d < rows.dim; d += kWarp) mean_dot += task.weight.mean[d] * to_acc(source[d]);
     mean_dot = warp_sum(mean_dot);
     const float largest = rows.template largest<kPerLane>(entry);
     const bool rounds = is_rounded(largest);
     const Norms norms =
-        round_row<kPerLane>(rows, entry, largest, rounds ? largest : 0.0f, task.integers + entry * rows.padded_depth);
+        round_row<kPerLane>(rows, entry, largest, rounds ? largest : 0.0f, task.integers + entry * rows.padded_dim);
     if (lane > 0) continue;
     const auto keep = [&](WeightFact fact, float value) { task.facts[fact * task.vocabulary + entry] = value; };
     keep(kWeightScale, rounds ? screen_scale(largest) : 0.0f);
     keep(kWeightResidual, norms.residual + kScreenTiny);
     keep(kWeightNorm, norms.norm);
     keep(kWeightMeanDot, mean_dot);
-    keep(kWeightSample, to_acc(source[sampled_depth(entry, rows.depth)]));
+    keep(kWeightSample, to_acc(source[sampled_dim(entry, rows.dim)]));
   }
 }
 
-// The largest of what several warps have, none of them negative or NaN.
+// Stores the maximum over several warps of values that are neither negative nor NaN.
 __device__ void merge_largest(float* target, float value) {
   atomicMax(reinterpret_cast<unsigned*>(target), to_bits(value));
 }
@@ -182,29 +183,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) measure_tokens_kernel(const
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kBlocks) round_tokens_kernel(const TokensToRound task) {
   const Rows<T> rows(task.tokens, true);
-  const float rounding = screen_rounding(rows.depth), mean_norm = norm_of(rows.mean, rows.depth);
+  const float rounding = screen_rounding(rows.dim), mean_norm = norm_of(rows.mean, rows.dim);
   for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
     ScreenTile& tile = task.tiles[token / task.tile_tokens];
     const Norms norms =
-        round_row<kPerLane>(rows, token, task.largest[token], tile.largest, task.integers + token * rows.padded_depth);
+        round_row<kPerLane>(rows, token, task.largest[token], tile.largest, task.integers + token * rows.padded_dim);
     if (threadIdx.x % kWarp > 0) continue;
     const float residual = norms.residual + (rounding * (norms.norm + mean_norm) + kScreenTiny);
     merge_largest(&tile.norm, norms.norm);
-    // A mean that is not finite proves nothing.
+    // With a mean that is not finite nothing is proved.
     merge_largest(&tile.residual, residual <= FLT_MAX ? residual : INFINITY);
   }
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-// launch(Type<T>, Constant<values per lane>, blocks) for the type of the rows and the block that they are rotated by.
+// Calls launch(Type<T>, Constant<values per lane>, blocks) for the type of the rows and the size of a rotated block.
 template <typename Launch>
 cudaError_t dispatch_rows(const RowsToRound& rows, int64_t count, int64_t multiprocessors, Launch launch) {
   constexpr int64_t kBlocksPerMultiprocessor = 8;
   const int64_t blocks = ceil_div(count, kThreads / kWarp), most = multiprocessors * kBlocksPerMultiprocessor;
   const unsigned grid = static_cast<unsigned>(blocks < most ? blocks : most);
   const auto with_type = [&](auto type) {
-    switch (screen_block(screen_padded_dim(rows.depth)) / kWarp) {
+    switch (screen_block(screen_padded_dim(rows.dim)) / kWarp) {
       case 2:
         return launch(type, Constant<2>{}, grid);
       case 4:

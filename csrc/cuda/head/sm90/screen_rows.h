@@ -1,5 +1,5 @@
 // Rows rounded to int8 for the screened head: entries of the vocabulary with a scale each, tokens with a scale for
-// every tile of the product. docs/screening.md says what of them is kept, and why. Raw pointers of one device.
+// every tile of the product. docs/screening.md explains the facts kept of each. Raw pointers of one device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,28 +10,28 @@
 
 namespace splade_fast::cuda {
 
-// Rows (…, depth) of bfloat16 or float16, depth a multiple of 8, at an address that is one of 16.
+// Rows (…, dim) of bfloat16 or float16; dim is a multiple of 8, the address a multiple of 16.
 struct RowsToRound {
   const void* rows;
   bool is_bfloat16;
-  int64_t depth;
-  const float* mean;  // (depth,)
+  int64_t dim;
+  const float* mean;  // (dim,)
 };
 
-// What is kept of every row of the weight, float (kWeightFacts, vocabulary); kSample: one of its elements, to see
+// Facts of every row of the weight, float (kWeightFacts, vocabulary). kWeightSample is one of its elements, which shows
 // whether the weight has changed.
 enum WeightFact { kWeightScale, kWeightResidual, kWeightNorm, kWeightMeanDot, kWeightSample, kWeightFacts };
 
-// Which element is the sample: another one in every row.
-SPLADE_FAST_INLINE int64_t sampled_depth(int64_t entry, int64_t depth) {
+// Returns the dimension of the sample, another one in every row.
+SPLADE_FAST_INLINE int64_t sampled_dim(int64_t entry, int64_t dim) {
   constexpr int64_t kStep = 7919;  // a prime number
-  return entry * kStep % depth;
+  return entry * kStep % dim;
 }
 
 struct WeightToRound {
   RowsToRound weight;
   int64_t vocabulary;
-  int8_t* integers;  // (vocabulary, screen_padded_dim(depth))
+  int8_t* integers;  // (vocabulary, screen_padded_dim(dim))
   float* facts;      // (kWeightFacts, vocabulary)
 };
 
@@ -39,11 +39,11 @@ cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocesso
 
 struct TokensToRound {
   RowsToRound tokens;
-  int64_t room;          // rows that there is memory for
-  const int32_t* count;  // of the tokens, on the device
+  int64_t room;          // number of rows in memory
+  const int32_t* count;  // number of tokens, on the device
   int tile_tokens;
-  int8_t* integers;   // (room, screen_padded_dim(depth)), of which the tokens' rows are written
-  float* largest;     // (room,), likewise: the largest entry of a row once rotated, inf if it is not finite
+  int8_t* integers;   // (room, screen_padded_dim(dim)); the rows of tokens are written
+  float* largest;     // (room,), likewise: the largest entry of a rotated row, inf if it is not finite
   ScreenTile* tiles;  // (tiles,), zero before the launch
 };
 

@@ -1,6 +1,6 @@
-// The screened head's test of a pair of token and vocabulary entry, as wgmma leaves it: the tokens of a tile share a
-// scale and what rounding took from the worst of them, so an accumulator has an integer to be compared with. Plain
-// functions for host and device: tests/cpp/test_screen_threshold.cpp runs them, docs/screening.md derives them.
+// The test of a pair of token and vocabulary entry in the screened head. The tokens of a tile share a scale and the
+// largest residual of them, so an integer threshold serves a whole tile and an entry. Plain functions for host and
+// device: tests/cpp/test_screen_threshold.cpp runs them, docs/screening.md derives them.
 #pragma once
 
 #include <climits>
@@ -12,21 +12,21 @@ namespace splade_fast::cuda {
 
 constexpr float kScreenLevels = 127;  // integers go from -levels to levels
 
-// Of a row, or of a tile of rows, whose largest entry that can be rounded is this; 0: nothing of it is rounded.
+// Returns the scale of a row, or of a tile of rows, with this largest entry; 0: nothing is rounded.
 SPLADE_FAST_INLINE float screen_scale(float largest) { return largest / kScreenLevels; }
 
 // Upper bounds of norms, as in common/screen_bound.h.
 struct alignas(16) ScreenEntry {
-  float threshold;  // what the product of a token with the entry, without the mean's, must exceed for a positive logit
+  float threshold;  // lower limit, without the product of the mean, of a product with a positive logit
   float scale, norm, residual;
 };
 
-// The largest of a tile's tokens each.
+// The largest values over the tokens of a tile.
 struct ScreenTile {
   float largest, norm, residual;
 };
 
-// -(bias + mean·w), lowered by what rounding may have added to it. Nothing reaches a bias of -inf.
+// Returns -(bias + mean·w), lowered by the possible rounding error. No product reaches a bias of -inf.
 SPLADE_FAST_INLINE float screen_threshold(float bias, float mean_dot) {
   if (bias == -INFINITY) return INFINITY;
   return -(bias + mean_dot) - kScreenShiftRounding * (std::fabs(bias) + std::fabs(mean_dot));
@@ -37,20 +37,20 @@ SPLADE_FAST_INLINE float screen_threshold(float bias, float mean_dot) {
 SPLADE_FAST_INLINE int integer_threshold(const ScreenEntry& entry, const ScreenTile& tile) {
   const float bound = tile.residual * entry.norm + (tile.norm * entry.residual + kScreenTiny);
   const float gap = entry.threshold - bound, scale = screen_scale(tile.largest) * entry.scale;
-  // Either side is all residual, so the integers are 0.
+  // One side is all residual, so the integers are 0.
   if (scale == 0) return gap > 0 ? INT_MAX : INT_MIN;
-  // Lowered by more than its three roundings can have added.
+  // Lowered by more than the three roundings can add.
   constexpr float kRounding = 0x1p-21f, kMost = 0x1p30f;  // no product of int8 is larger
   const float quotient = gap / scale;
   float lowered = quotient * (quotient > 0 ? 1 - kRounding : 1 + kRounding);
-  if (gap < 0 && lowered > -1) lowered = -1;  // the quotient may have gone below the smallest number
+  if (gap < 0 && lowered > -1) lowered = -1;  // the quotient may have underflowed
   if (lowered >= kMost) return INT_MAX;
   if (!(lowered >= -kMost)) return INT_MIN;  // or NaN
   return static_cast<int>(std::floor(lowered));
 }
 
-// Where more of the pairs are left, multiplying them one by one takes longer than the full-precision product of all:
-// a pair's rows come from the second-level cache, 4 depth bytes in the time of some 500 pairs' share of that product.
+// Returns the number of pairs beyond which the full-precision product of all pairs is faster: reading the rows of one
+// pair from the second-level cache, 4 dim bytes, takes the time of some 500 pairs in that product.
 SPLADE_FAST_INLINE int64_t candidate_capacity(int64_t rows, int64_t vocabulary) {
   constexpr int64_t kPairsPerCandidate = 512, kLeast = 4096;
   const int64_t share = rows * vocabulary / kPairsPerCandidate;

@@ -1,6 +1,6 @@
-// head forward on sm_90a, screened: an int8 product leaves a list of pairs of token and entry that may have a positive
-// logit, and these alone are multiplied in full precision. docs/screening.md derives the bound. Where the list is too
-// short for what is left, the kernels of head_sm90.cu, launched behind, compute everything: the host is not asked.
+// The screened head forward on sm_90a. An int8 product leaves a list of pairs of token and entry that may have a
+// positive logit; only these are multiplied in full precision. docs/screening.md derives the bound. Where the list
+// overflows, the kernels of dense.cu, launched behind, compute everything, without the host.
 #include "cuda/head/sm90/merge_key.cuh"
 #include "cuda/head/sm90/product.cuh"
 #include "cuda/head/sm90/screened.h"
@@ -11,23 +11,23 @@ namespace {
 
 constexpr int kThreadsPerBlock = 256;
 
-__device__ bool too_many(const ScreenedTask& task) {
+__device__ bool has_too_many(const ScreenedTask& task) {
   return *task.count > static_cast<unsigned long long>(task.capacity);
 }
 
-// The entries with this call's bias. A weight that is not what was rounded gives itself away, and counts as too many
-// candidates.
+// Describes the entries with the bias of this call. A weight that differs from the rounded one sets the count of
+// candidates beyond the capacity.
 template <typename T>
 __global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(const ScreenedTask task) {
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreadsPerBlock + threadIdx.x;
-  const int64_t vocabulary = task.head.shape.vocabulary, depth = task.head.shape.depth;
+  const int64_t vocabulary = task.head.shape.vocabulary, dim = task.head.shape.dim;
   if (entry >= vocabulary) return;
   const auto fact = [&](WeightFact which) { return task.weight_facts[which * vocabulary + entry]; };
   const float bias =
       task.head.outputs.bias == nullptr ? 0.0f : to_acc(static_cast<const T*>(task.head.outputs.bias)[entry]);
   task.entries[entry] = {screen_threshold(bias, fact(kWeightMeanDot)), fact(kWeightScale), fact(kWeightNorm),
                          fact(kWeightResidual)};
-  const float sample = to_acc(static_cast<const T*>(task.head.weight)[entry * depth + sampled_depth(entry, depth)]);
+  const float sample = to_acc(static_cast<const T*>(task.head.weight)[entry * dim + sampled_dim(entry, dim)]);
   if (to_bits(sample) != to_bits(fact(kWeightSample))) {
     atomicMax(task.count, static_cast<unsigned long long>(task.capacity) + 1);
   }
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(cons
 
 #if defined(SPLADE_FAST_SM90A)
 
-// Makes room for so many candidates of each lane; returns where this lane's begin.
+// Reserves places for the candidates of each lane and returns the first place of this lane.
 __device__ unsigned long long reserve(unsigned long long* count, int found) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   int before = found;
@@ -53,9 +53,9 @@ __device__ unsigned long long reserve(unsigned long long* count, int found) {
 // Collects the candidates of the tiles of the product.
 struct Collector {
   const ScreenedTask& task;
-  int threshold[2] = {INT_MAX, INT_MAX};  // of this thread's entries, in the tile at hand
+  int threshold[2] = {INT_MAX, INT_MAX};  // of the entries of this thread, in the current tile
 
-  // Before the product, which the loads need not wait for.
+  // Runs before the product, so that the loads overlap with it.
   __device__ void begin(int token_tile, int first_entry) {
     const ScreenTile tile = task.tiles[token_tile];
 #pragma unroll
@@ -89,7 +89,7 @@ struct Collector {
         }
       }
     }
-    __syncwarp();  // wgmma wants whole warps
+    __syncwarp();  // wgmma needs whole warps
   }
 
   __device__ static int own_thread() { return static_cast<int>(threadIdx.x) % hopper::kWarpgroupThreads; }
@@ -105,51 +105,52 @@ __global__ void __launch_bounds__(kThreads, 1)
     screen_sm90_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap token_map,
                        const __grid_constant__ ScreenedTask task) {
 #if defined(SPLADE_FAST_SM90A)
-  // Not even where there are too many from the start may a block end early: the count grows meanwhile, and those of a
-  // cluster would not agree.
+  // No block may end early, even with too many candidates from the start: the count grows meanwhile, and the blocks of
+  // a cluster would disagree.
   Collector collector{task};
-  multiply_tiles<hopper::Operand::kInt8, kCluster>(
-      weight_map, token_map, static_cast<int>(task.head.shape.vocabulary), task.head.rows.starts[task.head.rows.batch],
-      static_cast<int>(screen_padded_dim(task.head.shape.depth)), collector);
+  multiply_tiles<hopper::Operand::kInt8, kCluster>(weight_map, token_map, static_cast<int>(task.head.shape.vocabulary),
+                                                   task.head.rows.starts[task.head.rows.batch],
+                                                   static_cast<int>(screen_padded_dim(task.head.shape.dim)), collector);
 #endif
 }
 
-// A warp takes a candidate. In float32, and always in the same order, so that nothing depends on how the list is.
+// A warp multiplies a candidate in float32, always in the same order, so the order of the list does not matter.
 template <typename T, bool kPositions>
 __global__ void __launch_bounds__(kThreadsPerBlock) multiply_candidates_kernel(const ScreenedTask task) {
-  if (too_many(task)) return;
+  if (has_too_many(task)) return;
   constexpr int kVector = kMaxVector<T>;
   const HeadTask& head = task.head;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kThreadsPerBlock / kWarp, count = *task.count;
-  const int64_t depth = head.shape.depth;
+  const int64_t dim = head.shape.dim;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreadsPerBlock + threadIdx.x) / kWarp; i < count; i += warps) {
-    const Candidate candidate = task.candidates[i];
-    const T* token = static_cast<const T*>(head.tokens) + candidate.row * depth;
-    const T* entry = static_cast<const T*>(head.weight) + candidate.entry * depth;
+    const CandidatePair candidate = task.candidates[i];
+    const T* token = static_cast<const T*>(head.tokens) + candidate.row * dim;
+    const T* entry = static_cast<const T*>(head.weight) + candidate.entry * dim;
     float sum = 0;
 #pragma unroll 4
-    for (int64_t d = lane * kVector; d < depth; d += kWarp * kVector) {
+    for (int64_t d = lane * kVector; d < dim; d += kWarp * kVector) {
       const Vector<T, kVector> a = load_vector<kVector>(token + d), b = load_vector<kVector>(entry + d);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum += to_acc(a.element[j]) * to_acc(b.element[j]);
     }
     sum = warp_sum(sum);
     const int sequence = first_sequence_after(head.rows.starts, head.rows.batch, candidate.row);
-    // Starts that do not rise may leave a row to no sequence.
+    // Where starts do not rise, a row may belong to no sequence.
     if (lane > 0 || sequence >= head.rows.batch || candidate.row < head.rows.starts[sequence]) continue;
     const int position = kPositions ? head.rows.position(sequence, candidate.row) : 0;
-    merge_key(static_cast<Key<kPositions>*>(head.keys) + sequence * head.shape.vocabulary + candidate.entry,
+    merge_key(static_cast<MaxKey<kPositions>*>(head.keys) + sequence * head.shape.vocabulary + candidate.entry,
               make_key<kPositions>(sum, static_cast<uint32_t>(position)));
   }
 }
 
-// An entry without candidates has no positive logit: its maximum is given as 0. blockIdx.y walks over the sequences.
+// Stores the results. An entry without candidates has no positive logit and gets the maximum 0. blockIdx.y walks over
+// the sequences.
 template <typename T, bool kPositions>
-__global__ void __launch_bounds__(kThreadsPerBlock) finish_kernel(const ScreenedTask task) {
+__global__ void __launch_bounds__(kThreadsPerBlock) store_kernel(const ScreenedTask task) {
   const HeadTask& head = task.head;
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreadsPerBlock + threadIdx.x;
-  const bool declined = too_many(task);
+  const bool declined = has_too_many(task);
   if (entry == 0 && blockIdx.y == 0) {
     task.report[0] = declined;
     task.report[1] = 0;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock) finish_kernel(const Screened
   }
   if (entry >= head.shape.vocabulary || declined) return;
   for (int b = static_cast<int>(blockIdx.y); b < head.rows.batch; b += static_cast<int>(gridDim.y)) {
-    const auto key = static_cast<const Key<kPositions>*>(head.keys)[b * head.shape.vocabulary + entry];
+    const auto key = static_cast<const MaxKey<kPositions>*>(head.keys)[b * head.shape.vocabulary + entry];
     const bool found = key != 0;
     store_maximum<T>(head.outputs, b, entry, found ? value_of(key) : 0.0f,
                      found ? static_cast<int>(position_of(key)) : 0, found);
@@ -172,7 +173,7 @@ cudaError_t launch_screen(const ScreenedTask& task, cudaStream_t stream) {
   const Shape& shape = task.head.shape;
   return launch_product<hopper::Operand::kInt8, kCluster>(
       screen_sm90_kernel<kCluster>, {task.weight, task.tokens},
-      {shape.rows, shape.batch, shape.vocabulary, screen_padded_dim(shape.depth)}, task, stream);
+      {shape.rows, shape.batch, shape.vocabulary, screen_padded_dim(shape.dim)}, task, stream);
 }
 
 template <typename T, bool kPositions>
@@ -189,7 +190,7 @@ cudaError_t launch_all(const ScreenedTask& task, int64_t multiprocessors, cudaSt
   constexpr int kMaxWalkers = 1024;
   const int batch = task.head.rows.batch;
   const dim3 grid(columns, static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
-  finish_kernel<T, kPositions><<<grid, kThreadsPerBlock, 0, stream>>>(task);
+  store_kernel<T, kPositions><<<grid, kThreadsPerBlock, 0, stream>>>(task);
   return launch_head(task.head, stream);
 }
 

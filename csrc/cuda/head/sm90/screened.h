@@ -1,5 +1,5 @@
-// The screened head forward for max pooling on sm_90a: what it needs, and its launch. Raw pointers of one device;
-// nothing here knows torch.
+// The screened head forward for max pooling on sm_90a: its task and its launch. Raw pointers of one device; independent
+// of torch.
 #pragma once
 
 #include "cuda/head/sm90/dense.h"
@@ -9,17 +9,17 @@
 namespace splade_fast::cuda::sm90 {
 
 struct ScreenedTask {
-  // The full precision: of the candidates; and of everything, where there are too many of them. Its keys are
-  // (batch, vocabulary), of 8 bytes with positions or 4, zero before the launch; keys_are_zero and only_if are set.
+  // The full-precision product of the candidates or, with too many of them, of everything. Its keys are (batch,
+  // vocabulary), of 8 bytes with positions or 4, zero before the launch; keys_are_zero and only_if are set.
   HeadTask head;
-  const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_dim(head.shape.depth)
+  const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_dim(head.shape.dim)
   const float* weight_facts;      // (kWeightFacts, vocabulary)
   const ScreenTile* tiles;
   ScreenEntry* entries;       // (vocabulary,), filled by the launch
-  Candidate* candidates;      // (capacity,), likewise
-  unsigned long long* count;  // of the candidates, zero before the launch; more than the capacity: too many
+  CandidatePair* candidates;  // (capacity,), likewise
+  unsigned long long* count;  // of candidates, zero before the launch; more than the capacity means too many
   int64_t capacity;
-  int64_t* report;  // (4,), filled by the launch: what head_forward_screened reports
+  int64_t* report;  // (4,), filled by the launch: the report of head_forward_screened
 };
 
 cudaError_t launch_screened_head(const ScreenedTask& task, int64_t multiprocessors, cudaStream_t stream);

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cuda/head/sm90/packed_call.h"
+#include "cuda/head/sm90/packed_head.h"
 #include "cuda/head/sm90/screened.h"
 
 namespace splade_fast::cuda {
@@ -11,7 +11,7 @@ namespace {
 
 bool is_half(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 
-hopper::Operand operand_of(ScalarType half) {
+hopper::Operand half_operand(ScalarType half) {
   return half == ScalarType::BFloat16 ? hopper::Operand::kBfloat16 : hopper::Operand::kFloat16;
 }
 
@@ -33,7 +33,7 @@ void check_mean(const Tensor& mean, const Tensor& weight) {
                   "mean must be float32 (", weight.size(1), ",) on the device of weight");
 }
 
-// Itself where its data begins at a multiple of 16 bytes, as the kernels want it.
+// Returns a tensor whose data begins at a multiple of 16 bytes, as the kernels need: itself, or a copy.
 Tensor aligned(const Tensor& tensor) {
   if (address_of(tensor) % hopper::kChunkBytes == 0) return tensor;
   Tensor copy = new_tensor(tensor, tensor.sizes());
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& given_weight, const Tensor& giv
   const OnDevice device(given_weight, op);
   check_runs(given_weight, basis, order, device);
   const Tensor weight = aligned(as_contiguous(given_weight)), mean = as_contiguous(given_mean);
-  const int64_t vocabulary = weight.size(0), padded_depth = screen_padded_dim(weight.size(1));
-  const Tensor packed = new_tensor(weight, std::vector<int64_t>{vocabulary, padded_depth}, ScalarType::Char);
+  const int64_t vocabulary = weight.size(0), padded_dim = screen_padded_dim(weight.size(1));
+  const Tensor packed = new_tensor(weight, std::vector<int64_t>{vocabulary, padded_dim}, ScalarType::Char);
   const Tensor rows = new_tensor(weight, std::vector<int64_t>{kWeightFacts, vocabulary}, ScalarType::Float);
   if (weight.numel() > 0) {
     const WeightToRound task{rows_to_round(weight.const_data_ptr(), weight, mean), vocabulary,
@@ -65,12 +65,12 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& given_weight, const Tensor& giv
   return {packed, rows};
 }
 
-// What has to be zero before a call, in one piece of memory: the count of candidates, tiles, keys.
+// Memory that must be zero before a call, in one piece: the count of candidates, tiles and keys.
 class Zeros {
  public:
   Zeros(const HeadInput& input, bool saved, const OnDevice& device, const char* op)
       : tiles_(kCountBytes),
-        keys_(tiles_ + padded(sm90::token_tiles(fused_shape(input)) * static_cast<int64_t>(sizeof(ScreenTile)))),
+        keys_(tiles_ + padded(sm90::token_tiles(shape_of_input(input)) * static_cast<int64_t>(sizeof(ScreenTile)))),
         bytes_(keys_ + input.batch * input.vocabulary() * (saved ? 8 : 4)),
         memory_(new_tensor(input.weight, std::vector<int64_t>{bytes_}, ScalarType::Byte)) {
     check_cuda(cudaMemsetAsync(memory_.mutable_data_ptr(), 0, static_cast<size_t>(bytes_), device.stream()), op);
@@ -92,19 +92,19 @@ class Zeros {
 void head_screened(const HeadInput& input, Activation activation, const HeadOutputs& outputs, const Tensor& mean,
                    const Tensor& packed, const Tensor& rows, const Tensor& report, const OnDevice& device,
                    const char* op) {
-  const FusedHead fused(input, operand_of(input.weight.scalar_type()), activation, outputs, device, op);
+  const PackedHead packed_head(input, half_operand(input.weight.scalar_type()), activation, outputs, device, op);
   const Zeros zeros(input, outputs.saved, device, op);
-  const int64_t vocabulary = input.vocabulary(), padded_depth = screen_padded_dim(input.depth());
+  const int64_t vocabulary = input.vocabulary(), padded_dim = screen_padded_dim(input.dim());
   const int64_t capacity = candidate_capacity(input.rows(), vocabulary);
   const auto new_of = [&](ScalarType dtype, int64_t first, int64_t second) {
     return new_tensor(input.weight, std::vector<int64_t>{first, second}, dtype);
   };
-  const Tensor integers = new_of(ScalarType::Char, input.rows(), padded_depth);
+  const Tensor integers = new_of(ScalarType::Char, input.rows(), padded_dim);
   const Tensor largest = new_of(ScalarType::Float, input.rows(), 1), entries = new_of(ScalarType::Float, vocabulary, 4);
   const Tensor candidates = new_of(ScalarType::Int, capacity, 2);
 
   sm90::ScreenedTask task{};
-  task.head = fused.task();
+  task.head = packed_head.task();
   task.head.keys = zeros.keys();
   task.head.keys_are_zero = true;
   task.head.only_if = {zeros.count(), static_cast<unsigned long long>(capacity)};
@@ -113,7 +113,7 @@ void head_screened(const HeadInput& input, Activation activation, const HeadOutp
   task.weight_facts = const_data<float>(rows);
   task.tiles = zeros.tiles();
   task.entries = static_cast<ScreenEntry*>(entries.mutable_data_ptr());
-  task.candidates = static_cast<sm90::Candidate*>(candidates.mutable_data_ptr());
+  task.candidates = static_cast<sm90::CandidatePair*>(candidates.mutable_data_ptr());
   task.count = zeros.count();
   task.capacity = capacity;
   task.report = mutable_data<int64_t>(report);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   check_runs(weight, basis, order, device);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && rows.scalar_type() == ScalarType::Float &&
                       packed.dim() == 2 && packed.size(0) == input.vocabulary() &&
-                      packed.size(1) == screen_padded_dim(input.depth()) && rows.dim() == 2 &&
+                      packed.size(1) == screen_padded_dim(input.dim()) && rows.dim() == 2 &&
                       rows.size(0) == kWeightFacts && rows.size(1) == input.vocabulary() && packed.is_contiguous() &&
                       rows.is_contiguous() && packed.device() == weight.device() && rows.device() == weight.device(),
                   "packed and rows must be what head_prepare made of weight");
@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   if (!is_empty) {
     input.tokens = aligned(input.tokens);
     input.weight = aligned(input.weight);
-    const int64_t bytes = input.depth() * static_cast<int64_t>(weight.element_size());
-    STD_TORCH_CHECK(sm90::fits(fused_shape(input), operand_of(weight.scalar_type()),
+    const int64_t bytes = input.dim() * static_cast<int64_t>(weight.element_size());
+    STD_TORCH_CHECK(sm90::fits(shape_of_input(input), half_operand(weight.scalar_type()),
                                address_of(input.tokens) | address_of(input.weight)),
                     "the screened head takes fewer tokens and entries on a GPU than ", input.rows(), " and ",
                     input.vocabulary(), ", of ", bytes, " bytes each, and at least one token and dimension");

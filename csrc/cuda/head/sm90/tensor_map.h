@@ -1,4 +1,4 @@
-// Matrices as the copy engine of sm_90a reads them. Host functions; raw pointers of one device.
+// Descriptions of matrices for the copy engine of sm_90a. Host functions; raw pointers of one device.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -10,7 +10,7 @@ namespace splade_fast::cuda::hopper {
 
 using EncodeTensorMap = PFN_cuTensorMapEncodeTiled_v12000;
 
-// From the driver that is loaded, so that the library needs none to link to.
+// Found in the loaded driver, so that the library need not link to one.
 inline EncodeTensorMap find_encode_tensor_map() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result{};
@@ -26,7 +26,7 @@ inline CUtensorMapDataType tensor_map_type(Operand operand) {
       return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     case Operand::kFloat16:
       return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    // float32 that the copy engine rounds: wgmma itself would cut bits off.
+    // The copy engine rounds float32 to TF32; wgmma would truncate.
     case Operand::kTfloat32:
       return CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
     default:
@@ -34,14 +34,14 @@ inline CUtensorMapDataType tensor_map_type(Operand operand) {
   }
 }
 
-// A row-major matrix (rows, depth), copied in boxes of box_rows x row_elements(operand); what is outside of it reads as
-// 0.
-inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int64_t rows, int64_t depth, int box_rows,
+// Describes a row-major matrix (rows, dim), copied in boxes of box_rows x row_elements(operand). Elements outside the
+// matrix read as 0.
+inline cudaError_t make_tensor_map(CUtensorMap& map, const void* data, int64_t rows, int64_t dim, int box_rows,
                                    Operand operand) {
   static const EncodeTensorMap encode = find_encode_tensor_map();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[]{static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[]{static_cast<cuuint64_t>(depth * element_bytes(operand))};
+  const cuuint64_t sizes[]{static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[]{static_cast<cuuint64_t>(dim * element_bytes(operand))};
   const cuuint32_t box[]{static_cast<cuuint32_t>(row_elements(operand)), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[]{1, 1};
   const CUresult result = encode(&map, tensor_map_type(operand), 2, const_cast<void*>(data), sizes, strides, box,

@@ -1,9 +1,9 @@
-// The fused head on sm_90a, all but its instructions: which tile comes when, which columns of a tile belong to which
-// sequence, and the maximum over them. Plain functions for host and device: tests/cpp/test_head_sm90.cpp runs them.
+// Tiles of the head on sm_90a: their order, the columns of each sequence in a tile, and the maximum over the columns.
+// Plain functions for host and device: tests/cpp/test_head_sm90.cpp runs them.
 //
 // A tile is kTileEntries vocabulary entries x kTileTokens packed tokens. A thread has 64 columns of two entries, four
 // neighbouring threads have all columns. Tiles cross sequence boundaries, so the maximum is taken segment by segment;
-// a sequence that lies in one tile is finished there, the others meet in keys in memory.
+// a sequence that lies in one tile is finished there, and keys in memory merge the others.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ constexpr int kConsumers = 2;  // warpgroups that multiply; one more copies
 constexpr int kThreads = (kConsumers + 1) * hopper::kWarpgroupThreads;
 constexpr int kTileEntries = kConsumers * hopper::kInstructionEntries;
 constexpr int kTileTokens = 256;
-constexpr int kAccumulators = kTileTokens / 2;  // of a thread
+constexpr int kAccumulators = kTileTokens / 2;  // per thread
 constexpr int kColumnGroups = kTileTokens / 8;
 
 constexpr int kStages = 4;
@@ -27,28 +27,28 @@ constexpr int kStageBytes = kEntryBytes + kTokenBytes;
 constexpr int kBarrierBytes = 2 * kStages * 8;
 // The start of dynamic shared memory is only aligned to 16 bytes.
 constexpr int kSharedBytes = kStages * kStageBytes + kBarrierBytes + hopper::kSwizzledBytes;
-constexpr int kMaxSharedBytes = 227 << 10;  // of a block on sm_90
+constexpr int kMaxSharedBytes = 227 << 10;  // per block on sm_90
 static_assert(kSharedBytes <= kMaxSharedBytes);
 static_assert(kEntryBytes % hopper::kSwizzledBytes == 0 && kTokenBytes % (2 * hopper::kSwizzledBytes) == 0);
 
-// Registers of a thread once the warpgroups have shared them out; all together they fit the file.
+// Registers per thread after the warpgroups have redistributed them; the sum fits the register file.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * hopper::kWarpgroupThreads <= 65536);
 
-// Arrivals that free a stage: the warps that read it, in every block that its copies go to.
+// Number of arrivals that free a stage: the warps that read it, in every block that receives its copies.
 constexpr int empty_arrivals(int cluster) { return cluster * kConsumers * hopper::kWarpgroupThreads / 32; }
 
-// What it can run, and what it needs --------------------------------------------------------------------------------
+// Supported shapes -------------------------------------------------------------------------------------------------
 
-// Rows and entries are counted in int32, and a tile may reach over their end. The copy engine wants rows that are
-// multiples of 16 bytes at addresses that are, too.
+// The kernel counts rows and entries in int32, and a tile may extend past the end. The copy engine needs rows and
+// addresses that are multiples of 16 bytes.
 constexpr int64_t kMaxSize = INT32_MAX - (1 << 20);
 
 struct Shape {
-  int64_t rows, batch, vocabulary, depth;
+  int64_t rows, batch, vocabulary, dim;
 };
 
-// Blocks of a cluster share a token tile, each multiplies other entries; one alone where there are no two.
+// Returns the number of blocks in a cluster. They share a token tile, and each multiplies other entries.
 SPLADE_FAST_INLINE constexpr int choose_cluster(int64_t vocabulary) { return vocabulary > kTileEntries ? 2 : 1; }
 
 SPLADE_FAST_INLINE int64_t token_tiles(const Shape& shape) { return (shape.rows + kTileTokens - 1) / kTileTokens; }
@@ -56,11 +56,11 @@ SPLADE_FAST_INLINE int64_t token_tiles(const Shape& shape) { return (shape.rows 
 // Order of the tiles ---------------------------------------------------------------------------------------------
 
 struct Tile {
-  int entry, token;  // numbers of the tile along either side; entry counts clusters of tiles
+  int entry, token;  // indices of the tile along both sides; entry counts clusters of tiles
 };
 
-// Groups of some token tiles sweep over the whole vocabulary: the tokens of a group stay in the second-level cache, and
-// the blocks that run at a time share few tiles of either side.
+// Order of the tiles. A group of token tiles sweeps over the whole vocabulary, so its tokens stay in the second-level
+// cache, and blocks that run together share few tiles of either side.
 struct TileOrder {
   static constexpr int kGroup = 8;
   int entry_tiles, token_tiles;
@@ -70,7 +70,7 @@ struct TileOrder {
     return {vocabulary / entries + (vocabulary % entries != 0), rows / kTileTokens + (rows % kTileTokens != 0)};
   }
 
-  // fits() keeps it an int: the division is part of every tile.
+  // fits() keeps the count within an int, since every tile divides by it.
   SPLADE_FAST_INLINE int64_t count() const { return static_cast<int64_t>(entry_tiles) * token_tiles; }
 
   SPLADE_FAST_INLINE Tile at(int index) const {
@@ -82,13 +82,13 @@ struct TileOrder {
   }
 };
 
-// Whether the kernel can run on this, given the or-ed addresses of tokens and weight.
+// Whether the kernel supports the shape, given the or-ed addresses of tokens and weight.
 inline bool fits(const Shape& shape, hopper::Operand operand, uintptr_t addresses) {
-  for (const int64_t size : {shape.rows, shape.batch, shape.vocabulary, shape.depth}) {
+  for (const int64_t size : {shape.rows, shape.batch, shape.vocabulary, shape.dim}) {
     if (size <= 0 || size > kMaxSize) return false;
   }
   const TileOrder order = TileOrder::of(static_cast<int>(shape.vocabulary), static_cast<int>(shape.rows), 1);
-  return order.count() <= kMaxSize && shape.depth * hopper::element_bytes(operand) % hopper::kChunkBytes == 0 &&
+  return order.count() <= kMaxSize && shape.dim * hopper::element_bytes(operand) % hopper::kChunkBytes == 0 &&
          addresses % hopper::kChunkBytes == 0;
 }
 
@@ -106,7 +106,7 @@ SPLADE_FAST_INLINE bool lies_in_one_tile(int start, int stop) {
   return start < stop && start / kTileTokens == (stop - 1) / kTileTokens;
 }
 
-// The first sequence that ends after this row, among those whose starts rise.
+// Returns the first sequence that ends after this row; starts must rise.
 SPLADE_FAST_INLINE int first_sequence_after(const int32_t* starts, int batch, int row) {
   int low = 0, high = batch;
   while (low < high) {
@@ -120,7 +120,7 @@ SPLADE_FAST_INLINE int first_sequence_after(const int32_t* starts, int batch, in
   return low;
 }
 
-// body(segment) for each sequence with rows in the tile that begins at this row, from the first such sequence on.
+// Calls body(segment) for each sequence with rows in the tile that begins at this row, from the given sequence on.
 template <typename Body>
 SPLADE_FAST_INLINE void for_each_segment(const int32_t* starts, int batch, int sequence, int row, Body body) {
   if (sequence >= batch) return;
@@ -136,12 +136,13 @@ SPLADE_FAST_INLINE void for_each_segment(const int32_t* starts, int batch, int s
 
 // Keys -----------------------------------------------------------------------------------------------------------
 
-// The largest key wins: the largest value, and where a position is kept the lowest one. 0: no row at all.
+// A value and, where positions are kept, its position. The largest key has the largest value, then the lowest position.
+// 0: no row.
 template <bool kPositions>
-using Key = std::conditional_t<kPositions, uint64_t, uint32_t>;
+using MaxKey = std::conditional_t<kPositions, uint64_t, uint32_t>;
 
 template <bool kPositions>
-SPLADE_FAST_INLINE Key<kPositions> make_key(float value, uint32_t position) {
+SPLADE_FAST_INLINE MaxKey<kPositions> make_key(float value, uint32_t position) {
   if constexpr (kPositions) {
     return static_cast<uint64_t>(to_key(value)) << 32 | ~position;
   } else {
@@ -159,7 +160,7 @@ SPLADE_FAST_INLINE uint32_t position_of(K key) {
   return sizeof(K) == 8 ? ~static_cast<uint32_t>(key) : 0;
 }
 
-// The same value at another position.
+// Returns the key of the same value at another position.
 template <typename K>
 SPLADE_FAST_INLINE K moved_to(K key, uint32_t position) {
   if constexpr (sizeof(K) == 8) {
@@ -181,14 +182,14 @@ SPLADE_FAST_INLINE float max_or_nan(float a, float b) {
 #endif
 }
 
-// The key of either entry of a thread, with the column as position, over its columns of [first, last). 0 where it has
-// none of them.
+// Finds the key of each entry of a thread over its columns in [first, last), with the column as position; 0 without
+// columns.
 template <bool kPositions, bool kWholeTile>
 SPLADE_FAST_INLINE void max_of_columns(const float (&accumulators)[kAccumulators], int thread, int first, int last,
-                                       Key<kPositions> (&key)[2]) {
+                                       MaxKey<kPositions> (&key)[2]) {
   constexpr int kGroupsAtOnce = 4;
   const int own = thread % 4 * 2;
-  // Column own + c is of the segment if this is: one comparison for both of its ends.
+  // Whether column own + c is in the segment: one comparison for both ends.
   const uint32_t length = static_cast<uint32_t>(last - first);
   const auto inside = [&](int c) { return kWholeTile || static_cast<uint32_t>(own + c - first) < length; };
   float value[2] = {-INFINITY, -INFINITY};
@@ -210,7 +211,7 @@ SPLADE_FAST_INLINE void max_of_columns(const float (&accumulators)[kAccumulators
   }
   SPLADE_FAST_UNROLL
   for (int half = 0; half < 2; ++half) {
-    // Nothing was above -inf, or there is a NaN: the lowest column that holds what came out.
+    // All values are -inf, or one is NaN: take the lowest column with the result.
     if (!(value[half] > -INFINITY)) {
       best[half] = -1;
       SPLADE_FAST_UNROLL
@@ -227,7 +228,7 @@ SPLADE_FAST_INLINE void max_of_columns(const float (&accumulators)[kAccumulators
 
 template <bool kPositions>
 SPLADE_FAST_INLINE void max_of_segment(const float (&accumulators)[kAccumulators], int thread, const Segment& segment,
-                                       Key<kPositions> (&key)[2]) {
+                                       MaxKey<kPositions> (&key)[2]) {
   if (segment.is_whole_tile()) {
     max_of_columns<kPositions, true>(accumulators, thread, 0, kTileTokens, key);
   } else {
@@ -237,20 +238,20 @@ SPLADE_FAST_INLINE void max_of_segment(const float (&accumulators)[kAccumulators
 
 // Sequences in one tile and in several ---------------------------------------------------------------------------
 
-// At most one sequence that goes on beyond a tile begins in it, so the tile can stand for it: the keys of sequences in
-// several tiles take as many rows as there are sequences or tiles, whichever are fewer.
+// At most one sequence that crosses the end of a tile begins in the tile, so the tile can stand for the sequence: the
+// keys take as many rows as there are sequences or tiles, whichever is less.
 SPLADE_FAST_INLINE int64_t key_slots(int64_t batch, int64_t tiles) { return batch < tiles ? batch : tiles; }
 
 inline int64_t key_bytes(const Shape& shape, bool positions) {
   return key_slots(shape.batch, token_tiles(shape)) * shape.vocabulary * (positions ? 8 : 4);
 }
 
-// The packed rows: how they are cut into sequences, and where they came from.
+// The packed rows, their sequences and their rows in the padded batch.
 struct PackedRows {
   const int32_t* starts;       // (batch + 1,)
-  const int32_t* source_rows;  // the row of the padded batch that each was; null: they are where they were
+  const int32_t* source_rows;  // row of the padded batch; null: rows were not moved
   int64_t length;              // of a padded sequence; only with source_rows
-  int batch, tiles;            // tiles: of all rows that there is room for
+  int batch, tiles;            // tiles: of the capacity of rows
 
   SPLADE_FAST_INLINE int position(int sequence, int row) const {
     if (source_rows == nullptr) return row - starts[sequence];
@@ -262,8 +263,8 @@ struct PackedRows {
   }
 };
 
-// The maximum of one entry over a segment of the tile that begins at first_row: stored if the tile has all of the
-// sequence, else merged with those of other tiles.
+// Stores the maximum of one entry over a segment if the tile holds the whole sequence, else merges it with those of
+// other tiles. first_row: of the tile.
 template <typename K, typename Sink>
 SPLADE_FAST_INLINE void emit(const PackedRows& rows, const Segment& segment, int first_row, int entry, K key,
                              Sink& sink) {
@@ -276,9 +277,9 @@ SPLADE_FAST_INLINE void emit(const PackedRows& rows, const Segment& segment, int
   }
 }
 
-// Stores what no tile could: sequences in several tiles, and those without rows.
+// Stores the results of sequences in several tiles and of sequences without rows.
 template <typename Sink>
-SPLADE_FAST_INLINE void finish(const PackedRows& rows, int sequence, int entry, Sink& sink) {
+SPLADE_FAST_INLINE void store_remaining(const PackedRows& rows, int sequence, int entry, Sink& sink) {
   const int start = rows.starts[sequence], stop = rows.starts[sequence + 1];
   if (lies_in_one_tile(start, stop)) return;
   if (start >= stop) {

@@ -1,4 +1,4 @@
-// What the fused heads of sm_90a share on the host: their outputs, and the packed tokens of a call.
+// The host side that the dense and the screened head of sm_90a share: the packed tokens of a call.
 #pragma once
 
 #include "cuda/head/head.h"
@@ -7,42 +7,28 @@
 
 namespace splade_fast::cuda {
 
-struct HeadOutputs {
-  Tensor pooled, max_logits, argmax;
-  bool saved;
-};
-
-inline HeadOutputs new_outputs(const HeadInput& input, const Tensor& hidden, Pooling pooling, bool save,
-                               bool float_output) {
-  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_type(dtype);
-  const bool saved = save && pooling == Pooling::kMax;
-  const std::vector<int64_t> shape{input.batch, input.vocabulary()}, none{0};
-  return {new_tensor(hidden, shape, float_output ? acc : dtype), new_tensor(hidden, saved ? shape : none, acc),
-          new_tensor(hidden, saved ? shape : none, head_position_type(hidden, input.cu_seqlens)), saved};
-}
-
-inline sm90::Shape fused_shape(const HeadInput& input) {
-  return {input.rows(), input.batch, input.vocabulary(), input.depth()};
+inline sm90::Shape shape_of_input(const HeadInput& input) {
+  return {input.rows(), input.batch, input.vocabulary(), input.dim()};
 }
 
 inline uintptr_t address_of(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
 
-// Packs the tokens that count, and says what the fused kernel needs, all but its keys.
-class FusedHead {
+// Packs the real tokens, and fills in the task of a kernel but for its keys.
+class PackedHead {
  public:
-  FusedHead(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
-            const OnDevice& device, const char* op)
+  PackedHead(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
+             const OnDevice& device, const char* op)
       : starts_(new_ints(input, input.batch + 1)),
-        first_sequences_(new_ints(input, sm90::token_tiles(fused_shape(input)))),
+        first_sequences_(new_ints(input, sm90::token_tiles(shape_of_input(input)))),
         source_rows_(new_ints(input, input.mask ? input.rows() : 0)),
         packed_(input.mask ? new_tensor(input.tokens, input.tokens.sizes()) : input.tokens) {
-    const sm90::Shape shape = fused_shape(input);
+    const sm90::Shape shape = shape_of_input(input);
     PackTask pack{};
     pack.sequences = input.sequences();
     pack.batch = shape.batch;
     pack.mask = input.mask ? const_data<bool>(*input.mask) : nullptr;
     pack.rows = input.tokens.const_data_ptr();
-    pack.row_bytes = shape.depth * static_cast<int64_t>(input.tokens.element_size());
+    pack.row_bytes = shape.dim * static_cast<int64_t>(input.tokens.element_size());
     pack.starts = mutable_data<int32_t>(starts_);
     if (input.mask) {
       pack.source_rows = mutable_data<int32_t>(source_rows_);
