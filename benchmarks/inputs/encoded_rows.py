@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.inputs.cache_folder import cache_folder
 from examples.docstrings.checkpoint import DEMO
+from examples.docstrings.corpus import docstring_pairs
 from examples.docstrings.task import docstring_task
 from splade_fast import SparseRows
 from splade_fast.encoders.splade import SpladeEncoder
@@ -41,7 +42,7 @@ def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, Spars
     queries, documents = folder / "queries.safetensors", folder / "documents.safetensors"
     if not documents.exists():
         encoder = SpladeEncoder.from_pretrained(str(DEMO.fetch()))
-        task = docstring_task(_DOCUMENTS, _QUERIES)
+        task = docstring_task(docstring_pairs(), _DOCUMENTS, _QUERIES)
         assert task.queries is not None
         folder.mkdir(parents=True, exist_ok=True)
         encoder.encode(task.queries.texts, max_length=_MAX_LENGTH, show_progress=False).save(

@@ -17,8 +17,9 @@ from rich.table import Table
 from examples.docstrings.bm25 import bm25_run
 from examples.docstrings.checkpoint import CheckpointError, demo_checkpoint
 from examples.docstrings.contenders import CONTENDERS
-from examples.docstrings.corpus import spread
+from examples.docstrings.corpus import docstring_pairs, spread
 from examples.docstrings.measure import Measurement, measure_in_subprocess
+from examples.docstrings.sizes import Sizes, choose_sizes, encoding_rate
 from examples.docstrings.tables import quality_table
 from examples.docstrings.task import Task, docstring_task, file_task
 from examples.docstrings.tradeoff import plot, trade_offs
@@ -53,17 +54,21 @@ def demo(
     queries: Annotated[Path | None, typer.Option(help="Queries of the own corpus.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="Judgements; without: no evaluation.")] = None,
     ask: Annotated[list[str] | None, typer.Option(help="Own question; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many documents.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of documents to use.")] = None,
     num_queries: Annotated[int, typer.Option(min=1, help="Docstring queries evaluated.")] = 1000,
-    compared: Annotated[int, typer.Option(min=1, help="Documents of the speed comparison.")] = 320,
+    compared: Annotated[
+        int | None, typer.Option(min=1, help="Number of documents in the speed comparison.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     plot_file: Annotated[
-        Path, typer.Option("--plot", help="Where the picture of the pruning trade-off goes.")
+        Path, typer.Option("--plot", help="File for the plot of the pruning trade-off.")
     ] = Path(".demo/pruning.png"),
-    steps: Annotated[int, typer.Option(min=0, help="Of fine-tuning; 0: none.")] = 300,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Number of fine-tuning steps; 0 skips training.")
+    ] = None,
     training_plot_file: Annotated[
-        Path, typer.Option("--training-plot", help="Where the picture of the training goes.")
+        Path, typer.Option("--training-plot", help="File for the plot of the training.")
     ] = Path(".demo/training.png"),
     memory: Annotated[
         float, typer.Option(min=1, help="GiB for the largest batch of a training step.")
@@ -71,8 +76,9 @@ def demo(
 ) -> None:
     """Encode a corpus with SPLADE, search it, evaluate against BM25, compare speed and memory.
 
-    Without a corpus of your own, also fine-tune the model on other docstrings than those that are
-    asked for, and compare what a training step costs.
+    Without a corpus of your own, also fine-tune the model on docstrings of other modules, and
+    compare the cost of a training step. On a slow machine, the sizes that you do not choose are
+    smaller.
     """
     torch.set_num_threads(threads)
     with _failure_exits_with_2():
@@ -82,10 +88,19 @@ def demo(
             elif queries is not None or qrels is not None:
                 raise DataError("--queries and --qrels need --corpus")
             else:
-                task = docstring_task(limit, num_queries)
+                pairs = docstring_pairs()
+                task = docstring_task(pairs, limit, num_queries)
         with _stage("Loading the model"):
             name = model or str(demo_checkpoint())
             encoder = SpladeEncoder.from_pretrained(name)
+            rate = encoding_rate(encoder, task.documents.texts, batch_size, _MAX_LENGTH)
+        sizes = choose_sizes(rate, len(task.documents))
+        console.print(f"  {rate:.0f} documents a second")
+        if corpus is None and limit is None and sizes.documents < len(task.documents):
+            console.print("  --limit, --compared and --steps choose larger sizes")
+            task = docstring_task(pairs, sizes.documents, num_queries)
+        compared = sizes.compared if compared is None else compared
+        steps = sizes.steps if steps is None else steps
     with _stage(f"Encoding {len(task.documents)} documents"):
         documents = encoder.encode(
             task.documents.texts, batch_size=batch_size, max_length=_MAX_LENGTH
@@ -113,13 +128,13 @@ def demo(
         )
         before = {"BM25": bm25, "SPLADE, before": evaluator.measure(vectors, documents)}
         _fine_tune(encoder, task, evaluator, before, steps, training_plot_file)
-        _compare_training(name, encoder, task, memory * 1024, threads)
+        _compare_training(name, encoder, task, memory * 1024, threads, sizes)
 
 
 def _answer(
     encoder: SpladeEncoder, task: Task, documents: SparseRows, questions: list[str]
 ) -> None:
-    """Show the expanded terms and the best documents of each question."""
+    """Print the expanded terms and the best documents of each question."""
     vectors = encoder.encode(questions, max_length=_MAX_LENGTH, show_progress=False)
     scores, found = sparse_search(vectors, documents, 3)
     for question, terms, row_scores, row_found in zip(
@@ -143,9 +158,10 @@ def _evaluate(
     batch_size: int,
     plot_file: Path,
 ) -> tuple[SparseRows, dict[str, float]]:
-    """Print the quality of the model, pruned and not, and of BM25, on the judged queries.
+    """Print the quality of the model, pruned and unpruned, and of BM25, on the judged queries.
 
-    Returns the queries' vectors and what BM25 reaches.
+    Returns:
+        The vectors of the queries, and the measures of BM25.
     """
     with _stage(f"Evaluating {len(queries)} queries"):
         vectors = encoder.encode(
@@ -177,7 +193,7 @@ def _evaluate(
 
 
 def _compare(model: str, task: Task, compared: int, batch_size: int, threads: int) -> None:
-    """Print speed and memory of all contenders, and make sure that their vectors agree."""
+    """Print speed and memory of all contenders, and check that their vectors agree."""
     # Spread over the corpus and sorted, so that all contenders form the same batches.
     texts = sorted(spread(task.documents.texts, compared), key=len, reverse=True)
     measured: dict[str, Measurement] = {}
@@ -224,7 +240,7 @@ def _fine_tune(
     steps: int,
     plot_file: Path,
 ) -> None:
-    """Train on the docstrings of other modules, and print what it changes beside `results`."""
+    """Train on the docstrings of other modules, and print the quality beside `results`."""
     with _stage(f"Training on {len(task.training)} docstrings of other modules, {steps} steps"):
         progress = train(encoder, task.training, steps, FINE_TUNING)
         plot_training(progress, plot_file)
@@ -235,9 +251,9 @@ def _fine_tune(
 
 
 def _compare_training(
-    model: str, encoder: SpladeEncoder, task: Task, memory_mib: float, threads: int
+    model: str, encoder: SpladeEncoder, task: Task, memory_mib: float, threads: int, sizes: Sizes
 ) -> None:
-    """Print what a training step costs with the ops and with plain PyTorch."""
+    """Print the cost of a training step with the ops and with plain PyTorch."""
     pairs = long_pairs(task.training, encoder.tokenizer)
     for loss in ("negative_cache", "in_batch"):
         costs: dict[str, StepCost] = {}
@@ -245,9 +261,9 @@ def _compare_training(
         title = f"{Setting.batch_size} pairs, {LENGTH} tokens a document, loss {loss}"
         with _stage(f"Comparing training steps: {title}"):
             for contender in CONTENDERS_OF_TRAINING:
-                setting = Setting(contender, loss, threads=threads)
+                setting = Setting(contender, loss, steps=sizes.cost_steps, threads=threads)
                 costs[contender] = step_cost(setting, model, pairs)
-                if loss == "negative_cache":
+                if loss == "negative_cache" and sizes.should_find_largest_batch:
                     batches[contender] = batch_within(
                         memory_mib, setting, costs[contender], model, pairs
                     )
@@ -258,9 +274,8 @@ def _compare_training(
             row = [contender, f"{cost.median_seconds:.2f}", f"{cost.peak_mib:.0f}"]
             table.add_row(*row, *([str(batches[contender])] if batches else []))
         console.print(table)
-        console.print(
-            f"The losses of {Setting.steps} steps differ by {loss_difference(costs):.1e} at most."
-        )
+        difference = loss_difference(costs)
+        console.print(f"The losses of {sizes.cost_steps} steps differ by at most {difference:.1e}.")
 
 
 @contextmanager

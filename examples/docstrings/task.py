@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from examples.docstrings.corpus import PACKAGES, Pair, docstring_pairs, spread
+from examples.docstrings.corpus import PACKAGES, Pair, spread
 from examples.docstrings.training import split_pairs
 from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
@@ -31,16 +31,19 @@ class Task:
     training: list[Pair] = field(default_factory=list)
 
 
-def docstring_task(limit: int | None, num_queries: int) -> Task:
-    """Find each docstring by its summary, among the docstrings of the installed packages.
+def docstring_task(pairs: Sequence[Pair], limit: int | None, num_queries: int) -> Task:
+    """Build the task of finding each docstring by its summary among all docstrings.
 
-    The judged queries are from modules that are held out; those of the others are for training.
+    The judged queries come from held-out modules. The pairs of the other modules are for training.
+
+    Args:
+        pairs: all pairs, from `docstring_pairs`.
+        limit: number of pairs to use, spread over all of them; None uses all.
+        num_queries: number of judged queries.
 
     Raises:
-        DataError: none of the packages is installed, or the limit leaves none of their modules for
-            one of the two.
+        DataError: there are no pairs, or the limit leaves none to train on or to ask for.
     """
-    pairs: Sequence[Pair] = docstring_pairs()
     if not pairs:
         raise DataError(f"one of {', '.join(PACKAGES)} must be installed, got none")
     if limit:

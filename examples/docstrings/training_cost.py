@@ -1,7 +1,8 @@
-"""What a training step costs: our ops and a sparse cache, or plain PyTorch, each in a process.
+"""Cost of a training step with our ops and a sparse cache, or with plain PyTorch.
 
-The same trainer, model, data and seed. "splade_fast" runs our ops and a sparse cache; "pytorch" the
-plain formulas of `splade_fast.reference` under autograd and a dense cache.
+Each contender runs in a process of its own with the same trainer, model, data and seed.
+"splade_fast" has our ops and a sparse cache, "pytorch" the formulas of `splade_fast.reference`
+under autograd and a dense cache.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Setting:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of `train`."""
+        """Arguments of `train`."""
         settings = FINE_TUNING | {
             "loss": self.loss,
             "per_device_train_batch_size": self.batch_size,
@@ -82,17 +83,17 @@ class StepCost:
 
 
 def long_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[Pair]:
-    """Those whose document has LENGTH tokens or more, so that nothing of a batch is padding."""
+    """Return the pairs whose document has LENGTH tokens or more, so that no batch has padding."""
     documents = [pair.document for pair in pairs]
-    lengths = [len(ids) for ids in tokenizer(documents, verbose=False).input_ids]
-    return [pair for pair, length in zip(pairs, lengths, strict=True) if length >= LENGTH]
+    tokens = tokenizer(documents, truncation=True, max_length=LENGTH).input_ids
+    return [pair for pair, ids in zip(pairs, tokens, strict=True) if len(ids) >= LENGTH]
 
 
 def step_cost(setting: Setting, model: str, pairs: Sequence[Pair]) -> StepCost:
-    """Train so many steps in a process of its own.
+    """Train some steps in a process of its own, and measure them.
 
     Args:
-        setting: what is measured.
+        setting: the training to measure.
         model: name or folder of the checkpoint.
         pairs: to train on; see `long_pairs`.
 
@@ -119,15 +120,15 @@ def step_cost(setting: Setting, model: str, pairs: Sequence[Pair]) -> StepCost:
 def largest_batch(
     peak_mib_of: Callable[[int], float], limit_mib: float, known: dict[int, float], *, largest: int
 ) -> int:
-    """The largest batch whose peak stays within limit_mib, to an eighth of itself.
+    """Find the largest batch whose peak stays within limit_mib, to an eighth of itself.
 
-    The peak grows about in proportion to the batch: most often one batch on the line through the
-    known ones and one an eighth beside it are enough. Where it does not, bisection goes on.
+    The peak is about linear in the batch size, so one guess on the line through the known sizes and
+    one an eighth beside it are enough most often. Bisection covers the other cases.
 
     Args:
         peak_mib_of: measures one batch size.
         limit_mib: the memory.
-        known: {batch size: its peak}, at least two; what is measured is added.
+        known: {batch size: its peak}, at least two; new measurements are added.
         largest: no larger batch is tried.
 
     Returns:
@@ -139,21 +140,21 @@ def largest_batch(
         if above - fitting <= max(1, fitting // 8):
             break
         batch = guess(known, limit_mib, fitting, above)
-        # Small batches tell little of the slope: no leap by which memory could run out.
+        # Small batches say little about the slope, so a leap is limited: memory must not run out.
         batch = min(max(batch, fitting + 1), above - 1, _LEAP * max(fitting, 1))
         known[batch] = peak_mib_of(batch)
     return fitting
 
 
 def _on_the_line(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
-    """Where the line through the two known batches nearest to the limit meets it."""
+    """Return the batch where the line through the two nearest known batches meets the limit."""
     low, high = sorted(sorted(known, key=lambda b: abs(known[b] - limit_mib))[:2])
     slope = (known[high] - known[low]) / (high - low)
     return low + int((limit_mib - known[low]) / slope) if slope > 0 else above
 
 
 def _beside(known: dict[int, float], limit_mib: float, fitting: int, above: int) -> int:
-    """An eighth beside what was measured last: a guess that was good ends here."""
+    """Return a batch an eighth beside the last one, which confirms a good guess."""
     last = list(known)[-1]
     if abs(known[last] - limit_mib) > limit_mib / 5:
         return _on_the_line(known, limit_mib, fitting, above)
@@ -169,12 +170,12 @@ def _between(known: dict[int, float], limit_mib: float, fitting: int, above: int
 def batch_within(
     limit_mib: float, setting: Setting, cost: StepCost, model: str, pairs: Sequence[Pair]
 ) -> int:
-    """The largest batch of a setting whose training peaks within limit_mib above the model.
+    """Find the largest batch whose training peaks within limit_mib above the model.
 
     Args:
         limit_mib: the memory.
-        setting: of the other arguments.
-        cost: of the setting as it is.
+        setting: the training; its batch size is the first guess.
+        cost: the cost of the setting.
         model, pairs: as in step_cost.
     """
 
@@ -188,13 +189,13 @@ def batch_within(
 
 
 def loss_difference(costs: Mapping[str, StepCost]) -> float:
-    """The largest difference of a step's loss between any two."""
+    """Return the largest difference between the losses of a step."""
     steps: Iterable[tuple[float, ...]] = zip(*(c.losses for c in costs.values()), strict=True)
     return max(max(losses) - min(losses) for losses in steps)
 
 
 def _clock(ended: list[float]) -> Any:
-    """A callback of the trainer that notes when each step is over."""
+    """Return a callback of the trainer that records the time at the end of each step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -205,7 +206,7 @@ def _clock(ended: list[float]) -> Any:
 
 
 def measure(folder: Annotated[Path, typer.Argument()]) -> None:
-    """Train as folder/given.json says; write cost.json beside it."""
+    """Train with the setting of folder/given.json, and write cost.json beside it."""
     from splade_fast.encoders.splade import SpladeEncoder
 
     given = json.loads((folder / "given.json").read_text(encoding="utf-8"))

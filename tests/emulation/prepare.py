@@ -61,7 +61,9 @@ REPLACEMENTS = [
 
 # Mistakes that the tests have to find: name -> what makes one.
 SABOTAGES = {
-    "pool_without_barrier": Replacement("cuda/pool.cu", "__syncthreads_or(has_real_row)", "has_real_row"),
+    "pool_without_barrier": Replacement(
+        "cuda/pool.cu", "__syncthreads_or(has_real_row)", "has_real_row"
+    ),
     "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
     "head_without_wait": Replacement(
         "cuda/head/sm90/product.cuh", "wait(full + ring.stage * 8, ring.parity);", ""

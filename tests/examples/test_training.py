@@ -61,9 +61,8 @@ def test_real_pairs_share_no_document_across_the_split():
         assert not sides[0] & sides[1]
 
 
-def test_the_task_asks_for_held_out_modules_only(monkeypatch):
-    monkeypatch.setattr("examples.docstrings.task.docstring_pairs", lambda: PAIRS)
-    task = docstring_task(None, num_queries=10)
+def test_the_task_asks_for_held_out_modules_only():
+    task = docstring_task(PAIRS, None, num_queries=10)
     assert len(task.queries) == 10
     assert len(task.documents) == len(PAIRS)  # those of the training as well
     trained = {module_name(pair) for pair in task.training}
