@@ -41,18 +41,21 @@ test-all: export TEST_ALL := 1
 test-all: export EMULATION_CASES := 200
 test-all: test
 
-test-cpp: env
-	cmake -S . -B build/cpp -G Ninja -DSPLADE_FAST_CUDA=0 -DPython_EXECUTABLE=$(BIN)/python
-	cmake --build build/cpp
-	ctest --test-dir build/cpp --output-on-failure
-	cmake --install build/cpp --prefix build/cpp-installed
+# In the folder of make build, so that nothing is compiled twice.
+test-cpp: build
+	cmake -S . -B build/editable -DSPLADE_FAST_PYTHON=OFF -DSPLADE_FAST_TESTS=ON
+	cmake --build build/editable
+	ctest --test-dir build/editable --output-on-failure
+	cmake --install build/editable --prefix build/cpp-installed
 	cmake -S examples/cpp -B build/example -G Ninja \
 		-DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp-installed;$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
 	cmake --build build/example
 	ctest --test-dir build/example --output-on-failure
 
+# One worker for each core, and one thread in each worker: the tests are many and small.
+WORKERS ?= $(shell nproc)
 test-python: build
-	python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The Python tests in a new environment with the newest versions of all packages.
 test-latest:

@@ -54,6 +54,7 @@ if(CMAKE_CUDA_COMPILER)
   # ptxas reports registers and spills in the build log, and a spill is an error.
   target_compile_options(ops_cuda PRIVATE -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings
                          -Xcompiler -Wall "-Xptxas=-v,-warn-spills,-Werror")
+  set_target_properties(ops_cuda PROPERTIES CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_LIST_DIR}/keep_report.sh")
   target_compile_definitions(ops_cuda PRIVATE USE_CUDA)
   # Only sm_90a itself has wgmma and its companions: its PTX does not run on later GPUs.
   if("90a-real" IN_LIST CMAKE_CUDA_ARCHITECTURES)

@@ -1,5 +1,10 @@
 """What all tests share: devices, and a fixed seed."""
 
+import os
+
+# Before torch is imported: small graphs compile faster without a pool of compiler processes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 

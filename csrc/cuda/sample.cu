@@ -308,11 +308,11 @@ __global__ void __launch_bounds__(kThreads)
   // A part with a sum of 0 has no scores, hence no maximum.
   double total = sum[query], reference = total != 0 ? static_cast<double>(finite_or_zero(maximum[query])) : 0.0;
   for (int64_t part = 0; part < parts.count; ++part) {
-    const double part = parts.sum[query * parts.count + part];
-    if (part == 0) continue;
-    const double of_part = finite_or_zero(parts.maximum[query * parts.count + part]);
-    const double larger = total != 0 ? ::fmax(reference, of_part) : of_part;
-    total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part, of_part - larger);
+    const double part_sum = parts.sum[query * parts.count + part];
+    if (part_sum == 0) continue;
+    const double part_maximum = finite_or_zero(parts.maximum[query * parts.count + part]);
+    const double larger = total != 0 ? ::fmax(reference, part_maximum) : part_maximum;
+    total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part_sum, part_maximum - larger);
     reference = larger;
   }
   maximum[query] = static_cast<Acc>(reference);
