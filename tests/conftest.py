@@ -1,4 +1,4 @@
-"""What all tests share: devices, and a fixed seed."""
+"""Devices and a fixed seed for all tests."""
 
 import os
 

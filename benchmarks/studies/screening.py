@@ -1,4 +1,4 @@
-"""When the screened head pays, and what its int8 weight costs.
+"""Gain of the screened head by sparsity and size, and cost of its int8 weight.
 
 sweep: time and surviving pairs against the share of active entries, and where the dense head
 becomes the faster one. The bias of all entries is shifted together until the share is as wanted.

@@ -1,4 +1,4 @@
-"""What the ops gain in training: the same trainer with them, and with plain PyTorch.
+"""Gain of the ops in training: the same trainer with the ops and with plain PyTorch.
 
 The demo's checkpoint is trained on real docstrings, each contender in a process of its own, with
 the negative cache (sparse for splade_fast, dense for pytorch) and with in-batch negatives alone.

@@ -1,4 +1,4 @@
-"""What the demo works on: a corpus, and where known, queries with their judgements."""
+"""Tasks of the demo: a corpus and, where known, queries with their judgements."""
 
 from __future__ import annotations
 

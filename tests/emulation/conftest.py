@@ -1,4 +1,4 @@
-"""Cases: drawn inputs, order of threads and size of the GPU, all fixed by the case's number."""
+"""Cases: the number of a case determines its inputs, order of threads and size of the GPU."""
 
 import os
 from random import Random
@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
-    """The one of EMULATION_LIBRARY, which test_sabotage.py sets, or the sound one."""
+    """Load the library named by EMULATION_LIBRARY, which test_sabotage.py sets, or the correct one."""
     return Emulator(os.environ.get("EMULATION_LIBRARY", LIBRARY))
 
 

@@ -1,4 +1,4 @@
-"""Drawn inputs: values that tie, infinities and NaN, strides, masks, sparse rows."""
+"""Random inputs: ties, infinities and NaN, strides, masks, sparse rows."""
 
 from random import Random
 
@@ -15,7 +15,7 @@ def with_ties(draw: Random, x: Tensor) -> Tensor:
 
 
 def with_specials(draw: Random, x: Tensor, share: float = 0.05) -> Tensor:
-    """Some elements are infinite, NaN or a zero of either sign."""
+    """Replace some elements by infinities, NaN and zeros of both signs."""
     if draw.random() < 0.6:
         return x
     specials = torch.tensor([INF, -INF, NAN, 0.0, -0.0], dtype=x.dtype)
@@ -23,7 +23,7 @@ def with_specials(draw: Random, x: Tensor, share: float = 0.05) -> Tensor:
 
 
 def with_strides(draw: Random, x: Tensor) -> Tensor:
-    """The same elements, as they are, in wider rows, or with the first dimension last in memory."""
+    """Return the same elements with other strides: contiguous, in wider rows, or transposed."""
     kind = draw.choice(["as is", "as is", "wider", "transposed"])
     if kind == "wider":
         wide = x.new_empty(*x.shape[:-1], x.shape[-1] + draw.choice([1, 2, 8]))
@@ -32,7 +32,7 @@ def with_strides(draw: Random, x: Tensor) -> Tensor:
 
 
 def small_integers(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Products and their sums are exact in every order."""
+    """Return values whose products and sums are exact in every order."""
     return torch.randint(-2, 3, shape).to(dtype)
 
 
@@ -44,7 +44,7 @@ SparseTensors = tuple[Tensor, Tensor, Tensor]
 
 
 def sparse_rows(draw: Random, rows: int, columns: int, width: int) -> SparseTensors:
-    """Indices, values and lengths of rows of different lengths, with an infinity here and there."""
+    """Return indices, values and lengths of rows of different lengths, with some infinities."""
     indices = torch.full((rows, width), -1, dtype=torch.int32)
     values = torch.zeros(rows, width, dtype=draw.choice(DTYPES))
     lengths = torch.zeros(rows, dtype=torch.int32)
@@ -59,5 +59,5 @@ def sparse_rows(draw: Random, rows: int, columns: int, width: int) -> SparseTens
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Every value the same, NaN where NaN is."""
+    """Assert that all values are equal, NaN included."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

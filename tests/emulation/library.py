@@ -1,4 +1,4 @@
-"""Builds the CUDA ops with the emulator, and puts them in the place of the CPU's."""
+"""Build the CUDA ops with the emulator, and run them in place of the CPU ops."""
 
 import ctypes
 import fcntl
@@ -24,7 +24,7 @@ BUILD = ROOT / "build" / "emulation"
 
 
 def ops_with_kernels() -> list[str]:
-    """Of splade_fast's ops those with a CUDA kernel."""
+    """Return the names of the ops with a CUDA kernel."""
     sources = (path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu"))
     return re.findall(r'm\.impl\("(\w+)"', "".join(sources))
 
@@ -35,7 +35,7 @@ def run(*command: str) -> None:
 
 
 def build() -> None:
-    """Every library of the emulation, as far as it is not up to date."""
+    """Build every library of the emulation that is out of date."""
     chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     compilers = chosen or ["c++", "g++", "clang++"]  # where CMake looks
     if not any(map(shutil.which, compilers)):
@@ -54,7 +54,7 @@ def build() -> None:
 
 
 class Emulator:
-    """The emulated ops of one library; a process can load one."""
+    """The emulated ops of one library. A process can load one library."""
 
     def __init__(self, name: str = LIBRARY) -> None:
         build()
@@ -67,12 +67,12 @@ class Emulator:
         self._aten.impl("mm.dtype_out", _product_in_dtype, "CPU")
 
     def configure(self, seed: int, multiprocessors: int, clusters: int) -> None:
-        """The order of threads and copies, and the size of the GPU."""
+        """Set the seed of the order of threads and copies, and the size of the GPU."""
         self._library.emulation_configure(seed, multiprocessors, clusters)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """splade_fast's functions run the emulated ops."""
+        """Make the functions of splade_fast run the emulated ops."""
         with torch.library._scoped_library("splade_fast", "IMPL") as library:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Warning only once for all operators")

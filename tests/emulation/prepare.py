@@ -1,4 +1,4 @@
-"""Copies csrc with the CUDA sources as a host compiler takes them, for the emulator.
+"""Copy csrc for the emulator, with the CUDA sources changed for a host compiler.
 
     python tests/emulation/prepare.py csrc build/csrc [SABOTAGE]
 
@@ -17,7 +17,7 @@ LIBRARY = "splade_fast_emulated"  # the ops' namespace; they are registered for 
 
 
 class PreparationError(Exception):
-    """A source is not what its replacement expects."""
+    """Error of a source that does not match its replacement."""
 
 
 class Replacement(NamedTuple):
@@ -93,7 +93,7 @@ LAUNCH = re.compile(r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<configuration>[^;]*
 
 
 def launches_as_calls(text: str, file: str) -> str:
-    """kernel<<<configuration>>>(…) as emulation::Launch(configuration).of(kernel)(…)."""
+    """Rewrite kernel<<<configuration>>>(…) as emulation::Launch(configuration).of(kernel)(…)."""
     expected = text.count("<<<")
     text, found = LAUNCH.subn(r"emulation::Launch(\g<configuration>).of(\g<kernel>)", text)
     if found != expected:
@@ -110,7 +110,7 @@ def replaced(text: str, replacement: Replacement) -> str:
 
 
 def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
-    """Writes what has changed, so that nothing else is compiled again."""
+    """Write the changed files only, so that nothing else is compiled again."""
     replacements = REPLACEMENTS + ([SABOTAGES[sabotage]] if sabotage else [])
     texts = {
         path.relative_to(source).as_posix(): path.read_text()

@@ -1,4 +1,4 @@
-"""gather, scatter and the update of a cache on the emulated GPU: the CPU's bytes."""
+"""gather, scatter and the update of a cache on the emulated GPU, compared with the CPU by bytes."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ SHAPES = [(), (1,), (3,), (16,), (33,), (4, 5), (0,)]
 
 @pytest.fixture
 def kinds(draw):
-    """Of each table: the shape of a row, and the dtype."""
+    """Row shape and dtype of each table."""
     count = draw.choice([1, 2, 3, 3, 49])
     return [(draw.choice(SHAPES), draw.choice(DTYPES)) for _ in range(count)]
 
 
 @pytest.fixture
 def count(draw, kinds):
-    """Of rows to copy; 49 tables take several launches, a block per row and table."""
+    """Numbers of rows to copy; 49 tables take several launches, a block per row and table."""
     return draw.choice([1, 5, 40, 40 if len(kinds) > 3 else 1100])
 
 
@@ -58,7 +58,7 @@ def test_gather_and_scatter(emulator, draw, kinds, count):
 
 
 def test_index_out_of_range(emulator, draw, kinds, count):
-    """Ends the launch before any table is written."""
+    """Check that a bad index ends the launch before any table is written."""
     capacity = draw.choice([1, 7, 300])
     kinds[0] = (3,), kinds[0][1]  # a table with bytes to write
     tables, rows = rows_of(kinds, capacity), rows_of(kinds, count)

@@ -1,4 +1,4 @@
-"""head on the emulated GPU: the kernels for every GPU, and the fused one of sm_90a."""
+"""head on the emulated GPU: the kernels for every GPU, and the one of sm_90a."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def drawn_sequences(draw, batch, length, dim, make):
-    """Padded hidden states with or without a mask, or packed ones: hidden, mask, cu_seqlens."""
+    """Return hidden, mask and cu_seqlens of padded or packed hidden states."""
     if draw.random() < 0.5:
         share = draw.choice([None, 0.0, 0.5, 0.9])
         mask = None if share is None else torch.rand(batch, length) < share
@@ -50,7 +50,7 @@ def fused(monkeypatch):
 
 
 def test_fused_is_that_of_the_cpu(fused, emulator, draw):
-    """Whole and partial tiles on either side, sequences in one tile and in several."""
+    """Draw sizes with whole and partial tiles, and sequences in one tile and in several."""
     dtype = draw.choice([*HALF, torch.float32])
     dim, vocabulary = (
         draw.choice([8, 40, 64, 136, 320]),
@@ -79,7 +79,7 @@ def test_fused_is_that_of_the_cpu(fused, emulator, draw):
 
 
 def as_tf32(x):
-    """Without the bits that TF32 does not have."""
+    """Clear the bits that TF32 does not have."""
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -101,7 +101,7 @@ def test_tf32_only_where_it_is_allowed(fused, emulator, draw):
 
 @pytest.mark.parametrize("hopper", ["0", "1"])
 def test_disorder_comes_to_an_end(monkeypatch, emulator, draw, hopper):
-    """Whatever stands in cu_seqlens and argmax, no thread diverges, waits for ever or crashes."""
+    """Check that no thread diverges, waits for ever or crashes with any cu_seqlens and argmax."""
     monkeypatch.setenv("SPLADE_FAST_HOPPER", hopper)
     batch, vocabulary, dim = draw.choice([1, 2, 6]), draw.choice([1, 64, 200]), draw.choice([8, 24])
     rows, dtype = draw.choice([1, 20, 300, 700]), draw.choice(DTYPES)

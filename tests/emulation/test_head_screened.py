@@ -1,4 +1,4 @@
-"""The screened head of sm_90a on the emulated GPU: the CPU's dense one."""
+"""The screened head of sm_90a on the emulated GPU, compared with the dense head of the CPU."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VOCABULARIES = [1, 100, 128, 130, 257, 300]
 
 
 def drawn_mean(draw, hidden):
-    """Any vector is right; some are better."""
+    """Return a mean: zeros, the real mean or random values, since any vector is valid."""
     dim = hidden.shape[-1]
     tokens = hidden.reshape(-1, dim).float().nan_to_num()
     means = [torch.zeros(dim), tokens.sum(0) / max(1, len(tokens)), 10 * torch.randn(dim)]
@@ -24,7 +24,7 @@ def drawn_mean(draw, hidden):
 
 
 def screened(emulator, mean, hidden, weight, *arguments):
-    """pooled, max_logits, argmax, report."""
+    """Return pooled, max_logits, argmax and the report."""
     prepared = emulator.ops.head_prepare(weight, mean)
     return emulator.ops.head_forward_screened(
         hidden, weight, *arguments, mean, *prepared, None, None, False
@@ -32,7 +32,7 @@ def screened(emulator, mean, hidden, weight, *arguments):
 
 
 def assert_dense(found, arguments):
-    """Values, and where they are positive maxima and positions, of the CPU's dense head."""
+    """Assert the values, and the maxima and positions of positive ones, of the dense head of the CPU."""
     pooled, maximum, argmax = torch.ops.splade_fast.head_forward_dense(*arguments)
     assert_same(found[0], pooled)
     active = ~(maximum <= 0)
@@ -42,7 +42,7 @@ def assert_dense(found, arguments):
 
 
 def few_active(hidden, weight, share):
-    """A bias of whole numbers that leaves about this share of the entries of a token active."""
+    """Return an integer bias that leaves about this share of the entries of a token active."""
     logits = hidden.reshape(-1, hidden.shape[-1]).nan_to_num().float() @ weight.float().T
     if logits.numel() == 0:
         return torch.zeros(len(weight), dtype=weight.dtype)
@@ -51,7 +51,7 @@ def few_active(hidden, weight, share):
 
 
 def test_is_that_of_the_cpu(emulator, draw):
-    """Whole and partial tiles on either side; blocks of each size in which rows are rotated."""
+    """Draw whole and partial tiles, and each size of a rotated block."""
     dtype, vocabulary = draw.choice(HALF), draw.choice(VOCABULARIES)
     dim = draw.choice([8, 40, 64, 128, 136, 256, 320, 512])
 
@@ -84,7 +84,7 @@ def test_is_that_of_the_cpu(emulator, draw):
 
 
 def rotation(dim):
-    """The orthogonal matrix by which rows are rotated, from its definition, in float64."""
+    """Compute the orthogonal matrix of the rotation from its definition, in float64."""
     padded = -(-dim // 64) * 64
     block = min(padded & -padded, 1024)
     hadamard = torch.ones(1, 1, dtype=torch.float64)
@@ -100,7 +100,7 @@ def rotation(dim):
 
 @pytest.mark.parametrize("dim", [8, 64, 136, 256, 384, 1024, 2048])
 def test_rounded_rows(emulator, dim):
-    """Nearest integers, and bounds that hold and are tight, by the formulas in float64."""
+    """Compare integers and bounds with the formulas in float64: bounds hold and are tight."""
     sizes = torch.tensor([0.0, 2.0**-60, 2.0**-39, 1.0, 1.0, 2.0**40, 2.0**52, INF, NAN])
     weight = (torch.randn(len(sizes), dim) * sizes[:, None]).bfloat16()
     weight[4, 3] = 100  # an outlier
@@ -129,7 +129,7 @@ def test_rounded_rows(emulator, dim):
 
 
 def test_logits_around_zero(emulator, draw):
-    """Exact logits of rows that int8 cannot hold, and biases that nearly take them away."""
+    """Check logits just above and below zero of rows that int8 cannot represent."""
     dtype, dim = draw.choice(HALF), draw.choice([16, 64, 256])
     vocabulary, tokens = draw.choice(VOCABULARIES), draw.choice([1, 30, 257, 400])
     hidden = torch.randint(-255, 256, (1, tokens, dim)).to(dtype)
@@ -148,7 +148,7 @@ def test_logits_around_zero(emulator, draw):
 
 
 def test_rows_of_every_size(emulator, draw):
-    """Down to where tokens and entries are not rounded, up to where nothing of them is proven."""
+    """Check scales so small that rows are not rounded, and so large that nothing is proved."""
     batch, length, dim, vocabulary = 2, draw.choice([20, 150]), 24, draw.choice([40, 140])
     sizes = torch.tensor([-60, -44, -40, -30, 0, 0, 0, 20, 49, 52]).double()
     hidden = small_integers(batch, length, dim, dtype=torch.bfloat16).double()
@@ -164,7 +164,7 @@ def test_rows_of_every_size(emulator, draw):
 
 
 def test_trained_activity(emulator, draw):
-    """A common mean and an outlier dimension, by the tolerance policy; few pairs are left over."""
+    """Check states with a common mean and an outlier dimension: few candidates, accurate values."""
     dtype, dim, vocabulary = draw.choice(HALF), draw.choice([96, 256]), 400
     hidden = torch.randn(6, 40, dim) + torch.randn(dim)
     hidden[..., 7] *= 8
@@ -189,7 +189,7 @@ def test_trained_activity(emulator, draw):
 
 
 def test_gradients(emulator, draw, monkeypatch):
-    """Through the function of the package, whose screened head is the emulated one."""
+    """Call the public function, which runs the emulated screened head."""
     dtype, activation = draw.choice(HALF), draw.choice(ACTIVATIONS)
     dim, vocabulary = draw.choice([8, 40, 128]), draw.choice([1, 101, 260])
 
@@ -208,7 +208,7 @@ def test_gradients(emulator, draw, monkeypatch):
 
 
 def test_too_many_candidates(emulator, draw):
-    """The list is too short for them: the dense kernel computes everything, whatever was found."""
+    """Check that the dense kernel computes everything if the list of candidates overflows."""
     dtype, vocabulary = draw.choice(HALF), draw.choice([130, 300])
     hidden, weight = (
         small_integers(2, 300, 40, dtype=dtype),
@@ -229,7 +229,7 @@ def test_too_many_candidates(emulator, draw):
 
 
 def test_weight_that_has_changed(emulator, draw):
-    """Behind the back of its int8 rows: noticed, and computed without them."""
+    """Check that a weight changed through .data is noticed, and its int8 rows are not used."""
     hidden, weight = (small_integers(*shape, dtype=draw.choice(HALF)) for shape in [(2, 9, 40)] * 2)
     weight = weight[0].to(hidden.dtype).repeat(20, 1)
     mean = torch.zeros(40)
@@ -242,7 +242,7 @@ def test_weight_that_has_changed(emulator, draw):
 
 
 def test_prepared_weight(emulator, monkeypatch):
-    """The weight is kept until it changes or many more tokens come; in a CUDA graph it is not."""
+    """Check that the prepared weight is kept until it changes, and never in a CUDA graph."""
     monkeypatch.setattr(screening_hopper, "_find_version", lambda source: source._version)
     hidden, weight = torch.randn(2, 9, 16).bfloat16(), torch.randn(30, 16).bfloat16()
     mask = torch.rand(2, 9) < 0.5
@@ -271,7 +271,7 @@ def test_prepared_weight(emulator, monkeypatch):
 
 
 def test_disorder_comes_to_an_end(emulator, draw):
-    """Whatever stands in cu_seqlens, no thread diverges, waits for ever or crashes."""
+    """Check that no thread diverges, waits for ever or crashes with any content of cu_seqlens."""
     batch, vocabulary, dim = draw.choice([1, 2, 6]), draw.choice([1, 64, 200]), draw.choice([8, 24])
     rows, dtype = draw.choice([1, 20, 300, 700]), draw.choice(HALF)
     hidden, weight = torch.randn(rows, dim).to(dtype), torch.randn(vocabulary, dim).to(dtype)
@@ -281,7 +281,7 @@ def test_disorder_comes_to_an_end(emulator, draw):
 
 
 def test_what_it_does_not_take(emulator):
-    """Before anything is computed."""
+    """Check that bad arguments raise before anything is computed."""
     weight = torch.zeros(5, 16, dtype=torch.bfloat16)
     hidden, mean = weight[None], torch.zeros(16)
     packed, rows = emulator.ops.head_prepare(weight, mean)
@@ -304,7 +304,7 @@ def test_what_it_does_not_take(emulator):
 
 
 def test_starts_of_memory(emulator):
-    """Rows that do not begin at a multiple of 16 bytes are copied."""
+    """Check that rows at an address that is no multiple of 16 are copied."""
     rows = small_integers(1 + 20 * 16, dtype=torch.bfloat16)[1:].view(20, 16)
     arguments = rows, rows, None, None, starts_of([20]), 0, 0, True, True
     assert_dense(screened(emulator, torch.zeros(16), *arguments), arguments)

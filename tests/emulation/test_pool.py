@@ -1,4 +1,4 @@
-"""pool on the emulated GPU."""
+"""pool on the emulated GPU, compared with the reference."""
 
 import torch
 
@@ -31,7 +31,7 @@ def test_matches_reference(emulator, draw):
 
 
 def test_maximum_is_that_of_the_cpu(emulator, draw):
-    """Infinities, NaN and ties: the same maximum, at the same position."""
+    """Check infinities, NaN and ties: the same maximum at the same position."""
     logits, mask = drawn_logits(draw)
     logits = with_strides(draw, with_specials(draw, logits))
     arguments = logits, mask, 0, draw.randrange(3), True

@@ -1,4 +1,4 @@
-"""prune on the emulated GPU: the CPU's entries, then padding."""
+"""prune on the emulated GPU, compared with the CPU."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The tests of this folder find mistakes: kernels with one each fail them."""
+"""Check that the tests of this folder fail for kernels with one deliberate mistake each."""
 
 import os
 import subprocess

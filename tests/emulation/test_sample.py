@@ -1,4 +1,4 @@
-"""sample on the emulated GPU: the CPU's draws bit for bit, the logsumexp by the policy."""
+"""sample on the emulated GPU: draws equal to the CPU to the bit, logsumexp by the policy."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def state(draw):
 
 @pytest.fixture
 def drawing(draw, sizes, state):
-    """What follows the vectors: state, num_samples, …, query_offset."""
+    """Arguments after the vectors: state, num_samples, …, query_offset."""
     queries, slots = sizes
     valid = [
         None,

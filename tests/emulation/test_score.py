@@ -1,4 +1,4 @@
-"""score on the emulated GPU."""
+"""score on the emulated GPU, compared with the CPU."""
 
 import torch
 
@@ -7,7 +7,7 @@ from tests.ops.inputs import DTYPES
 
 
 def test_is_that_of_the_cpu(emulator, draw):
-    """Sparse and dense queries."""
+    """Return sparse or dense queries."""
     columns, queries = draw.choice([1, 10, 200]), draw.choice([0, 1, 5, 33, 64, 70])
     documents = sparse_rows(
         draw, draw.choice([0, 1, 31, 33, 100]), columns, draw.choice([0, 1, 7, 40])
@@ -23,7 +23,7 @@ def test_is_that_of_the_cpu(emulator, draw):
 
 
 def test_disorder_comes_to_an_end(emulator, draw):
-    """Whatever stands in indices and lengths, no thread diverges, waits for ever or crashes."""
+    """Check that no thread diverges, waits for ever or crashes with any indices and lengths."""
     columns, rows, width = draw.choice([1, 64, 200]), 20, 7
     disordered = (
         torch.randint(-3, columns + 3, (rows, width)).int(),

@@ -141,7 +141,7 @@ def test_dense_rows_in_order(device, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_long_rows_do_not_depend_on_threads(dtype):
-    """With fewer rows than threads each row is split."""
+    """Check rows that threads share: there are fewer rows than threads."""
     x = torch.randint(-50, 50, (2, 1_200_000)).to(dtype)
     x[1] = torch.where(torch.rand(1_200_000) < 1e-3, NAN, x[1])
     criteria = [(None, 0.0, None, None), (300, None, None, None), (900_000, 0.0, None, None)]

@@ -170,7 +170,7 @@ def test_noise_has_the_moments_of_a_gumbel_variable():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("batch", "slots"), [(3, 1003), (70, 64), (1, 1)])
 def test_noise_of_the_kernels_has_the_bits_of_the_reference(device, batch, slots, dtype):
-    """With scores of 0 and as many draws as slots, `perturbed` is the noise."""
+    """Read the noise from `perturbed`, with scores of 0 and as many draws as slots."""
     queries, cache = (torch.zeros(rows, 2, dtype=dtype, device=device) for rows in (batch, slots))
     found = sf.sample_negatives(
         queries, cache, num_samples=slots, rng=generator(device), slot_offset=6, query_offset=1

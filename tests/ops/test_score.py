@@ -229,7 +229,7 @@ def test_ties_come_by_ascending_id(kernels, device, k, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense_queries", [False, True])
 def test_nan_and_inf(kernels, device, dtype, dense_queries):
-    """As in the formula, inf of a document times 0 of a query is NaN, and padding has no effect."""
+    """Check that inf in a document times 0 in a query is NaN, and that padding has no effect."""
     inf, nan = torch.inf, torch.nan
     indices = torch.tensor([[0, 1, 2], [0, 1, -1], [1, -1, -1], [2, 3, -1], [0, -1, -1]])
     values = torch.tensor([[1, 2, 3], [inf, 1, 0], [-inf, 0, 0], [1, nan, 0], [2, 0, 0]])

@@ -169,7 +169,7 @@ def test_ranks_resume_with_their_own_caches_and_random_numbers(checkpoint, pairs
 
 
 class FileLimit(TrainerCallback):
-    """From a step on no file can become larger, as on a disk that is almost full."""
+    """Limit the size of files from a step on, as on a disk that is almost full."""
 
     def __init__(self, step, size):
         self.step = step

@@ -1,4 +1,4 @@
-"""When the CPU head tries the screened product, and the prepared weights that the product needs.
+"""Rule for the screened product on the CPU, and the prepared weights that the product needs.
 
 The screened product (docs/screening.md) needs the decoder's weight in int8. The weight is prepared
 once per tensor and version, kept as long as its storage lives, and prepared again after a change.
