@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
-    """Load the library named by EMULATION_LIBRARY, which test_sabotage.py sets, or the correct one."""
+    """Load the library of EMULATION_LIBRARY, which test_sabotage.py sets, or the correct one."""
     return Emulator(os.environ.get("EMULATION_LIBRARY", LIBRARY))
 
 

@@ -32,7 +32,7 @@ def screened(emulator, mean, hidden, weight, *arguments):
 
 
 def assert_dense(found, arguments):
-    """Assert the values, and the maxima and positions of positive ones, of the dense head of the CPU."""
+    """Assert values, and maxima and positions where positive, of the dense head of the CPU."""
     pooled, maximum, argmax = torch.ops.splade_fast.head_forward_dense(*arguments)
     assert_same(found[0], pooled)
     active = ~(maximum <= 0)
