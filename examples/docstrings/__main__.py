@@ -178,12 +178,12 @@ def _evaluate(
         table.add_row(name, *(f"{value:.3f}" for value in measures.values()))
     console.print(table)
 
-    def mrr_of(rows: SparseRows) -> float:
+    def measure_mrr(rows: SparseRows) -> float:
         run = make_run(queries.ids, task.documents.ids, *sparse_search(vectors, rows, 10))
         return evaluate_run(qrels, run)["MRR@10"]
 
     with _stage("Pruning the documents"):
-        points = trade_offs(documents, mrr_of)
+        points = trade_offs(documents, measure_mrr)
         plot(points, plot_file)
     table = Table("entries kept", "index, MiB", "MRR@10", title=f"see {plot_file}")
     for point in points:

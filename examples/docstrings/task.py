@@ -19,9 +19,9 @@ DOCSTRING_QUESTIONS = (
 
 @dataclass
 class Task:
-    """A corpus with judged queries, both None if there are none, and questions to show.
+    """A corpus, queries with judgements, example questions, and pairs to train on.
 
-    Where there are training pairs, no judged query is from a module of theirs.
+    `queries` and `qrels` may be None. No judged query is from a module of the training pairs.
     """
 
     documents: Texts
@@ -64,7 +64,7 @@ def docstring_task(pairs: Sequence[Pair], limit: int | None, num_queries: int) -
 
 
 def file_task(corpus: Path, queries: Path | None, qrels: Path | None, limit: int | None) -> Task:
-    """A corpus of the user's own; evaluated only with both queries and qrels.
+    """Read the task from the files of a user; an evaluation needs both queries and qrels.
 
     Raises:
         DataError: a file is missing or malformed, or qrels come without queries.

@@ -118,7 +118,7 @@ def step_cost(setting: Setting, model: str, pairs: Sequence[Pair]) -> StepCost:
 
 
 def largest_batch(
-    peak_mib_of: Callable[[int], float], limit_mib: float, known: dict[int, float], *, largest: int
+    measure_peak: Callable[[int], float], limit_mib: float, known: dict[int, float], *, largest: int
 ) -> int:
     """Find the largest batch whose peak stays within limit_mib, to an eighth of itself.
 
@@ -126,7 +126,7 @@ def largest_batch(
     one an eighth beside it are enough most often. Bisection covers the other cases.
 
     Args:
-        peak_mib_of: measures one batch size.
+        measure_peak: returns the peak in MiB of one batch size.
         limit_mib: the memory.
         known: {batch size: its peak}, at least two; new measurements are added.
         largest: no larger batch is tried.
@@ -142,7 +142,7 @@ def largest_batch(
         batch = guess(known, limit_mib, fitting, above)
         # Small batches say little about the slope, so a leap is limited: memory must not run out.
         batch = min(max(batch, fitting + 1), above - 1, _LEAP * max(fitting, 1))
-        known[batch] = peak_mib_of(batch)
+        known[batch] = measure_peak(batch)
     return fitting
 
 
@@ -179,13 +179,13 @@ def batch_within(
         model, pairs: as in step_cost.
     """
 
-    def peak_mib_of(batch_size: int) -> float:
+    def measure_peak(batch_size: int) -> float:
         tried = replace(setting, batch_size=batch_size, steps=_STEPS_TO_THE_PEAK)
         return step_cost(tried, model, pairs).peak_mib
 
     small = max(1, setting.batch_size // 4)
-    known = {setting.batch_size: cost.peak_mib, small: peak_mib_of(small)}
-    return largest_batch(peak_mib_of, limit_mib, known, largest=len(pairs))
+    known = {setting.batch_size: cost.peak_mib, small: measure_peak(small)}
+    return largest_batch(measure_peak, limit_mib, known, largest=len(pairs))
 
 
 def loss_difference(costs: Mapping[str, StepCost]) -> float:

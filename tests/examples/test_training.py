@@ -64,7 +64,7 @@ def test_real_pairs_share_no_document_across_the_split():
 def test_the_task_asks_for_held_out_modules_only():
     task = docstring_task(PAIRS, None, num_queries=10)
     assert len(task.queries) == 10
-    assert len(task.documents) == len(PAIRS)  # those of the training as well
+    assert len(task.documents) == len(PAIRS)  # training documents are searched as well
     trained = {module_name(pair) for pair in task.training}
     for query_id, judged in task.qrels.items():
         [name] = judged
