@@ -44,15 +44,15 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not is_distributed():
             raise RuntimeError(
-                "torch.distributed must be initialised (init_process_group) for what is "
-                "spread over ranks"
+                "torch.distributed must be initialised (init_process_group) for computations "
+                "over several ranks"
             )
         self._group = group
         self.rank = dist.get_rank(group)
         self.count = dist.get_world_size(group)
 
     def all_gather(self, *tensors: Tensor) -> list[Tensor]:
-        """Return a (ranks, ...) tensor for each tensor."""
+        """Gather each tensor of all ranks into a tensor (ranks, ...)."""
 
         def collect(mine: Tensor) -> Tensor:
             parts = [torch.empty_like(mine) for _ in range(self.count)]
@@ -62,7 +62,7 @@ class Ranks:
         return self._exchange_bytes(tensors, 0, collect)
 
     def all_to_all(self, *tensors: Tensor) -> list[Tensor]:
-        """Send row r of each (ranks, ...) tensor to rank r; row r of a result is from rank r."""
+        """Send row r of each (ranks, ...) tensor to rank r; row r of a result comes from rank r."""
 
         def exchange(mine: Tensor) -> Tensor:
             theirs = torch.empty_like(mine)
@@ -73,7 +73,7 @@ class Ranks:
 
     @contextmanager
     def fail_together(self, action: str, *, raise_once: bool = False) -> Iterator[None]:
-        """Raise on all ranks if the block raises on any; see the function `fail_together`."""
+        """Raise on all ranks if the block raises on any rank; see the function `fail_together`."""
         error: Exception | None = None
         try:
             yield
@@ -90,7 +90,7 @@ class Ranks:
     def _exchange_bytes(
         self, tensors: Sequence[Tensor], rank_dims: int, run: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Run one collective for all tensors, whose bytes are concatenated."""
+        """Run one collective on the concatenated bytes of all tensors."""
         flat = [_bytes(tensor, rank_dims) for tensor in tensors]
         packed = torch.cat(flat, -1)
         device = packed.device
@@ -123,10 +123,10 @@ def fail_together(
             model = load()
 
     Args:
-        action: what the block does, for the message, e.g. "loading the model".
-        group: the ranks; None: all.
-        raise_once: raise the error of the block on the first failing rank alone, for programs that
-            print it. By default every failing rank raises its own.
+        action: description of the block for the error message, e.g. "loading the model".
+        group: group of the ranks; None: all ranks.
+        raise_once: whether only the first failing rank raises the error of the block, for programs
+            that print the error. By default every failing rank raises its own error.
 
     Raises:
         Exception: the error of the block, on a rank where it failed.
@@ -157,10 +157,10 @@ def join_torchrun() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-# torch.distributed.nn.functional has both of these, but torch 2.13 deprecates it in favour of an
-# underscored module, and warns at every call.
+# torch.distributed.nn.functional has both functions, but torch 2.13 deprecates that module in
+# favour of a private one, and warns at every call.
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks. Every result depends on every input, so gradients are summed as well."""
+    """Sum over ranks. Every result depends on every input, so gradients are also summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -172,8 +172,8 @@ class _SumOverRanks(torch.autograd.Function):
         return _all_reduce(grads[0])
 
 
-class _RowsOfRanks(torch.autograd.Function):
-    """Rows of all ranks. Every rank has every row, so gradients are summed over the ranks."""
+class _GatherRows(torch.autograd.Function):
+    """Gathering of rows. Every rank has every row, so gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], first: int) -> Tensor:
@@ -191,7 +191,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum of x over all ranks, on every rank.
 
     Args:
-        x: any shape, the same on all ranks.
+        x: tensor of any shape, the same on all ranks.
     """
     total: Tensor = _SumOverRanks.apply(x) if world_size() > 1 else x
     return total
@@ -201,11 +201,11 @@ def mean_over_ranks(values: Tensor, across_ranks: bool = True) -> Tensor:
     """Return the mean of the entries of all ranks' values, on every rank.
 
     Args:
-        values: any shape; the ranks may have different numbers of entries.
-        across_ranks: False returns the mean of this rank's entries.
+        values: tensor of any shape; the ranks may have different numbers of entries.
+        across_ranks: whether to include the other ranks; False: mean of this rank's entries.
 
     Returns:
-        A scalar; 0 where there are no entries.
+        Scalar mean, 0 if there are no entries.
     """
     if not across_ranks or world_size() == 1:
         return values.sum() / max(1, values.numel())
@@ -219,12 +219,12 @@ def gather_rows_of_ranks(x: Tensor) -> tuple[Tensor, int]:
     """Return the rows of all ranks in the order of the ranks, on every rank.
 
     Args:
-        x: (N, ...). N may differ between ranks, the other dimensions may not. The exchange of the
-            numbers N synchronises with a GPU.
+        x: rows (N, ...). N may differ between ranks, but the other dimensions may not. The exchange
+            of the numbers N synchronises with a GPU.
 
     Returns:
-        The rows (Σ N, ...), and the position of the first row of x among them. With one rank the
-        rows are x itself.
+        The rows (Σ N, ...), and the position of the first row of x among them. With one rank, x
+        itself is returned.
     """
     if world_size() == 1:
         return x, 0
@@ -232,18 +232,18 @@ def gather_rows_of_ranks(x: Tensor) -> tuple[Tensor, int]:
     (gathered,) = ranks.all_gather(torch.tensor(len(x)))
     counts = [int(count) for count in gathered.tolist()]
     first = sum(counts[: ranks.rank])
-    rows: Tensor = _RowsOfRanks.apply(x, counts, first)
+    rows: Tensor = _GatherRows.apply(x, counts, first)
     return rows, first
 
 
 def pad_rows(tensor: Tensor, count: int, value: float = 0) -> Tensor:
-    """Append rows of `value` until there are `count` rows."""
+    """Append rows filled with `value` until there are `count` rows."""
     padding = tensor.new_full((count - len(tensor), *tensor.shape[1:]), value)
     return torch.cat([tensor, padding])
 
 
 def _all_reduce(x: Tensor) -> Tensor:
-    # all_reduce adds buffers up as they lie in memory, and strides may differ between ranks.
+    # all_reduce adds memory buffers without regard to strides, which may differ between ranks.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total

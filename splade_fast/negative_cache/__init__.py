@@ -1,8 +1,8 @@
 """A streaming cache of negatives for training retrieval models.
 
 Lindgren, Reddi, Guo, Kumar: Efficient Training of Retrieval Models using Negative Cache, NeurIPS
-2021. Modules and names are those of the known packages: code for them runs after changing the
-import prefix.
+2021. Modules and names are those of the published packages. Code written for those packages runs
+after a change of the import prefix.
 """
 
 from splade_fast.negative_cache.checkpoint import load_sharded, save_sharded

@@ -26,7 +26,7 @@ def save_sharded(
     *,
     replicated: bool = False,
 ) -> None:
-    """Write the state of a module of this rank. All ranks call this with the same folder.
+    """Write the state of this rank's module. All ranks must call this with the same folder.
 
     Example::
 
@@ -35,10 +35,11 @@ def save_sharded(
         >>> nc.save_sharded(manager.init_cache(), "checkpoint")
 
     Args:
-        module: e.g. a `CacheLossHandler`.
-        folder: made if it does not exist.
-        process_group: the ranks; None: all.
-        replicated: the ranks have the same state, and the first rank writes the only shard.
+        module: module whose state is saved, e.g. a `CacheLossHandler`.
+        folder: folder of the checkpoint; created if it does not exist.
+        process_group: group of the ranks; None: all ranks.
+        replicated: whether all ranks have the same state. The first rank then writes the only
+            shard.
 
     Raises:
         ValueError: the folder holds shards of another number of ranks.
@@ -70,8 +71,8 @@ def load_sharded(
     """Read a checkpoint of `save_sharded`, written by any number of ranks, into a module.
 
     The slots of all shards, in the order of the ranks, are divided among the present ranks: rank 0
-    takes the first, as many as its module has, and so on. All other tensors, such as the state of
-    the generator, come from the first shard.
+    takes as many of the first slots as its module has, and so on. All other tensors, such as the
+    state of the generator, come from the first shard.
 
     Example::
 
@@ -81,10 +82,10 @@ def load_sharded(
         >>> nc.load_sharded(manager.init_cache(), "checkpoint")
 
     Args:
-        module: filled in place.
-        folder: the folder given to `save_sharded`.
-        process_group: the ranks; None: all.
-        replicated: every rank has all slots.
+        module: module whose state is replaced in place.
+        folder: folder given to `save_sharded`.
+        process_group: group of the ranks; None: all ranks.
+        replicated: whether every rank has all slots.
 
     Raises:
         FileNotFoundError: shards are missing.
@@ -150,5 +151,5 @@ def _slice(key: str, shards: list[Any], first: int, count: int, total: int) -> T
             parts.append(rows[low:high])
         start += size
     if start != total:
-        raise ValueError(f"the shards must have {total} slots as the caches now, got {start}")
+        raise ValueError(f"the shards must have {total} slots, as the caches do, got {start}")
     return torch.cat(parts)

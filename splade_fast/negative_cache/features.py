@@ -23,7 +23,7 @@ def select(name: str, values: Mapping[str, _Any], keys: Iterable[str]) -> dict[s
     """Return the values of these keys.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, for error messages.
 
     Raises:
         KeyError: a key is missing.
@@ -49,7 +49,7 @@ class FixedLenFeature:
     Args:
         shape: shape of one item, e.g. [512], or [] for a number.
         dtype: any dtype of torch.
-        default_value: pads items that are smaller than `shape`; None: 0.
+        default_value: value that pads items smaller than `shape`; None: 0.
     """
 
     shape: Sequence[int]
@@ -57,7 +57,7 @@ class FixedLenFeature:
     default_value: float | None = None
 
     def zeros(self, count: int) -> Tables:
-        """Return tables of `count` empty items, by suffix of their names."""
+        """Return tables of `count` empty items, keyed by the suffix of their names."""
         return {"": torch.zeros([count, *self.shape], dtype=self.dtype)}
 
 
@@ -84,7 +84,7 @@ class SparseFeature:
     dtype: torch.dtype = torch.float32
 
     def zeros(self, count: int) -> Tables:
-        """Return tables of `count` empty items, by suffix of their names."""
+        """Return tables of `count` empty items, keyed by the suffix of their names."""
         tables = (
             torch.full((count, self.k), -1, dtype=torch.int32),
             torch.zeros((count, self.k), dtype=self.dtype),
@@ -103,7 +103,11 @@ def sparse_tables(key: str, rows: SparseRows) -> Tables:
 
 
 def join_tables(key: str, tables: Mapping[str, Tensor], num_cols: int | None) -> Value:
-    """Return a feature from its tables; num_cols: None for a dense feature, V for a sparse one."""
+    """Return a feature from its tables.
+
+    Args:
+        num_cols: V of a sparse feature; None for a dense feature.
+    """
     if num_cols is None:
         return tables[key]
     indices, values, lengths = (tables[key + suffix] for suffix in _SPARSE)
@@ -116,12 +120,12 @@ def table_names(key: str, num_cols: int | None) -> tuple[str, ...]:
 
 
 def as_dense(value: Value) -> Tensor:
-    """Return (N, ...), differentiable."""
+    """Return a feature as a dense tensor (N, ...). The conversion is differentiable."""
     return value.to_dense() if isinstance(value, SparseRows) else value
 
 
 def _is_storable(value: object, like: Tensor, device: torch.device) -> TypeGuard[Tensor]:
-    """Return whether rows can be stored in the table `like` without a change."""
+    """Return whether rows can be stored in the table `like` as they are."""
     return (
         isinstance(value, Tensor)
         and value.dtype is like.dtype
@@ -142,11 +146,11 @@ def to_stored(
     """Cast, pad or prune items to the rows of a cache.
 
     Args:
-        name: name of the argument, for messages.
+        name: name of the argument, for error messages.
         value: (N, ...) items, or SparseRows.
         like: the feature in the cache.
         device: device of the result.
-        default_value: pads dense items; None: 0.
+        default_value: value that pads dense items; None: 0.
 
     Raises:
         TypeError, ValueError: the items do not fit.
@@ -157,10 +161,10 @@ def to_stored(
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     value = value.detach()
     shape = like.shape[1:]
-    has_room = value.ndim == like.ndim and all(
+    fits = value.ndim == like.ndim and all(
         mine <= theirs for mine, theirs in zip(value.shape[1:], shape, strict=True)
     )
-    if not has_room:
+    if not fits:
         raise ValueError(f"{name} must be (items, {_describe(shape)}), got {tuple(value.shape)}")
     value = value.to(device=device, dtype=like.dtype)
     if value.shape[1:] == shape:

@@ -21,7 +21,9 @@ class CacheFilterFn(metaclass=abc.ABCMeta):
 
 
 class IsInCacheFilterFn(CacheFilterFn):
-    """Adds the items that are not in the cache; items are equal if some features are, bit for bit.
+    """Adds the items that are not in the cache.
+
+    An item equals a stored one if all features in `keys` are equal bit for bit.
 
     Example::
 
@@ -31,7 +33,7 @@ class IsInCacheFilterFn(CacheFilterFn):
         tensor([False,  True])
 
     Args:
-        keys: the features to compare.
+        keys: names of the features to compare.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -41,5 +43,5 @@ class IsInCacheFilterFn(CacheFilterFn):
         items = cache.data.rows(
             "new_items", {key: new_items[key] for key in self.keys}, cache.device
         )
-        found = matches(items, cache.data.tables(self.keys))
-        return ~(found & cache.valid).any(1)
+        match_mask = matches(items, cache.data.tables(self.keys))
+        return ~(match_mask & cache.valid).any(1)

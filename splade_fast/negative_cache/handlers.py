@@ -1,4 +1,4 @@
-"""Handlers: compute the loss of a step, then update the caches."""
+"""Handlers that compute the loss of a step and then update the caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCach
 
 Features = Mapping[str, Value]
 
-# Caches of several ranks: copies of one, parts of one, or a separate one for each rank.
+# Caches of several ranks are copies of one cache, parts of one, or separate for each rank.
 SHARINGS = ("replicas", "shards", "own")
 
 _ONLY = "cache"  # name of the cache of a CacheLossHandler
@@ -56,10 +56,10 @@ class _Handler(nn.Module):
         hard_negatives: Value | None = None,
         hard_features: Features | None = None,
     ) -> CacheLossReturn:
-        """Return the loss of the caches as they are, then update them.
+        """Compute the loss over the caches, then update them.
 
         Args:
-            new_items: by name of a cache, (N, ...) for each of its features.
+            new_items: new items by name of a cache, (N, ...) for each of its features.
         """
         self.to(query_embeddings.device)
         caches: dict[str, Any] = dict(self.caches.items())
@@ -78,11 +78,11 @@ class _Handler(nn.Module):
                 **options,
             )
             updates = {
-                name: _Rows.of_step(caches[name], name, items, result)
+                name: _Rows.from_step(caches[name], name, items, result)
                 for name, items in new_items.items()
             }
         for name, rows in updates.items():
-            rows = rows if ranks is None else rows.gathered(ranks)
+            rows = rows if ranks is None else rows.gather(ranks)
             rows.write(self.cache_managers[name], caches[name])
         return result
 
@@ -93,9 +93,9 @@ class _Handler(nn.Module):
 
         Args:
             name: name of the cache.
-            embeddings: (N, D).
-            argument: name of the argument that holds the other features, for messages.
-            features: (N, ...) by name.
+            embeddings: embeddings (N, D) of the items.
+            argument: name of the argument that holds the other features, for error messages.
+            features: other features by name, (N, ...).
         """
         specs = self.cache_managers[name].specs
         others = select(argument, features, (key for key in specs if key != self.embedding_key))
@@ -126,13 +126,13 @@ class CacheLossHandler(_Handler):
         (True, tensor(50))
 
     Args:
-        cache_manager: makes and updates the cache.
-        cache_loss: `CacheClassificationLoss` or any callable of that form.
-        embedding_key: the feature that holds the embeddings.
-        data_keys: the features that the document network takes.
-        use_cross_replica: keep replicas of one cache on all ranks: every rank adds and refreshes
-            the items of all ranks, in the order of the ranks. Batches may differ in size.
-        process_group: the ranks of the replicas; None: all.
+        cache_manager: manager that creates and updates the cache.
+        cache_loss: a `CacheClassificationLoss`, or a callable with the same signature.
+        embedding_key: name of the feature that holds the embeddings.
+        data_keys: names of the features that the document network takes.
+        use_cross_replica: whether all ranks keep replicas of one cache. Every rank then adds and
+            refreshes the items of all ranks, in the order of the ranks. Batches may differ in size.
+        process_group: group of the ranks with replicas; None: all ranks.
     """
 
     def __init__(
@@ -180,20 +180,21 @@ class CacheLossHandler(_Handler):
         """Compute the loss over the cache, then refresh the drawn items and add the positives.
 
         Args:
-            item_network: maps features by name, (B * m, ...), to embeddings (B * m, D).
-            query_embeddings: (B, D).
-            pos_item_embeddings: (B, D), the positive of each query.
-            features: (B, ...) by name, the data keys of the positives.
+            item_network: function from features by name, (B * m, ...), to embeddings (B * m, D).
+            query_embeddings: queries (B, D).
+            pos_item_embeddings: positive of each query, (B, D).
+            features: features of the positives by name, (B, ...), one for each of the data keys.
             return_topk: number of documents with the highest scores whose features to return.
-            hard_negatives: (N, D), further candidates of every query, which are not cached.
-            hard_features: (N, ...) by name, their features; needed for losses with `exclude`.
+            hard_negatives: further candidates of every query, (N, D). They are not cached.
+            hard_features: features of the hard negatives by name, (N, ...); required by losses with
+                `exclude`.
 
         Returns:
-            All results of the loss.
+            Results of the loss.
 
         Raises:
-            TypeError, ValueError, KeyError: the arguments do not fit each other or the cache, which
-                is left unchanged.
+            TypeError, ValueError, KeyError: the arguments do not fit each other or the cache. The
+                cache has not changed then.
         """
         return self._step(
             item_network,
@@ -215,15 +216,16 @@ class CacheLossHandler(_Handler):
         writer: tuple[Any, int] | None = None,
         return_topk: int = 0,
     ) -> Any:
-        """Run `step` with the signature of the known packages.
+        """Run `step` with the signature of the published packages.
 
         Args:
-            writer: (SummaryWriter, global step), for `cache/interpretable_prediction_loss` and
-                `cache/staleness`.
-            others: see `step`.
+            writer: (SummaryWriter, global step). The scalars `cache/interpretable_prediction_loss`
+                and `cache/staleness` are written; None: nothing is written.
+
+        See `step` for the other arguments.
 
         Returns:
-            The training loss; with return_topk, (loss, list of dicts of features).
+            The training loss, or (training loss, list of dicts of features) with return_topk.
         """
         result = self.step(
             item_network, query_embeddings, pos_item_embeddings, features, return_topk
@@ -232,7 +234,7 @@ class CacheLossHandler(_Handler):
 
 
 class MultiCacheLossHandler(_Handler):
-    """Several caches that count as one collection, e.g. one for each source of documents.
+    """Several caches that form one collection, e.g. one cache for each source of documents.
 
     Example::
 
@@ -245,8 +247,9 @@ class MultiCacheLossHandler(_Handler):
         {'web': 100, 'books': 20}
 
     Args:
-        cache_managers: by name of a cache.
-        others: see `CacheLossHandler`.
+        cache_managers: managers by the names of their caches.
+
+    See `CacheLossHandler` for the other arguments.
     """
 
     def __init__(
@@ -283,13 +286,15 @@ class MultiCacheLossHandler(_Handler):
         """Compute the loss over all caches, then refresh the drawn items and add new items.
 
         Args:
-            new_item_embeddings: by name of a cache, (N, D).
-            new_item_features: by name of a cache, (N, ...) for all data keys.
-            features: (B, ...) by name, features of the positives; needed for losses with `exclude`.
-            others: see `CacheLossHandler.step`.
+            new_item_embeddings: embeddings (N, D) by name of a cache.
+            new_item_features: features by name of a cache, (N, ...) for each of the data keys.
+            features: features of the positives by name, (B, ...); required by losses with
+                `exclude`.
+
+        See `CacheLossHandler.step` for the other arguments.
 
         Returns:
-            All results of the loss.
+            Results of the loss.
         """
         select("new_item_embeddings", new_item_embeddings, self.cache_managers)
         select("new_item_features", new_item_features, self.cache_managers)
@@ -318,7 +323,7 @@ class MultiCacheLossHandler(_Handler):
         *,
         features: Features | None = None,
     ) -> Any:
-        """Run `step` with the signature of the known packages.
+        """Run `step` with the signature of the published packages.
 
         See `CacheLossHandler.update_cache_and_compute_loss` for `writer` and the returned values.
         """
@@ -349,20 +354,20 @@ def _write_and_unpack(
 
 
 class _Rows(NamedTuple):
-    """Rows that a step writes to a cache, by name of a table of the cache."""
+    """Rows that a step writes to the tables of a cache."""
 
     new: Tables  # (N, ...)
-    new_mask: Tensor | None  # (N,) bool; None: all are added
+    new_mask: Tensor | None  # (N,) bool; None: all rows are added
     refreshed: Tables  # (M, ...)
-    refreshed_keys: tuple[str, ...]  # the features of these tables
+    refreshed_keys: tuple[str, ...]  # features of the tables in `refreshed`
     refreshed_mask: Tensor  # (M,) bool
     slots: Tensor  # (M,) int64
 
     @classmethod
-    def of_step(
+    def from_step(
         cls, cache: NegativeCache, name: str, items: Features, result: CacheLossReturn
     ) -> _Rows:
-        """Cast, pad and prune new and refreshed items as the cache stores them.
+        """Cast, pad and prune new and refreshed items to rows of the cache's tables.
 
         Raises:
             TypeError, ValueError: the items do not fit the cache.
@@ -387,8 +392,8 @@ class _Rows(NamedTuple):
             slots=slots.to(cache.device),
         )
 
-    def gathered(self, ranks: Ranks) -> _Rows:
-        """Return the rows of all ranks, in the order of the ranks; masks leave out the padding.
+    def gather(self, ranks: Ranks) -> _Rows:
+        """Gather the rows of all ranks, in the order of the ranks; the masks are False for padding.
 
         Raises:
             RuntimeError: the ranks refresh different features.
@@ -397,7 +402,10 @@ class _Rows(NamedTuple):
         mine = [len(new_mask), len(self.slots), len(self.refreshed)]
         (sizes,) = ranks.all_gather(torch.tensor(mine))
         if not bool((sizes[:, 2] == len(self.refreshed)).all()):
-            raise RuntimeError("all ranks must refresh the same features")
+            raise RuntimeError(
+                "all ranks must refresh the same features, got numbers of tables "
+                f"{sizes[:, 2].tolist()}"
+            )
         most_new, most_refreshed, _ = sizes.amax(0).tolist()
         *new, new_mask = _gather_rows(ranks, [*self.new.values(), new_mask], most_new)
         *refreshed, mask, slots = _gather_rows(
@@ -417,15 +425,15 @@ class _Rows(NamedTuple):
         """Update the cache with these rows."""
         manager.update_cache(
             cache,
-            new_items=cache.data.values_of(self.new, *cache.data),
+            new_items=cache.data.join_rows(self.new, *cache.data),
             new_items_mask=self.new_mask,
-            updated_item_data=cache.data.values_of(self.refreshed, *self.refreshed_keys),
+            updated_item_data=cache.data.join_rows(self.refreshed, *self.refreshed_keys),
             updated_item_indices=self.slots,
             updated_item_mask=self.refreshed_mask,
         )
 
 
 def _gather_rows(ranks: Ranks, tables: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return (ranks * count, ...) for each table, where zeros fill up the rows of each rank."""
+    """Gather (ranks * count, ...) of each table; zeros pad the rows of each rank to `count`."""
     gathered = ranks.all_gather(*(pad_rows(table, count) for table in tables))
     return [table.flatten(0, 1) for table in gathered]

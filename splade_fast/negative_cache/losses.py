@@ -37,7 +37,7 @@ Reducer = Callable[[Tensor], Tensor]
 
 
 class CacheLossReturn(NamedTuple):
-    """Results of a loss.
+    """Results of a loss over a cache.
 
     Example::
 
@@ -51,15 +51,15 @@ class CacheLossReturn(NamedTuple):
         (tensor(0.0200), tensor(0.))
 
     Attributes:
-        training_loss: scalar, or (B,) without a reducer; its gradient is in expectation that of
-            the cross entropy.
-        interpretable_loss: the cross entropy with the cached embeddings, without gradient.
-        updated_item_data: by name of a cache, features by name, (M, ...): fresh embeddings of the
-            drawn items. M may exceed B.
-        updated_item_indices: by name of a cache, (M,) slots of these items.
-        updated_item_mask: by name of a cache, (M,) bool, True for the items to store.
+        training_loss: scalar, or (B,) without a reducer. The expectation of its gradient is the
+            gradient of the cross entropy.
+        interpretable_loss: cross entropy over the cached embeddings, without gradient.
+        updated_item_data: fresh embeddings (M, ...) of the drawn items, as features by name, for
+            each cache by name. M may exceed B.
+        updated_item_indices: slots (M,) of these items, by name of a cache.
+        updated_item_mask: (M,) bool, True for the items to store, by name of a cache.
         staleness: |cached - fresh|² / |fresh|² of the drawn embeddings.
-        topk_features: for each query, features by name of the documents with the highest scores.
+        topk_features: features by name of the documents with the highest scores, for each query.
     """
 
     training_loss: Tensor
@@ -79,7 +79,7 @@ class HardNegatives(NamedTuple):
 
 
 class _Refreshed(NamedTuple):
-    """Results of the fresh embeddings of the drawn documents, without gradient."""
+    """Results of encoding the drawn documents again, without gradient."""
 
     staleness: Tensor  # (B,)
     updates: Updates
@@ -87,7 +87,7 @@ class _Refreshed(NamedTuple):
 
 
 class CacheLoss(metaclass=abc.ABCMeta):
-    """Interface of the losses. The handlers take any callable of this form."""
+    """Interface of the losses. The handlers accept any callable with this signature."""
 
     @abc.abstractmethod
     def __call__(
@@ -122,23 +122,25 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
     ) -> None:
         """
         Args:
-            embedding_key: the cached feature that holds the embeddings.
-            data_keys: the cached features that the document network takes.
-            score_transform: T, applied elementwise to the scores q · d. With `Scale` one pass
-                computes and draws; with any other callable the loss reads the cache by tiles. The
-                draws are the same.
-            top_k: number of cached documents that count for each query, at least 1; None: all.
-            reducer: reduces the (B,) results; None: the results stay (B,).
-            num_negatives: m, at least 1, drawn without replacement. With their weights the gradient
-                is in expectation that of the full cross entropy, for every m.
-            in_batch: count and draw the other positives of the batch of this process as well.
-            exclude: a feature or several features, e.g. an id. A document whose features equal
-                those of the query's positive, bit for bit, neither counts nor is drawn.
-            top_k_method: "grouped", the highest score of each of top_k contiguous groups, or
-                "exact".
-            count_empty_slots: count slots without an item as documents of zeros.
-            retrieval_fn: maps (B, N) scores to (B, m) indices; None: `GumbelMaxRetrievalFn()`. Any
-                other function needs the scores of the whole cache in memory.
+            embedding_key: name of the cached feature that holds the embeddings.
+            data_keys: names of the cached features that the document network takes.
+            score_transform: elementwise function of the scores q · d. With `Scale` the loss
+                computes scores and draws in one pass. With any other callable it reads the cache by
+                tiles. The draws are the same.
+            top_k: number of cached documents in each query's softmax, at least 1; None: all.
+            reducer: function that reduces the (B,) results; None: the results stay (B,).
+            num_negatives: m, number of negatives drawn without replacement, at least 1. Weights
+                make the expected gradient that of the full cross entropy for every m.
+            in_batch: whether the other positives of this process's batch join the softmax and can
+                be drawn.
+            exclude: names of one or several features, e.g. an id. A document is left out if all of
+                these features equal those of the query's positive, bit for bit.
+            top_k_method: "grouped" keeps the highest score of each of top_k contiguous groups of
+                slots; "exact" keeps the top_k highest scores.
+            count_empty_slots: whether slots without an item count as documents of zeros.
+            retrieval_fn: function from scores (B, N) to indices (B, m); None:
+                `GumbelMaxRetrievalFn()`. Any other function needs the scores of the whole cache
+                in memory.
 
         Raises:
             TypeError, ValueError: a count is no integer of at least 1, or top_k_method is unknown.
@@ -158,7 +160,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         setattr(self, "retrieval_fn", retrieval_fn or GumbelMaxRetrievalFn())  # noqa: B010
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Wrap a callable `retrieval_fn`, which the known packages name `_retrieval_fn`."""
+        """Wrap a callable `retrieval_fn`, named `_retrieval_fn` in the published packages."""
         if name in ("retrieval_fn", "_retrieval_fn"):
             name = "retrieval_fn"
             value = value if isinstance(value, nn.Module) else _Function(value)
@@ -178,7 +180,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         hard: HardNegatives | None,
         return_topk: int,
     ) -> tuple[Source, Tables | None, Tables | None]:
-        """Return the documents to draw from, and the `exclude` tables of positives and hard."""
+        """Return the source of negatives, and `exclude` tables of positives and hard negatives."""
 
     def forward(
         self,
@@ -192,25 +194,25 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         hard_negatives: Value | None = None,
         hard_features: Features | None = None,
     ) -> CacheLossReturn:
-        """training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0].
+        """Compute training_loss = (1 - p) Σ_j w_j (s_j - s_pos), p = softmax([s_pos, S])[0].
 
-        One negative has weight w = 1.
+        A single negative has the weight 1.
 
         Args:
-            doc_network: maps features by name, (B * m, ...), to embeddings (B * m, D). Called once.
-            query_embeddings: (B, D).
-            pos_doc_embeddings: (B, D), the positive of each query.
-            cache: the caches by name; several count as one, in the order of their names.
-            return_topk: number of documents whose features to return, those with the highest
-                scores among all that count. With top_k, 1 returns the drawn documents instead.
-            pos_features: (B, ...) by name, features of the positives; needed for `exclude`. The
-                network gets them as well where there is no negative to encode.
-            hard_negatives: (N, D), documents that count and can be drawn for every query of the
-                batch of this process.
-            hard_features: (N, ...) by name, features of hard_negatives; needed for `exclude`.
+            doc_network: function from features by name, (B * m, ...), to embeddings (B * m, D),
+                called once.
+            query_embeddings: queries (B, D).
+            pos_doc_embeddings: positive of each query, (B, D).
+            cache: caches by name. Several caches form one, in the order of their names.
+            return_topk: number of documents with the highest scores to return the features of.
+                With top_k, 1 returns the drawn documents instead.
+            pos_features: features of the positives by name, (B, ...); required by `exclude`. The
+                network encodes them in place of missing negatives.
+            hard_negatives: further candidates (N, D) of every query of this process's batch.
+            hard_features: features of hard_negatives by name, (N, ...); required by `exclude`.
 
         Returns:
-            The results. A query without any document to draw has loss 0.
+            The results. The loss of a query without any candidate is 0.
 
         Raises:
             TypeError, ValueError, KeyError: the arguments do not fit each other or the caches.
@@ -225,19 +227,17 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         candidates = self._candidates(positives, hard)
         with torch.no_grad():
             with source.fail_together("score_transform"):
-                others = self._candidate_scores(queries, candidates, items, hard_items)
-            found, weights = self._draw(source, others)
+                candidate_scores = self._candidate_scores(queries, candidates, items, hard_items)
+            found, weights = self._draw(source, candidate_scores)
             drawn = found.indices[:, : weights.shape[1]]
         schema = next(iter(cache.values())).data
-        fresh, refreshed = self._refreshed(
+        fresh, refreshed = self._encode_drawn(
             source, schema, drawn, doc_network, pos_features, queries.shape[1], return_topk
         )
         negatives = fresh
         if candidates is not None and len(candidates):
-            other = (drawn - source.total).flatten()
-            negatives = torch.where(
-                (other >= 0).unsqueeze(1), candidates[other.clamp(min=0)], fresh
-            )
+            rows = (drawn - source.total).flatten()
+            negatives = torch.where((rows >= 0).unsqueeze(1), candidates[rows.clamp(min=0)], fresh)
         training, interpretable = self._losses(queries, positives, negatives, found, weights)
         updates = refreshed.updates
         return CacheLossReturn(
@@ -250,7 +250,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             topk_features=refreshed.topk_features,
         )
 
-    def _refreshed(
+    def _encode_drawn(
         self,
         source: Source,
         schema: CacheData,
@@ -260,26 +260,26 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         dim: int,
         return_topk: int,
     ) -> tuple[Tensor, _Refreshed]:
-        """Encode the drawn documents again; return embeddings (B * m, dim) and their results."""
+        """Encode the drawn documents again, to embeddings (B * m, dim) and their results."""
         with torch.no_grad():
-            cached = (drawn >= 0) & (drawn < source.total)
-            slots = torch.where(cached, drawn, -1)
+            cached_mask = (drawn >= 0) & (drawn < source.total)
+            slots = torch.where(cached_mask, drawn, -1)
             rows = source.rows(slots, *self.data_keys, self.embedding_key)
-            stale = schema.values_of(rows, self.embedding_key)[self.embedding_key]
+            stale = schema.join_rows(rows, self.embedding_key)[self.embedding_key]
         with source.fail_together("doc_network"):
             with torch.no_grad():
-                data = self._network_input(schema, rows, cached, pos_features)
+                data = self._network_input(schema, rows, cached_mask, pos_features)
             fresh = as_dense(doc_network(dict(data)))
             name = "the output of doc_network"
             if fresh.shape != (expected := (slots.numel(), dim)):
                 raise ValueError(f"{name} must be {expected}, got {tuple(fresh.shape)}")
             tables = schema.rows(name, {self.embedding_key: fresh}, slots.device)
         with torch.no_grad():
-            moved = _staleness(as_dense(stale), fresh).view(cached.shape)
+            moved = _staleness(as_dense(stale), fresh).view(cached_mask.shape)
             return fresh, _Refreshed(
-                staleness=_masked_mean(moved, cached),
+                staleness=_masked_mean(moved, cached_mask),
                 updates=source.updates(slots, tables),
-                topk_features=self._topk_features(source, schema, data, cached, return_topk),
+                topk_features=self._topk_features(source, schema, data, return_topk),
             )
 
     def _losses(
@@ -290,7 +290,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         found: NegativeSamples,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the training loss and the cross entropy, both (B,), of negatives (B * m, D)."""
+        """Return the training loss and the cross entropy, (B,) each; negatives are (B * m, D)."""
         count = weights.shape[1]
         positive_scores = self._score(queries, positives)
         repeated = queries.repeat_interleave(count, 0)
@@ -298,8 +298,8 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         # log p = -softplus(logsumexp(S) - s_pos) neither underflows nor overflows.
         gap = found.logsumexp - positive_scores.detach()
         differences = negative_scores - positive_scores.unsqueeze(1)
-        drawn = found.indices[:, :count] >= 0
-        training = torch.sigmoid(gap) * torch.where(drawn, weights * differences, 0).sum(1)
+        drawn_mask = found.indices[:, :count] >= 0
+        training = torch.sigmoid(gap) * torch.where(drawn_mask, weights * differences, 0).sum(1)
         return training, nn.functional.softplus(gap)
 
     def _score(self, queries: Tensor, documents: Tensor) -> Tensor:
@@ -314,20 +314,20 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         return None if self.top_k is None else TopK(self.top_k, self.top_k_method)
 
     def _draw(self, source: Source, in_batch: Tensor | None) -> tuple[NegativeSamples, Tensor]:
-        """Draw the negatives of each query; return them and their weights (B, m)."""
+        """Draw the negatives of each query, and return them with their weights (B, m)."""
         fn, wanted = self.retrieval_fn, self.num_negatives
         if not isinstance(fn, GumbelMaxRetrievalFn):
             found = source.choose(fn, self._top_k(), in_batch)
-            drawn = (found.indices >= 0).to(found.scores.dtype)
-            return found, drawn / drawn.sum(1, keepdim=True).clamp(min=1)
-        # The perturbed score of one more draw is the threshold of the weights.
+            drawn_mask = (found.indices >= 0).to(found.scores.dtype)
+            return found, drawn_mask / drawn_mask.sum(1, keepdim=True).clamp(min=1)
+        # One more document is drawn, because its perturbed score is the threshold of the weights.
         found = source.draw(wanted + (wanted > 1), fn, self._top_k(), in_batch)
         if wanted == 1:
             return found, torch.ones_like(found.scores)
         return found, _weights(found, fn.inv_temp)
 
     def _candidates(self, positives: Tensor, hard: HardNegatives | None) -> Tensor | None:
-        """Return the documents of the batch that count: positives, then hard negatives."""
+        """Return the candidates of the batch: positives with `in_batch`, then hard negatives."""
         if hard is None:
             return positives if self.in_batch else None
         return torch.cat([positives, hard.embeddings]) if self.in_batch else hard.embeddings
@@ -343,33 +343,35 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         if candidates is None:
             return None
         scores = tile_scores(queries, candidates, self.score_transform)
-        same = torch.zeros_like(scores, dtype=torch.bool)
+        positive_mask = torch.zeros_like(scores, dtype=torch.bool)
         if self.in_batch:
-            same.fill_diagonal_(True)
+            positive_mask.fill_diagonal_(True)
         if items is not None:
             parts = [items] if self.in_batch else []
             if hard_items is not None:
                 parts.append(hard_items)
-            of_candidates = {name: torch.cat([part[name] for part in parts]) for name in items}
-            same |= matches(items, of_candidates)
-        return scores.masked_fill(same, -torch.inf)
+            candidate_items = {name: torch.cat([part[name] for part in parts]) for name in items}
+            positive_mask |= matches(items, candidate_items)
+        return scores.masked_fill(positive_mask, -torch.inf)
 
     def _network_input(
-        self, schema: CacheData, rows: Tables, drawn: Tensor, pos_features: Features | None
+        self, schema: CacheData, rows: Tables, cached_mask: Tensor, pos_features: Features | None
     ) -> dict[str, Value]:
-        """Return features of the drawn documents, and of the positive where none was drawn."""
+        """Return the features of the drawn documents, or of the positive outside `cached_mask`."""
         tables = self._tables(schema, rows)
         if pos_features is not None:
             own = schema.rows(
-                "pos_features", select("pos_features", pos_features, self.data_keys), drawn.device
+                "pos_features",
+                select("pos_features", pos_features, self.data_keys),
+                cached_mask.device,
             )
-            count = drawn.shape[1]
-            from_cache = drawn.flatten()
+            count = cached_mask.shape[1]
+            is_cached = cached_mask.flatten()
             for name, table in tables.items():
                 mine = own[name].repeat_interleave(count, 0)
                 shape = (-1,) + (1,) * (table.ndim - 1)
-                tables[name] = torch.where(from_cache.view(shape), table, mine)
-        return schema.values_of(tables, *self.data_keys)
+                tables[name] = torch.where(is_cached.view(shape), table, mine)
+        return schema.join_rows(tables, *self.data_keys)
 
     def _tables(self, schema: CacheData, rows: Tables) -> Tables:
         return {name: rows[name] for name in schema.tables(self.data_keys)}
@@ -379,7 +381,6 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         source: Source,
         schema: CacheData,
         drawn: dict[str, Value],
-        cached: Tensor,
         count: int,
     ) -> list[dict[str, Value]] | None:
         if count < 1:
@@ -392,7 +393,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         rows = self._tables(schema, source.rows(slots, *self.data_keys))
         per_query = slots.shape[1]
         return [
-            schema.values_of(
+            schema.join_rows(
                 {name: table[start : start + per_query] for name, table in rows.items()},
                 *self.data_keys,
             )
@@ -433,7 +434,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         count: int,
         device: torch.device,
     ) -> Tables:
-        """Return the tables of the features in `exclude` of `count` documents."""
+        """Return the tables of the features in `exclude` for `count` documents."""
         if features is None:
             raise ValueError(f"{name} must hold {', '.join(self.exclude)} for exclude, got None")
         items = schema.rows(name, select(name, features, self.exclude), device)
@@ -442,15 +443,15 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             raise ValueError(f"{name} must be ({count}, ...), got {sorted(counts)} items")
         return items
 
-    def _joined(
+    def _join_caches(
         self, cache: Mapping[str, NegativeCache], queries: Tensor, positives: Tensor
     ) -> JoinedCache:
-        """Check the arguments, and return the caches as one."""
+        """Check the arguments, and return the caches joined to one."""
         if not cache:
             raise ValueError("cache must hold at least one cache, got none")
         if queries.ndim != 2 or positives.shape != queries.shape:
             raise ValueError(
-                "query_embeddings and pos_doc_embeddings must be (queries, dim) alike, got "
+                "query_embeddings and pos_doc_embeddings must be (queries, dim) both, got "
                 f"{tuple(queries.shape)} and {tuple(positives.shape)}"
             )
         for name, one in cache.items():
@@ -486,7 +487,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         >>> result = loss(lambda drawn: network(drawn["id"]), query, positive, {"cache": cache})
         >>> result.training_loss.backward()
 
-    See `CacheLossHandler` for a loss with the updates of its cache.
+    See `CacheLossHandler` for a loss that also updates its cache.
     """
 
     def _source(
@@ -498,7 +499,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         hard: HardNegatives | None,
         return_topk: int,
     ) -> tuple[Source, Tables | None, Tables | None]:
-        joined = self._joined(cache, queries, positives)
+        joined = self._join_caches(cache, queries, positives)
         schema = joined.caches[0].data
         items = self._positive_items(schema, features, len(queries), queries.device)
         hard_items = self._hard_items(schema, hard, queries)
@@ -511,9 +512,10 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
     """Cross entropy against the caches of all ranks, as shards of one cache.
 
     All ranks must call the loss. The batches and the caches of the ranks may differ in size. An
-    error on one rank, also in the network, score_transform or retrieval_fn, raises on all ranks.
-    The draws are those of one process with all queries and all caches, in the order of the ranks,
-    and the generator of the first rank. Fresh embeddings go back to the ranks of their slots.
+    error on one rank, including errors of the network, score_transform or retrieval_fn, raises on
+    all ranks. The draws equal those of one process that has all queries and all caches, in the
+    order of the ranks, and the generator of the first rank. Each rank receives the fresh embeddings
+    of its slots.
 
     Example::
 
@@ -524,8 +526,9 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
         2
 
     Args:
-        process_group: the ranks; None: all.
-        others: see `CacheClassificationLoss`.
+        process_group: group of the ranks; None: all ranks.
+
+    See `CacheClassificationLoss` for the other arguments.
     """
 
     def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
@@ -547,7 +550,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
                 raise ValueError(
                     f"top_k must be at least the number of ranks, {ranks.count}, got {self.top_k}"
                 )
-            joined = self._joined(cache, queries, positives)
+            joined = self._join_caches(cache, queries, positives)
             schema = joined.caches[0].data
             items = self._positive_items(schema, features, len(queries), queries.device)
             hard_items = self._hard_items(schema, hard, queries)
@@ -591,22 +594,24 @@ class _Function(nn.Module):
 
 
 def _staleness(cached: Tensor, fresh: Tensor) -> Tensor:
-    """Return |cached - fresh|² / |fresh|², (N,); 0 where both are 0."""
+    """Return |cached - fresh|² / |fresh|², (N,), and 0 where cached equals fresh."""
     fresh = fresh.to(torch.promote_types(fresh.dtype, torch.float32))
     moved = (cached.to(fresh.dtype) - fresh).square().sum(1)
     return torch.where(moved == 0, 0, moved / fresh.square().sum(1))
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over each row's entries under the mask, (B,) from (B, m)."""
+    """Return the mean of the entries (B, m) of each row where the mask is True, (B,)."""
     return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _weights(found: NegativeSamples, inv_temp: float) -> Tensor:
-    """w_j = softmax(S)_j / P(j is drawn | threshold), so that E Σ_j w_j f_j = E_softmax(S) f.
+    """Return w_j = softmax(S)_j / P(j is drawn | threshold).
 
-    The threshold is the perturbed score of the last draw, which is one too many. Without such a
-    draw all documents were drawn, and the weights are their probabilities.
+    With these weights E Σ_j w_j f_j = E_softmax(S) f.
+
+    The threshold is the perturbed score of the additional last draw. If there was no document left
+    for that draw, all documents were drawn, and the weights are their probabilities.
     """
     scores = found.scores[:, :-1]
     above = inv_temp * scores - found.perturbed[:, -1:]

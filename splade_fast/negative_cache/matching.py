@@ -1,4 +1,4 @@
-"""Find the slots of a cache that hold an item: features are compared bit for bit."""
+"""Comparison of items with the slots of a cache, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 from splade_fast.negative_cache.features import Tables
 
 _ROWS_AT_ONCE = 8192
-_FIRST_ENTRIES = 16  # they differ between most texts; 16 token ids are one cache line
+# The first 16 tokens of most texts differ, and 16 token ids fill one cache line.
+_FIRST_ENTRIES = 16
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def matches(items: Tables, stored: Tables) -> Tensor:
     """Return (N, C) bool, True where item n and row c are equal in all tables.
 
-    A single number for each item, such as an id, is compared directly. For longer features three
-    steps follow each other: 64-bit fingerprints of the first entries, fingerprints of the rows that
-    agreed, all entries of the rows that agreed again. These steps synchronise with a GPU.
+    Items of a single number, such as an id, are compared directly. Longer items are compared in
+    three steps: 64-bit fingerprints of the first entries, then fingerprints of whole rows where the
+    first agree, then all entries where both agree. These steps synchronise with a GPU.
 
     Args:
-        items: (N, ...) by name, as the cache stores them.
-        stored: (C, ...) by the same names.
+        items: tables (N, ...) by name, in the form that the cache stores.
+        stored: tables (C, ...) of the cache by the same names.
     """
     if sum(table[0].numel() if len(table) else 1 for table in items.values()) == 1:
         (name,) = items
@@ -35,12 +36,12 @@ def matches(items: Tables, stored: Tables) -> Tensor:
     candidates = {name: table[near.to(table.device)] for name, table in stored.items()}
     agree = _fingerprints(items, device)[:, None] == _fingerprints(candidates, device)
     n, c = agree.nonzero(as_tuple=True)
-    same = torch.ones_like(n, dtype=torch.bool)
+    equal_mask = torch.ones_like(n, dtype=torch.bool)
     for name, table in items.items():
         theirs = _integers(candidates[name])[c.to(candidates[name].device)].to(device)
-        same &= (_integers(table)[n] == theirs).all(1)
-    hit = torch.zeros(len(agree), len(first[1]), dtype=torch.bool, device=device)
-    return hit.index_put((n, near[c]), same)
+        equal_mask &= (_integers(table)[n] == theirs).all(1)
+    match_mask = torch.zeros(len(agree), len(first[1]), dtype=torch.bool, device=device)
+    return match_mask.index_put((n, near[c]), equal_mask)
 
 
 def _first_entries(tables: Tables) -> Tables:
@@ -53,7 +54,7 @@ def _integers(table: Tensor) -> Tensor:
 
 
 def _fingerprints(tables: Tables, device: torch.device) -> Tensor:
-    """Return (N,) int64, a random linear combination of the entries of a row, modulo 2^64."""
+    """Return a random linear combination of the entries of each row modulo 2^64, (N,) int64."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.int64, device=device)
     for table in tables.values():

@@ -28,7 +28,7 @@ STORAGES = ("device", "pinned")
 
 
 class CacheData(nn.Module, MutableMapping[str, Value]):
-    """Features of C items: a mapping from names to (C, ...) tensors or SparseRows, as buffers."""
+    """Features of C items, stored as buffers: maps names to (C, ...) tensors or SparseRows."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
     def __len__(self) -> int:
         return len(self._num_cols)
 
-    # An empty mapping is false, but a module is always true.
+    # An empty mapping is false, but a module must always be true.
     def __bool__(self) -> bool:
         return True
 
@@ -84,14 +84,14 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
     @property
     def device(self) -> torch.device | None:
-        """Device of all tables; None without tables or if they stay in host memory."""
+        """Device of all tables; None if there are no tables or they stay in host memory."""
         if self.storage == "device":
             for table in self._buffers.values():
                 return None if table is None else table.device
         return None
 
     def tables(self, keys: Iterable[str] | None = None) -> Tables:
-        """Return the tables of some features; None: of all."""
+        """Return the tables of the features `keys`; None: of all features."""
         tables: Any = self._buffers
         if keys is None:
             return dict(tables)
@@ -99,16 +99,16 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             name: tables[name] for key in keys for name in table_names(key, self._num_cols[key])
         }
 
-    def values_of(self, tables: Mapping[str, Tensor], *keys: str) -> dict[str, Value]:
-        """Return features from rows of their tables."""
+    def join_rows(self, tables: Mapping[str, Tensor], *keys: str) -> dict[str, Value]:
+        """Join rows of tables to the features `keys`."""
         return {key: join_tables(key, tables, self._num_cols[key]) for key in keys}
 
     def rows(self, name: str, items: Mapping[str, Value], device: torch.device) -> Tables:
         """Cast, pad and prune items to rows of the tables of their features.
 
         Args:
-            name: name of the argument that holds the items, for messages.
-            items: (N, ...) by name of a feature.
+            name: name of the argument that holds the items, for error messages.
+            items: features of the items by name, (N, ...).
             device: device of the rows.
 
         Raises:
@@ -121,7 +121,7 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
             tables.update(sparse_tables(key, rows) if isinstance(rows, SparseRows) else {key: rows})
             counts[key] = len(rows)
         if len(set(counts.values())) > 1:
-            raise ValueError(f"{name} must have as many items for every key, got {counts}")
+            raise ValueError(f"{name} must have equally many items for every key, got {counts}")
         return tables
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheData:
@@ -138,7 +138,7 @@ class CacheData(nn.Module, MutableMapping[str, Value]):
 
 
 class NegativeCache(nn.Module):
-    """C slots for items: their features, their ages, and a mask of the slots in use.
+    """Cache of C slots: the features and ages of items, and a mask of the slots in use.
 
     Example::
 
@@ -148,12 +148,12 @@ class NegativeCache(nn.Module):
         (2, tensor([7, 8]))
 
     Args:
-        data: the features by name, (C, ...) tensors or SparseRows of C rows.
-        age: (C,) int32, the steps since an item was added or refreshed.
-        valid: (C,) bool, False for slots without an item; None: all slots have one.
-        storage: "device"; or "pinned" to keep the features in host memory, which a GPU reads and
+        data: features by name, (C, ...) tensors or SparseRows of C rows.
+        age: (C,) int32, number of steps since an item was added or refreshed.
+        valid: (C,) bool, False for slots without an item; None: all slots hold an item.
+        storage: "device", or "pinned" to keep the features in host memory, which a GPU reads and
             writes in place. The memory is page-locked once the module moves to a GPU.
-        defaults: by name of a feature, the value that pads items smaller than its rows; else 0.
+        defaults: values that pad items smaller than a row, by name of a feature; 0 for others.
     """
 
     data: CacheData
@@ -186,7 +186,7 @@ class NegativeCache(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of draws and updates; pinned features stay in host memory."""
+        """Device of draws and updates. Pinned features stay in host memory."""
         return self.data.device or self.age.device
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
@@ -200,7 +200,7 @@ class NegativeCache(nn.Module):
 
 
 class CacheManager:
-    """Makes and updates caches. New items replace the oldest or the longest unused ones.
+    """Creates and updates caches. New items replace the oldest or the least recently used ones.
 
     Example::
 
@@ -213,9 +213,10 @@ class CacheManager:
         (tensor([7, 8, 0]), tensor([0, 0, 1], dtype=torch.int32), tensor([ True,  True, False]))
 
     Args:
-        specs: the features by name.
+        specs: specs of the features by name.
         cache_size: number of slots, C.
-        use_lru: count a refreshed item as new, so that the longest unused items go first.
+        use_lru: whether a refreshed item counts as new, so that the least recently used items are
+            replaced first.
         storage: memory of the features, see `NegativeCache`.
     """
 
@@ -267,16 +268,16 @@ class CacheManager:
     ) -> NegativeCache:
         """Refresh some items, replace the oldest by new ones, and add one to all other ages.
 
-        The m-th unmasked new item takes the m-th oldest slot; of equal ages the lowest slot counts
-        as the oldest. Refreshed items get age 0 with `use_lru`; new ones always.
+        The m-th unmasked new item takes the m-th oldest slot. Among slots of equal age the lowest
+        slot is the oldest. New items get age 0, and with `use_lru` refreshed items as well.
 
         Args:
-            cache: changed in place; not changed at all if an error is raised.
-            new_items: (N, ...) for every feature of the cache. Items that are smaller than the
-                spec's shape are padded, sparse features pruned.
+            cache: cache that is updated in place. It does not change if an error is raised.
+            new_items: (N, ...) for every feature of the cache. Items smaller than the shape of
+                the spec are padded, and sparse features are pruned.
             new_items_mask: (N,) bool, False for items that are not added; None: all are added.
             updated_item_data: (M, ...) for some features.
-            updated_item_indices: (M,) slots; of several for one slot the last counts.
+            updated_item_indices: (M,) slots. The last item for a slot is written.
             updated_item_mask: (M,) bool, False for items that are not written.
 
         Returns:
@@ -309,7 +310,9 @@ class CacheManager:
         refreshed: Tables | None = None
         refreshed_mask: Tensor | None = None
         if updated_item_indices is not None:
-            refreshed = self._refreshed(data, updated_item_data or {}, updated_item_indices, device)
+            refreshed = self._refreshed_rows(
+                data, updated_item_data or {}, updated_item_indices, device
+            )
             if updated_item_mask is not None:
                 refreshed_mask = _mask_on(
                     "updated_item_mask", updated_item_mask, updated_item_indices.shape[0], device
@@ -330,7 +333,7 @@ class CacheManager:
         )
         return cache
 
-    def _refreshed(
+    def _refreshed_rows(
         self,
         cache: CacheData,
         data: Mapping[str, Value],

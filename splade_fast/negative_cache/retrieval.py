@@ -1,4 +1,7 @@
-"""Scores of queries and joined caches, and draws from them, by tiles: (B, C) never exists."""
+"""Scores of queries against joined caches, and draws from the scores.
+
+Scores are computed by tiles, so that all (B, C) scores are never in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,27 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 Transform = Callable[[Tensor], Tensor]
 
-_TILE_SCORES = 1 << 19  # scores of a tile
+_TILE_SCORES = 1 << 19  # number of scores in a tile
 
 
 class Draw(NamedTuple):
     """Settings of a draw."""
 
-    draws: int  # of each query
+    draws: int  # number of draws for each query
     inv_temp: float
-    rng: Philox  # is not advanced here
+    rng: Philox  # the caller advances the generator
     query_offset: int = 0
 
 
 class TopK(NamedTuple):
-    """Number and choice of the scores that count: "exact" or "grouped", see the losses."""
+    """Number of scores kept for each query, and method of choosing them, "exact" or "grouped"."""
 
     k: int
     method: str
 
 
 class Kept(NamedTuple):
-    """Scores that count, and their slots, ascending; -inf and -1 fill up rows with fewer."""
+    """Kept scores in ascending order of their slots, padded with scores -inf and slots -1."""
 
     scores: Tensor  # (B, k)
     slots: Tensor  # (B, k) int64
@@ -49,10 +52,10 @@ class JoinedCache:
     """Caches concatenated in the order of their names.
 
     Args:
-        caches: by name.
-        embedding_key: the feature that queries are scored against.
-        count_empty_slots: count slots without an item like all others.
-        offset: number of the first slot among those of all shards.
+        caches: caches by name.
+        embedding_key: name of the feature that holds the embeddings.
+        count_empty_slots: whether slots without an item count as documents.
+        offset: position of the first slot among the slots of all shards.
     """
 
     def __init__(
@@ -85,9 +88,10 @@ class JoinedCache:
         ]
 
     def pieces(self, most: int | None = None) -> Iterator[tuple[int, Value, Tensor | None]]:
-        """Yield (first slot, embeddings on the device, valid) of at most `most` slots each.
+        """Yield (first slot, embeddings on the device, valid) for pieces of at most `most` slots.
 
-        Pinned embeddings always come by tiles; others come whole where `most` is None.
+        Without `most`, embeddings on the device are one piece for each cache. Pinned embeddings
+        are always split into tiles.
         """
         for start, cache in zip(self.starts, self.caches, strict=False):
             embeddings = cache.data[self.embedding_key]
@@ -100,22 +104,22 @@ class JoinedCache:
                 yield start + first, embeddings[rows].to(cache.device, non_blocking=True), valid
 
     def gather(self, slots: Tensor, *keys: str) -> Tables:
-        """Return rows of tables, (N, ...) for slots (N,); rows of slots outside are arbitrary."""
+        """Return rows (N, ...) of the tables for slots (N,), arbitrary for invalid slots."""
         rows: Tables = {}
         for start, cache in zip(self.starts, self.caches, strict=False):
-            inside = (slots >= start) & (slots < start + cache.size)
+            inside_mask = (slots >= start) & (slots < start + cache.size)
             found = cache.gather((slots - start).clamp(0, cache.size - 1), *keys)
             if not rows:
                 rows = found
                 continue
             for name, table in found.items():
                 shape = (-1,) + (1,) * (table.ndim - 1)
-                rows[name] = torch.where(inside.view(shape), table, rows[name])
+                rows[name] = torch.where(inside_mask.view(shape), table, rows[name])
         return rows
 
 
 def tile_scores(queries: Tensor, embeddings: Value, transform: Transform | None) -> Tensor:
-    """Return transform(q · e), (B, T), in the accumulation dtype."""
+    """Return the scores transform(q · e), (B, T), in the accumulation dtype."""
     acc = accumulation_dtype(torch.promote_types(queries.dtype, embeddings.dtype))
     if isinstance(embeddings, SparseRows):
         scores = sparse_scores(queries.to(dtype=acc), embeddings)
@@ -128,7 +132,7 @@ def tile_scores(queries: Tensor, embeddings: Value, transform: Transform | None)
 def score_tiles(
     queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first slot, scores (B, T)) of all tiles; -inf for slots that do not count."""
+    """Yield (first slot, scores (B, T)) of each tile; scores of masked slots are -inf."""
     most = max(1, _TILE_SCORES // max(1, len(queries)))
     for start, embeddings, valid in cache.pieces(most):
         scores = tile_scores(queries, embeddings, transform)
@@ -142,7 +146,7 @@ def score_tiles(
 def all_scores(
     queries: Tensor, cache: JoinedCache, transform: Transform | None, exclude: Tensor | None
 ) -> Kept:
-    """Return the scores of all slots, (B, C), for functions that need them."""
+    """Return the scores of all slots, (B, C)."""
     tiles = [scores for _, scores in score_tiles(queries, cache, transform, exclude)]
     scores = torch.cat(tiles, 1)
     slots = torch.arange(cache.size, device=scores.device) + cache.offset
@@ -154,12 +158,12 @@ def draw(
     cache: JoinedCache,
     transform: Transform | None,
     exclude: Tensor | None,
-    how: Draw,
+    settings: Draw,
 ) -> NegativeSamples:
-    """Draw from all slots of a cache; indices count from the first slot of all shards.
+    """Draw from all slots of a cache. Indices are positions among the slots of all shards.
 
-    Without a transform other than a scale, one pass computes the scores and draws. Otherwise the
-    draw goes by tiles, with the same noise.
+    If the transform is a scale or None, one pass computes the scores and draws. Otherwise the
+    scores are drawn from tile by tile, with the same noise.
     """
     parts = []
     scale = _find_scale(transform)
@@ -169,19 +173,19 @@ def draw(
             found = sample_negatives(
                 queries,
                 embeddings,
-                num_samples=how.draws,
+                num_samples=settings.draws,
                 scale=scale,
-                inv_temp=how.inv_temp,
+                inv_temp=settings.inv_temp,
                 valid=valid,
                 exclude=excluded,
-                rng=how.rng.clone(),
+                rng=settings.rng.clone(),
                 slot_offset=cache.offset + start,
-                query_offset=how.query_offset,
+                query_offset=settings.query_offset,
             )
             parts.append(_add_offset(found, cache.offset + start))
     else:
         for start, scores in score_tiles(queries, cache, transform, exclude):
-            parts.append(draw_from_scores(scores, cache.offset + start, how))
+            parts.append(draw_from_scores(scores, cache.offset + start, settings))
     return merge_draws(parts)
 
 
@@ -190,60 +194,60 @@ def draw_top_k(
     cache: JoinedCache,
     transform: Transform | None,
     exclude: Tensor | None,
-    how: Draw,
+    settings: Draw,
     top_k: TopK,
 ) -> NegativeSamples:
-    """Draw from the scores that count, in one pass for a single cache on the device."""
+    """Draw from the kept scores, in one pass for a single cache on the device."""
     scale = _find_scale(transform)
     pieces = list(cache.pieces())
     if scale is None or len(pieces) > 1:
-        return draw_from_kept(keep_top_k(queries, cache, transform, exclude, top_k), how)
+        return draw_from_kept(keep_top_k(queries, cache, transform, exclude, top_k), settings)
     ((_, embeddings, valid),) = pieces
     return sample_negatives(
         queries,
         embeddings,
-        num_samples=how.draws,
+        num_samples=settings.draws,
         scale=scale,
-        inv_temp=how.inv_temp,
+        inv_temp=settings.inv_temp,
         top_k=top_k.k,
         top_k_method=top_k.method,
         valid=valid,
         exclude=exclude,
-        rng=how.rng.clone(),
-        query_offset=how.query_offset,
+        rng=settings.rng.clone(),
+        query_offset=settings.query_offset,
     )
 
 
 def _find_scale(transform: Transform | None) -> float | None:
-    """Return the factor of a transform that only scales, else None."""
+    """Return the factor of a transform that only scales, or None for other transforms."""
     if transform is None:
         return 1.0
     return transform.factor if isinstance(transform, Scale) else None
 
 
-def draw_from_scores(scores: Tensor, slot_offset: int, how: Draw) -> NegativeSamples:
-    """Draw from scores (B, T) of the slots from slot_offset on; indices include the offset."""
+def draw_from_scores(scores: Tensor, slot_offset: int, settings: Draw) -> NegativeSamples:
+    """Draw from scores (B, T) of slots that start at slot_offset; indices include the offset."""
     found = sample_scores(
         scores,
         None,
-        how.rng,
-        num_samples=how.draws,
-        inv_temp=how.inv_temp,
+        settings.rng,
+        num_samples=settings.draws,
+        inv_temp=settings.inv_temp,
         slot_offset=slot_offset,
-        query_offset=how.query_offset,
+        query_offset=settings.query_offset,
     )
     return _add_offset(found, slot_offset)
 
 
-def draw_from_kept(kept: Kept, how: Draw) -> NegativeSamples:
-    """Draw from the scores that count, with the noise of their slots."""
+def draw_from_kept(kept: Kept, settings: Draw) -> NegativeSamples:
+    """Draw from kept scores, with the noise of their slots."""
     return sample_scores(
         kept.scores,
         kept.slots.clamp(min=0),
-        how.rng,
-        num_samples=how.draws,
-        inv_temp=how.inv_temp,
-        query_offset=how.query_offset,
+        settings.rng,
+        num_samples=settings.draws,
+        inv_temp=settings.inv_temp,
+        query_offset=settings.query_offset,
     )
 
 
@@ -272,11 +276,13 @@ def keep_top_k(
     top_k: TopK,
     total: int | None = None,
 ) -> Kept:
-    """Return the scores that count: the highest of every group, or the highest of all.
+    """Keep the highest score of every group, or the k highest scores of all.
+
+    Slots are positions among the slots of all shards.
 
     Args:
         total: number of slots of all shards, for groups over all shards; None: groups over the
-            slots of this cache. Slots count from the first slot of all shards.
+            slots of this cache.
     """
     tiles = score_tiles(queries, cache, transform, exclude)
     if top_k.method == "exact":
@@ -308,7 +314,10 @@ def keep_top_k(
 
 
 def highest(kept: Kept, count: int) -> Kept:
-    """Return the highest scores of each query, descending; NaN first, equal scores by slot."""
+    """Return the `count` highest scores of each query, descending.
+
+    NaN comes before all numbers. Equal scores are in the order of their slots.
+    """
     scores, order = kept.scores.sort(dim=1, descending=True, stable=True)
     order = order[:, :count]
     return Kept(scores[:, :count], kept.slots.gather(1, order))
@@ -327,28 +336,28 @@ def merge_groups(parts: Iterable[Kept]) -> Kept:
         if best is None:
             best = Kept(part.scores.clone(), part.slots.clone())
             continue
-        better = _better(part.scores, best.scores)
+        better_mask = _better_mask(part.scores, best.scores)
         best = Kept(
-            torch.where(better, part.scores, best.scores),
-            torch.where(better, part.slots, best.slots),
+            torch.where(better_mask, part.scores, best.scores),
+            torch.where(better_mask, part.slots, best.slots),
         )
     assert best is not None
     return best
 
 
 def _keep_better(best: Kept, group: int, value: Tensor, slot: Tensor) -> None:
-    better = _better(value, best.scores[:, group])
-    best.scores[:, group] = torch.where(better, value, best.scores[:, group])
-    best.slots[:, group] = torch.where(better, slot, best.slots[:, group])
+    better_mask = _better_mask(value, best.scores[:, group])
+    best.scores[:, group] = torch.where(better_mask, value, best.scores[:, group])
+    best.slots[:, group] = torch.where(better_mask, slot, best.slots[:, group])
 
 
-def _better(new: Tensor, old: Tensor) -> Tensor:
-    """Return where new scores replace old ones: greater ones, and NaN over numbers."""
+def _better_mask(new: Tensor, old: Tensor) -> Tensor:
+    """Return True where a new score is greater than the old one, or is NaN and the old is not."""
     return (new > old) | (new.isnan() & ~old.isnan())
 
 
 class _Groups:
-    """Contiguous groups of slots; the first groups have one slot more where sizes are uneven."""
+    """Contiguous groups of slots. The first `slots % count` groups have one slot more."""
 
     def __init__(self, slots: int, count: int) -> None:
         self.count = min(count, slots)
@@ -369,5 +378,5 @@ def _concatenate(left: Kept, right: Kept) -> Kept:
 
 
 def _add_offset(found: NegativeSamples, first: int) -> NegativeSamples:
-    """Add the number of the first slot to the indices; -1 stays."""
+    """Add the position of the first slot to the indices, except to -1."""
     return found._replace(indices=torch.where(found.indices < 0, -1, found.indices + first))

@@ -1,4 +1,4 @@
-"""Functions that choose the negatives: (B, N) scores -> (B, m) indices."""
+"""Functions that map scores (B, N) to the indices (B, m) of negatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from splade_fast.ops.sample import gumbel_max
 
 
 class AbstractRetrievalFn(nn.Module, metaclass=abc.ABCMeta):
-    """Chooses columns of scores (B, N), but none whose score is -inf."""
+    """Base of functions that choose columns of scores (B, N), never one whose score is -inf."""
 
     @abc.abstractmethod
     def forward(self, scores: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 
 
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
-    """argmax(inv_temp * scores + G) with Gumbel noise G: a draw from softmax(inv_temp * scores).
+    """Draws from softmax(inv_temp * scores) as argmax(inv_temp * scores + G), G Gumbel noise.
 
-    With this function the losses draw while they score, and the (B, N) scores never exist.
+    With this function the losses draw while they compute scores, and never store all (B, N) scores.
 
     Example::
 
@@ -45,8 +45,8 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
 
     Args:
         inv_temp: inverse temperature; 0 draws uniformly.
-        seed: seed of the noise; None: from torch's default generator, which `torch.manual_seed`
-            sets. The state of the noise is a buffer: it moves and is saved with the module.
+        seed: seed of the noise; None: a seed from torch's default generator, which
+            `torch.manual_seed` sets. The state of the generator is a buffer of the module.
     """
 
     def __init__(self, inv_temp: float = 1.0, *, seed: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Sources of negatives: the caches of this process, or the caches of all ranks as one."""
+"""Sources of negatives: the caches of one process, or the caches of all ranks joined to one."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from splade_fast.ops.sample import NegativeSamples
 
 Updates = dict[str, tuple[dict[str, Value], Tensor, Tensor]]
 
-# Ranks may share a seed, so their queries have different numbers for the noise.
-_QUERIES_OF_A_RANK = 1 << 20
+# Ranks may share a seed. Their queries get different numbers, and so different noise.
+_QUERIES_PER_RANK = 1 << 20
 
 
 class Source(Protocol):
@@ -50,33 +50,33 @@ class Source(Protocol):
         top_k: TopK | None,
         in_batch: Tensor | None,
     ) -> NegativeSamples:
-        """Draw for each query from the slots and from in_batch, numbered behind the slots."""
+        """Draw for each query from the slots and from in_batch, whose indices follow the slots."""
 
     def choose(
         self, fn: torch.nn.Module, top_k: TopK | None, in_batch: Tensor | None
     ) -> NegativeSamples:
-        """Choose from all scores by another function; the result has no perturbed scores."""
+        """Choose from all scores by `fn`. The result has no perturbed scores."""
 
     def highest(self, count: int, top_k: TopK | None) -> Kept:
-        """Return the highest of the scores that count, descending."""
+        """Return the highest scores, or the highest of those that top_k keeps, descending."""
 
     def rows(self, slots: Tensor, *keys: str) -> Tables:
-        """Return rows of tables, (B * n, ...) for slots (B, n), arbitrary for slots outside."""
+        """Return rows (B * n, ...) of the tables for slots (B, n), arbitrary for invalid slots."""
 
     def fail_together(self, action: str) -> AbstractContextManager[None]:
         """Raise on all processes that share the caches if the block raises on any."""
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
-        """Return (features, slots, mask) to store, by name of a cache of this process.
+        """Return the (features, slots, mask) to store, by name of a cache of this process.
 
         Args:
-            slots: (B, n); -1 is not stored.
-            fresh: (B * n, ...) rows of the tables of the embeddings.
+            slots: slots (B, n); rows of slot -1 are not stored.
+            fresh: rows (B * n, ...) of the tables of the embeddings.
         """
 
 
 class LocalCaches:
-    """The caches of this process alone."""
+    """Caches of this process."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class LocalCaches:
         items: Tables | None,
     ) -> None:
         self._cache = cache
-        self._scored = (queries, cache, transform, _excluded(cache, items))
+        self._scored = (queries, cache, transform, _exclude_mask(cache, items))
         self.total = cache.size
         rank = torch.distributed.get_rank() if is_distributed() else 0
-        self._first_query = rank * _QUERIES_OF_A_RANK
+        self._first_query = rank * _QUERIES_PER_RANK
 
     def draw(
         self,
@@ -99,9 +99,12 @@ class LocalCaches:
         in_batch: Tensor | None,
     ) -> NegativeSamples:
         rng = fn.rng_on(self._cache.device)
-        how = Draw(count, fn.inv_temp, rng, self._first_query)
-        found = draw_top_k(*self._scored, how, top_k) if top_k else draw(*self._scored, how)
-        found = _with_in_batch(found, in_batch, self.total, how)
+        settings = Draw(count, fn.inv_temp, rng, self._first_query)
+        if top_k is None:
+            found = draw(*self._scored, settings)
+        else:
+            found = draw_top_k(*self._scored, settings, top_k)
+        found = _with_in_batch(found, in_batch, self.total, settings)
         rng.advance()
         return found
 
@@ -125,7 +128,7 @@ class LocalCaches:
 
 
 class ShardedCaches:
-    """The caches of all ranks as one: the slots of rank r follow those of rank r - 1.
+    """Caches of all ranks joined to one. The slots of rank r follow those of rank r - 1.
 
     Every rank scores the queries of all ranks against its own slots. The ranks exchange candidates,
     rows and fresh embeddings. All methods are collectives.
@@ -156,8 +159,8 @@ class ShardedCaches:
         whole = [self._drop_padding(tensor) for tensor in gathered]
         everyone = dict(zip(sent, whole, strict=True))
         all_queries = everyone.pop("")
-        excluded = _excluded(cache, everyone if items is not None else None)
-        self._scored = (all_queries, cache, transform, excluded)
+        exclude_mask = _exclude_mask(cache, everyone if items is not None else None)
+        self._scored = (all_queries, cache, transform, exclude_mask)
 
     def draw(
         self,
@@ -194,7 +197,7 @@ class ShardedCaches:
             candidates = choose_from(kept, fn, None, self.total)
             if candidates.indices.shape[1] != 1:
                 raise ValueError(
-                    "retrieval_fn must choose one negative of a query over ranks, got "
+                    "retrieval_fn must choose one negative of a query if ranks share a cache, got "
                     f"{candidates.indices.shape[1]}"
                 )
         parts = [NegativeSamples(*part) for part in self._to_owners_of_queries(*candidates)]
@@ -216,7 +219,7 @@ class ShardedCaches:
         return highest(self._keep(top_k or TopK(count, "exact")), count)
 
     def rows(self, slots: Tensor, *keys: str) -> Tables:
-        requested = self._requested(slots)
+        requested = self._gather_slots(slots)
         tables = self._cache.gather(requested.flatten() - self._cache.offset, *keys)
         shaped = [t.view(*requested.shape, *t.shape[1:]) for t in tables.values()]
         answers = self._ranks.all_to_all(*shaped)
@@ -229,14 +232,14 @@ class ShardedCaches:
 
     def updates(self, slots: Tensor, fresh: Tables) -> Updates:
         """Return the fresh embeddings of all ranks for the slots of this rank."""
-        requested, count = self._requested(slots), self._most * slots.shape[1]
+        requested, count = self._gather_slots(slots), self._most * slots.shape[1]
         tables = self._ranks.all_gather(*(pad_rows(table, count) for table in fresh.values()))
         rows = {name: table.flatten(0, 1) for name, table in zip(fresh, tables, strict=True)}
         local = requested.flatten() - self._cache.offset
         return _updates(self._cache, local, rows)
 
     def _keep(self, top_k: TopK) -> Kept:
-        """Return the scores that count for the queries of this rank, from all slots."""
+        """Return the scores that top_k keeps for the queries of this rank, from all slots."""
         with self.fail_together("score_transform"):
             candidates = keep_top_k(*self._scored, top_k, self.total)
         if top_k.method == "exact":
@@ -265,16 +268,16 @@ class ShardedCaches:
         return list(zip(*(tensor.unbind() for tensor in received), strict=True))
 
     def _drop_padding(self, gathered: Tensor) -> Tensor:
-        """Return (all queries, ...) from (ranks, most, ...)."""
+        """Remove the padding of each rank: (ranks, most, ...) becomes (all queries, ...)."""
         parts = zip(gathered, self._batches, strict=True)
         return torch.cat([part[:batch] for part, batch in parts])
 
-    def _requested(self, slots: Tensor) -> Tensor:
-        """Return the slots that all ranks need, (ranks, most * n) from (B, n), padded with -1."""
+    def _gather_slots(self, slots: Tensor) -> Tensor:
+        """Gather the slots (B, n) of all ranks as (ranks, most * n), padded with -1."""
         return self._ranks.all_gather(pad_rows(slots, self._most, -1).flatten())[0]
 
     def _find_rank(self, slots: Tensor) -> Tensor:
-        """Return the rank of each slot, and any rank for slots outside."""
+        """Return the rank that holds each slot, and any rank for invalid slots."""
         last = torch.tensor([*self._starts[1:], self.total], device=slots.device)
         return torch.searchsorted(last, slots, right=True).clamp(max=self._ranks.count - 1)
 
@@ -282,19 +285,20 @@ class ShardedCaches:
 def exchange_sizes(
     ranks: Ranks, slots: int, batch: int, settings: str, rng_state: Tensor
 ) -> tuple[list[int], list[int], Tensor]:
-    """Tell all ranks how many slots and queries each rank has.
+    """Exchange the numbers of slots and queries of all ranks.
 
     Args:
-        slots: of this rank.
-        batch: queries of this rank.
+        slots: number of slots of this rank.
+        batch: number of queries of this rank.
         settings: text that must be the same on all ranks.
-        rng_state: (2,) int64.
+        rng_state: (2,) int64, state of the generator of this rank.
 
     Returns:
-        The slots of each rank, the queries of each rank, and the rng_state of the first rank.
+        The number of slots of each rank, the number of queries of each rank, and the rng_state of
+        the first rank.
 
     Raises:
-        RuntimeError: the settings differ.
+        RuntimeError: the settings differ between ranks.
     """
     digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "big")
     mine = torch.tensor([slots, batch, digest], dtype=torch.int64)
@@ -303,7 +307,7 @@ def exchange_sizes(
     if different := [rank for rank, other in enumerate(digests) if other != digests[0]]:
         raise RuntimeError(
             "the embeddings, the caches' features and the options of the loss must be the same on "
-            f"all ranks, got others on rank {different[0]} than on rank 0; here {settings}"
+            f"all ranks, but rank {different[0]} differs from rank 0; got here {settings}"
         )
     return sizes, batches, all_ranks[0, 3:]
 
@@ -311,12 +315,12 @@ def exchange_sizes(
 def choose_from(
     kept: Kept, fn: torch.nn.Module, in_batch: Tensor | None, first_in_batch: int
 ) -> NegativeSamples:
-    """Choose from the scores that count and in_batch by a function (B, N) -> (B, m)."""
+    """Choose from kept scores and in_batch by a function from (B, N) to (B, m)."""
     scores, slots = kept
     if in_batch is not None:
-        behind = torch.arange(in_batch.shape[1], device=slots.device) + first_in_batch
+        in_batch_slots = torch.arange(in_batch.shape[1], device=slots.device) + first_in_batch
         scores = torch.cat([scores, in_batch], 1)
-        slots = torch.cat([slots, behind.expand_as(in_batch)], 1)
+        slots = torch.cat([slots, in_batch_slots.expand_as(in_batch)], 1)
     chosen = fn(scores)
     if chosen.ndim != 2 or len(chosen) != len(scores):
         raise ValueError(
@@ -324,26 +328,26 @@ def choose_from(
             f"got {tuple(chosen.shape)}"
         )
     chosen = chosen.to(scores.device)
-    of_chosen = scores.gather(1, chosen.clamp(min=0))
-    missing = (chosen < 0) | (of_chosen == -torch.inf)
+    chosen_scores = scores.gather(1, chosen.clamp(min=0))
+    missing_mask = (chosen < 0) | (chosen_scores == -torch.inf)
     return NegativeSamples(
-        slots.gather(1, chosen.clamp(min=0)).masked_fill(missing, -1),
-        of_chosen,
+        slots.gather(1, chosen.clamp(min=0)).masked_fill(missing_mask, -1),
+        chosen_scores,
         scores.logsumexp(1),
         scores.new_empty(len(scores), 0),
     )
 
 
 def _with_in_batch(
-    found: NegativeSamples, in_batch: Tensor | None, first: int, how: Draw
+    found: NegativeSamples, in_batch: Tensor | None, first: int, settings: Draw
 ) -> NegativeSamples:
     if in_batch is None:
         return found
-    return merge_draws([found, draw_from_scores(in_batch, first, how)])
+    return merge_draws([found, draw_from_scores(in_batch, first, settings)])
 
 
-def _excluded(cache: JoinedCache, items: Tables | None) -> Tensor | None:
-    """Return (B, C) bool, True where a slot holds the positive of a query."""
+def _exclude_mask(cache: JoinedCache, items: Tables | None) -> Tensor | None:
+    """Return (B, C) bool, True where a slot holds the positive of the query."""
     if items is None:
         return None
     parts = []
@@ -354,11 +358,11 @@ def _excluded(cache: JoinedCache, items: Tables | None) -> Tensor | None:
 
 
 def _updates(cache: JoinedCache, slots: Tensor, fresh: Tables) -> Updates:
-    """Return the updates of slots (N,); slots outside the caches are not stored."""
+    """Return the updates of slots (N,). Slots outside the caches are masked out."""
     updates: Updates = {}
     for name, one, start in zip(cache.names, cache.caches, cache.starts, strict=False):
         local = slots - start
         key = cache.embedding_key
-        inside = (local >= 0) & (local < one.size)
-        updates[name] = (one.data.values_of(fresh, key), local, inside)
+        inside_mask = (local >= 0) & (local < one.size)
+        updates[name] = (one.data.join_rows(fresh, key), local, inside_mask)
     return updates

@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scale:
-    """factor * scores. Unlike a lambda, a Scale can be pickled, and scores and draws are one pass.
+    """Multiplies scores by a factor.
+
+    Unlike a lambda, a Scale can be pickled, and the losses compute scores and draw in one pass.
 
     Example::
 
@@ -17,7 +19,7 @@ class Scale:
         tensor([2., 6.])
 
     Args:
-        factor: multiplies the scores.
+        factor: factor of the scores.
     """
 
     factor: float

@@ -12,12 +12,12 @@ def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Ten
     """Return the highest score of each of k contiguous groups of columns, and its column.
 
     Args:
-        negative_scores: (B, N).
-        k: number of groups, at least 1; where k does not divide N, the first N % k groups have one
-            column more. At most N groups are made.
+        negative_scores: scores (B, N).
+        k: number of groups, at least 1, reduced to N if greater. If k does not divide N, the first
+            N % k groups have one column more than the others.
 
     Returns:
-        Scores (B, k) and columns (B, k) int64; of equal scores the first column.
+        Scores (B, k) and columns (B, k) int64. The first column of equal scores is returned.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -33,6 +33,11 @@ def approximate_top_k_with_indices(negative_scores: Tensor, k: int) -> tuple[Ten
 def cross_replica_concat(
     tensor: Tensor, group: torch.distributed.ProcessGroup | None = None
 ) -> Tensor:
-    """Return (ranks * N, ...) from (N, ...) of every rank, in their order; without gradient."""
+    """Return the rows of all ranks, (ranks * N, ...), in the order of the ranks, without gradient.
+
+    Args:
+        tensor: (N, ...), of the same shape on all ranks.
+        group: group of the ranks; None: all ranks.
+    """
     (gathered,) = Ranks(group).all_gather(tensor)
     return gathered.flatten(0, 1)

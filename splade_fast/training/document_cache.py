@@ -1,4 +1,4 @@
-"""Negative cache of an objective: the features that it stores, and a step with it."""
+"""Negative cache of the training objective, with the features that the cache stores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Network = Callable[[dict[str, Tensor]], Tensor]
 
 _EMBEDDING = "embedding"
 _IDS, _MASK = "input_ids", "attention_mask"
-_DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # others are int32
+_DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # other inputs are int32
 
 
 class DocumentCacheHandler(CacheLossHandler):
@@ -37,7 +37,7 @@ class DocumentCacheHandler(CacheLossHandler):
         arguments: options of the objective.
         tokenizer: tokenizer of the documents, whose inputs the cache stores.
         vocab_size: V.
-        seed: seed of the draws; with shards, that of the first rank.
+        seed: seed of the draws. With shards, the seed of the first rank is used.
 
     Raises:
         ValueError: the cache has fewer slots than there are ranks to share them.
@@ -106,10 +106,10 @@ class DocumentCacheHandler(CacheLossHandler):
         """Compute the loss of a batch over the cache, then update the cache with its positives.
 
         Args:
-            network: maps tokenized texts, without padding, to vectors.
-            queries: (B, V).
-            documents: (m * B, V), the positive of each query, then hard negatives. Hard negatives
-                are candidates of every query and are not cached.
+            network: function from tokenized texts without padding to vectors.
+            queries: vectors of the queries, (B, V).
+            documents: vectors of the documents, (m * B, V): the positive of each query, then hard
+                negatives. Hard negatives are candidates of every query and are not cached.
             inputs: tokenized documents, (m * B, L) by name, see `check_inputs`.
 
         Returns:
@@ -135,7 +135,7 @@ class DocumentCacheHandler(CacheLossHandler):
             hard_negatives=documents[batch:] if has_hard else None,
             hard_features={name: tensor[batch:] for name, tensor in features.items()},
         )
-        # Not in the loss: a rank whose network fails would never take part in these collectives.
+        # The means are taken after the step, because a rank whose network fails never gets here.
         return result._replace(
             training_loss=mean_over_ranks(result.training_loss),
             interpretable_loss=mean_over_ranks(result.interpretable_loss),
@@ -144,7 +144,7 @@ class DocumentCacheHandler(CacheLossHandler):
 
 
 def _paddings(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the names of the tokenizer's inputs with the values that pad them."""
+    """Return the padding value of each input of the tokenizer, by name."""
     known = {_IDS: tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     return {name: known.get(name, 0) for name in tokenizer.model_input_names}
 
@@ -153,7 +153,7 @@ def _specs(
     arguments: ObjectiveArguments, paddings: Mapping[str, int], vocab_size: int
 ) -> dict[str, Feature]:
     length = arguments.cache_document_length
-    # Padding to one length makes a document equal to itself in any batch.
+    # All documents are padded to one length, so that a document is stored alike from any batch.
     specs: dict[str, Feature] = {
         name: FixedLenFeature([length], _DTYPES.get(name, torch.int32), default_value=padding)
         for name, padding in paddings.items()
@@ -181,6 +181,6 @@ def _count_slots(arguments: ObjectiveArguments) -> int:
 
 
 def _align_left(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move padding behind the texts, so that a document equals itself in any batch."""
+    """Move padding behind the texts, so that a document is stored alike from any batch."""
     order = (inputs[_MASK] == 0).to(torch.uint8).argsort(dim=1, stable=True)
     return {name: tensor.gather(1, order) for name, tensor in inputs.items()}

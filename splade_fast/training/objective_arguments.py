@@ -1,4 +1,4 @@
-"""ObjectiveArguments: arguments of the objective, as a dataclass whose fields can be flags."""
+"""Arguments of the objective, as a dataclass whose fields can be command-line flags."""
 
 from __future__ import annotations
 
@@ -52,26 +52,30 @@ class ObjectiveArguments:
     query_regularizer: str = _option(
         "flops", f"Regulariser of the queries: {', '.join(REGULARIZERS)}, joined by +, or none."
     )
-    document_regularizer: str = _option("flops", "Regulariser of the documents, likewise.")
+    document_regularizer: str = _option(
+        "flops", f"Regulariser of the documents: {', '.join(REGULARIZERS)}, joined by +, or none."
+    )
     lambda_query: float = _option(
-        5e-5, "Final weight of the queries' regulariser, anti_zero excepted."
+        5e-5, "Final weight of the queries' regulariser, except of anti_zero."
     )
     lambda_document: float = _option(
-        3e-5, "Final weight of the documents' regulariser, anti_zero excepted."
+        3e-5, "Final weight of the documents' regulariser, except of anti_zero."
     )
     lambda_anti_zero: float = _option(1.0, "Weight of anti_zero, which no schedule changes.")
     regularizer_schedule: str = _option(
-        "quadratic", "Rise of lambda_query and lambda_document.", SCHEDULES
+        "quadratic", "Curve by which lambda_query and lambda_document rise.", SCHEDULES
     )
-    regularizer_steps: int = _option(0, "Number of steps of their rise; 0: none.")
+    regularizer_steps: int = _option(
+        0, "Number of steps until both weights are final; 0: they are final from the start."
+    )
     flops_threshold_query: int | None = _option(
         None, "Number of active terms up to which flops ignores a query."
     )
     flops_threshold_document: int | None = _option(
         None, "Number of active terms up to which flops ignores a document."
     )
-    df_alpha: float = _option(0.1, "Document frequency whose weight in df_flops is 1/2.")
-    df_beta: float = _option(10.0, "Steepness of that weight.")
+    df_alpha: float = _option(0.1, "Document frequency at which the weight in df_flops is 1/2.")
+    df_beta: float = _option(10.0, "Steepness of the weight in df_flops.")
     df_momentum: float = _option(
         0.99,
         "Momentum of the running document frequencies of df_flops.",
@@ -80,37 +84,48 @@ class ObjectiveArguments:
     document_top_k: int | None = _option(None, "Keep the k largest entries of a document's vector.")
     cache_size: int = _option(0, "Number of documents in the caches of all ranks.")
     cache_embeddings: str = _option(
-        "sparse", "Stored entries of a vector. sparse: the cache_k largest; dense: all.",
+        "sparse", "Entries stored of a vector. sparse: the cache_k largest; dense: all.",
         CACHE_EMBEDDINGS,
     )  # fmt: skip
-    cache_k: int = _option(256, "Entries of a vector in a sparse cache.")
+    cache_k: int = _option(256, "Number of entries stored of a vector in a sparse cache.")
     cache_dtype: str = _option("float32", "Type of the cached vectors.", CACHE_DTYPES)
     cache_top_k: int | None = _option(
         None, "Number of cached documents that each query is compared with; by default all."
     )
     cache_top_k_method: str = _option(
-        "grouped", "grouped: the best of each of cache_top_k parts of the cache.", TOP_K_METHODS
+        "grouped",
+        "grouped: the best document of each of cache_top_k parts of the cache; exact: the "
+        "cache_top_k best documents.",
+        TOP_K_METHODS,
     )
-    cache_negatives: int = _option(1, "Negatives drawn for each query.")
+    cache_negatives: int = _option(1, "Number of negatives drawn for each query.")
     cache_in_batch: bool = _option(
         True,
-        "Whether the other positives of the rank's batch are candidates; hard negatives always "
-        "are.",
+        "Whether the rank's other positives are candidates. Hard negatives always are.",
     )
-    cache_exclude: bool = _option(True, "A query's own positive never is its negative.")
-    cache_document_length: int = _option(256, "Tokens that the cache has room for per document.")
+    cache_exclude: bool = _option(
+        True, "Whether to exclude a query's own positive from its negatives."
+    )
+    cache_document_length: int = _option(256, "Maximum number of tokens of a cached document.")
     cache_sharing: str = _option(
         "replicas",
-        "With several ranks: replicas: each has all cache_size documents, the same; shards: each "
-        "has a part of one cache; own: each has a part, which the others do not see.",
+        "Caches of several ranks. replicas: each rank has the same cache_size documents; "
+        "shards: each rank has a part of one cache; own: each rank has a separate part.",
         SHARINGS,
     )
     cache_use_lru: bool = _option(
-        True, "A drawn document, whose vector is refreshed, counts as new when the oldest go."
+        True,
+        "Whether a drawn document, whose vector is refreshed, counts as new when the oldest "
+        "documents are replaced.",
     )
-    cache_storage: str = _option("device", "Where the cached documents are.", STORAGES)
+    cache_storage: str = _option(
+        "device",
+        "Memory of the cached documents: that of the device, or pinned host memory.",
+        STORAGES,
+    )
     mini_batch_size: int | None = _option(
-        None, "Encode so many texts at a time, once more for the gradient; by default all at once."
+        None,
+        "Number of texts encoded at a time, and once more for the gradient; by default all texts.",
     )
 
     def __post_init__(self) -> None:
@@ -130,10 +145,10 @@ class ObjectiveArguments:
             raise ValueError(f"df_beta must be greater than 0, got {self.df_beta}")
         if not 0 <= self.df_momentum < 1:
             raise ValueError(f"df_momentum must be at least 0 and below 1, got {self.df_momentum}")
-        for name, least in _LEAST.items():
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         for side in ("query", "document"):
             terms = regularizer_terms(f"{side}_regularizer", getattr(self, f"{side}_regularizer"))
             threshold = f"flops_threshold_{side}"
@@ -153,7 +168,7 @@ class ObjectiveArguments:
             )
 
 
-_LEAST = {
+_MINIMUM = {
     "regularizer_steps": 0,
     "flops_threshold_query": 0,
     "flops_threshold_document": 0,
@@ -172,7 +187,7 @@ def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
     """Return the terms of a regulariser such as "flops+anti_zero"; () for "none".
 
     Args:
-        name: name of the argument, for messages.
+        name: name of the argument, for error messages.
         joined: terms joined by +.
 
     Raises:
@@ -190,7 +205,7 @@ def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
 
 
 def check_choices(arguments: Any, kind: type) -> None:
-    """Raise ValueError if a field of the dataclass `kind` is none of its choices."""
+    """Raise ValueError if a field of the dataclass `kind` has a value outside its choices."""
     for option in fields(kind):
         choices, value = option.metadata.get("choices"), getattr(arguments, option.name)
         if choices is not None and value not in choices:

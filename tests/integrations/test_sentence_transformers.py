@@ -426,7 +426,9 @@ def test_what_cannot_be_accelerated_is_refused_and_left_alone(tmp_path):
         "this family is not supported": encoder_of(
             Transformer(str(other_head), transformer_task="fill-mask"), SpladePooling()
         ),
-        "followed by SpladePooling wherever it is used, got Pooling": encoder_of(both),
+        "each use of a Transformer must be followed by SpladePooling, got Pooling": encoder_of(
+            both
+        ),
     }
     for message, model in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ from splade_fast.integrations.sentence_transformers import (
     NegativeCacheLoss,
     accelerate,
 )
-from splade_fast.integrations.sentence_transformers.negative_cache_loss import _as_padded
+from splade_fast.integrations.sentence_transformers.negative_cache_loss import _unflatten
 from tests.integrations.sparse_encoders import inference_free, sentences, splade
 from tests.ranks import run_ranks
 from tests.tiny_models import VOCAB_SIZE
@@ -226,7 +226,7 @@ def test_inference_free_queries(tmp_path):
 
 def test_flattened_documents_are_stored_padded():
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    padded = _as_padded(
+    padded = _unflatten(
         {
             "input_ids": torch.tensor([[7, 8, 4, 5, 6]]),
             "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
@@ -289,7 +289,7 @@ def test_what_the_loss_refuses(tmp_path):
         NegativeCacheLoss(torch.nn.Linear(2, 2), 8)
     loss = cache_loss(model, 8)
     batch = columns_of(model, ["a"], ["fox"])
-    with pytest.raises(ValueError, match="takes two columns, queries and their positives, got 3"):
+    with pytest.raises(ValueError, match="must be two columns, queries and their positives, got 3"):
         loss([*batch, features_of(model, ["dog"])])
     with pytest.raises(RuntimeError, match="not in CachedSpladeLoss"):
         CachedSpladeLoss(model, loss, **WEIGHTS)(batch)

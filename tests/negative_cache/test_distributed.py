@@ -82,7 +82,7 @@ def sharded_numbers_to_meet(rank: int, count: int) -> None:
 
 def sharded_is_one_large_cache(rank: int, count: int) -> None:
     """Loss, gradient, draws and refreshed embeddings, with batches and shards of any size."""
-    sources._QUERIES_OF_A_RANK = 0  # for the one process that this one plays
+    sources._QUERIES_PER_RANK = 0  # for the one process that this one plays
     batches, sizes = [3, 0, 5][:count], [11, 6, 9][:count]
     for options in (
         {},
@@ -151,7 +151,7 @@ def sharded_is_one_large_cache(rank: int, count: int) -> None:
             assert_close(shards[rank].data["embedding"], whole.data["embedding"][slots])
             assert torch.equal(shards[rank].age, whole.age[slots])
         assert (whole.age == 0).any()
-    sources._QUERIES_OF_A_RANK = 1 << 20
+    sources._QUERIES_PER_RANK = 1 << 20
 
 
 def sharded_with_other_options(rank: int, count: int) -> None:
@@ -220,13 +220,15 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
     with pytest.raises(error, match=message):
         loss(network, queries, positives, cache)
     other = DistributedCacheClassificationLoss(**KEYS, num_negatives=1 + (rank == 1))
-    with pytest.raises(RuntimeError, match="must be the same on all ranks, got others on rank 1"):
+    with pytest.raises(RuntimeError, match="must be the same on all ranks, but rank 1 differs"):
         other(network, queries, queries, cache)
     loss.retrieval_fn = lambda scores: scores.topk(2).indices
-    with pytest.raises(ValueError, match="must choose one negative of a query over ranks, got 2"):
+    with pytest.raises(
+        ValueError, match="must choose one negative of a query if ranks share a cache, got 2"
+    ):
         loss(network, queries, queries, cache)
     loss.retrieval_fn = GumbelMaxRetrievalFn()
-    with pytest.raises(RuntimeError, match="must be the same on all ranks, got others on rank 1"):
+    with pytest.raises(RuntimeError, match="must be the same on all ranks, but rank 1 differs"):
         loss(network, queries, queries, cache, return_topk=2 if rank == 1 else 0)
     few = DistributedCacheClassificationLoss(**KEYS, top_k=1)
     with pytest.raises(ValueError, match=f"top_k must be at least the number of ranks, {count}"):

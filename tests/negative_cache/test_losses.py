@@ -626,7 +626,7 @@ def test_bad_arguments():
         loss_of(top_k_method="a")
     with pytest.raises(ValueError, match="cache must hold at least one cache, got none"):
         loss_of()(identity, queries, positives, {})
-    with pytest.raises(ValueError, match=r"must be \(queries, dim\) alike, got"):
+    with pytest.raises(ValueError, match=r"must be \(queries, dim\) both, got"):
         loss_of()(identity, queries, positives[:2], caches)
     with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 6\) as the cached"):
         loss_of()(identity, queries[:, :3], positives[:, :3], caches)

@@ -160,8 +160,8 @@ def test_a_bad_argument_changes_nothing():
     one = torch.tensor([0])
     wrong = [
         (ValueError, "new_items must have the keys", {"new_items": {"data": one}}),
-        (ValueError, "as many items", {"new_items": {**items(1, 2), "data": one}}),
-        (ValueError, "as many items", {"new_items": {**items(1, 2), "data": one.long()}}),
+        (ValueError, "equally many items", {"new_items": {**items(1, 2), "data": one}}),
+        (ValueError, "equally many items", {"new_items": {**items(1, 2), "data": one.long()}}),
         (ValueError, r"new_items\['data'\] must be \(items, no more dimensions\), got \(\)",
          {"new_items": {**items(1, 2), "data": torch.tensor(1)}}),
         (ValueError, r"new_items_mask must be \(1,\)",

@@ -98,7 +98,7 @@ def test_unequal_batches_of_ranks_are_one_batch(count, tmp_path):
 
 def train_with_a_cache(rank, count, folder, arguments, sizes):
     """Train, and write the state before each step, its loss and its gradient."""
-    sources._QUERIES_OF_A_RANK = sizes[0]  # so that draws are those of the joined batch
+    sources._QUERIES_PER_RANK = sizes[0]  # so that draws are those of the joined batch
     model = training_model(**arguments, seed=3 + rank * (arguments["cache_sharing"] == "shards"))
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

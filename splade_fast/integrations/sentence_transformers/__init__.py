@@ -1,4 +1,4 @@
-"""sentence-transformers' SparseEncoder on splade_fast: one line in an existing script.
+"""Acceleration of sentence-transformers' SparseEncoder by one line in an existing script.
 
     model = accelerate(SparseEncoder("…"))
 

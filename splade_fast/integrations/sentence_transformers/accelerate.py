@@ -1,4 +1,4 @@
-"""`accelerate` changes a SparseEncoder in place, `restore` undoes the change."""
+"""Acceleration of a SparseEncoder in place, and its removal."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def accelerate(sparse_encoder: Encoder) -> Encoder:
         True
 
     Args:
-        sparse_encoder: changed in place. Its modules keep their identity and their type.
+        sparse_encoder: model that is changed in place. Its modules keep their identity and type.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: sparse_encoder is no SparseEncoder.
-        ValueError: no SpladePooling follows a Transformer, as in CSR models, or a class of one of
-            them overrides `forward`. Nothing has changed then.
+        TypeError: sparse_encoder is not a SparseEncoder.
+        ValueError: no SpladePooling follows a Transformer, as in CSR models, or the class of a
+            Transformer or SpladePooling overrides `forward`. The model has not changed then.
     """
     if not isinstance(sparse_encoder, SparseEncoder):
         raise TypeError(
@@ -77,7 +77,8 @@ def restore(sparse_encoder: Encoder) -> Encoder:
         >>> model = restore(accelerate(SparseEncoder("CHECKPOINT")))
 
     Args:
-        sparse_encoder: changed in place. A model that is not accelerated does not change.
+        sparse_encoder: model that is changed in place. Other models than accelerated ones do not
+            change.
 
     Returns:
         The same object.
@@ -90,7 +91,7 @@ def restore(sparse_encoder: Encoder) -> Encoder:
 
 
 def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
-    """Return each Transformer before a SpladePooling, and that pooling."""
+    """Return each Transformer followed by a SpladePooling, with that pooling."""
     steps = list(_steps(modules, None))
     pairs = [
         (module, following)
@@ -100,14 +101,14 @@ def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
     if not pairs:
         names = [original_class(module).__name__ for module, _ in steps]
         raise ValueError(
-            "sparse_encoder must have a Transformer followed by SpladePooling; CSR models and "
-            f"others cannot be accelerated. Got {', '.join(names)}"
+            "sparse_encoder must have a Transformer followed by SpladePooling, which CSR "
+            f"models lack, got {', '.join(names)}"
         )
     for transformer, _ in pairs:
         for module, following in steps:
             if module is transformer and not isinstance(following, SpladePooling):
                 raise ValueError(
-                    "a Transformer must be followed by SpladePooling wherever it is used, "
+                    "each use of a Transformer must be followed by SpladePooling, "
                     f"got {'nothing' if following is None else type(following).__name__}"
                 )
     return pairs
@@ -116,7 +117,7 @@ def _pairs(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
 def _steps(
     modules: Sequence[nn.Module], after: nn.Module | None
 ) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """Yield each module, also of the routes of a Router, and the module that takes its output."""
+    """Yield each module with the module that follows it, including the routes of a Router."""
     for module, following in zip(modules, [*modules[1:], after], strict=True):
         if isinstance(module, Router):
             router: Any = module
@@ -128,11 +129,11 @@ def _steps(
 
 def _check_pair(transformer: Any, pooling: Any) -> None:
     """Raise ValueError unless both run the library's `forward` and the decoder gives the logits."""
-    for module, theirs in ((transformer, Transformer), (pooling, SpladePooling)):
+    for module, library_class in ((transformer, Transformer), (pooling, SpladePooling)):
         kind = original_class(module)
-        if kind.forward is not theirs.forward:
+        if kind.forward is not library_class.forward:
             raise ValueError(
-                f"{kind.__name__} must have the forward of {theirs.__name__}, got its own"
+                f"{kind.__name__} must have the forward of {library_class.__name__}, got its own"
             )
     if transformer.backend != "torch":
         raise ValueError(f"backend must be 'torch', got {transformer.backend!r}")

@@ -1,6 +1,6 @@
-"""Batches of `SparseEncoder.encode`, sorted by tokens where the original sorts by characters.
+"""Batches of `SparseEncoder.encode`, sorted by tokens instead of by characters.
 
-The features of a batch are those that the model's `preprocess` returns for its texts.
+The features of a batch equal those that the model's `preprocess` returns for its texts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def batches(
     lengths = [model._input_length(text) for text in texts]
 
     def preprocess(places: Tensor) -> Features:
-        return _preprocessed(model, [texts[i] for i in places.tolist()], prompt, options)
+        return _preprocess_fast(model, [texts[i] for i in places.tolist()], prompt, options)
 
     def split_evenly(order: Tensor) -> Iterator[tuple[Tensor, Features]]:
         return ((places, preprocess(places)) for places in order.split(batch_size))
@@ -39,7 +39,7 @@ def batches(
         len(texts) <= batch_size
         or model._can_flatten_inputs()  # flattened inputs have no padding
         or not all(isinstance(text, str) for text in texts)
-        # A compiled model may need the fixed width, or multiple of a width, that padding gives.
+        # A compiled model may need the fixed width that such padding gives.
         or not is_padded_to_longest(preprocess(torch.tensor([shortest])))
     ):
         order = np.argsort([-length for length in lengths])
@@ -50,18 +50,18 @@ def batches(
     for places in longest_first(lengths, batch_size):
         features = preprocess(places)
         if is_padded_to_longest(features):
-            for rows, of_rows in batches_by_tokens(features, batch_size):
-                yield places[rows], of_rows
+            for rows, batch in batches_by_tokens(features, batch_size):
+                yield places[rows], batch
         else:
             yield from split_evenly(places)
 
 
-def _preprocessed(
+def _preprocess_fast(
     model: Any, texts: Sequence[Any], prompt: str | None, options: dict[str, Any]
 ) -> Features:
-    """Return the features of `preprocess`, by way of numpy where that is known to be safe.
+    """Return the features of `preprocess`, converted to tensors by numpy where this is safe.
 
-    torch takes much longer than numpy to read the lists of a tokenizer.
+    numpy reads the lists of a tokenizer much faster than torch.
     """
     first = model[0]
     if (

@@ -1,4 +1,4 @@
-"""Checkpoints of the negative cache, since trainers of transformers do not save losses."""
+"""Checkpoints of the negative cache, because trainers of transformers do not save losses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class NegativeCacheCallback(TrainerCallback):
         >>> callbacks = [NegativeCacheCallback(loss)]  # for SparseEncoderTrainer(callbacks=…)
 
     Args:
-        loss: the loss itself, also where a SpladeLoss wraps it.
-        resume_from_checkpoint: the folder given to `trainer.train(resume_from_checkpoint=…)`.
-            None: the folder of the training arguments, or the checkpoint of the current step in
-            the output folder.
-        subfolder: name of the cache's folder in a checkpoint; several losses need different names.
+        loss: the NegativeCacheLoss itself, even if a SpladeLoss wraps it.
+        resume_from_checkpoint: folder given to `trainer.train(resume_from_checkpoint=…)`; None: the
+            folder of the training arguments, or the checkpoint of the current step in the output
+            folder.
+        subfolder: name of the cache's folder in a checkpoint. Several losses need different names.
 
     Raises:
         FileNotFoundError: training resumes from a checkpoint without a cache.
@@ -61,8 +61,8 @@ class NegativeCacheCallback(TrainerCallback):
             load_sharded(self.loss.handler, source / self.subfolder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{source / self.subfolder} holds no negative cache; pass the checkpoint to resume "
-                "from to NegativeCacheCallback(loss, resume_from_checkpoint=…)"
+                f"{source / self.subfolder} holds no negative cache; pass the checkpoint to "
+                "NegativeCacheCallback(loss, resume_from_checkpoint=…)"
             ) from error
 
     def on_save(

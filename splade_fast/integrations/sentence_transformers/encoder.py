@@ -1,4 +1,4 @@
-"""Methods of an accelerated SparseEncoder: vectors stay sparse from the head to the result."""
+"""Encoding by an accelerated SparseEncoder, with vectors that stay sparse up to the result."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LOGGER = logging.getLogger("sentence_transformers.sparse_encoder.model")
 
 
 class _Encoder(Role):
-    """Encoding of texts, the same for all versions of sentence-transformers.
+    """Encoding of texts, shared by all versions of sentence-transformers.
 
-    The attributes and methods used here are those of SparseEncoder.
+    The methods use the attributes of the SparseEncoder whose class they extend.
     """
 
     def _encode_texts(
@@ -40,13 +40,13 @@ class _Encoder(Role):
         max_active_dims: int | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Return (N, V) in the order of the texts."""
+        """Encode texts to vectors (N, V), in the order of the texts."""
         model: Any = self
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
         model.eval()
         options = kwargs | ({"max_active_dims": max_active_dims} if max_active_dims else {})
-        wants_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
+        should_return_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
         result: _Coordinates | _Matrix = _Coordinates() if convert_to_sparse_tensor else _Matrix()
         order: list[Tensor] = []
         progress = tqdm(
@@ -58,7 +58,7 @@ class _Encoder(Role):
         for places, features in progress:
             order.append(places)
             features = batch_to_device(features, device)
-            if wants_rows:
+            if should_return_rows:
                 features[SPARSE] = max_active_dims
             with torch.inference_mode():
                 vectors = model(features, **options)["sentence_embedding"]
@@ -66,11 +66,11 @@ class _Encoder(Role):
                     vectors = select_max_active_dims(vectors, max_active_dims=max_active_dims)
                 place = torch.device("cpu") if save_to_cpu else vectors.device
                 result.add(vectors.to(place))
-        return result.in_order(torch.cat(order))
+        return result.restore_order(torch.cat(order))
 
 
 class _WithInference(_Encoder):
-    """sentence-transformers 6: `encode`, its pools and its ranks all call `_inference`."""
+    """Encoder for sentence-transformers 6, where `encode`, pools and ranks call `_inference`."""
 
     def _inference(self, inputs: list[Any], *, device: Any = None, **options: Any) -> Tensor:
         model: Any = self
@@ -81,7 +81,7 @@ class _WithInference(_Encoder):
 
 
 class _WithEncode(_Encoder):
-    """sentence-transformers 5.4: `encode` does everything; pools call it in their processes."""
+    """Encoder for sentence-transformers 5.4, where pools call `encode` in their processes."""
 
     def encode(
         self,
@@ -100,8 +100,8 @@ class _WithEncode(_Encoder):
         **kwargs: Any,
     ) -> Any:
         model: Any = self
-        single = model.is_singular_input(inputs)
-        texts = [inputs] if single else list(inputs)
+        is_single = model.is_singular_input(inputs)
+        texts = [inputs] if is_single else list(inputs)
         known = {"task", *model.get_model_kwargs()}
         if (
             not texts
@@ -110,7 +110,7 @@ class _WithEncode(_Encoder):
             or isinstance(device, list)
             or not known >= {*kwargs}
         ):
-            # The original says what is wrong, or gives chunks to processes that call this method.
+            # The original raises the error, or sends chunks to processes that call this method.
             return self._original.encode(
                 self,
                 inputs,
@@ -142,7 +142,7 @@ class _WithEncode(_Encoder):
             max_active_dims=model.max_active_dims if max_active_dims is None else max_active_dims,
             **kwargs,
         )
-        if single:
+        if is_single:
             return vectors[0]
         return vectors if convert_to_tensor else list(vectors)
 
@@ -153,7 +153,7 @@ SparseRowsEncoder: type[Role] = (
 
 
 class _Coordinates:
-    """Collects batches of vectors into one sparse COO tensor."""
+    """Collector of batches of vectors into one sparse COO tensor."""
 
     def __init__(self) -> None:
         self._lengths: list[Tensor] = []
@@ -174,15 +174,15 @@ class _Coordinates:
         self._columns.append(columns.int())
         self._values.append(values)
 
-    def in_order(self, order: Tensor) -> Tensor:
-        """Return the vectors in the order before `order` sorted them."""
+    def restore_order(self, order: Tensor) -> Tensor:
+        """Return the vectors in the order of the texts, which `order` sorted."""
         lengths = torch.cat(self._lengths)
         device = lengths.device
         order = order.to(device)
         sorted_back = torch.empty_like(lengths)
         sorted_back[order] = lengths
         ends = sorted_back.cumsum(0)
-        starts = (ends - sorted_back)[order]  # first entry in the result, by sorted position
+        starts = (ends - sorted_back)[order]  # position of each vector's first entry in the result
         count = int(ends[-1])
         indices = torch.empty(2, count, dtype=torch.int64, device=device)
         indices[0] = torch.repeat_interleave(sorted_back)
@@ -204,7 +204,7 @@ class _Coordinates:
 
 
 class _Matrix:
-    """Collects batches of vectors into one dense tensor."""
+    """Collector of batches of vectors into one dense tensor."""
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
@@ -212,8 +212,8 @@ class _Matrix:
     def add(self, vectors: Tensor | SparseRows) -> None:
         self._batches.append(vectors.to_dense() if isinstance(vectors, SparseRows) else vectors)
 
-    def in_order(self, order: Tensor) -> Tensor:
-        """Return the vectors in the order before `order` sorted them."""
+    def restore_order(self, order: Tensor) -> Tensor:
+        """Return the vectors in the order of the texts, which `order` sorted."""
         first = self._batches[0]
         result = first.new_empty(len(order), first.shape[1])
         for places in order.to(first.device).split(len(first)):

@@ -1,4 +1,4 @@
-"""A Transformer that stops before its decoder, and a SpladePooling that includes the decoder."""
+"""Transformer that stops before its decoder, and SpladePooling that includes the decoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
 
-# Keys of the features: the transformer passes the decoder's weight and bias to the pooling; the
-# encoder asks the pooling for SparseRows of at most so many entries.
+# Keys of the features. The transformer passes the decoder's weight and bias to the pooling. The
+# encoder requests SparseRows of at most this number of entries from the pooling.
 _DECODER = "splade_fast_decoder"
 SPARSE = "splade_fast_sparse"
 
@@ -22,7 +22,7 @@ Features = dict[str, Any]
 
 
 class HiddenTransformer(Role):
-    """Outputs the decoder's input as token embeddings, and the decoder for the pooling."""
+    """Transformer that passes the decoder's input and the decoder itself to the pooling."""
 
     model: Any
     modality_config: dict[str, Any]
@@ -30,7 +30,7 @@ class HiddenTransformer(Role):
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         request = {SPARSE: features.pop(SPARSE)} if SPARSE in features else {}
-        if self._must_finish():
+        if self._should_run_original():
             features = self._original.forward(self, features, **kwargs)
         else:
             hidden = run_to_decoder(self.model, self._original.forward, self, features, **kwargs)
@@ -40,8 +40,8 @@ class HiddenTransformer(Role):
         features.update(request)
         return features
 
-    def _must_finish(self) -> bool:
-        """Return whether the original does more: states of all layers, or virtual tokens."""
+    def _should_run_original(self) -> bool:
+        """Return whether states of all layers or virtual tokens need the original `forward`."""
         adapter = getattr(self.model, "active_peft_config", None)
         return bool(
             getattr(self.model.config, "output_hidden_states", False)
@@ -50,21 +50,24 @@ class HiddenTransformer(Role):
 
 
 class HeadPooling(Role):
-    """Pools the output of HiddenTransformer without logits, and logits as the original does."""
+    """SpladePooling that computes no logits after a HiddenTransformer.
+
+    Logits of any other module are pooled as by the original.
+    """
 
     pooling_strategy: str
     activation_function: str
     embedding_dimension: int | None
 
     def forward(self, features: Features) -> Features:
-        wants_rows, k = SPARSE in features, features.pop(SPARSE, None)
+        should_return_rows, k = SPARSE in features, features.pop(SPARSE, None)
         if _DECODER not in features:
             pooled_by_original: Features = self._original.forward(self, features)
             return pooled_by_original
         weight, bias = features.pop(_DECODER)
         hidden: Tensor = features["token_embeddings"]
         mask, cu_seqlens = features.get("attention_mask"), None
-        if "cu_seq_lens_q" in features:  # flattened: (1, T, D)
+        if "cu_seq_lens_q" in features:  # flattened texts, (1, T, D)
             hidden, mask, cu_seqlens = hidden.squeeze(0), None, features["cu_seq_lens_q"].int()
         options: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,
@@ -74,7 +77,7 @@ class HeadPooling(Role):
         if self.embedding_dimension is None:
             self.embedding_dimension = weight.shape[0]
         # The width of SparseRows depends on the data, which torch.compile does not support.
-        if wants_rows and not torch.compiler.is_compiling():
+        if should_return_rows and not torch.compiler.is_compiling():
             pooled: Any = splade_head_topk(hidden, weight, bias, mask, k=k, **options)
         else:
             pooled = splade_head(hidden, weight, bias, mask, **options)

@@ -1,4 +1,4 @@
-"""The streaming negative cache as a loss of sentence-transformers."""
+"""Loss of sentence-transformers over a streaming negative cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EMBEDDING = "embedding"
 
 
 class NegativeCacheLoss(nn.Module):
-    """-log softmax([q · d⁺, q · E] / temperature)[0] over all cached documents E.
+    """Loss -log softmax([q · d⁺, q · E] / temperature)[0] over all cached documents E.
 
     Every query is trained against the whole cache. The loss draws one document, or
     `cache_negatives`, from the softmax and encodes it again with gradients. The positives of the
@@ -62,21 +62,22 @@ class NegativeCacheLoss(nn.Module):
 
     Args:
         model: the SparseEncoder.
-        cache_size: documents in the cache of one process.
-        cache_k: entries stored of the vector of a document, the largest.
-        cache_dtype: dtype of the stored values, also as a name such as "bfloat16".
-        cache_document_length: tokens stored of a document, special tokens included. Longer
-            documents lose their last tokens.
-        temperature: divides the scores.
-        cache_negatives: documents drawn and encoded again for each query.
-        cache_in_batch: count and draw the other positives of the batch as well.
-        cache_exclude: neither count nor draw documents with the tokens of the query's positive.
-        cache_top_k: count only so many documents of each query; None: all.
-        cache_top_k_method: "grouped" or "exact".
-        cache_use_lru: count a document that is encoded again as new.
-        cache_storage: "device", or "pinned" in host memory.
-        cache_sharing: with several processes: "own" caches, "replicas" of one, or "shards" of one.
-        seed: seed of the draws; None: from torch's default generator.
+        cache_size: number of documents in the cache of one process.
+        cache_k: number of largest entries stored of a document's vector.
+        cache_dtype: dtype of the stored values, or its name such as "bfloat16".
+        cache_document_length: maximum number of tokens stored of a document, including special
+            tokens. Longer documents lose their last tokens.
+        temperature: divisor of the scores.
+        cache_negatives: number of documents drawn and encoded again for each query.
+        cache_in_batch: whether the other positives of the batch are candidates as well.
+        cache_exclude: whether to leave out documents with the tokens of the query's positive.
+        cache_top_k: number of cached documents in the softmax of each query; None: all.
+        cache_top_k_method: "grouped" or "exact", see `CacheClassificationLoss`.
+        cache_use_lru: whether a document that is encoded again counts as new.
+        cache_storage: "device", or "pinned" for host memory.
+        cache_sharing: caches of several processes: "own" for separate caches, "replicas" for
+            copies of one cache, or "shards" for parts of one cache.
+        seed: seed of the draws; None: a seed from torch's default generator.
 
     Raises:
         ValueError: an argument is out of range, or the model takes no text.
@@ -143,7 +144,7 @@ class NegativeCacheLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Follow a trainer that replaces `model` by a wrapped or new one."""
         if name == "model":
-            self._inputs.listen_to(_unwrapped(value))
+            self._inputs.listen_to(_unwrap(value))
         super().__setattr__(name, value)
 
     def forward(
@@ -154,10 +155,10 @@ class NegativeCacheLoss(nn.Module):
         Args:
             sentence_features: features of the queries and of their positives, as the model's
                 `preprocess` returns them.
-            labels: not used.
+            labels: ignored.
 
         Raises:
-            ValueError: there are not two columns.
+            ValueError: the number of columns is not two.
         """
         columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
         return self.compute_loss_from_embeddings(columns, labels)
@@ -165,23 +166,25 @@ class NegativeCacheLoss(nn.Module):
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of a batch that the model has just encoded; SpladeLoss calls this.
+        """Return the loss of a batch that the model has just encoded.
+
+        SpladeLoss calls this method.
 
         Args:
-            embeddings: queries and positives, (B, V) each.
-            labels: not used.
+            embeddings: vectors of the queries and of their positives, (B, V) each.
+            labels: ignored.
 
         Raises:
-            ValueError: there are not two columns.
-            RuntimeError: the model did not encode them with gradients, as in CachedSpladeLoss.
+            ValueError: the number of columns is not two.
+            RuntimeError: the model did not encode the batch with gradients, as in CachedSpladeLoss.
         """
         if len(embeddings) != 2:
             raise ValueError(
-                "NegativeCacheLoss takes two columns, queries and their positives, "
+                "embeddings must be two columns, queries and their positives, "
                 f"got {len(embeddings)}"
             )
         queries, positives = embeddings
-        if not (torch.is_grad_enabled() and _unwrapped(self.model).training):
+        if not (torch.is_grad_enabled() and _unwrap(self.model).training):
             return in_batch_loss(queries, positives, temperature=self.temperature)
         documents = self._inputs.take(len(queries))
         tokens = self._stored_tokens(documents)
@@ -225,7 +228,7 @@ class NegativeCacheLoss(nn.Module):
 """
 
     def _stored_tokens(self, documents: Features) -> dict[str, Tensor]:
-        """Return the first tokens of each document."""
+        """Return the features of the first `cache_document_length` tokens of each document."""
         missing = [name for name in self._token_keys if name not in documents]
         if missing:
             raise ValueError(f"the features must have {missing[0]!r}, got {sorted(documents)}")
@@ -233,10 +236,10 @@ class NegativeCacheLoss(nn.Module):
 
 
 class _EncodedInputs:
-    """Features that the model encoded last with gradients, without their vectors.
+    """Features of the last batch that the model encoded with gradients.
 
-    SpladeLoss passes vectors alone, so a hook of the model records the features. It holds no
-    reference to the loss: the model can be sent to other processes without the cache.
+    SpladeLoss passes only vectors to the loss, so a hook of the model records the features. The
+    hook does not refer to the loss, so the model can be sent to other processes without the cache.
     """
 
     def __init__(self) -> None:
@@ -250,7 +253,7 @@ class _EncodedInputs:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         has_gradients = model.training and torch.is_grad_enabled()
-        self._last = _as_padded(args[0]) if has_gradients else None
+        self._last = _unflatten(args[0]) if has_gradients else None
 
     def __reduce__(self) -> Any:
         return _EncodedInputs, ()
@@ -263,7 +266,7 @@ class _EncodedInputs:
         """
         last = self._last or {}
         rows = len(last.get("input_ids", ()))
-        # SpladeLoss encodes the positives alone, or as the second half of one call.
+        # SpladeLoss encodes the positives in a call of their own, or after the queries in one call.
         if rows not in (count, 2 * count):
             raise RuntimeError(
                 "NegativeCacheLoss needs the embeddings that its model has just encoded with "
@@ -280,8 +283,8 @@ class _EncodedInputs:
         self._last = None
 
 
-def _as_padded(features: Features) -> Features:
-    """Return a copy of (B, L) token features, with padding where they were flattened."""
+def _unflatten(features: Features) -> Features:
+    """Return a copy of token features as (B, L), padded if they were flattened."""
     if "cu_seq_lens_q" not in features:
         return dict(features)
     lengths = features["cu_seq_lens_q"].diff()
@@ -297,10 +300,10 @@ def _as_padded(features: Features) -> Features:
 def _token_specs(model: SparseEncoder, length: int) -> dict[str, Any]:
     """Return specs of the features that have an entry for each token of a document."""
     task = {"task": "document"} if isinstance(model[0], Router) else {}
-    features = _as_padded(model.preprocess(["text"], **task))
+    features = _unflatten(model.preprocess(["text"], **task))
     if "input_ids" not in features or "attention_mask" not in features:
         raise ValueError(
-            f"model must give token ids and a mask of texts, got features {sorted(features)}"
+            f"model must return token ids and an attention mask, got features {sorted(features)}"
         )
     shape = features["input_ids"].shape
     padding = getattr(model.tokenizer, "pad_token_id", None) or 0
@@ -312,14 +315,14 @@ def _token_specs(model: SparseEncoder, length: int) -> dict[str, Any]:
 
 
 def _vector_size(model: SparseEncoder) -> int:
-    """Return V, which SpladePooling knows only after its first call."""
+    """Return V. SpladePooling knows V only after its first call."""
     transformer: Any = model.transformers_model
     if transformer is None:
         return int(model.get_embedding_dimension() or 0)
     return find_decoder(transformer).out_features
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrap(model: Any) -> Any:
     """Return the SparseEncoder inside DistributedDataParallel, DataParallel or torch.compile."""
     while not isinstance(model, SparseEncoder):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))

@@ -1,4 +1,4 @@
-"""Change the class of an object in place to a subclass that looks like the original.
+"""Replacement of an object's class in place by a subclass that looks like the original.
 
 The object keeps its identity, so every loss or trainer that refers to it sees the change. The
 subclass has the name and the module of the original, which sentence-transformers writes to its
@@ -19,8 +19,8 @@ class Role:
     """Base of classes whose methods replace the methods of the original class.
 
     Python changes the class of an object only if the original comes first among the bases of the
-    new class. So the methods of the role are copied into the new class, and they reach the replaced
-    methods by `_original`.
+    new class. Therefore the methods of the role are copied into the new class, and call the
+    replaced methods through `_original`.
     """
 
     _role: ClassVar[Any]
@@ -28,14 +28,14 @@ class Role:
 
 
 def swap_in(role: type[Role], module: nn.Module) -> None:
-    """Let the methods of `role` replace those of the module's class."""
+    """Replace methods of the module's class by the methods of `role`."""
     if not isinstance(module, role):
         classes: Any = (role, type(module))
         module.__class__ = _subclass(*classes)
 
 
 def swap_back(module: nn.Module) -> None:
-    """Undo `swap_in`; nothing where there is nothing to undo."""
+    """Undo `swap_in`. A module without a role does not change."""
     module.__class__ = original_class(module)
 
 
@@ -60,11 +60,11 @@ def _subclass(role: Any, original: Any) -> Any:
 
 @cache
 def _metaclass(original: Any) -> Any:
-    """Return a new metaclass, since pickle looks up how to pickle a class by its metaclass."""
+    """Return a new metaclass, because pickle chooses the reducer of a class by its metaclass."""
     metaclass = type(original.__name__, (original,), {})
-    copyreg.pickle(metaclass, _by_reference)
+    copyreg.pickle(metaclass, _reduce_class)
     return metaclass
 
 
-def _by_reference(subclass: Any) -> tuple[Any, tuple[Any, Any]]:
+def _reduce_class(subclass: Any) -> tuple[Any, tuple[Any, Any]]:
     return _subclass, (subclass._role, subclass._original)
