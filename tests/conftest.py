@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported: small graphs compile faster without a pool of compiler processes.
+# Small graphs compile faster without a pool of compiler processes. torch reads this at import.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest

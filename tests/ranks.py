@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo group; any failure fails, none hangs."""
+"""Function runner for several processes in a gloo group, with a time limit."""
 
 import multiprocessing
 import os
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What the processes would otherwise import one by one; of all tests, as the first one counts.
+# Modules that would otherwise be imported in each process. The list serves all tests, because only
+# the first start of the fork server reads it.
 PRELOADED = ["torch", "splade_fast.negative_cache", "splade_fast.training.trainer"]
 _POLL_SECONDS = 0.05
 
@@ -21,11 +22,11 @@ _POLL_SECONDS = 0.05
 def run_ranks(
     count: int, function: Callable[..., None], folder: Path, *arguments: Any, seconds: float = 120
 ) -> None:
-    """function(rank, count, *arguments) in `count` processes.
+    """Run function(rank, count, *arguments) in `count` processes.
 
     Raises:
-        AssertionError: with the traceback of the first process that failed; or they took longer
-            than `seconds`. All are ended.
+        AssertionError: a process failed, with the traceback of the first failure, or the processes
+            took longer than `seconds`. All processes have ended then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -43,18 +44,18 @@ def run_ranks(
         while any(process.is_alive() for process in processes):
             failed = [p for p in processes if p.exitcode not in (None, 0)]
             if failed:
-                raise AssertionError(_first(failures) or f"a process ended: {failed}")
+                raise AssertionError(_first_failure(failures) or f"a process ended: {failed}")
             assert time.monotonic() < deadline, f"the ranks took longer than {seconds} s"
             time.sleep(_POLL_SECONDS)
         codes = [process.exitcode for process in processes]
-        assert codes == [0] * count, _first(failures) or codes
+        assert codes == [0] * count, _first_failure(failures) or codes
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _first(failures: Any) -> str | None:
+def _first_failure(failures: Any) -> str | None:
     try:
         return str(failures.get(timeout=1))
     except Empty:

@@ -1,4 +1,4 @@
-"""Rows and means over real processes, with their gradients."""
+"""Tests of gathered rows and means over several processes, with their gradients."""
 
 import pytest
 import torch
@@ -17,24 +17,24 @@ from tests.ranks import run_ranks
 COUNTS = [2, 0, 3]
 
 
-def rows_of(rank: int) -> Tensor:
+def make_rows(rank: int) -> Tensor:
     torch.manual_seed(rank)
     return torch.randn(COUNTS[rank], 4, 5, dtype=torch.float64).transpose(1, 2).requires_grad_()
 
 
 def rows_and_means(rank: int, count: int) -> None:
-    mine = rows_of(rank)
-    everyone = torch.cat([rows_of(other).detach() for other in range(count)])
+    mine = make_rows(rank)
+    everyone = torch.cat([make_rows(other).detach() for other in range(count)])
     rows, first = gather_rows_of_ranks(mine)
     assert torch.equal(rows, everyone)
     assert first == sum(COUNTS[:rank])
-    # Every rank weighs the rows otherwise; all of that is in the gradient.
+    # Each rank has its own weights, and the gradient includes those of all ranks.
     weights = [torch.rand(everyone.shape, dtype=torch.float64) for _ in range(count)]
     (rows * weights[rank]).sum().backward()
     expected = sum(weights)[first : first + COUNTS[rank]]
     torch.testing.assert_close(mine.grad, expected)
 
-    mine = rows_of(rank)
+    mine = make_rows(rank)
     mean_over_ranks(mine).backward()
     torch.testing.assert_close(mean_over_ranks(mine), everyone.mean())
     torch.testing.assert_close(mine.grad, torch.full_like(mine, count / everyone.numel()))

@@ -1,4 +1,6 @@
-"""python -m examples.docstrings.negative_cache: train two text towers with a cache of negatives.
+"""Train two text towers with a cache of negatives.
+
+Run `python -m examples.docstrings.negative_cache`.
 
 A query tower and a document tower, each an average of word vectors, learn to find a docstring by
 its summary. Every query is scored against all cached documents, while only its positive and one
@@ -34,18 +36,18 @@ _WORD = re.compile(r"[a-z]+|[0-9]+")
 _BUCKETS = 1 << 15
 _QUERY_WORDS = 24
 _DOCUMENT_WORDS = 128
-_DEPTH = 128
+_DIM = 128
 _TEMPERATURE = 1 / 20
 
 console = Console()
 
 
 class Tower(nn.Module):
-    """embeddings[b] = the normalised mean of the vectors of the words ids[b], 0 being none."""
+    """Normalised mean of the word vectors of a text; the word id 0 is padding."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.EmbeddingBag(_BUCKETS, _DEPTH, mode="mean", padding_idx=0, sparse=True)
+        self.words = nn.EmbeddingBag(_BUCKETS, _DIM, mode="mean", padding_idx=0, sparse=True)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         return nn.functional.normalize(self.words(features["ids"].long()), dim=1)
@@ -64,24 +66,26 @@ class Texts:
 
 @dataclass
 class Progress:
+    """Measurements after a training step."""
+
     step: int
     loss: float  # the cross entropy against the cache
     staleness: float
-    mrr: float | None  # of held-out queries among all documents
+    mrr: float | None  # MRR@10 of held-out queries among all documents
 
 
 def word_ids(text: str, length: int) -> list[int]:
-    """The first words as numbers from 1 on, by their checksums, then 0."""
+    """Return ids of the first words of a text, hashed to 1 and above, padded with 0."""
     words = _WORD.findall(text.lower())[:length]
     ids = [1 + zlib.crc32(word.encode()) % (_BUCKETS - 1) for word in words]
     return ids + [0] * (length - len(ids))
 
 
-def docstrings() -> Texts:
-    """The demo corpus, shuffled.
+def load_docstrings() -> Texts:
+    """Return the demo corpus in random order.
 
     Raises:
-        ValueError: none of its packages is installed.
+        ValueError: no package of the corpus is installed.
     """
     pairs = docstring_pairs()
     if not pairs:
@@ -95,7 +99,7 @@ def docstrings() -> Texts:
 
 
 def reciprocal_rank(query_tower: Tower, document_tower: Tower, texts: Texts, count: int) -> float:
-    """MRR@10 of the last `count` queries among all documents."""
+    """Return the MRR@10 of the last `count` queries among all documents."""
     with torch.no_grad():
         documents = document_tower({"ids": texts.documents})
         queries = query_tower({"ids": texts.queries[-count:]})
@@ -108,13 +112,16 @@ def reciprocal_rank(query_tower: Tower, document_tower: Tower, texts: Texts, cou
 def train(
     texts: Texts, *, held_out: int, cache_size: int, batch: int, steps: int, evaluations: int
 ) -> Iterator[Progress]:
-    """Progress of every step; held-out queries are no training data, their documents neither."""
+    """Train both towers, and yield the progress of every step.
+
+    The last `held_out` queries and their documents are not used for training.
+    """
     query_tower, document_tower = Tower(), Tower()
     parameters = [*query_tower.parameters(), *document_tower.parameters()]
     optimizer = torch.optim.SparseAdam(parameters, lr=0.01)
     specs = {
         "ids": FixedLenFeature([_DOCUMENT_WORDS], torch.int32),
-        "embedding": FixedLenFeature([_DEPTH], torch.float32),
+        "embedding": FixedLenFeature([_DIM], torch.float32),
     }
     cache_loss = CacheClassificationLoss(
         embedding_key="embedding",
@@ -145,7 +152,7 @@ def train(
 
 
 def plot(progress: list[Progress], path: Path) -> None:
-    """Loss, staleness and MRR over the steps, as a picture in the format of the path's suffix."""
+    """Plot loss, staleness and MRR over the steps, in the image format of the path's suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 7), layout="constrained")
@@ -154,7 +161,7 @@ def plot(progress: list[Progress], path: Path) -> None:
     axes[0].plot(steps, [point.loss for point in progress])
     axes[0].set(ylabel="interpretable loss, nats")
     axes[1].plot(steps, [point.staleness for point in progress])
-    axes[1].set(ylabel="staleness of the drawn", yscale="log")
+    axes[1].set(ylabel="staleness of drawn documents", yscale="log")
     evaluated = [point for point in progress if point.mrr is not None]
     axes[2].plot([p.step for p in evaluated], [p.mrr for p in evaluated], marker="o")
     axes[2].set(ylabel="MRR@10, held out", xlabel="step")
@@ -168,10 +175,10 @@ def demo(
     steps: Annotated[int, typer.Option(min=1)] = 2500,
     batch: Annotated[int, typer.Option(min=1)] = 128,
     cache_size: Annotated[int, typer.Option(min=1)] = 8192,
-    held_out: Annotated[int, typer.Option(min=1, help="Queries of the evaluation.")] = 1000,
-    limit: Annotated[int | None, typer.Option(min=2, help="Use only so many documents.")] = None,
+    held_out: Annotated[int, typer.Option(min=1, help="Number of queries for evaluation.")] = 1000,
+    limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of documents.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    plot_file: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path(
+    plot_file: Annotated[Path, typer.Option("--plot", help="File of the plot.")] = Path(
         ".demo/negative_cache.png"
     ),
 ) -> None:
@@ -179,7 +186,7 @@ def demo(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     start = time.perf_counter()
-    texts = docstrings()
+    texts = load_docstrings()
     if limit is not None:
         texts = Texts(texts.queries[:limit], texts.documents[:limit])
     held_out = min(held_out, len(texts) // 2)

@@ -1,4 +1,4 @@
-"""accelerate: a SparseEncoder gives what it gave, and saves what it saved."""
+"""Tests that an accelerated SparseEncoder keeps its results and its saved files."""
 
 import copy
 import pickle
@@ -31,6 +31,7 @@ from tests.integrations.sparse_encoders import (
     static_embedding,
     transformer_of,
 )
+from tests.selection import pairwise
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer, save_checkpoint
 from tests.tolerances import assert_accurate, assert_accurate_gradients
 
@@ -48,7 +49,7 @@ def encoded(model, texts=TEXTS, **options):
 
 @contextmanager
 def decoders_rest(model):
-    """Fails where logits are computed."""
+    """Fail if the decoder computes logits inside the block."""
     decoders = [find_decoder(m.model) for m in model.modules() if isinstance(m, Transformer)]
     handles = [
         decoder.register_forward_hook(lambda *_: pytest.fail("logits were computed"))
@@ -60,7 +61,7 @@ def decoders_rest(model):
 
 
 def assert_same_vectors(model, texts=TEXTS, **options):
-    """Accelerated as accurate as before, by the tolerance policy; the model ends accelerated."""
+    """Accelerate the model, and compare its accuracy with the original by the tolerance policy."""
     restore(model)
     truth = encoded(copy.deepcopy(model).double(), texts, **options)
     before = encoded(model, texts, **options)
@@ -117,9 +118,7 @@ def test_flattened_input(pooling, training, tmp_path):
     assert after.shape == (3, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("save_to_cpu", [True, False])
+@pairwise(sparse=[True, False], k=[None, 3], save_to_cpu=[True, False])
 def test_what_encode_returns(sparse, k, save_to_cpu, tmp_path):
     model = splade(tmp_path).double()
     options = {
@@ -164,7 +163,7 @@ def test_max_active_dims_of_the_model(tmp_path):
 
 
 def test_no_dense_matrix_when_pruning(tmp_path, monkeypatch):
-    """Not even of a batch: the pooling is asked for rows."""
+    """Check that the pooling returns sparse rows even for one batch."""
     model = accelerate(splade(tmp_path))
     monkeypatch.setattr(modules, "splade_head", lambda *_, **__: pytest.fail("a dense matrix"))
     assert model.encode(TEXTS, max_active_dims=3)._nnz() <= 3 * len(TEXTS)
@@ -221,7 +220,7 @@ def test_accelerate_and_restore_change_classes_in_place(tmp_path):
     parts = [model, *model]
     classes = [type(part) for part in parts]
     shown = repr(model)
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # the second call changes nothing
         assert accelerate(model) is model
     assert [model, *model] == parts
     for part, kind in zip(parts, classes, strict=True):
@@ -252,7 +251,7 @@ def test_saved_files_are_the_same(make, tmp_path):
     model = make(tmp_path)
     texts = {"task": "document"} if make is inference_free else {}
     encoded(model, **texts)
-    model.save_pretrained(str(tmp_path / "earlier"))  # settles the name of the similarity
+    model.save_pretrained(str(tmp_path / "earlier"))  # sets the name of the similarity
     model.save_pretrained(str(tmp_path / "before"))
     encoded(accelerate(model), **texts)
     model.save_pretrained(str(tmp_path / "after"))
@@ -281,7 +280,7 @@ def test_inference_free_queries(tmp_path):
 
 
 def routed(folder, shared_pooling):
-    """Two transformers, each with its pooling or both before one."""
+    """Return a Router of two transformers, each before its own pooling or both before one."""
     routes = {
         name: [transformer_of(folder, family)] + ([] if shared_pooling else [SpladePooling("sum")])
         for name, family in (("query", "bert"), ("document", "distilbert"))
@@ -403,7 +402,7 @@ class OwnPooling(SpladePooling):
         return super().forward(features)
 
 
-def encoder_of(*parts):
+def make_encoder(*parts):
     return SparseEncoder(modules=list(parts), device="cpu")
 
 
@@ -418,15 +417,17 @@ def test_what_cannot_be_accelerated_is_refused_and_left_alone(tmp_path):
         {"a": [transformer, SpladePooling()], "b": [transformer, Pooling(16)]}, default_route="a"
     )
     cases = {
-        "must have a Transformer followed by SpladePooling": encoder_of(
+        "must have a Transformer followed by SpladePooling": make_encoder(
             bare, Pooling(16), SparseAutoEncoder(input_dim=16, hidden_dim=32, k=4, k_aux=4)
         ),
-        "OwnPooling must have the forward of SpladePooling": encoder_of(transformer, OwnPooling()),
-        "the Transformer must give logits": encoder_of(bare, SpladePooling()),
-        "this family is not supported": encoder_of(
+        "OwnPooling must have the forward of SpladePooling": make_encoder(
+            transformer, OwnPooling()
+        ),
+        "the Transformer must give logits": make_encoder(bare, SpladePooling()),
+        "this family is not supported": make_encoder(
             Transformer(str(other_head), transformer_task="fill-mask"), SpladePooling()
         ),
-        "each use of a Transformer must be followed by SpladePooling, got Pooling": encoder_of(
+        "each use of a Transformer must be followed by SpladePooling, got Pooling": make_encoder(
             both
         ),
     }

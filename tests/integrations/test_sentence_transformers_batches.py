@@ -1,4 +1,4 @@
-"""Which texts encode puts into a batch, and what the model is given of them."""
+"""Tests of the batches of encode: their texts and their features."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from sentence_transformers.base.modules import Transformer
 from splade_fast.integrations.sentence_transformers import accelerate
 from splade_fast.integrations.sentence_transformers.batches import batches
 from tests.integrations.sparse_encoders import inference_free, sentences, splade
+from tests.selection import pairwise
 from tests.tiny_models import make_tokenizer
 
-# By characters the first come first, by tokens the last.
+# The first texts are the longest in characters, the last are the longest in tokens.
 MISLEADING = ["unknownwords " * 2] * 3 + ["a " * 8] * 3 + ["sleeps " * 3] * 3
 
 needs_processing = pytest.mark.skipif(
@@ -19,7 +20,7 @@ needs_processing = pytest.mark.skipif(
 
 
 def assert_features_are_theirs(model, texts, batch_size=3, prompt=None, **options):
-    """Of every batch, to the bit; returns how wide they are."""
+    """Compare the features of every batch with preprocess bit for bit, and return their widths."""
     seen, widths = [], []
     for places, features in batches(model, texts, batch_size, prompt, options):
         expected = model.preprocess([texts[i] for i in places], prompt=prompt, **options)
@@ -37,9 +38,15 @@ def assert_features_are_theirs(model, texts, batch_size=3, prompt=None, **option
     return widths
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("prompt", [None, "a quick "])
-@pytest.mark.parametrize("texts", [MISLEADING, sentences(10), ["", "a", "", "a", ""]])
+@pairwise(
+    padding_side=["left", "right"],
+    prompt=[None, "a quick "],
+    texts=[
+        pytest.param(MISLEADING, id="misleading"),
+        pytest.param(sentences(10), id="sentences"),
+        pytest.param(["", "a", "", "a", ""], id="short"),
+    ],
+)
 def test_features_are_theirs(padding_side, prompt, texts, tmp_path):
     model = accelerate(splade(tmp_path))
     model.tokenizer.padding_side = padding_side
@@ -68,7 +75,7 @@ def test_pairs_stay_in_the_order_of_their_characters(tmp_path):
     "padding", [{"padding": "max_length"}, {"padding": True, "pad_to_multiple_of": 8}]
 )
 def test_padding_that_was_asked_for_stays(padding, tmp_path):
-    """A compiled model may need it."""
+    """Check that padding which the caller requested stays, since compiled models may need it."""
     model = accelerate(splade(tmp_path))
     model[0].processing_kwargs = {"text": padding}
     widths = assert_features_are_theirs(model, MISLEADING)
@@ -77,7 +84,7 @@ def test_padding_that_was_asked_for_stays(padding, tmp_path):
 
 @needs_processing
 def test_the_end_of_a_chat_template_survives_truncation(tmp_path):
-    """They write it back into tensors alone."""
+    """Check the end of a template, which sentence-transformers restores only in tensors."""
     model = splade(tmp_path)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "the {{ messages[0].content }} tree"

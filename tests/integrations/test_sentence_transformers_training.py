@@ -1,4 +1,4 @@
-"""Their trainer and losses on an accelerated model, and the negative cache as one of the losses."""
+"""Tests of training an accelerated model, and of the loss over a negative cache."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ PAIRS = data("query", "document")
 TRIPLES = data("query", "document", "negative")
 
 
-def trainer_of(model, dataset, loss, folder, steps=4, callbacks=(), **options):
+def make_trainer(model, dataset, loss, folder, steps=4, callbacks=(), **options):
     arguments = SparseEncoderTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -71,7 +71,7 @@ def curve(trainer):
 
 
 def trained(model, dataset, make_loss, folder):
-    trainer = trainer_of(model, dataset, make_loss(model), folder)
+    trainer = make_trainer(model, dataset, make_loss(model), folder)
     trainer.train()
     return curve(trainer), model.state_dict()
 
@@ -108,7 +108,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_same_loss_curve_and_weights(name, tmp_path):
-    """In float64 with dropout: the curves lie on each other, since the head draws nothing."""
+    """Compare training in float64 with dropout, of which the head needs no random numbers."""
     dataset, make_loss = LOSSES[name]
     model = splade(tmp_path / "model").double()
     before, weights = trained(copy.deepcopy(model), dataset, make_loss, tmp_path / "a")
@@ -121,12 +121,12 @@ def test_same_loss_curve_and_weights(name, tmp_path):
         torch.testing.assert_close(ours[key], value)
 
 
-def features_of(model, texts, **options):
+def preprocess(model, texts, **options):
     return dict(model.preprocess(texts, **options))
 
 
-def columns_of(model, queries, documents):
-    return [features_of(model, queries), features_of(model, documents)]
+def preprocess_pairs(model, queries, documents):
+    return [preprocess(model, queries), preprocess(model, documents)]
 
 
 def without_dropout(model):
@@ -137,14 +137,14 @@ def without_dropout(model):
 
 
 def test_one_cached_document_against_the_formula(tmp_path):
-    """With one slot the draw is certain: loss and gradient can be written down."""
+    """Compare loss and gradient with the formula for one slot, whose draw is certain."""
     model = without_dropout(accelerate(splade(tmp_path).double()))
     loss = NegativeCacheLoss(
         model, 1, cache_k=VOCAB_SIZE, cache_dtype=torch.float64, temperature=2.0
     )
-    first = columns_of(model, ["quick fox"], ["the lazy dog sleeps"])
-    second = columns_of(model, ["brown"], ["an old tree"])
-    assert loss(copy.deepcopy(first)) == 0  # nothing to compare with
+    first = preprocess_pairs(model, ["quick fox"], ["the lazy dog sleeps"])
+    second = preprocess_pairs(model, ["brown"], ["an old tree"])
+    assert loss(copy.deepcopy(first)) == 0  # the cache is empty
     assert loss.metrics["cache/interpretable_prediction_loss"] == 0
     stale = model(copy.deepcopy(first[1]))["sentence_embedding"].detach()
     model.zero_grad()
@@ -171,7 +171,7 @@ def test_one_cached_document_against_the_formula(tmp_path):
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_in_splade_loss_as_alone(merged, tmp_path):
-    """Whether SpladeLoss encodes the columns together or one after the other."""
+    """Check both orders of SpladeLoss, which encodes columns together or one after the other."""
     model = without_dropout(accelerate(splade(tmp_path).double()))
     alone, inner = (cache_loss(model, 8, seed=3) for _ in range(2))
     weights = {"document_regularizer_weight": 0.1}
@@ -180,7 +180,7 @@ def test_in_splade_loss_as_alone(merged, tmp_path):
     wrapped = SpladeLoss(model, inner, use_document_regularizer_only=merged, **weights)
     texts = sentences(17)
     for start in range(0, 16, 4):
-        batch = columns_of(model, texts[start : start + 4], texts[start + 1 : start + 5])
+        batch = preprocess_pairs(model, texts[start : start + 4], texts[start + 1 : start + 5])
         expected = alone(copy.deepcopy(batch))
         torch.testing.assert_close(wrapped(copy.deepcopy(batch))["base_loss"], expected)
     ours, theirs = inner.handler.state_dict(), alone.handler.state_dict()
@@ -190,7 +190,7 @@ def test_in_splade_loss_as_alone(merged, tmp_path):
 def test_long_documents_keep_their_first_tokens(tmp_path):
     model = without_dropout(accelerate(splade(tmp_path)))
     loss = NegativeCacheLoss(model, 4, cache_document_length=3)
-    batch = columns_of(model, ["quick"] * 2, ["the lazy dog sleeps under an old tree", "fox"])
+    batch = preprocess_pairs(model, ["quick"] * 2, ["the lazy dog sleeps under an old tree", "fox"])
     tokens = batch[1]["input_ids"][:, :3].clone()
     loss(batch)
     assert torch.equal(loss.handler.cache.data["input_ids"][:2], tokens.int())
@@ -199,7 +199,7 @@ def test_long_documents_keep_their_first_tokens(tmp_path):
 def test_evaluation_leaves_the_cache(tmp_path):
     model = accelerate(splade(tmp_path)).double()
     loss = cache_loss(model, 4, temperature=0.5)
-    batch = columns_of(model, ["quick", "old"], ["fox", "tree"])
+    batch = preprocess_pairs(model, ["quick", "old"], ["fox", "tree"])
     queries, documents = (model(copy.deepcopy(f))["sentence_embedding"] for f in batch)
     with torch.no_grad():
         value = loss(batch)
@@ -216,7 +216,7 @@ def test_inference_free_queries(tmp_path):
         document_regularizer_weight=0.1,
     )
     for texts in (sentences(4), sentences(9)[5:]):
-        batch = [features_of(model, texts, task=task) for task in ("query", "document")]
+        batch = [preprocess(model, texts, task=task) for task in ("query", "document")]
         for column, task in zip(batch, ("query", "document"), strict=True):
             column["task"] = task
         sum(loss(batch).values()).backward()
@@ -242,7 +242,7 @@ def test_flattened_documents_are_stored_padded():
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_training_resumes_to_the_bit(wrapped, tmp_path):
-    """Cache and draws come back: without the callback the resumed run differs."""
+    """Check that the callback restores cache and draws, and that runs differ without it."""
     folder = tmp_path / "run"
 
     def run(resume=None, with_callback=True):
@@ -251,7 +251,7 @@ def test_training_resumes_to_the_bit(wrapped, tmp_path):
         loss = SpladeLoss(model, inner, **WEIGHTS) if wrapped else inner
         callbacks = [NegativeCacheCallback(inner)] if with_callback else []
         options = {"save_strategy": "steps", "save_steps": 3}
-        trainer = trainer_of(model, PAIRS, loss, folder, 6, callbacks, **options)
+        trainer = make_trainer(model, PAIRS, loss, folder, 6, callbacks, **options)
         trainer.train(resume_from_checkpoint=resume)
         return model.state_dict(), inner.handler.state_dict(), trainer
 
@@ -268,9 +268,9 @@ def test_a_checkpoint_without_a_cache_is_refused(tmp_path):
     model = accelerate(splade(tmp_path))
     loss = cache_loss(model, 8)
     options = {"save_strategy": "steps", "save_steps": 1}
-    trainer_of(model, PAIRS, loss, tmp_path / "run", 1, **options).train()
+    make_trainer(model, PAIRS, loss, tmp_path / "run", 1, **options).train()
     callback = NegativeCacheCallback(loss)
-    trainer = trainer_of(model, PAIRS, loss, tmp_path / "run", 2, [callback], **options)
+    trainer = make_trainer(model, PAIRS, loss, tmp_path / "run", 2, [callback], **options)
     with pytest.raises(
         FileNotFoundError, match="checkpoint-1/negative_cache holds no negative cache"
     ):
@@ -288,9 +288,9 @@ def test_what_the_loss_refuses(tmp_path):
     with pytest.raises(TypeError, match="model must be a SparseEncoder, got Linear"):
         NegativeCacheLoss(torch.nn.Linear(2, 2), 8)
     loss = cache_loss(model, 8)
-    batch = columns_of(model, ["a"], ["fox"])
+    batch = preprocess_pairs(model, ["a"], ["fox"])
     with pytest.raises(ValueError, match="must be two columns, queries and their positives, got 3"):
-        loss([*batch, features_of(model, ["dog"])])
+        loss([*batch, preprocess(model, ["dog"])])
     with pytest.raises(RuntimeError, match="not in CachedSpladeLoss"):
         CachedSpladeLoss(model, loss, **WEIGHTS)(batch)
 
@@ -302,7 +302,7 @@ def test_compiled_model(tmp_path):
     results = []
     for loss in losses:
         values = [
-            loss(columns_of(model, texts[start : start + 4], texts[start + 1 : start + 5]))
+            loss(preprocess_pairs(model, texts[start : start + 4], texts[start + 1 : start + 5]))
             for start in (0, 4)
         ]
         results.append(torch.stack(values))
@@ -311,7 +311,7 @@ def test_compiled_model(tmp_path):
 
 
 def train_on_rank(rank, count, folder):
-    """Two steps with each way of sharing: gradients agree, and the caches hold what they should."""
+    """Train two steps with each kind of sharing, and check gradients and caches."""
     for sharing in ("replicas", "shards", "own"):
         model = without_dropout(accelerate(splade(Path(folder)).double()))
         loss = NegativeCacheLoss(
@@ -321,7 +321,7 @@ def train_on_rank(rank, count, folder):
         whole = SpladeLoss(loss.model, loss, **WEIGHTS)
         for step in range(2):
             texts = sentences(8 * count + 1)[8 * rank + 4 * step :][:5]
-            sum(whole(columns_of(model, texts[:4], texts[1:])).values()).backward()
+            sum(whole(preprocess_pairs(model, texts[:4], texts[1:])).values()).backward()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 mean = parameter.grad.clone()
@@ -338,7 +338,7 @@ def train_on_rank(rank, count, folder):
 
 
 def test_two_processes(tmp_path):
-    splade(tmp_path)  # saves the checkpoint for both
+    splade(tmp_path)  # saves the checkpoint for both processes
     run_ranks(2, train_on_rank, tmp_path, str(tmp_path))
 
 

@@ -10,8 +10,8 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
 
 
-def cache_of(embeddings: Tensor, data: Tensor | None = None, **options) -> NegativeCache:
-    """A full cache; the documents are their own embeddings unless given."""
+def full_cache(embeddings: Tensor, data: Tensor | None = None, **options) -> NegativeCache:
+    """Return a cache without empty slots, whose data are the embeddings unless given."""
     data = embeddings.clone() if data is None else data
     return NegativeCache(
         {"embeddings": embeddings, "data": data}, torch.zeros(len(data)).int(), **options
@@ -25,19 +25,19 @@ def identity(features: dict[str, Tensor]) -> Tensor:
 class Tower(nn.Module):
     """Mean of word vectors."""
 
-    def __init__(self, words: int = 50, depth: int = 8) -> None:
+    def __init__(self, words: int = 50, dim: int = 8) -> None:
         super().__init__()
-        self.words = nn.Embedding(words, depth)
+        self.words = nn.Embedding(words, dim)
         nn.init.normal_(self.words.weight)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         return self.words(features["ids"].long()).mean(1)
 
 
-def tower_specs(depth: int = 8, length: int = 4) -> dict[str, FixedLenFeature]:
+def tower_specs(dim: int = 8, length: int = 4) -> dict[str, FixedLenFeature]:
     return {
         "ids": FixedLenFeature([length], torch.int32),
-        "embedding": FixedLenFeature([depth], torch.float32),
+        "embedding": FixedLenFeature([dim], torch.float32),
     }
 
 

@@ -1,4 +1,4 @@
-"""Sharded and replicated caches in real processes, against one process with everything."""
+"""Sharded and replicated caches in several processes, against one process with all data."""
 
 import copy
 import time
@@ -19,7 +19,7 @@ from splade_fast.negative_cache.losses import (
 from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
 from splade_fast.negative_cache.util import cross_replica_concat
-from tests.negative_cache.models import Tower, cache_of, column, identity, tower_manager
+from tests.negative_cache.models import Tower, column, full_cache, identity, tower_manager
 from tests.ranks import run_ranks
 
 KEYS = {"embedding_key": "embedding", "data_keys": ("ids",)}
@@ -30,7 +30,7 @@ def words(rows: int, seed: int) -> Tensor:
 
 
 def shard(size: int, seed: int) -> NegativeCache:
-    """A full cache whose embeddings are stale, with two slots that are not valid."""
+    """Return a cache of stale embeddings, with two slots that are not valid."""
     generator = torch.Generator().manual_seed(seed)
     data = {"ids": words(size, seed), "embedding": torch.randn(size, 8, generator=generator)}
     cache = NegativeCache(data, torch.arange(size))
@@ -39,11 +39,11 @@ def shard(size: int, seed: int) -> NegativeCache:
 
 
 def joined(caches: list[NegativeCache]) -> NegativeCache:
-    def together(name):
+    def concatenate(name):
         return torch.cat([cache.state_dict()[name] for cache in caches])
 
-    data = {key: together(f"data.{key}") for key in caches[0].data}
-    return NegativeCache(data, together("age"), together("valid"))
+    data = {key: concatenate(f"data.{key}") for key in caches[0].data}
+    return NegativeCache(data, concatenate("age"), concatenate("valid"))
 
 
 def tower(seed: int = 0) -> Tower:
@@ -57,7 +57,7 @@ def tower(seed: int = 0) -> Tower:
 def sharded_numbers_to_meet(rank: int, count: int) -> None:
     if count != 2:
         return
-    cache = {"cache": cache_of(column(*((1, 2), (-1, -2))[rank]))}
+    cache = {"cache": full_cache(column(*((1, 2), (-1, -2))[rank]))}
     queries, positives = column(*((-1, 1), (1, 1))[rank]), column(2, 2)
     options = {"embedding_key": "embeddings", "data_keys": ("data",)}
     for transform in (None, Scale(1.0), lambda scores: scores):
@@ -81,8 +81,8 @@ def sharded_numbers_to_meet(rank: int, count: int) -> None:
 
 
 def sharded_is_one_large_cache(rank: int, count: int) -> None:
-    """Loss, gradient, draws and refreshed embeddings, with batches and shards of any size."""
-    sources._QUERIES_PER_RANK = 0  # for the one process that this one plays
+    """Check loss, gradient, draws and refreshed embeddings, with batches and shards of any size."""
+    sources._QUERIES_PER_RANK = 0  # as in the single process of the comparison
     batches, sizes = [3, 0, 5][:count], [11, 6, 9][:count]
     for options in (
         {},
@@ -155,7 +155,7 @@ def sharded_is_one_large_cache(rank: int, count: int) -> None:
 
 
 def sharded_with_other_options(rank: int, count: int) -> None:
-    """In-batch negatives, another retrieval function, and the top features."""
+    """Check in-batch negatives, another retrieval function, and the top features."""
     cache = shard(9, rank)
     network = tower()
     ids = words(2 + rank, rank)
@@ -186,7 +186,7 @@ def sharded_with_other_options(rank: int, count: int) -> None:
     best = (queries @ whole.t()).topk(3).indices
     for features, slots in zip(result.topk_features, best, strict=True):
         assert torch.equal(features["ids"], all_ids[slots])
-    # A function of scores chooses of the highest of groups: every rank's best, whatever the groups.
+    # A function of scores chooses among the best document of each rank, whatever the groups are.
     of_ranks = (queries @ whole.t()).view(len(ids), count, -1).argmax(2)
     candidates = all_ids.view(count, -1, 4)[torch.arange(count), of_ranks]
     seen = []
@@ -233,11 +233,11 @@ def wrong_arguments_raise_on_all_ranks(rank: int, count: int) -> None:
     few = DistributedCacheClassificationLoss(**KEYS, top_k=1)
     with pytest.raises(ValueError, match=f"top_k must be at least the number of ranks, {count}"):
         few(network, queries, queries, cache)
-    loss(network, queries, queries, cache)  # and the group still works
+    loss(network, queries, queries, cache)  # The group still works.
 
 
 def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
-    """At once: a rank that waited for the others would run into the timeout of the group."""
+    """Check that all ranks fail at once, without waiting for the timeout of the group."""
     cache = {"cache": shard(9, rank)}
     network = tower()
     queries = network({"ids": words(2, rank)})
@@ -269,7 +269,7 @@ def a_failing_network_fails_on_all_ranks(rank: int, count: int) -> None:
                 )
             for name, tensor in handler.cache.state_dict().items():
                 assert torch.equal(tensor, before[name]), name
-            # And the group still works.
+            # The group still works.
             handler.update_cache_and_compute_loss(network, queries, queries, features)
 
 
@@ -283,7 +283,7 @@ def failing_scores_fail_on_all_ranks(rank: int, count: int) -> None:
     )
 
     class Failing:
-        """A function of scores that fails on the last rank, when it is called for that time."""
+        """Function of scores that fails on the last rank at a given call."""
 
         def __init__(self, call, chooses):
             self.call, self.chooses, self.calls = call, chooses, 0
@@ -309,11 +309,11 @@ def failing_scores_fail_on_all_ranks(rank: int, count: int) -> None:
         loss = DistributedCacheClassificationLoss(**KEYS, **options)
         with pytest.raises(error, match=message):
             loss(network, queries, queries, cache)
-        loss(network, queries, queries, cache)  # and the group still works
+        loss(network, queries, queries, cache)  # The group still works.
 
 
 def replicas_stay_the_same(rank: int, count: int) -> None:
-    """Every rank stores what all add and refresh; batches differ in size, one is empty."""
+    """Check that every rank stores the items of all ranks, with batches of unequal size."""
     batches = [2, 3, 0][:count]
     handler = CacheLossHandler(
         tower_manager(12), CacheClassificationLoss(**KEYS), **KEYS, use_cross_replica=True
@@ -331,13 +331,13 @@ def replicas_stay_the_same(rank: int, count: int) -> None:
             loss = handler.update_cache_and_compute_loss(
                 network, embeddings, embeddings, {"ids": ids[rank]}
             )
-            assert loss.isnan()  # the mean of nothing
+            assert loss.isnan()  # the mean of an empty batch
         new = {"ids": torch.cat(ids)}
         tower_manager(12).update_cache(
             expected, new_items={**new, "embedding": network(new).detach()}
         )
         if step < 2:
-            # Refreshes do not change embeddings of a network that does not learn.
+            # A network that does not learn refreshes embeddings to the same values.
             assert torch.equal(handler.cache.data["ids"], expected.data["ids"])
             assert_close(handler.cache.data["embedding"], expected.data["embedding"])
     for name, tensor in handler.cache.state_dict().items():
@@ -359,7 +359,7 @@ def replicas_stay_the_same(rank: int, count: int) -> None:
 
 
 def queries_of_ranks_draw_independently(rank: int, count: int) -> None:
-    """Replicas with one seed: the same query on two ranks must not always draw the same."""
+    """Check that the same query on two ranks, with replicas and one seed, draws differently."""
     loss = CacheClassificationLoss(**KEYS, retrieval_fn=GumbelMaxRetrievalFn(seed=1))
     queries = torch.zeros(20, 8)
     result = loss(tower(), queries, queries, {"cache": shard(40, 0)})
@@ -368,7 +368,7 @@ def queries_of_ranks_draw_independently(rank: int, count: int) -> None:
 
 
 def encoder_in_ddp(rank: int, count: int) -> None:
-    """Forward twice a step: of the batch, and of the drawn documents."""
+    """Check that a step may call forward twice, for the batch and for the drawn documents."""
     for static in (False, True):
         for loss_class in (CacheClassificationLoss, DistributedCacheClassificationLoss):
             encoder = DistributedDataParallel(tower(), static_graph=static)
@@ -392,7 +392,7 @@ def encoder_in_ddp(rank: int, count: int) -> None:
 
 
 def sharded_checkpoint(rank: int, count: int, folder: str) -> None:
-    """Written by all ranks, read by fewer: the slots in their order, and the generator."""
+    """Check the slots and the generator that fewer ranks read from a checkpoint of all ranks."""
 
     def handler(size, **options):
         loss = DistributedCacheClassificationLoss(**KEYS, **options)
@@ -457,7 +457,7 @@ def all_scenarios(rank: int, count: int, folder: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_scenarios(count, tmp_path):
-    """One start of the processes for all: it costs more than they do."""
+    """Start the processes once for all scenarios, because the start takes longer than they do."""
     run_ranks(count, all_scenarios, tmp_path, str(tmp_path))
 
 

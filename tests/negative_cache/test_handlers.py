@@ -1,4 +1,4 @@
-"""Handlers: a step changes loss and cache as the semantics say; state goes anywhere and back."""
+"""Tests of the handlers: steps, updates of the cache, and saved state."""
 
 import copy
 
@@ -24,7 +24,7 @@ KEYS = {"embedding_key": "embedding", "data_keys": ("ids",)}
 
 
 class StubLoss:
-    """A loss of the known package's form, which takes nothing that it does not know."""
+    """Loss with the signature of the published package, without any further argument."""
 
     def __init__(self, *updates):
         self.updates = updates
@@ -120,7 +120,7 @@ def test_a_step_refreshes_and_adds():
     losses_seen = []
     for number in range(6):
         with torch.no_grad():
-            network.words.weight.mul_(1.1)  # the network moves on
+            network.words.weight.mul_(1.1)  # the network changes
         loss = step(handler, network, number)
         losses_seen.append(loss.item())
         loss.backward()
@@ -193,7 +193,7 @@ def test_several_caches():
 
 @pytest.mark.parametrize("way", ["state_dict", "safetensors", "sharded"])
 def test_resume_bit_for_bit(way, tmp_path):
-    """Cache and generator: the steps after a checkpoint are those without it."""
+    """Check that a restored cache and generator give the steps of an uninterrupted run."""
     handler, network = tower_handler()
     for number in range(3):
         step(handler, network, number)
@@ -232,7 +232,7 @@ def test_handler_in_a_model():
 @pytest.mark.parametrize("storage", ["device", "pinned"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"num_negatives": 2}, {"exclude": "ids"}])
 def test_gpu_steps_are_those_of_the_cpu(storage, options):
-    """The handler follows the queries to their device, and draws there what it draws on the CPU."""
+    """Check that the handler moves to the queries' device, and draws as on the CPU."""
     both = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(3)
@@ -256,7 +256,7 @@ def test_gpu_steps_are_those_of_the_cpu(storage, options):
 
 
 def test_pinned_storage_gives_the_same_steps():
-    """Without a GPU too: embeddings by tiles or at once."""
+    """Check that tiles of pinned embeddings give the steps of whole embeddings, also on a CPU."""
     results = []
     for storage in ("device", "pinned"):
         torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The losses against the numbers to meet, the formula in plain PyTorch, and each other."""
+"""Tests of the losses against published numbers, plain PyTorch and each other."""
 
 import pickle
 
@@ -12,13 +12,14 @@ from splade_fast.negative_cache import Scale, SparseFeature
 from splade_fast.negative_cache.losses import CacheClassificationLoss
 from splade_fast.negative_cache.negative_cache import CacheManager, NegativeCache
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
-from tests.negative_cache.models import cache_of, column, identity
+from tests.negative_cache.models import column, full_cache, identity
+from tests.selection import pairwise
 
 QUERIES, POSITIVES = column(-1, 1, 3), column(2, 2, 1)
 PROBABILITIES = torch.tensor([0.0420101, 0.705385, 0.499381])
 
 
-def loss_of(*, retrieval=None, embedding_key="embeddings", data_keys=("data",), **options):
+def make_loss(*, retrieval=None, embedding_key="embeddings", data_keys=("data",), **options):
     loss = CacheClassificationLoss(embedding_key, data_keys, **{"reducer": None, **options})
     if retrieval is not None:
         loss._retrieval_fn = retrieval
@@ -30,31 +31,31 @@ def always(*slots: int):
 
 
 def random_problem(
-    queries: int = 5, slots: int = 40, depth: int = 6, seed: int = 0, dtype=torch.float32
+    queries: int = 5, slots: int = 40, dim: int = 6, seed: int = 0, dtype=torch.float32
 ) -> tuple[Tensor, Tensor, NegativeCache]:
     generator = torch.Generator().manual_seed(seed)
     q, p, e = (
-        torch.randn(n, depth, generator=generator, dtype=dtype) for n in (queries, queries, slots)
+        torch.randn(n, dim, generator=generator, dtype=dtype) for n in (queries, queries, slots)
     )
-    return q, p, cache_of(e)
+    return q, p, full_cache(e)
 
 
-def plain_cross_entropy(queries, positives, documents, transform=lambda s: s, counted=None):
-    """-log softmax([s_pos, S])[0], differentiable."""
+def plain_cross_entropy(queries, positives, documents, transform=lambda s: s, counted_mask=None):
+    """Return -log softmax([s_pos, S])[0], differentiable."""
     scores = transform(queries @ documents.t())
-    if counted is not None:
-        scores = scores.masked_fill(~counted, -torch.inf)
+    if counted_mask is not None:
+        scores = scores.masked_fill(~counted_mask, -torch.inf)
     own = transform((queries * positives).sum(1, keepdim=True))
     return -torch.cat([own, scores], 1).log_softmax(1)[:, 0]
 
 
-# The numbers to meet ---------------------------------------------------------------------------
+# Published numbers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reducer", [None, torch.mean])
 def test_interpretable_loss(reducer):
-    result = loss_of(reducer=reducer)(
-        identity, QUERIES, POSITIVES, {"cache": cache_of(column(1, -1))}
+    result = make_loss(reducer=reducer)(
+        identity, QUERIES, POSITIVES, {"cache": full_cache(column(1, -1))}
     )
     expected = torch.tensor([3.169846, 0.349012, 0.694385])
     expected = expected if reducer is None else reducer(expected)
@@ -64,12 +65,12 @@ def test_interpretable_loss(reducer):
 @pytest.mark.parametrize("reducer", [None, torch.mean])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_training_loss(reducer, factor):
-    """Scores of doubled vectors, quartered by the transform, are the same."""
+    """Check that scores of doubled vectors, quartered by the transform, are the same."""
     transforms = [None] if factor == 1 else [Scale(0.25), lambda scores: 0.25 * scores]
     for transform in transforms:
-        result = loss_of(reducer=reducer, score_transform=transform, retrieval=always(0, 1, 0))(
+        result = make_loss(reducer=reducer, score_transform=transform, retrieval=always(0, 1, 0))(
             identity, factor * QUERIES, factor * POSITIVES,
-            {"cache": cache_of(factor * column(1, -1))},
+            {"cache": full_cache(factor * column(1, -1))},
         )  # fmt: skip
         expected = (1 - PROBABILITIES) * torch.tensor([1.0, -3.0, 0.0])
         expected = expected if reducer is None else reducer(expected)
@@ -79,14 +80,14 @@ def test_training_loss(reducer, factor):
 def test_gradient_of_the_training_loss():
     query_model = torch.tensor(1.0, requires_grad=True)
     doc_model = torch.tensor(1.0, requires_grad=True)
-    loss = loss_of(reducer=torch.mean, retrieval=always(0, 1, 0))(
+    loss = make_loss(reducer=torch.mean, retrieval=always(0, 1, 0))(
         lambda data: data["data"] * doc_model,
         query_model * QUERIES,
         doc_model * POSITIVES,
-        {"cache": cache_of(column(1, -1))},
+        {"cache": full_cache(column(1, -1))},
     ).training_loss
     loss.backward()
-    # mean((1 - p) * differences of the scores): each is linear in either model.
+    # The loss is mean((1 - p) * differences of scores), each linear in either model.
     expected = ((1 - PROBABILITIES) * torch.tensor([1.0, -3.0, 0.0])).mean()
     assert_close(query_model.grad, expected, rtol=1e-5, atol=1e-6)
     assert_close(doc_model.grad, expected, rtol=1e-5, atol=1e-6)
@@ -94,9 +95,9 @@ def test_gradient_of_the_training_loss():
 
 @pytest.mark.parametrize("reducer", [None, torch.mean])
 def test_staleness(reducer):
-    result = loss_of(reducer=reducer, retrieval=always(0, 1, 0))(
+    result = make_loss(reducer=reducer, retrieval=always(0, 1, 0))(
         identity, column(0, 0, 0), column(0, 0, 0),
-        {"cache": cache_of(column(1, -1), column(2, -3))},
+        {"cache": full_cache(column(1, -1), column(2, -3))},
     )  # fmt: skip
     expected = torch.tensor([0.25, 4 / 9, 0.25])
     assert_close(result.staleness, expected if reducer is None else reducer(expected))
@@ -105,17 +106,17 @@ def test_staleness(reducer):
 
 @pytest.mark.parametrize("transform", [None, Scale(1.0), lambda scores: scores])
 def test_interpretable_loss_with_top_k(transform):
-    result = loss_of(top_k=2, score_transform=transform)(
-        identity, column(-1, 1), column(2, 2), {"cache": cache_of(column(1, -1, 3, 2))}
+    result = make_loss(top_k=2, score_transform=transform)(
+        identity, column(-1, 1), column(2, 2), {"cache": full_cache(column(1, -1, 3, 2))}
     )
     expected = torch.tensor([3.0949229, 1.407605964])
     assert_close(result.interpretable_loss, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_training_loss_with_top_k():
-    """The kept ones of the first query are slots 1 and 3, of the second 0 and 2."""
-    result = loss_of(top_k=2, retrieval=always(0, 0))(
-        identity, column(-1, 1), column(2, 2), {"cache": cache_of(column(1, -1, 3, 2))}
+    """Check the loss of kept slots: 1 and 3 of the first query, 0 and 2 of the second."""
+    result = make_loss(top_k=2, retrieval=always(0, 0))(
+        identity, column(-1, 1), column(2, 2), {"cache": full_cache(column(1, -1, 3, 2))}
     )
     p = torch.exp(-torch.tensor([3.0949229, 1.407605964]))
     assert_close(result.training_loss, (1 - p) * torch.tensor([3.0, -1.0]), rtol=1e-5, atol=1e-6)
@@ -123,18 +124,18 @@ def test_training_loss_with_top_k():
 
 
 def test_several_caches_are_one_in_the_order_of_their_names():
-    cache = {"cache2": cache_of(column(-1)), "cache1": cache_of(column(1))}
-    result = loss_of(retrieval=always(0, 1, 0))(identity, QUERIES, POSITIVES, cache)
+    cache = {"cache2": full_cache(column(-1)), "cache1": full_cache(column(1))}
+    result = make_loss(retrieval=always(0, 1, 0))(identity, QUERIES, POSITIVES, cache)
     expected = (1 - PROBABILITIES) * torch.tensor([1.0, -3.0, 0.0])
     assert_close(result.training_loss, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_refreshed_embeddings_of_several_caches():
     cache = {
-        "cache1": cache_of(column(1, 2, 3), column(10, 20, 30)),
-        "cache2": cache_of(column(-1, -2), column(-10, -20)),
+        "cache1": full_cache(column(1, 2, 3), column(10, 20, 30)),
+        "cache2": full_cache(column(-1, -2), column(-10, -20)),
     }
-    result = loss_of(retrieval=always(0, 1, 3))(identity, column(0, 0, 0), column(2, 2, 1), cache)
+    result = make_loss(retrieval=always(0, 1, 3))(identity, column(0, 0, 0), column(2, 2, 1), cache)
     assert result.updated_item_mask["cache1"].tolist() == [True, True, False]
     assert result.updated_item_mask["cache2"].tolist() == [False, False, True]
     assert result.updated_item_data["cache1"]["embeddings"][:2].tolist() == [[10], [20]]
@@ -143,18 +144,20 @@ def test_refreshed_embeddings_of_several_caches():
     assert result.updated_item_indices["cache2"][2] == 0
 
 
-# Fused, by tiles, from all scores: the same ----------------------------------------------------
+# Fused, tiled and plain computation agree --------------------------------------------------------
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 7, 40, 99])
-@pytest.mark.parametrize("method", ["grouped", "exact"])
-@pytest.mark.parametrize("num_negatives", [1, 3])
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("exclude", [None, "data"])
+@pairwise(
+    top_k=[None, 1, 7, 40, 99],
+    method=["grouped", "exact"],
+    num_negatives=[1, 3],
+    in_batch=[False, True],
+    exclude=[None, "data"],
+)
 def test_any_callable_draws_what_the_fused_way_draws(
     monkeypatch, top_k, method, num_negatives, in_batch, exclude
 ):
-    """One cache or several, a scale or a callable, whatever the tiles: the same documents."""
+    """Check that draws depend neither on tiles, nor on the number of caches or the transform."""
     monkeypatch.setattr("splade_fast.negative_cache.retrieval._TILE_SCORES", 30)
     queries, positives, whole = random_problem()
     whole.valid[3:9] = False
@@ -173,7 +176,7 @@ def test_any_callable_draws_what_the_fused_way_draws(
         (parts, Scale(0.5)),
         (parts, lambda scores: scores * 0.5),
     ):
-        loss = loss_of(
+        loss = make_loss(
             top_k=top_k, top_k_method=method, num_negatives=num_negatives, in_batch=in_batch,
             exclude=exclude, score_transform=transform, retrieval=GumbelMaxRetrievalFn(seed=3),
         )  # fmt: skip
@@ -193,16 +196,16 @@ def test_the_loss_is_the_formula(top_k, method):
     queries, positives, cache = random_problem()
     documents = cache.data["embeddings"]
     scores = queries @ documents.t()
-    counted = torch.ones_like(scores, dtype=torch.bool)
+    counted_mask = torch.ones_like(scores, dtype=torch.bool)
     if top_k and method == "exact":
-        counted = scores >= scores.topk(top_k).values[:, -1:]
+        counted_mask = scores >= scores.topk(top_k).values[:, -1:]
     elif top_k:
         groups = scores.tensor_split(top_k, 1)
-        counted = torch.cat([group == group.amax(1, keepdim=True) for group in groups], 1)
-    result = loss_of(top_k=top_k, top_k_method=method)(
+        counted_mask = torch.cat([group == group.amax(1, keepdim=True) for group in groups], 1)
+    result = make_loss(top_k=top_k, top_k_method=method)(
         identity, queries, positives, {"cache": cache}
     )
-    exact = plain_cross_entropy(queries, positives, documents, counted=counted)
+    exact = plain_cross_entropy(queries, positives, documents, counted_mask=counted_mask)
     assert_close(result.interpretable_loss, exact)
 
 
@@ -210,7 +213,7 @@ def test_the_same_seed_draws_the_same_and_steps_differ():
     queries, positives, cache = random_problem(queries=64)
     draws = []
     for seed in (1, 1, 2):
-        loss = loss_of(retrieval=GumbelMaxRetrievalFn(seed=seed))
+        loss = make_loss(retrieval=GumbelMaxRetrievalFn(seed=seed))
         for _ in range(2):
             result = loss(identity, queries, positives, {"cache": cache})
             draws.append(result.updated_item_indices["cache"])
@@ -224,21 +227,19 @@ def test_manual_seed_decides():
     seeds = []
     for _ in range(2):
         torch.manual_seed(5)
-        seeds.append(loss_of().retrieval_fn.rng.state.tolist())
+        seeds.append(make_loss().retrieval_fn.rng.state.tolist())
     assert seeds[0] == seeds[1]
 
 
 # The gradient is that of the cross entropy, in expectation ---------------------------------------
 
 
-@pytest.mark.parametrize("num_negatives", [1, 2, 4, 50])
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("inv_temp", [1.0, 0.5])
+@pairwise(num_negatives=[1, 2, 4, 50], in_batch=[False, True], inv_temp=[1.0, 0.5])
 def test_expected_gradient_is_that_of_the_cross_entropy(num_negatives, in_batch, inv_temp):
-    """Many queries that are the same: the mean of their gradients is the expectation.
+    """Estimate the expected gradient by the mean over many copies of one query.
 
-    Every drawn document gets a weight; their mean has to be (1 - p) softmax(S), within 5 standard
-    errors. inv_temp changes the expectation with one negative, and nothing with more.
+    The mean weight of each document must be (1 - p) softmax(S), within 5 standard errors. inv_temp
+    changes the expectation for one negative, and not for several.
     """
     copies, slots = 4000, 9
     generator = torch.Generator().manual_seed(1)
@@ -247,13 +248,13 @@ def test_expected_gradient_is_that_of_the_cross_entropy(num_negatives, in_batch,
     others = torch.randn(copies, 3, generator=generator, dtype=torch.float64)
     positives = positive.repeat(copies, 1)
     if in_batch:
-        # Few others, so that the exact gradient is short to write.
+        # With few other positives, the exact gradient is cheap to compute.
         copies_of_one = 40
         runs = copies // copies_of_one
     else:
         copies_of_one, runs = copies, 1
     weights = []
-    loss = loss_of(
+    loss = make_loss(
         num_negatives=num_negatives, in_batch=in_batch,
         retrieval=GumbelMaxRetrievalFn(inv_temp, seed=7),
     )  # fmt: skip
@@ -284,7 +285,7 @@ def test_expected_gradient_is_that_of_the_cross_entropy(num_negatives, in_batch,
     expected = torch.autograd.grad(exact / rows, exact_table)[0]
     if num_negatives == 1 and inv_temp != 1:
         expected = tempered.detach() / rows
-    # Of one query the gradient is a weight of at most about 1 times the query.
+    # The gradient of one query is the query times a weight of at most about 1.
     error = 5 * query.abs().max() / (copies**0.5)
     assert_close(torch.stack(weights).mean(0), expected, rtol=0, atol=error.item())
     if num_negatives >= slots and not in_batch:
@@ -292,28 +293,28 @@ def test_expected_gradient_is_that_of_the_cross_entropy(num_negatives, in_batch,
 
 
 def test_gradient_of_queries_and_positives():
-    """With all documents drawn the loss is a full cross entropy, term by term."""
+    """Check that the loss is the full cross entropy if all documents are drawn."""
     queries, positives, cache = random_problem(dtype=torch.float64)
     documents = cache.data["embeddings"]
     leaves = [t.clone().requires_grad_() for t in (queries, positives)]
-    result = loss_of(num_negatives=40)(identity, *leaves, {"cache": cache})
+    result = make_loss(num_negatives=40)(identity, *leaves, {"cache": cache})
     ours = torch.autograd.grad(result.training_loss.sum(), leaves)
     expected = torch.autograd.grad(plain_cross_entropy(*leaves, documents).sum(), leaves)
     assert_close(ours, expected)
 
 
-# Where the known packages fall short ------------------------------------------------------------
+# Features beyond the published packages ----------------------------------------------------------
 
 
 def test_empty_slots_do_not_count():
     queries, positives, cache = random_problem(queries=300)
     cache.valid[5:] = False
     documents = cache.data["embeddings"]
-    result = loss_of()(identity, queries, positives, {"cache": cache})
+    result = make_loss()(identity, queries, positives, {"cache": cache})
     exact = plain_cross_entropy(queries, positives, documents[:5])
     assert_close(result.interpretable_loss, exact)
     assert (result.updated_item_indices["cache"] < 5).all()
-    counting = loss_of(count_empty_slots=True)(identity, queries, positives, {"cache": cache})
+    counting = make_loss(count_empty_slots=True)(identity, queries, positives, {"cache": cache})
     assert_close(counting.interpretable_loss, plain_cross_entropy(queries, positives, documents))
     assert (counting.updated_item_indices["cache"] >= 5).any()
 
@@ -328,14 +329,14 @@ def test_an_empty_cache_gives_loss_0(options):
     queries.requires_grad_()
     network = torch.nn.Linear(6, 6)
 
-    def divides_by_zero(features):
-        """As attention over an empty mask: only positives' features are safe."""
+    def network_of_positives(features):
+        """Encode features of the positives alone; real networks may divide by 0 on others."""
         data = features["data"]
         assert torch.equal(data, positives.repeat_interleave(options.get("num_negatives", 1), 0))
         return network(data)
 
-    result = loss_of(**options)(
-        divides_by_zero, queries, positives, {"cache": cache}, pos_features={"data": positives}
+    result = make_loss(**options)(
+        network_of_positives, queries, positives, {"cache": cache}, pos_features={"data": positives}
     )
     assert result.training_loss.tolist() == [0] * 5
     assert result.interpretable_loss.tolist() == [0] * 5
@@ -357,22 +358,22 @@ def test_own_positive_is_excluded_by_id_or_by_features():
     for exclude, left in ((None, {0, 1, 2, 3}), ("id", {0, 2}), (["data"], {0, 2, 3}),
                           (("id", "data"), {0, 2, 3})):  # fmt: skip
         for transform in (None, lambda scores: scores):
-            result = loss_of(exclude=exclude, score_transform=transform)(
+            result = make_loss(exclude=exclude, score_transform=transform)(
                 identity, queries, positives, {"cache": cache}, pos_features=features
             )
             assert set(result.updated_item_indices["cache"].tolist()) == left
             exact = plain_cross_entropy(queries, positives, embeddings[sorted(left)])
             assert_close(result.interpretable_loss, exact)
     with pytest.raises(ValueError, match="pos_features must hold id for exclude, got None"):
-        loss_of(exclude="id")(identity, queries, positives, {"cache": cache})
+        make_loss(exclude="id")(identity, queries, positives, {"cache": cache})
 
 
 def test_several_negatives_without_replacement():
     queries, positives, cache = random_problem(queries=50, slots=6)
-    result = loss_of(num_negatives=4)(identity, queries, positives, {"cache": cache})
+    result = make_loss(num_negatives=4)(identity, queries, positives, {"cache": cache})
     drawn = result.updated_item_indices["cache"].view(50, 4)
     assert all(len(set(row)) == 4 for row in drawn.tolist())
-    more = loss_of(num_negatives=9)(identity, queries, positives, {"cache": cache})
+    more = make_loss(num_negatives=9)(identity, queries, positives, {"cache": cache})
     drawn = more.updated_item_indices["cache"].view(50, 9)
     assert all(sorted(row) == [0, 1, 2, 3, 4, 5] for row in drawn[:, :6].tolist())
     assert not more.updated_item_mask["cache"].view(50, 9)[:, 6:].any()
@@ -383,7 +384,7 @@ def test_in_batch_negatives_join_the_same_softmax():
     positives[2] = positives[0]
     documents = cache.data["embeddings"]
     for exclude in (None, "data"):
-        result = loss_of(in_batch=True, exclude=exclude)(
+        result = make_loss(in_batch=True, exclude=exclude)(
             identity, queries, positives, {"cache": cache}, pos_features={"data": positives}
         )
         for row in range(4):
@@ -395,18 +396,18 @@ def test_in_batch_negatives_join_the_same_softmax():
 
 
 def test_a_drawn_in_batch_negative_is_the_other_positive_itself():
-    """Its gradient reaches that positive, and nothing of the cache is refreshed."""
+    """Check that the gradient reaches that positive, and that no slot is refreshed."""
     queries, positives = torch.eye(2), torch.tensor([[0.0, 9.0], [9.0, 0.0]], requires_grad=True)
-    cache = cache_of(torch.zeros(3, 2))
-    result = loss_of(in_batch=True)(identity, queries, positives, {"cache": cache})
+    cache = full_cache(torch.zeros(3, 2))
+    result = make_loss(in_batch=True)(identity, queries, positives, {"cache": cache})
     assert not result.updated_item_mask["cache"].any()
     assert result.staleness.tolist() == [0, 0]
     result.training_loss.sum().backward()
     p = torch.exp(-result.interpretable_loss)
     assert_close(positives.grad, (1 - p)[:, None] * torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
-    only = cache_of(torch.zeros(3, 2))
+    only = full_cache(torch.zeros(3, 2))
     only.valid[:] = False
-    result = loss_of(in_batch=True)(identity, queries, positives.detach(), {"cache": only})
+    result = make_loss(in_batch=True)(identity, queries, positives.detach(), {"cache": only})
     assert_close(result.interpretable_loss, torch.tensor([9.000123, 9.000123]))
 
 
@@ -416,7 +417,7 @@ def test_hard_negatives_join_the_same_softmax(in_batch):
     hard = torch.randn(5, 6)
     hard[1] = positives[2]
     for exclude in (None, "data"):
-        result = loss_of(in_batch=in_batch, exclude=exclude)(
+        result = make_loss(in_batch=in_batch, exclude=exclude)(
             identity, queries, positives, {"cache": cache}, pos_features={"data": positives},
             hard_negatives=hard, hard_features={"data": hard},
         )  # fmt: skip
@@ -432,15 +433,15 @@ def test_a_drawn_hard_negative_gets_the_gradient():
     queries, positives = torch.eye(2), torch.zeros(2, 2)
     hard = torch.tensor([[9.0, 9.0], [-9.0, -9.0]], requires_grad=True)
     for options in ({}, {"in_batch": True}):
-        cache = cache_of(torch.zeros(3, 2))
-        result = loss_of(**options)(
+        cache = full_cache(torch.zeros(3, 2))
+        result = make_loss(**options)(
             identity, queries, positives, {"cache": cache}, hard_negatives=hard
         )
         assert not result.updated_item_mask["cache"].any()
         (gradient,) = torch.autograd.grad(result.training_loss.sum(), hard)
         p = torch.exp(-result.interpretable_loss)
         assert_close(gradient, torch.stack([1 - p, torch.zeros(2)]))
-    none = loss_of()(identity, queries, positives, {"cache": cache}, hard_negatives=hard[:0])
+    none = make_loss()(identity, queries, positives, {"cache": cache}, hard_negatives=hard[:0])
     assert_close(none.interpretable_loss, torch.full((2,), 4.0).log())
 
 
@@ -448,12 +449,12 @@ def test_hard_negatives_that_do_not_fit():
     queries, positives, cache = random_problem(queries=3, slots=4)
     arguments = (identity, queries, positives, {"cache": cache})
     with pytest.raises(ValueError, match=r"hard_negatives must be \(documents, 6\) .* \(5, 7\)"):
-        loss_of()(*arguments, hard_negatives=torch.zeros(5, 7))
+        make_loss()(*arguments, hard_negatives=torch.zeros(5, 7))
     features = {"pos_features": {"data": positives}, "hard_negatives": torch.zeros(5, 6)}
     with pytest.raises(ValueError, match="hard_features must hold data for exclude, got None"):
-        loss_of(exclude="data")(*arguments, **features)
+        make_loss(exclude="data")(*arguments, **features)
     with pytest.raises(ValueError, match=r"hard_features must be \(5, ...\), got \[2\] items"):
-        loss_of(exclude="data")(*arguments, **features, hard_features={"data": torch.zeros(2, 6)})
+        make_loss(exclude="data")(*arguments, **features, hard_features={"data": torch.zeros(2, 6)})
 
 
 @pytest.mark.parametrize("count", [1, 5, 7, 13])
@@ -462,7 +463,7 @@ def test_any_size_with_any_top_k(count, top_k):
     queries, positives, cache = random_problem(slots=count)
     for method in ("grouped", "exact"):
         for transform in (None, lambda scores: scores):
-            result = loss_of(top_k=top_k, top_k_method=method, score_transform=transform)(
+            result = make_loss(top_k=top_k, top_k_method=method, score_transform=transform)(
                 identity, queries, positives, {"cache": cache}
             )
             assert result.interpretable_loss.isfinite().all()
@@ -471,26 +472,26 @@ def test_any_size_with_any_top_k(count, top_k):
 
 def test_the_loss_does_not_underflow():
     queries, positives = column(1.0), column(-500.0)
-    result = loss_of()(identity, queries, positives, {"cache": cache_of(column(500))})
+    result = make_loss()(identity, queries, positives, {"cache": full_cache(column(500))})
     assert result.interpretable_loss.tolist() == [1000]
     positives = column(500.0)
-    result = loss_of()(identity, queries, positives, {"cache": cache_of(column(-500))})
+    result = make_loss()(identity, queries, positives, {"cache": full_cache(column(-500))})
     assert result.interpretable_loss.tolist() == [0]
 
 
 def test_equal_scores_keep_the_lowest_slot():
     queries, positives = torch.ones(300, 1), torch.ones(300, 1)
-    cache = {"cache": cache_of(torch.ones(10, 1))}
+    cache = {"cache": full_cache(torch.ones(10, 1))}
     for transform in (None, lambda scores: scores):
         for method, kept in (("grouped", {0, 4, 7}), ("exact", {0, 1, 2})):
-            result = loss_of(top_k=3, top_k_method=method, score_transform=transform)(
+            result = make_loss(top_k=3, top_k_method=method, score_transform=transform)(
                 identity, queries, positives, cache
             )
             assert set(result.updated_item_indices["cache"].tolist()) == kept
 
 
 def test_sparse_cache_is_the_dense_one():
-    """With k of at least the entries; and pruned, it is a dense cache of what is left."""
+    """Compare a sparse cache with a dense cache of the entries that it keeps, all or pruned."""
     generator = torch.Generator().manual_seed(2)
     dense = torch.rand(30, 50, generator=generator)
     dense = dense.masked_fill(torch.rand(30, 50, generator=generator) < 0.8, 0)
@@ -507,7 +508,7 @@ def test_sparse_cache_is_the_dense_one():
                         {"num_negatives": 3}):  # fmt: skip
             results = []
             for cache in (sparse, reference):
-                loss = loss_of(retrieval=GumbelMaxRetrievalFn(seed=1), **options)
+                loss = make_loss(retrieval=GumbelMaxRetrievalFn(seed=1), **options)
                 result = loss(identity, queries, positives, {"cache": cache})
                 results.append(result)
                 keeper.update_cache(
@@ -525,7 +526,7 @@ def dense_spec():
     return FixedLenFeature([50], torch.float32)
 
 
-# Options of the known package --------------------------------------------------------------------
+# Options of the published package ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
@@ -533,7 +534,7 @@ def dense_spec():
 def test_return_topk(top_k, transform):
     queries, positives, cache = random_problem()
     documents = cache.data["embeddings"]
-    loss = loss_of(top_k=top_k, score_transform=transform)
+    loss = make_loss(top_k=top_k, score_transform=transform)
     scores = queries @ documents.t()
     if top_k:
         groups = scores.tensor_split(top_k, 1)
@@ -572,20 +573,20 @@ def test_a_replaced_retrieval_function_sees_all_scores():
         seen.append(scores)
         return scores.argmax(1, keepdim=True)
 
-    result = loss_of(retrieval=highest)(identity, queries, positives, {"cache": cache})
+    result = make_loss(retrieval=highest)(identity, queries, positives, {"cache": cache})
     scores = queries @ cache.data["embeddings"].t()
     assert_close(seen[0], scores)
     assert torch.equal(result.updated_item_indices["cache"], scores.argmax(1))
-    two = loss_of(retrieval=lambda s: s.topk(2).indices, reducer=torch.sum)(
+    two = make_loss(retrieval=lambda s: s.topk(2).indices, reducer=torch.sum)(
         identity, queries, positives, {"cache": cache}
     )
     assert torch.equal(two.updated_item_indices["cache"], scores.topk(2).indices.flatten())
     with pytest.raises(ValueError, match=r"retrieval_fn must return \(5, negatives\) indices, got"):
-        loss_of(retrieval=lambda s: s.argmax(1))(identity, queries, positives, {"cache": cache})
+        make_loss(retrieval=lambda s: s.argmax(1))(identity, queries, positives, {"cache": cache})
 
 
 def test_pickle():
-    loss = loss_of(score_transform=sf.negative_cache.Scale(20.0), top_k=3)
+    loss = make_loss(score_transform=sf.negative_cache.Scale(20.0), top_k=3)
     again = pickle.loads(pickle.dumps(loss))
     assert again.score_transform == Scale(20.0)
     assert torch.equal(again.retrieval_fn.rng.state, loss.retrieval_fn.rng.state)
@@ -599,11 +600,11 @@ def test_dtypes(dtype):
     ))  # fmt: skip
     cache.to(dtype)
     for options in ({}, {"score_transform": lambda s: s}, {"top_k": 40}, {"exclude": "data"}):
-        result = loss_of(**options)(
+        result = make_loss(**options)(
             identity, queries.to(dtype), positives.to(dtype), {"cache": cache},
             pos_features={"data": positives},
         )  # fmt: skip
-        # The inputs are rounded, what is computed from them is not.
+        # The inputs are rounded, but the results are not.
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert_close(result.interpretable_loss.double(), exact, rtol=tolerance, atol=tolerance)
         assert result.training_loss.isfinite().all()
@@ -612,7 +613,7 @@ def test_dtypes(dtype):
 def test_autocast():
     queries, positives, cache = random_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = loss_of()(identity, queries, positives, {"cache": cache})
+        result = make_loss()(identity, queries, positives, {"cache": cache})
     exact = plain_cross_entropy(queries, positives, cache.data["embeddings"])
     assert_close(result.interpretable_loss, exact)
 
@@ -621,23 +622,23 @@ def test_bad_arguments():
     queries, positives, cache = random_problem()
     caches = {"cache": cache}
     with pytest.raises(ValueError, match="num_negatives must be at least 1, got 0"):
-        loss_of(num_negatives=0)
+        make_loss(num_negatives=0)
     with pytest.raises(ValueError, match="top_k_method must be one of 'grouped', 'exact', got 'a'"):
-        loss_of(top_k_method="a")
+        make_loss(top_k_method="a")
     with pytest.raises(ValueError, match="cache must hold at least one cache, got none"):
-        loss_of()(identity, queries, positives, {})
+        make_loss()(identity, queries, positives, {})
     with pytest.raises(ValueError, match=r"must be \(queries, dim\) both, got"):
-        loss_of()(identity, queries, positives[:2], caches)
+        make_loss()(identity, queries, positives[:2], caches)
     with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 6\) as the cached"):
-        loss_of()(identity, queries[:, :3], positives[:, :3], caches)
-    other = {**caches, "other": cache_of(torch.zeros(3, 5))}
+        make_loss()(identity, queries[:, :3], positives[:, :3], caches)
+    other = {**caches, "other": full_cache(torch.zeros(3, 5))}
     with pytest.raises(ValueError, match=r"query_embeddings must be \(queries, 5\) as the cached"):
-        loss_of()(identity, queries, positives, other)
+        make_loss()(identity, queries, positives, other)
     for name, value, error in (
         ("top_k", 0, "top_k must be at least 1, got 0"),
         ("top_k", -3, "top_k must be at least 1, got -3"),
     ):
         with pytest.raises(ValueError, match=error):
-            loss_of(**{name: value})
+            make_loss(**{name: value})
     with pytest.raises(KeyError, match="must have 'text'"):
-        loss_of(data_keys=["text"])(identity, queries, positives, caches)
+        make_loss(data_keys=["text"])(identity, queries, positives, caches)

@@ -1,4 +1,4 @@
-"""Which stored rows equal an item: against a plain comparison of all entries."""
+"""Tests of the search for equal rows, against a plain comparison of all entries."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def plain(items: dict[str, Tensor], stored: dict[str, Tensor]) -> Tensor:
 
 
 def tables(rows: int, length: int, shared: int) -> dict[str, Tensor]:
-    """Rows that begin with the same `shared` entries and are few enough to repeat."""
+    """Return rows that start with the same `shared` entries and come from few distinct rows."""
     ids = torch.randint(0, 2, (rows, length), dtype=torch.int32)
     ids[:, :shared] = 7
     return {"ids": ids, "mask": ids[:, : length // 2] > 0}

@@ -1,4 +1,4 @@
-"""The cache and its updates: which slot a new item takes, what is refreshed, how old things are."""
+"""Tests of the cache and its updates: replaced slots, refreshed items and ages."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ def state(cache: NegativeCache) -> tuple[list[int], list[int]]:
 
 
 def test_the_numbers_to_meet(device):
-    """C = 4, inserting pairs 1, 2, 3."""
+    """Insert the pairs 1, 2 and 3 into a cache of 4 slots."""
     keeper = manager()
     cache = keeper.init_cache().to(device)
     assert state(cache) == ([0, 0, 0, 0], [0, 0, 0, 0])
@@ -88,7 +88,7 @@ def test_lru_and_fifo(use_lru, ages, data):
 
 
 def test_refreshed_first_then_replaced():
-    """A refreshed item is the youngest of all; without LRU it may go in the same step."""
+    """Check that a refreshed item is kept with LRU, and may be replaced at once without it."""
     for use_lru, data in ((True, [4, 1]), (False, [1, 2])):
         keeper = manager(2, use_lru=use_lru)
         cache = keeper.init_cache()
@@ -216,7 +216,7 @@ def test_module_of_buffers():
 
 
 def test_sparse_features():
-    """Stored pruned: the k largest positive entries."""
+    """Check that the k largest positive entries are stored."""
     keeper = CacheManager({"terms": SparseFeature(num_cols=10, k=3, dtype=torch.bfloat16)}, 4)
     cache = keeper.init_cache()
     dense = torch.tensor([[0, 5, 0, 1, 2, 0, 0, 3, 0, -4], [0.5] + [0] * 9])
@@ -233,7 +233,7 @@ def test_sparse_features():
 
 
 def test_tables_of_many_pages():
-    """Larger than the pages of the system, and without memory on fake devices."""
+    """Create tables of several memory pages, and tables without memory on fake devices."""
     specs = {"embedding": FixedLenFeature([1000], torch.float32), "terms": SparseFeature(50, 900)}
     data = CacheManager(specs, 2000).init_cache().data
     assert data["embedding"].shape == (2000, 1000)
@@ -279,7 +279,7 @@ def test_pinned_storage_without_a_gpu():
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bfloat16])
 def test_filter(device, keys, expected, dtype):
-    """True: not in the cache. A match counts only where it is in all keys, and in a valid slot."""
+    """Check that only items equal in all keys to a valid slot are filtered out."""
     first = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 3], [8, 8]])
     second = torch.tensor([[4, 4], [5, 5], [6, 6], [7, 7], [10, 10]])
     data = {"1": first.to(device, dtype), "2": second.to(device, dtype)}

@@ -1,4 +1,4 @@
-"""The negative cache in training, against plain PyTorch with a list of documents."""
+"""Tests of the negative cache in training, against plain PyTorch with a list of documents."""
 
 import copy
 
@@ -26,14 +26,14 @@ NO_PENALTY = {"query_regularizer": "none", "document_regularizer": "none"}
 
 
 class PlainCache:
-    """Slots with the ids and the vector of a document, and an age; of float64, dense, by loops."""
+    """Cache as lists of token ids, dense float64 vectors and ages, updated by plain loops."""
 
     def __init__(self, size):
         self.slots = [None] * size
         self.ages = [0] * size
 
     def step(self, model, batch, temperature, in_batch):
-        """The loss with the highest score as the negative; then the update."""
+        """Return the loss with the highest score as the negative, then update the cache."""
         queries = plain_vectors(model, batch["queries"])
         documents = plain_vectors(model, batch["documents"])
         ids = [self._ids(batch["documents"], i) for i in range(len(documents))]
@@ -87,7 +87,7 @@ class PlainCache:
     [("bert", "sparse", 1), ("bert", "dense", 3), ("llama", "sparse", 2)],
 )
 def test_steps_of_training(family, embeddings, documents, in_batch, mini_batch_size):
-    """Loss, gradient and cache over steps that fill the cache, draw from it and replace."""
+    """Compare loss, gradient and cache over steps that fill the cache and replace documents."""
     encoder = encoder_of(family)
     encoder.tokenizer.padding_side = "left" if family == "llama" else "right"
     arguments = ObjectiveArguments(
@@ -100,7 +100,7 @@ def test_steps_of_training(family, embeddings, documents, in_batch, mini_batch_s
     plain, cache, stale = copy.deepcopy(encoder.model), PlainCache(SIZE), []
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in (encoder.model, plain)]
     for step in range(7):
-        # Documents come back, so that a query's own is in the cache.
+        # Documents occur repeatedly, so that a query's own positive is in the cache.
         batch = batch_of(encoder, BATCH, step % 4, documents)
         result = model(**batch)
         loss, entropy = cache.step(plain, batch, 5.0, in_batch)
@@ -124,7 +124,7 @@ def test_steps_of_training(family, embeddings, documents, in_batch, mini_batch_s
 
 
 def trained(model, steps=5, first=0):
-    """Losses of steps with their updates of the weights."""
+    """Train for some steps, and return their losses and metrics."""
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=1e-3)
     losses = []
     for step in range(first, first + steps):
@@ -222,7 +222,7 @@ def test_evaluation_leaves_the_cache_alone_and_is_in_batch():
 
 @pytest.mark.parametrize("by_file", [True, False])
 def test_training_goes_on_from_what_was_saved(by_file, tmp_path):
-    """Bit for bit: cache, draws and document frequencies."""
+    """Check that cache, draws and document frequencies resume bit for bit."""
     options = {"document_regularizer": "df_flops"}
     model = cache_model(seed=1, **options)
     trained(model, 3)
@@ -265,7 +265,7 @@ def test_nothing_to_remember_is_no_file(tmp_path):
 
 
 def test_further_inputs_of_the_tokenizer_are_stored():
-    """Also token types, as BERT's tokenizer makes them."""
+    """Check that the cache stores the token types of BERT's tokenizer."""
     model_of_type = {}
     without = ["input_ids", "attention_mask"]
     for names in (without, [*without, "token_type_ids"]):

@@ -1,4 +1,4 @@
-"""Objective and its arguments: every loss and regulariser against its formula in float64."""
+"""Tests of the objective and its arguments, against formulas in float64."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ NO_PENALTY = {"query_regularizer": "none", "document_regularizer": "none"}
 
 
 def plain_loss(loss, q, d, labels, temperature):
-    """From (B, V) and (m, B, V)."""
+    """Return the loss of queries (B, V) and documents (m, B, V)."""
     scores = torch.stack([(q * one).sum(1) for one in d], 1)  # (B, m)
     if loss == "in_batch":
         everything = q @ d.flatten(0, 1).T / temperature
@@ -87,7 +87,7 @@ FORMULAS = {
 @pytest.mark.parametrize("terms", ["flops", "l1", "df_flops", "l1+flops", "df_flops+anti_zero"])
 @pytest.mark.parametrize("schedule", ["quadratic", "linear", "constant"])
 def test_regularizers_and_schedules(terms, schedule):
-    """Separate ones of queries and documents, at a quarter of the way."""
+    """Check separate regularisers of queries and documents at a quarter of the schedule."""
     for side, other in (("query", "document"), ("document", "query")):
         arguments = ObjectiveArguments(
             **{f"{side}_regularizer": terms, f"{other}_regularizer": "none"},
@@ -127,7 +127,7 @@ def test_thresholds_of_flops():
 
 
 def test_running_document_frequencies():
-    """Batches weigh by their rows and by momentum; evaluation takes no part."""
+    """Check that batches weigh by rows and momentum, and that evaluation is not included."""
     arguments = ObjectiveArguments(document_regularizer="df_flops", df_momentum=0.5)
     objective = Objective(arguments, 3)
     batches = [torch.tensor([[1.0, 0, 0], [1, 1, 0]]), torch.tensor([[0.0, 1, 0]] * 4)]
