@@ -16,7 +16,7 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each part the demo does."""
+    """Sizes of the parts of the demo."""
 
     documents: int
     compared: int = 320  # documents of the comparison of encoders
@@ -29,7 +29,7 @@ def choose_sizes(documents_per_second: float, documents: int) -> Sizes:
     """Return the full sizes on a fast machine, and less of everything on a slower one.
 
     Args:
-        documents_per_second: what `encoding_rate` measured.
+        documents_per_second: the result of `encoding_rate`.
         documents: size of the whole corpus.
     """
     share = documents_per_second / _FULL_RATE
