@@ -32,7 +32,7 @@ from tests.integrations.sparse_encoders import (
     transformer_of,
 )
 from tests.selection import pairwise
-from tests.tiny_models import VOCAB_SIZE, make_tokenizer, save_checkpoint
+from tests.tiny_models import VOCAB_SIZE, WORDS, make_tokenizer, save_checkpoint
 from tests.tolerances import assert_accurate, assert_accurate_gradients
 
 POOLINGS = [
@@ -60,7 +60,11 @@ def decoders_rest(model):
         handle.remove()
 
 
-def assert_same_vectors(model, texts=TEXTS, **options):
+# So many that the largest error of plain PyTorch, which sets the tolerance, is not small by luck.
+MANY_TEXTS = [*TEXTS, *sentences(35), *(" ".join(WORDS[i:] + WORDS[:i]) for i in range(14))]
+
+
+def assert_same_vectors(model, texts=MANY_TEXTS, **options):
     """Accelerate the model, and compare its accuracy with the original by the tolerance policy."""
     restore(model)
     truth = encoded(copy.deepcopy(model).double(), texts, **options)
