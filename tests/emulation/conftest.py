@@ -9,12 +9,13 @@ import torch
 from tests.emulation.library import Emulator
 from tests.emulation.prepare import LIBRARY
 
-CASES = int(os.environ.get("EMULATION_CASES", "20"))
+FIRST = int(os.environ.get("EMULATION_FIRST_CASE", "0"))
+CASES = int(os.environ.get("EMULATION_CASES", "8"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", range(CASES))
+        metafunc.parametrize("case", range(FIRST, FIRST + CASES))
 
 
 @pytest.fixture(scope="session")
