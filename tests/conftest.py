@@ -8,6 +8,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 
+from tests.selection import ALL
+
 DEVICES = [
     pytest.param("cpu"),
     pytest.param(
@@ -18,6 +20,15 @@ DEVICES = [
         ],
     ),
 ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave exhaustive tests to make test-all, unless they are named on the command line."""
+    if os.environ.get(ALL) or any("::" in argument for argument in config.args):
+        return
+    exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=exhaustive)
 
 
 @pytest.fixture(params=DEVICES)

@@ -127,6 +127,7 @@ def repair(wheel: Path, folder: Path) -> Path:
     return found
 
 
+@pytest.mark.exhaustive  # CI builds and repairs the wheel in a job of its own
 def test_an_sdist_gives_a_wheel_without_nvcc_that_runs(tmp_path, path_without_nvcc):
     """Build an sdist, and a wheel from the sdist; unpack the wheel elsewhere and use it there."""
     tracked = run("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard")
