@@ -50,17 +50,9 @@ class CheckpointingTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train, and save only the checkpoints that args ask for.
+        """Remove what a killed run left, find the checkpoint to resume from, and train.
 
-        Args:
-            resume_from_checkpoint: folder of a checkpoint, or True for the last one in
-                args.output_dir.
-            args: further arguments of transformers' Trainer.
-            kwargs: further arguments of transformers' Trainer.
-
-        Raises:
-            CheckpointError: the checkpoint is missing or belongs to another run, or a new one
-                cannot be written. Earlier checkpoints stay as they were.
+        `SpladeTrainer.train` describes the arguments and errors.
         """
         output_dir = Path(self.args.output_dir)
         with self.args.main_process_first(local=self.args.save_on_each_node):
