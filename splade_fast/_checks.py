@@ -59,6 +59,18 @@ def check_count(name: str, value: SupportsIndex, least: int) -> int:
     return value
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raise ValueError if the text holds half of a surrogate pair, which has no UTF-8 bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ValueError(
+            f"{name} must be Unicode text, got the lone surrogate {lone!r} at character "
+            f"{error.start}"
+        ) from None
+
+
 def check_choice(name: str, value: object, choices: dict[str, int]) -> int:
     """Return the number of a choice, as the C++ side has it."""
     if not isinstance(value, str) or value not in choices:

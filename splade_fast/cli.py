@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
+from splade_fast._checks import check_unicode
 from splade_fast._distributed import OtherRankError, fail_together, join_torchrun
 from splade_fast._library import build_info
 from splade_fast.encoders.splade import SpladeEncoder
@@ -88,6 +89,8 @@ def search(
     with _exit_with_2_on_bad_input():
         if (query is None) == (queries is None):
             raise DataError("give either QUERY or --queries")
+        if query is not None:
+            check_unicode("QUERY", query)  # undecodable bytes arrive as lone surrogates
         texts = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
         loaded = Index.load(index)
         encoder = _load_query_encoder(loaded, model)

@@ -186,6 +186,14 @@ def test_missing_and_contradictory_arguments_exit_with_2(files, index, model):
     assert not (files / "new").exists()
 
 
+def test_a_query_of_undecodable_bytes_exits_with_2(index):
+    result = invoke("search", index, "fox \udcff")  # as Python decodes the byte 0xff
+    assert result.exit_code == 2
+    assert result.output == (
+        "Error: QUERY must be Unicode text, got the lone surrogate '\\udcff' at character 4\n"
+    )
+
+
 def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for number, device in (("0", "cuda:0"), ("1", "cuda:1")):

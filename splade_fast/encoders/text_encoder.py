@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from splade_fast._checks import check_count
+from splade_fast._checks import check_count, check_unicode
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.ops.sparse_rows import SparseRows
@@ -138,12 +138,14 @@ class TextEncoder(nn.Module):
 
         Raises:
             TypeError: an argument has a wrong type.
-            ValueError: an argument is out of range, or no prompt has that name.
+            ValueError: an argument is out of range, a text holds a lone surrogate, or no prompt has
+                that name.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{position}] must be a str, got {type(text).__name__}")
+            check_unicode(f"texts[{position}]", text)
         check_positive(batch_size=batch_size, max_length=max_length, k=k)
         prompt = self.prompt_text(prompt_name)
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:

@@ -161,6 +161,11 @@ def test_an_encoder_takes_the_mode_of_its_model(training):
     ("arguments", "error", "message"),
     [
         ({"texts": ["a", None]}, TypeError, r"texts\[1\] must be a str, got NoneType"),
+        (
+            {"texts": ["a", "b\ud800"]},
+            ValueError,
+            r"texts\[1\] must be Unicode text, got the lone surrogate '\\ud800' at character 1",
+        ),
         ({"texts": ["a"], "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"texts": ["a"], "max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
         ({"texts": ["a"], "k": 0}, ValueError, "k must be at least 1, got 0"),
