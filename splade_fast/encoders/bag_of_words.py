@@ -106,11 +106,12 @@ class BagOfWordsQueryEncoder(TextEncoder):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, subfolder: str = "", **kwargs: Any
     ) -> BagOfWordsQueryEncoder:
-        """Load a saved BagOfWordsQueryEncoder, or a SparseEncoder of one SparseStaticEmbedding.
+        """Load a saved BagOfWordsQueryEncoder, or the SparseStaticEmbedding of a SparseEncoder.
 
         Args:
             name_or_path: a hub name or a folder.
-            subfolder: folder of the SparseStaticEmbedding, if it is one of several modules.
+            subfolder: folder of the SparseStaticEmbedding; by default the only module, or the only
+                one in a Router's route for queries.
             kwargs: `revision`, `token`, `cache_dir` and other arguments of the hub.
 
         Raises:

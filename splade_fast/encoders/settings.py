@@ -6,6 +6,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from splade_fast.encoders.modules_list import (
+    STATIC_EMBEDDING,
+    is_static_embedding,
+    join_kinds,
+    read_modules,
+)
 from splade_fast.encoders.pretrained import read_json
 
 # SpladePooling names the function that it puts inside its own log1p; splade_fast names the whole.
@@ -43,26 +49,30 @@ class EncoderSettings:
         return role if role in self.prompts else self.default_prompt_name
 
 
-def read_settings(name_or_path: str, hub: dict[str, Any]) -> EncoderSettings:
+def read_settings(
+    name_or_path: str, hub: dict[str, Any], task: str = "document"
+) -> EncoderSettings:
     """Read the settings of a SparseEncoder folder; return the defaults for a plain checkpoint.
 
     Args:
         name_or_path: a folder or a hub name.
         hub: `revision`, `token`, `cache_dir` and other arguments of the hub.
+        task: "query" or "document", which selects the route of a Router.
 
     Raises:
         ValueError: the folder describes something other than a transformer and SpladePooling.
     """
-    modules = read_json(name_or_path, "modules.json", hub)
+    modules = read_modules(name_or_path, hub, task)
     if modules is None:
         return EncoderSettings()
-    kinds = _module_kinds(modules, name_or_path)
+    kinds = [module.kind for module in modules]
     if len(kinds) != 2 or kinds[0] not in _TRANSFORMER_MODULES or kinds[1] != "SpladePooling":
+        advice = "; BagOfWordsQueryEncoder loads it" if is_static_embedding(modules) else ""
         raise ValueError(
             f"modules.json of {name_or_path} must list a Transformer and a SpladePooling, "
-            f"got {', '.join(kinds)}"
+            f"got {join_kinds(modules)}{advice}"
         )
-    folder, pooling_folder = (module["path"] for module in modules)
+    folder, pooling_folder = (module.path for module in modules)
     transformer = read_json(name_or_path, os.path.join(folder, "sentence_bert_config.json"), hub)
     pooling = read_json(name_or_path, os.path.join(pooling_folder, "config.json"), hub) or {}
     activation = pooling.get("activation_function", "relu")
@@ -109,7 +119,9 @@ def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
 def read_static_embedding_settings(
     name_or_path: str, hub: dict[str, Any], subfolder: str = ""
 ) -> EncoderSettings:
-    """Read the settings of a SparseEncoder folder whose only module is a SparseStaticEmbedding.
+    """Read the settings of a SparseEncoder folder that encodes queries by a SparseStaticEmbedding.
+
+    The SparseStaticEmbedding is the only module, or alone in a Router's route for queries.
 
     Args:
         name_or_path: a folder or a hub name.
@@ -119,22 +131,26 @@ def read_static_embedding_settings(
     Raises:
         ValueError: the folder describes something other than a SparseStaticEmbedding.
     """
-    modules = read_json(name_or_path, "modules.json", hub) or []
-    kinds = _module_kinds(modules, name_or_path)
-    if not subfolder and kinds != ["SparseStaticEmbedding"]:
-        raise ValueError(
-            f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
-            f"got {', '.join(kinds) or 'nothing'}; name its subfolder if it is one of several"
-        )
-    return EncoderSettings(
-        subfolder=subfolder or modules[0]["path"], **_read_prompts(name_or_path, hub)
-    )
+    modules = read_modules(name_or_path, hub, "query") or []
+    if not subfolder:
+        if not is_static_embedding(modules):
+            advice = (
+                "name its subfolder if it is one of several"
+                if any(module.kind == STATIC_EMBEDDING for module in modules)
+                else "SpladeEncoder loads checkpoints of language models"
+            )
+            raise ValueError(
+                f"modules.json of {name_or_path} must list a SparseStaticEmbedding alone, "
+                f"got {join_kinds(modules)}; {advice}"
+            )
+        subfolder = modules[0].path
+    return EncoderSettings(subfolder=subfolder, **_read_prompts(name_or_path, hub))
 
 
 def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str, Any]:
     """Return the JSON files of a SparseEncoder folder with one SparseStaticEmbedding."""
     return {
-        "modules.json": _module_list(("", "SparseStaticEmbedding")),
+        "modules.json": _module_list(("", STATIC_EMBEDDING)),
         "config_sentence_transformers.json": _model_config(settings),
         "config.json": {"frozen": frozen},
     }
@@ -145,18 +161,6 @@ def _module_list(*modules: tuple[str, str]) -> list[dict[str, Any]]:
         {"idx": number, "name": str(number), "path": path, "type": f"{_MODULES_PACKAGE}.{kind}"}
         for number, (path, kind) in enumerate(modules)
     ]
-
-
-def _module_kinds(modules: Any, name_or_path: str) -> list[str]:
-    """Return the class names of the modules that modules.json lists."""
-    if not isinstance(modules, list) or not all(
-        isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules
-    ):
-        raise ValueError(
-            f"modules.json of {name_or_path} must list modules with a type and a path, "
-            f"got {modules!r}"
-        )
-    return [str(module["type"]).rpartition(".")[2] for module in modules]
 
 
 def _model_config(settings: EncoderSettings) -> dict[str, Any]:

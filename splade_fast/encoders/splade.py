@@ -74,13 +74,17 @@ class SpladeEncoder(TextEncoder):
         self.train(model.training)  # `encode` restores the mode of the encoder and of the model
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> SpladeEncoder:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, task: str = "document", **kwargs: Any
+    ) -> SpladeEncoder:
         """Load a masked-LM or causal-LM checkpoint, or a SparseEncoder folder.
 
         For a folder of PEFT adapters, the base model is loaded as well.
 
         Args:
             name_or_path: a hub name or a folder.
+            task: "document" or "query", which selects the route of a folder with a Router; see
+                also `BagOfWordsQueryEncoder.from_pretrained` and `load_query_encoder`.
             kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
@@ -92,7 +96,7 @@ class SpladeEncoder(TextEncoder):
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
-        settings = read_settings(name, hub)
+        settings = read_settings(name, hub, task)
         hub["subfolder"] = settings.subfolder
         base_name, base_hub = find_base_model(name, hub)
         config = load_config(base_name, base_hub)

@@ -204,6 +204,12 @@ class TermWeightEncoder(TextEncoder):
             write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
 
 
+def has_term_weights(name_or_path: str, hub: dict[str, Any]) -> bool:
+    """Return whether a folder or hub name holds the projection of a TermWeightEncoder."""
+    files = (_WEIGHTS_FILE, _BGE_M3_FILE)
+    return any(find_file(name_or_path, file, hub) is not None for file in files)
+
+
 def _new_projection(model: PreTrainedModel) -> nn.Linear:
     """Return a new projection with outputs near 1: terms of negative outputs get no gradient."""
     projection = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)

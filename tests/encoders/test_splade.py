@@ -288,7 +288,7 @@ def test_older_sentence_transformers_folders_load(bert):
     )
 
 
-@pytest.mark.parametrize("kinds", [["Transformer", "Pooling"], ["Router"], ["Transformer"]])
+@pytest.mark.parametrize("kinds", [["Transformer", "Pooling"], ["Dense"], ["Transformer"]])
 def test_other_sentence_transformers_folders_are_refused(bert, kinds):
     modules = [{"idx": i, "path": "", "type": f"x.{kind}"} for i, kind in enumerate(kinds)]
     (bert / "modules.json").write_text(json.dumps(modules))
