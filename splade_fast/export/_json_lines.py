@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,39 +12,19 @@ import torch
 
 from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import Documents
-from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows import SparseRows, columns
+from splade_fast.ops.sparse_rows.columns import TokenNames
 
 
 def name_columns(
-    id_to_token: Sequence[str] | Mapping[int, str] | None,
+    id_to_token: TokenNames | None,
     num_cols: int,
     is_usable: Callable[[str], bool] = bool,
 ) -> list[str]:
-    """Return a name for each column: its token, or `[#c]` for column c without a usable token.
-
-    Args:
-        id_to_token: names of the columns, e.g. `tokenizer.convert_ids_to_tokens(range(V))`; None
-            for the column numbers.
-        num_cols: number of columns, V.
-        is_usable: function that returns whether the format can hold a name.
-
-    Raises:
-        ValueError: two columns have the same name.
-    """
+    """Return the names of `columns.name_columns`, or the column numbers without `id_to_token`."""
     if id_to_token is None:
         return [str(column) for column in range(num_cols)]
-    if isinstance(id_to_token, Mapping):
-        tokens = [id_to_token.get(column) for column in range(num_cols)]
-    else:
-        tokens = [*id_to_token[:num_cols], *[None] * (num_cols - len(id_to_token))]
-    names = [
-        token if isinstance(token, str) and token and is_usable(token) else f"[#{column}]"
-        for column, token in enumerate(tokens)
-    ]
-    if len(set(names)) != len(names):
-        [(twice, _)] = Counter(names).most_common(1)
-        raise ValueError(f"id_to_token must name every column differently, got {twice!r} twice")
-    return names
+    return columns.name_columns(id_to_token, num_cols, is_usable)
 
 
 def to_json(value: object) -> str:
@@ -65,9 +44,9 @@ def make_templates(names: Sequence[str], number: str) -> list[str]:
 
 def format_vectors(chunk: Documents, fields: Sequence[str]) -> Iterator[str]:
     """Yield {"token":weight, ...} for each document; `fields` come from `make_templates`."""
-    columns, values, bounds = chunk.columns.tolist(), chunk.values.tolist(), chunk.bounds()
+    numbers, values, bounds = chunk.columns.tolist(), chunk.values.tolist(), chunk.bounds()
     for start, stop in pairwise(bounds):
-        template = ",".join([fields[column] for column in columns[start:stop]])
+        template = ",".join([fields[number] for number in numbers[start:stop]])
         yield "{" + template % tuple(values[start:stop]) + "}"
 
 

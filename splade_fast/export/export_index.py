@@ -61,13 +61,14 @@ def export_index(
     """
     options: dict[str, Any] = {"empty": empty}
     if file_format not in _WITHOUT_TOKENS:
-        options["id_to_token"] = _read_tokens(model or index.meta.model, index.rows.num_cols)
+        options["id_to_token"] = _read_tokens(model or index.meta.model)
     if file_format == "anserini":
         options["scale"] = scale
     return _WRITERS[file_format](index.rows, path, index.ids, **options)
 
 
-def _read_tokens(model: str, count: int) -> list[str]:
-    """Return the first `count` tokens of the model's tokenizer."""
+def _read_tokens(model: str) -> dict[int, str]:
+    """Return {column: token} of the model's tokenizer, which may know fewer than the columns."""
     hub: dict[str, Any] = {"subfolder": read_settings(model, {}).subfolder}
-    return list(load_tokenizer(model, hub).convert_ids_to_tokens(list(range(count))))
+    vocabulary: dict[str, int] = load_tokenizer(model, hub).get_vocab()
+    return {column: token for token, column in vocabulary.items()}

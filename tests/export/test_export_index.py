@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import EsmTokenizer
 from typer.testing import CliRunner
 
 from splade_fast import SparseRows, export
@@ -73,6 +74,19 @@ def test_another_models_tokens(index, model, tmp_path):
     assert "no_such_model" in result.output
     result = invoke(index, tmp_path / "out", "--format", "opensearch", "--model", model)
     assert result.exit_code == 0, result.output
+
+
+def test_columns_beyond_the_tokenizer_are_named_by_their_number(tmp_path):
+    """Decoders are often wider than their tokenizer, and this one calls every such id <unk>."""
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", "fox"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "esm")
+    padded = SparseRows.from_dicts([{3: 1.5, 4: 1.0, 5: 0.5, 6: 2.0}], 7)
+    Index(padded, ["d1"], IndexMeta(str(tmp_path / "esm"), 256, None)).save(tmp_path / "padded")
+    result = invoke(tmp_path / "padded", tmp_path / "out", "--format", "seismic")
+    assert result.exit_code == 0, result.output
+    [line] = (tmp_path / "out" / "documents.jsonl").read_text().splitlines()
+    assert json.loads(line)["vector"] == {"<unk>": 1.5, "fox": 1.0, "<mask>": 0.5, "[#6]": 2.0}
 
 
 def test_bad_input_exits_with_2(index, tmp_path):

@@ -201,6 +201,13 @@ def test_from_torch_csr_refuses():
         ([{"a": 1.0, "b": 1.0}], {"a": 0}, "must name tokens of token_to_id, got 'b'"),
         ([{"a": 1.0, "b": 1.0}], {"a": 0, "b": 0}, "one value a column, got two for 0"),
         ([{"a": 1.0}], {"a": 5}, "columns from 0 to 2, got 5"),
+        ([{True: 1.0}], None, "columns from 0 to 2, got True"),
+        ([{1.0: 1.0}], None, r"columns from 0 to 2, got 1\.0"),
+        ([{np.int64(7): 1.0}], None, "columns from 0 to 2, got .*7"),
+        ([{"-1": 1.0}], None, "columns from 0 to 2, got '-1'"),
+        ([{"1": 1.0, 1: 1.0}], None, "one value a column, got two for 1"),
+        ([{"a": 1.0, "[#0]": 1.0}], {"a": 0}, "one value a column, got two for 0"),
+        ([{"[#3]": 1.0}], {"a": 0}, "columns from 0 to 2, got 3"),
     ],
 )
 def test_from_dicts_refuses(dicts, token_to_id, message):
@@ -211,6 +218,50 @@ def test_from_dicts_refuses(dicts, token_to_id, message):
 def test_from_dicts_in_any_order():
     assert SparseRows.from_dicts(({4: 1.5, 0: -1}, {}), 5).indices.tolist() == [[0, 4], [-1, -1]]
     assert SparseRows.from_dicts([], 5).shape == (0, 5)
+
+
+def test_from_dicts_takes_columns_of_numpy_torch_and_json():
+    entries = [{1: 0.5, 3: 2.0}, {}]
+    expected = SparseRows.from_dicts(entries, 5)
+    for to_key in (np.int64, np.uint8, torch.tensor, str):
+        dicts = [{to_key(column): value for column, value in row.items()} for row in entries]
+        assert SparseRows.from_dicts(dicts, np.int64(5)).equal(expected)
+    from_json = json.loads(json.dumps(expected.to_dicts()))
+    assert SparseRows.from_dicts(from_json, 5).equal(expected)
+    ids = {"fox": np.int64(1), "dog": np.int32(3)}
+    assert SparseRows.from_dicts([{"dog": 2.0, "fox": 0.5}, {}], 5, ids).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cat", None, ""],  # a padded vocabulary: fewer names than columns
+        {0: "cat"},
+        {"0": "cat", "9": "beyond"},  # from JSON
+        np.array(["cat", "", ""]),
+        ["cat", None, None, None, None, "beyond"],
+    ],
+    ids=["list", "mapping", "json", "numpy", "long"],
+)
+def test_columns_without_a_name_stay_apart(names):
+    rows = SparseRows.from_dense(torch.tensor([[1.0, 2.0, 3.0, 0.0, 5.0]]))
+    named = rows.to_dicts(names)
+    assert named == [{"cat": 1.0, "[#1]": 2.0, "[#2]": 3.0, "[#4]": 5.0}]
+    assert SparseRows.from_dicts(named, 5, {"cat": 0}).equal(rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["cat", "dog", "cat"], ValueError, "name every column differently, got 'cat' twice"),
+        (["cat", "[#2]", None], ValueError, r"name every column differently, got '\[#2\]' twice"),
+        ({"cat": 0, "dog": 1}, TypeError, "have columns as keys, got 'cat'"),
+        ([b"cat", b"dog", b"cow"], TypeError, "name columns by strings, got bytes for 0"),
+    ],
+)
+def test_to_dicts_refuses_names_that_would_merge_columns(names, error, message):
+    with pytest.raises(error, match=f"id_to_token must {message}"):
+        SparseRows.from_dense(torch.ones(1, 3)).to_dicts(names)
 
 
 def test_iteration_gives_the_used_slots():
@@ -363,7 +414,8 @@ LENGTHS = torch.tensor([2, 1], dtype=torch.int32)
         ((INDICES[0], VALUES, LENGTHS, 3), ValueError, r"indices must be \(rows, slots\)"),
         ((INDICES, VALUES[:1], LENGTHS, 3), ValueError, r"values .* \(2, 2\), got \(1, 2\)"),
         ((INDICES, VALUES, LENGTHS[:1], 3), ValueError, r"lengths .* \(2,\), got \(1,\)"),
-        ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0 .* got -1"),
+        ((INDICES, VALUES, LENGTHS, -1), ValueError, "num_cols must be at least 0, got -1"),
+        ((INDICES, VALUES, LENGTHS, 3.0), TypeError, "num_cols must be an integer, got float"),
         ((INDICES, VALUES, LENGTHS, 2**31 - 1), ValueError, "num_cols must be .* 2.31 - 2,"),
         ((INDICES, VALUES.to("meta"), LENGTHS, 3), ValueError, "values must be on cpu .*got meta"),
     ],

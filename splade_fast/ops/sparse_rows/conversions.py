@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from splade_fast.ops.sparse_rows.columns import column_number, number_in_name
+
 
 class Entries(NamedTuple):
     """Entries of a matrix with B rows and nnz entries, row by row."""
@@ -93,12 +95,13 @@ def _weights_by_column(
     """Return {column: value} for a row. Raise ValueError for a bad or repeated column."""
     by_column: dict[int, float] = {}
     for name, value in weights.items():
-        column = name if token_to_id is None else token_to_id.get(name)
-        if column is None:
+        key = name if token_to_id is None else token_to_id.get(name, number_in_name(name))
+        if key is None:
             raise ValueError(f"dicts[{row}] must name tokens of token_to_id, got {name!r}")
-        if not isinstance(column, int) or not 0 <= column < num_cols:
+        column = column_number(key)
+        if column is None or not 0 <= column < num_cols:
             raise ValueError(
-                f"dicts[{row}] must have columns from 0 to {num_cols - 1}, got {column!r}"
+                f"dicts[{row}] must have columns from 0 to {num_cols - 1}, got {key!r}"
             )
         if column in by_column:
             raise ValueError(f"dicts[{row}] must have one value a column, got two for {column}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from splade_fast._checks import check_count
 from splade_fast.ops.prune import dense_rows, prune_rows
 from splade_fast.ops.sparse_rows.checks import check_contents, check_layout
+from splade_fast.ops.sparse_rows.columns import TokenNames, name_columns
 from splade_fast.ops.sparse_rows.conversions import (
     entries_from_dicts,
     entries_from_scipy,
@@ -52,11 +53,12 @@ class SparseRows:
     __slots__ = ("indices", "lengths", "num_cols", "values")
 
     def __init__(self, indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> None:
+        num_cols = check_count("num_cols", num_cols, 0)
         check_layout(indices, values, lengths, num_cols)
         self.indices = indices
         self.values = values
         self.lengths = lengths
-        self.num_cols = int(num_cols)
+        self.num_cols = num_cols
 
     @classmethod
     def from_dense(
@@ -164,10 +166,11 @@ class SparseRows:
         """Convert one dict {column: value} per row, in any order of columns; zeros stay entries.
 
         Args:
-            dicts: the rows, as `to_dicts` returns them.
+            dicts: the rows, as `to_dicts` returns them. Columns are integers, also those of NumPy,
+                or their decimal text, which JSON makes of them.
             num_cols: V.
             token_to_id: column of each token, e.g. `tokenizer.get_vocab()`, for dicts
-                {token: value}.
+                {token: value}. The token `[#c]` stands for column c, if no token has that name.
             dtype: dtype of the values.
 
         Raises:
@@ -180,6 +183,7 @@ class SparseRows:
             tensor([[0., 3.],
                     [0., 0.]])
         """
+        num_cols = check_count("num_cols", num_cols, 0)
         return cls(*pad_entries(entries_from_dicts(dicts, num_cols, token_to_id, dtype)), num_cols)
 
     @classmethod
@@ -343,24 +347,29 @@ class SparseRows:
         arrays = (values.numpy(), columns.cpu().numpy(), self._row_starts().cpu().numpy())
         return csr_array(arrays, shape=self.shape)
 
-    def to_dicts(
-        self, id_to_token: Sequence[str] | Mapping[int, str] | None = None
-    ) -> list[dict[Any, float]]:
+    def to_dicts(self, id_to_token: TokenNames | None = None) -> list[dict[Any, float]]:
         """Return one dict {column: value} per row, by ascending column.
 
         Args:
-            id_to_token: name of each column, for dicts {token: value}.
+            id_to_token: name of each column, for dicts {token: value}. A column without a name is
+                called `[#column]`, as where a model pads its vocabulary beyond the tokenizer's.
+
+        Raises:
+            TypeError: `id_to_token` has a name that is neither a string nor None, or maps from
+                something else than columns.
+            ValueError: two columns have the same name.
 
         Example::
 
             >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 3.0]]))
-            >>> rows.to_dicts(), rows.to_dicts(["cat", "dog"])
-            ([{1: 3.0}], [{'dog': 3.0}])
+            >>> rows.to_dicts(), rows.to_dicts(["cat", "dog"]), rows.to_dicts(["cat"])
+            ([{1: 3.0}], [{'dog': 3.0}], [{'[#1]': 3.0}])
         """
+        names = None if id_to_token is None else name_columns(id_to_token, self.num_cols)
         all_indices, all_values = self.indices.tolist(), self.values.tolist()
         return [
             {
-                column if id_to_token is None else id_to_token[column]: value
+                column if names is None else names[column]: value
                 for column, value in zip(indices[:length], values[:length], strict=True)
             }
             for indices, values, length in zip(
