@@ -95,8 +95,9 @@ def _run_study(arguments: Sequence[str]) -> int:
     if options.list:
         print("\n".join(chosen))
         return 0
-    machine = _start(options.threads, "cpu")
-    path = options.out / f"{options.name}-cpu.csv"
+    device = studies.device(options.name)
+    machine = _start(options.threads, device)
+    path = options.out / f"{options.name}-{device}.csv"
     is_complete = True
     for name in chosen:
         try:

@@ -4,18 +4,13 @@
 
 #include "build_facts.h"
 
+#define SET_FACT(name, value) facts[name] = value;
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about the build of splade_fast";
   m.def("build_facts", [] {
     pybind11::dict facts;
-    facts["version"] = SPLADE_FAST_VERSION;
-    facts["torch_target"] = SPLADE_FAST_TORCH_TARGET;
-    facts["torch_headers"] = SPLADE_FAST_TORCH_HEADERS;
-    facts["compiler"] = SPLADE_FAST_COMPILER;
-    facts["cpu_instruction_sets"] = SPLADE_FAST_ISAS;
-    facts["cuda"] = SPLADE_FAST_CUDA_VERSION;
-    facts["cuda_architectures"] = SPLADE_FAST_CUDA_ARCHITECTURES;
-    facts["cuda_kernels"] = SPLADE_FAST_CUDA_KERNELS;
+    SPLADE_FAST_BUILD_FACTS(SET_FACT)
     return facts;
   });
 }

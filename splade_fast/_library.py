@@ -81,11 +81,10 @@ class _State:
             self.cpu_reason = self.cuda_reason = "SPLADE_FAST_REFERENCE=1 is set"
             return
         try:
-            facts = importlib.import_module("splade_fast._C")
-        except ImportError as error:
+            self.built = _read_build_facts()
+        except OSError as error:
             self.cpu_reason = self.cuda_reason = f"the package was not built ({error})"
             return
-        self.built = facts.build_facts()
         _check_versions(self.built)
         torch.ops.load_library(_FOLDER / "_ops_cpu.so")
         self.cuda_reason = self._load_cuda()
@@ -98,6 +97,30 @@ class _State:
             return f"torch {torch.__version__} has no CUDA"
         torch.ops.load_library(library)
         return None
+
+
+def _read_build_facts() -> dict[str, Any]:
+    """Return the facts that the build recorded.
+
+    The libraries of the ops serve every version of Python, the module `_C` one version. Other
+    versions read the same facts from the library.
+
+    Raises:
+        OSError: the package was not built.
+    """
+    try:
+        return dict(importlib.import_module("splade_fast._C").build_facts())
+    except ImportError:
+        text = _call_library("splade_fast_build_facts")
+    return dict(line.split("=", 1) for line in (text or "").splitlines())
+
+
+def _call_library(name: str) -> str | None:
+    """Call a C function of the CPU library that returns a string or null."""
+    function = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so"))[name]
+    function.restype = ctypes.c_char_p
+    returned: bytes | None = function()
+    return returned.decode() if returned is not None else None
 
 
 def _check_versions(built: dict[str, Any]) -> None:
@@ -162,10 +185,7 @@ def cpu_instruction_set() -> str | None:
     """
     if _STATE.cpu_reason is not None:
         return None
-    name = ctypes.CDLL(str(_FOLDER / "_ops_cpu.so")).splade_fast_cpu_instruction_set
-    name.restype = ctypes.c_char_p
-    chosen: bytes | None = name()
-    return chosen.decode() if chosen is not None else None
+    return _call_library("splade_fast_cpu_instruction_set")
 
 
 _STATE = _State()

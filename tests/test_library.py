@@ -37,6 +37,14 @@ def test_build_info():
     assert info["built"]["cuda_kernels"] == ("head_sm90a" if has_sm90a else "")
 
 
+def test_facts_for_a_python_without_the_module(monkeypatch):
+    """The library tells the same facts as the module `_C`, which serves one version of Python."""
+    facts = _library._read_build_facts()
+    monkeypatch.setitem(sys.modules, "splade_fast._C", None)  # import raises ImportError
+    assert _library._read_build_facts() == facts
+    assert facts["compiler"]
+
+
 def test_the_cuda_library_waits_for_a_torch_with_cuda():
     """The CUDA library is loaded only if torch has CUDA."""
     info = sf.build_info()

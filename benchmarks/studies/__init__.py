@@ -7,6 +7,7 @@ first word is the part of the study. A new one is found by its name.
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import cast
 
 from benchmarks.harness.results import Measurement
@@ -21,5 +22,13 @@ def names() -> list[str]:
 
 
 def load(name: str, rounds: Rounds) -> Mapping[str, Measure]:
-    module = importlib.import_module(f"{__name__}.{name}")
-    return cast(Mapping[str, Measure], module.measurements(rounds))
+    return cast(Mapping[str, Measure], _module(name).measurements(rounds))
+
+
+def device(name: str) -> str:
+    """Return the device of a study: "cpu", or `DEVICE` of its module."""
+    return str(getattr(_module(name), "DEVICE", "cpu"))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
