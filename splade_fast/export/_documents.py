@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from splade_fast.export._ids import DocumentId, plain_ids
 from splade_fast.ops.sparse_rows import SparseRows
 
 _ENTRIES_AT_ONCE = 2**18
 _EMPTY = ("keep", "skip", "error")
-DocumentId = str | int
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Documents:
     """Consecutive documents, whose entries are concatenated.
 
     Args:
+        rows: row numbers of the documents.
         ids: ids of the documents.
         extras: a value for each document, such as its text; None for each if there are none.
         lengths: (documents,) int64, number of entries of each document.
@@ -30,6 +31,7 @@ class Documents:
         values: (entries,) float32 or float64, or int64 once quantised.
     """
 
+    rows: list[int]
     ids: list[DocumentId]
     extras: list[Any]
     lengths: np.ndarray
@@ -46,27 +48,32 @@ class Documents:
 
 def check_arguments(
     rows: SparseRows,
-    ids: Sequence[DocumentId] | None,
+    ids: Iterable[DocumentId] | None,
     empty: str,
     extras: Iterable[Any] | None = None,
     extras_name: str = "payloads",
-) -> None:
-    """Check the arguments of an export before a row is read.
+    **id_rules: Any,
+) -> list[DocumentId] | None:
+    """Check the arguments of an export before a row is read, and return its ids.
+
+    Args:
+        rows, ids, empty, extras, extras_name: see `iterate_documents`.
+        id_rules: the arguments of `plain_ids`.
 
     Raises:
-        TypeError: rows are not SparseRows.
-        ValueError: there is not one id or extra for each row, `empty` is unknown, or `empty` is
-            "error" and a row has no entries.
+        TypeError: rows are not SparseRows, or an id is neither a string nor an integer.
+        ValueError: the format cannot hold an id, there is not one id or extra for each row, `empty`
+            is unknown, or `empty` is "error" and a row has no entries.
     """
     if not isinstance(rows, SparseRows):
         raise TypeError(f"rows must be SparseRows, got {type(rows).__name__}")
-    for name, values in (("ids", ids), (extras_name, extras)):
-        if isinstance(values, Sized) and len(values) != len(rows):
-            raise ValueError(f"{name} must be one per row, {len(rows)}, got {len(values)}")
+    if isinstance(extras, Sized) and len(extras) != len(rows):
+        raise ValueError(f"{extras_name} must be one per row, {len(rows)}, got {len(extras)}")
     if empty not in _EMPTY:
         raise ValueError(f"empty must be one of {', '.join(map(repr, _EMPTY))}, got {empty!r}")
     if empty == "error" and not bool(rows.lengths.all()):
         raise _empty_row_error(int((rows.lengths == 0).nonzero()[0]))
+    return None if ids is None else plain_ids(ids, len(rows), **id_rules)
 
 
 def iterate_documents(
@@ -107,6 +114,7 @@ def iterate_documents(
             count = len(part)
             numbers = range(start, start + count)
             chunk = Documents(
+                rows=list(numbers),
                 ids=[str(n) for n in numbers] if ids is None else list(ids[start : start + count]),
                 extras=[None] * count if remaining is None else list(islice(remaining, count)),
                 **_entries(part),
@@ -174,6 +182,7 @@ def _drop_empty(chunk: Documents, start: int, empty: str) -> None:
         return
     if empty == "error":  # emptied by rounding; check_arguments has found all others
         raise _empty_row_error(start + int(np.argmin(kept_mask)))
+    chunk.rows = list(compress(chunk.rows, kept_mask))
     chunk.ids = list(compress(chunk.ids, kept_mask))
     chunk.extras = list(compress(chunk.extras, kept_mask))
     chunk.lengths = chunk.lengths[kept_mask]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from splade_fast._atomic_files import new_folder
@@ -21,15 +23,77 @@ def name_columns(
     num_cols: int,
     is_usable: Callable[[str], bool] = bool,
 ) -> list[str]:
-    """Return the names of `columns.name_columns`, or the column numbers without `id_to_token`."""
+    """Return the names of `columns.name_columns`, or the column numbers without `id_to_token`.
+
+    A name that UTF-8 cannot encode is not usable either.
+    """
     if id_to_token is None:
         return [str(column) for column in range(num_cols)]
-    return columns.name_columns(id_to_token, num_cols, is_usable)
+    return columns.name_columns(
+        id_to_token, num_cols, lambda name: is_encodable(name) and is_usable(name)
+    )
 
 
-def to_json(value: object) -> str:
-    """Return a value as compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def to_json(value: object, name: str) -> str:
+    """Return a value as compact JSON; NumPy's numbers and arrays become JSON's.
+
+    Args:
+        value: the value.
+        name: name of the value in messages.
+
+    Raises:
+        TypeError: an object has a key that is not a string.
+        ValueError: JSON in UTF-8 cannot represent the value, such as NaN or a lone surrogate.
+    """
+    try:
+        text = json.dumps(
+            value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_to_python
+        )
+    except (TypeError, ValueError) as error:
+        got = f"{reprlib.repr(value)}: {error}"
+        raise ValueError(f"{name} must hold what JSON can represent, got {got}") from error
+    if not is_encodable(text):
+        raise ValueError(f"{name} must be text that UTF-8 can encode, got {reprlib.repr(text)}")
+    _check_keys(value, name)
+    return text
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether UTF-8 can encode a text, which it cannot if surrogates stand alone."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_keys(value: object, name: str) -> None:
+    """Raise TypeError if an object has a key that is not a string, which might equal another."""
+    if isinstance(value, Mapping):
+        for key, member in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} must have strings as keys, got {key!r}")
+            _check_keys(member, name)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            _check_keys(member, name)
+
+
+def _to_python(value: object) -> object:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON type")
+
+
+def check_payload(payload: object, row: int) -> None:
+    """Raise TypeError if a payload is neither a mapping nor None."""
+    if not isinstance(payload, Mapping | None):
+        got = type(payload).__name__
+        raise TypeError(f"payloads must be mappings, got {got} in row {row}")
 
 
 def number_format(rows: SparseRows) -> str:
@@ -39,7 +103,7 @@ def number_format(rows: SparseRows) -> str:
 
 def make_templates(names: Sequence[str], number: str) -> list[str]:
     """Return for each name the template `"name":%format` of a JSON key and number."""
-    return [to_json(name).replace("%", "%%") + ":" + number for name in names]
+    return [to_json(name, "id_to_token").replace("%", "%%") + ":" + number for name in names]
 
 
 def format_vectors(chunk: Documents, fields: Sequence[str]) -> Iterator[str]:
@@ -74,5 +138,8 @@ def write_texts_and_vectors(
 
 def _text_and_vector_lines(chunk: Documents, fields: Sequence[str], text_key: str) -> Iterator[str]:
     vectors = format_vectors(chunk, fields)
-    for id_, text, vector in zip(chunk.ids, chunk.extras, vectors, strict=True):
-        yield f'{{"id":{to_json(str(id_))},"{text_key}":{to_json(text or "")},"vector":{vector}}}\n'
+    for row, id_, text, vector in zip(chunk.rows, chunk.ids, chunk.extras, vectors, strict=True):
+        if not isinstance(text, str | None):
+            raise TypeError(f"texts must be strings, got {type(text).__name__} in row {row}")
+        name, content = to_json(str(id_), "ids"), to_json(text or "", f"texts[{row}]")
+        yield f'{{"id":{name},"{text_key}":{content},"vector":{vector}}}\n'

@@ -6,13 +6,16 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from splade_fast.export._documents import DocumentId, check_arguments, iterate_documents
+from splade_fast.export._documents import check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
     make_templates,
     name_columns,
     write_texts_and_vectors,
 )
 from splade_fast.ops.sparse_rows import SparseRows
+
+_MAX_ID_BYTES = 32766  # Lucene indexes an id as one term
 
 
 def write_anserini(
@@ -36,7 +39,9 @@ def write_anserini(
     Args:
         rows: (N, V), weights above 0.
         path: folder to write, with a file `documents.jsonl`; must not exist.
-        ids: ids of the documents, unique; the row numbers by default.
+        ids: ids of the documents, unique, without white space, which ends an id in the TREC runs
+            that Anserini writes, and of at most 32,766 bytes, as Lucene's terms; the row numbers
+            by default.
         id_to_token: names of the columns; the column numbers by default.
         texts: a text for each row, stored as `contents` but not searched.
         scale: factor of the weights.
@@ -60,7 +65,9 @@ def write_anserini(
         >>> open("anserini/documents.jsonl").readline()
         '{"id":"d1","contents":"","vector":{"dog":150}}\\n'
     """
-    check_arguments(rows, ids, empty, texts, "texts")
+    ids = check_arguments(
+        rows, ids, empty, texts, "texts", max_bytes=_MAX_ID_BYTES, allows_white_space=False
+    )
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and above 0, got {scale}")
     names = name_columns(id_to_token, rows.num_cols, lambda name: len(name.split()) == 1)

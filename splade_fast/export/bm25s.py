@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
+from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import name_columns
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -33,7 +34,7 @@ def write_bm25s(
         rows: (N, V); 16-bit values become float32.
         path: folder to write; must not exist. Its file `ids.json` lists the ids by bm25s's document
             number.
-        ids: ids of the documents; the row numbers by default.
+        ids: ids of the documents, unique; the row numbers by default.
         id_to_token: names of the columns; the column numbers by default.
         empty: "keep", "skip" or "error" for documents without entries. bm25s accepts them.
         show_progress: draw two progress bars, since the rows are read twice.
@@ -52,7 +53,7 @@ def write_bm25s(
         >>> sf.export.write_bm25s(rows, "bm25s", ["d1", "d2"], id_to_token=["fox", "dog"])
         2
     """
-    check_arguments(rows, ids, empty)
+    ids = check_arguments(rows, ids, empty)
     names = name_columns(id_to_token, rows.num_cols)
 
     def chunks(description: str) -> Iterator[Documents]:

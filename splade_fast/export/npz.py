@@ -10,12 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import (
-    DocumentId,
-    Documents,
-    check_arguments,
-    iterate_documents,
-)
+from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -35,7 +31,7 @@ def write_npz(
     Args:
         rows: (N, V); 16-bit values become float32.
         path: folder to write; must not exist.
-        ids: ids of the documents; the row numbers by default.
+        ids: ids of the documents, unique; the row numbers by default.
         compressed: compress the arrays.
         empty: "keep", "skip" or "error" for rows without entries.
         show_progress: draw two progress bars, since the rows are read twice.
@@ -54,7 +50,7 @@ def write_npz(
         >>> sf.export.write_npz(rows, "npz", ["d1", "d2"])
         2
     """
-    check_arguments(rows, ids, empty)
+    ids = check_arguments(rows, ids, empty)
 
     def chunks(description: str) -> Iterator[Documents]:
         return iterate_documents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,8 +10,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
-from splade_fast.export._json_lines import number_format, to_json, write_lines
+from splade_fast._checks import check_count
+from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId, plain_id
+from splade_fast.export._json_lines import check_payload, number_format, to_json, write_lines
 from splade_fast.ops.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ def qdrant_id(document_id: DocumentId) -> DocumentId:
         document_id: id of the document.
 
     Raises:
+        TypeError: document_id is neither a string nor an integer.
         ValueError: document_id is a negative or too large integer.
 
     Example::
@@ -40,6 +44,7 @@ def qdrant_id(document_id: DocumentId) -> DocumentId:
         >>> sf.export.qdrant_id("d1")
         '0d6226ff-31c7-5210-955e-fa79b20e54eb'
     """
+    document_id = plain_id(document_id)
     if isinstance(document_id, str):
         return _number_or_uuid(document_id)
     if not 0 <= document_id < _NUM_IDS:
@@ -60,8 +65,8 @@ def qdrant_points(
 
     Args:
         rows: (N, V).
-        ids: ids of the documents, unique; the row numbers by default. A point has the id
-            `qdrant_id(id)`, and the document's id in its payload under "id".
+        ids: ids of the documents; the row numbers by default. A point has the id `qdrant_id(id)`,
+            which must be unique, and the document's id in its payload under "id".
         payloads: a payload for each row; its "id" replaces the document's.
         vector_name: name of the sparse vector in the collection.
         empty: "keep", "skip" or "error" for documents without entries. Qdrant accepts them, but
@@ -81,7 +86,7 @@ def qdrant_points(
         [17, 18]
     """
     models = _import_models()
-    check_arguments(rows, ids, empty, payloads)
+    ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
     return _points(
         models,
         iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress),
@@ -111,7 +116,8 @@ def upload_to_qdrant(
 
     Raises:
         TypeError, ValueError, ImportError: see `qdrant_points`; or batch_size is below 1. Invalid
-            arguments raise before anything is sent, invalid weights when their row is reached.
+            arguments raise before anything is sent; invalid weights, and invalid payloads of an
+            iterator, when their row is reached.
 
     Example::
 
@@ -123,8 +129,11 @@ def upload_to_qdrant(
         2
     """
     models = _import_models()
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = check_count("batch_size", batch_size, 1)
+    if isinstance(payloads, Sequence):
+        for row, payload in enumerate(payloads):
+            check_payload(payload, row)
+            to_json(payload, f"payloads[{row}]")
     points = qdrant_points(
         rows,
         ids,
@@ -171,13 +180,14 @@ def write_qdrant(
         >>> sf.export.write_qdrant(rows, "qdrant", [17, 18])
         2
     """
-    check_arguments(rows, ids, empty, payloads)
+    ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
+    vector_key = to_json(vector_name, "vector_name")
     chunks = iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress)
     number = number_format(rows)
     with new_folder(path) as folder:
         return write_lines(
             folder / "points.jsonl",
-            (_lines(chunk, to_json(vector_name), number) for chunk in chunks),
+            (_lines(chunk, vector_key, number) for chunk in chunks),
         )
 
 
@@ -185,30 +195,33 @@ def _points(models: Any, chunks: Iterable[Documents], vector_name: str) -> Itera
     for chunk in chunks:
         columns, values = chunk.columns.tolist(), chunk.values.tolist()
         for id_, payload, (start, stop) in zip(
-            chunk.ids, chunk.extras, pairwise(chunk.bounds()), strict=True
+            chunk.ids, _payloads(chunk), pairwise(chunk.bounds()), strict=True
         ):
             vector = models.SparseVector(indices=columns[start:stop], values=values[start:stop])
             yield models.PointStruct(
-                id=qdrant_id(id_), vector={vector_name: vector}, payload=_payload(id_, payload)
+                id=qdrant_id(id_), vector={vector_name: vector}, payload=json.loads(payload)
             )
 
 
 def _lines(chunk: Documents, vector_name: str, number: str) -> Iterator[str]:
     columns, values = chunk.columns.tolist(), chunk.values.tolist()
     for id_, payload, (start, stop) in zip(
-        chunk.ids, chunk.extras, pairwise(chunk.bounds()), strict=True
+        chunk.ids, _payloads(chunk), pairwise(chunk.bounds()), strict=True
     ):
         indices = ",".join(map(str, columns[start:stop]))
         weights = ",".join([number] * (stop - start)) % tuple(values[start:stop])
         yield (
-            f'{{"id":{to_json(qdrant_id(id_))},"vector":{{{vector_name}:'
+            f'{{"id":{to_json(qdrant_id(id_), "ids")},"vector":{{{vector_name}:'
             f'{{"indices":[{indices}],"values":[{weights}]}}}},'
-            f'"payload":{to_json(_payload(id_, payload))}}}\n'
+            f'"payload":{payload}}}\n'
         )
 
 
-def _payload(document_id: DocumentId, payload: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"id": document_id, **(payload or {})}
+def _payloads(chunk: Documents) -> Iterator[str]:
+    """Yield the payload of each document, with its id, as JSON."""
+    for row, id_, payload in zip(chunk.rows, chunk.ids, chunk.extras, strict=True):
+        check_payload(payload, row)
+        yield to_json({"id": id_, **(payload or {})}, f"payloads[{row}]")
 
 
 def _number_or_uuid(text: str) -> DocumentId:

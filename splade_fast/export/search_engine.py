@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import DocumentId, Documents, check_arguments, iterate_documents
+from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
+    check_payload,
     format_vectors,
     make_templates,
     name_columns,
@@ -19,6 +21,7 @@ from splade_fast.export._json_lines import (
 )
 from splade_fast.ops.sparse_rows import SparseRows
 
+_MAX_ID_BYTES = 512  # limit of both engines
 _FIELD_TYPES = ("rank_features", "sparse_vector")
 Query = dict[str, Any]
 
@@ -43,7 +46,7 @@ def write_opensearch(
     Args:
         rows: (N, V), weights above 0.
         path: folder to write; must not exist.
-        ids: ids of the documents, unique; the row numbers by default.
+        ids: ids of the documents, unique, of at most 512 bytes; the row numbers by default.
         id_to_token: names of the columns; the column numbers by default.
         payloads: further fields of each document.
         field: name of the field.
@@ -202,7 +205,8 @@ def _write_bulk(
     empty: str,
     show_progress: bool,
 ) -> int:
-    check_arguments(rows, ids, empty, payloads)
+    ids = check_arguments(rows, ids, empty, payloads, max_bytes=_MAX_ID_BYTES)
+    to_json(field, "field")
     _check_field_type(field_type)
     fields = make_templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))
     chunks = iterate_documents(
@@ -217,15 +221,16 @@ def _write_bulk(
 
 
 def _bulk_lines(chunk: Documents, fields: Sequence[str], field: str) -> Iterator[str]:
-    name = to_json(field)
+    name = to_json(field, "field")
     vectors = format_vectors(chunk, fields)
-    for id_, payload, vector in zip(chunk.ids, chunk.extras, vectors, strict=True):
+    for row, id_, payload, vector in zip(chunk.rows, chunk.ids, chunk.extras, vectors, strict=True):
+        check_payload(payload, row)
         others = ""
         if payload:
             if field in payload:
                 raise ValueError(f"payloads must not have the field {field!r}, got one of {id_!r}")
-            others = "," + to_json(dict(payload))[1:-1]
-        yield f'{{"index":{{"_id":{to_json(str(id_))}}}}}\n{{{name}:{vector}{others}}}\n'
+            others = "," + to_json(payload, f"payloads[{row}]")[1:-1]
+        yield f'{{"index":{{"_id":{to_json(str(id_), "ids")}}}}}\n{{{name}:{vector}{others}}}\n'
 
 
 def _feature_names(

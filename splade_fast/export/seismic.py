@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from splade_fast.export._documents import DocumentId, check_arguments, iterate_documents
+from splade_fast.export._documents import check_arguments, iterate_documents
+from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
     make_templates,
     name_columns,
@@ -56,7 +57,7 @@ def write_seismic(
         >>> open("seismic/documents.jsonl").readline()
         '{"id":"d1","content":"","vector":{"dog":1.5}}\\n'
     """
-    check_arguments(rows, ids, empty, texts, "texts")
+    ids = check_arguments(rows, ids, empty, texts, "texts")
     fields = make_templates(name_columns(id_to_token, rows.num_cols), number_format(rows))
     chunks = iterate_documents(
         rows,

@@ -27,7 +27,7 @@ def rows() -> SparseRows:
 
 @pytest.fixture
 def ids(rows: SparseRows) -> list[str]:
-    return [f'document "{number}"' for number in range(len(rows))]
+    return [f'document-"{number}"' for number in range(len(rows))]
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Behaviour that all formats share: errors, chunks of rows, complete folders or none."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -146,6 +149,118 @@ def test_names_from_a_mapping_and_too_few_of_them(name, rows, tmp_path):
     text = b"".join(files(as_list).values()).decode(errors="replace")
     assert f"[#{NUM_COLS - 1}]" in text
     assert f"[#{NUM_COLS - 2}]" in text
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (["a", "", "c"], ValueError, "not be empty, got '' in row 1"),
+        (["a", "b", "a"], ValueError, "unique, got 'a' in row 0 and 'a' in row 2"),
+        ([17, "b", "17"], ValueError, "unique, got 17 in row 0 and '17' in row 2"),
+        (["a", "b\ud800", "c"], ValueError, r"UTF-8 can encode, got 'b\\ud800' in row 1"),
+        (["a", None, "c"], TypeError, "strings or integers, got NoneType in row 1"),
+        ([1, 2, True], TypeError, "strings or integers, got bool in row 2"),
+        ([1, 2, 3.0], TypeError, "strings or integers, got float in row 2"),
+        ("abc", TypeError, "a list of ids, got str"),
+    ],
+)
+def test_ids_that_no_format_holds_are_refused(write, ids, error, message, tmp_path):
+    with pytest.raises(error, match=f"ids must .*{message}"):
+        write(SparseRows.from_dense(torch.ones(3, 2)), ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "id_", "message"),
+    [
+        ("anserini", "a b", "no white space for this format, got 'a b'"),
+        ("anserini", "a\t", r"no white space for this format, got 'a\\t'"),
+        ("anserini", "ü" * 16384, "at most 32766 bytes for this format, got 32768 bytes"),
+        ("elasticsearch", "ü" * 257, "at most 512 bytes for this format, got 514 bytes"),
+        ("opensearch", "x" * 513, "at most 512 bytes for this format, got 513 bytes"),
+        ("qdrant", -1, "between 0 and .*, got -1"),
+    ],
+)
+def test_ids_that_a_format_cannot_hold_are_refused(name, id_, message, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(3, 2))
+    with pytest.raises(ValueError, match=f"ids must .*{message}.* in row 2"):
+        WRITERS[name](rows, tmp_path / "out", [7, "b", id_], show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_of_numpy_are_written_as_those_of_python(write, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(2, 2))
+    write(rows, [17, 5])
+    (tmp_path / "out").rename(tmp_path / "plain")
+    write(rows, np.array([17, 5]))
+    found, plain = files(tmp_path / "out"), files(tmp_path / "plain")
+    assert found.keys() == plain.keys()
+    for name in found.keys() - {"vectors.npz"}:  # a zip file contains the time
+        assert found[name] == plain[name]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (float("nan"), ValueError, "hold what JSON can represent, got .*nan"),
+        (np.float32("inf"), ValueError, "hold what JSON can represent, got .*inf"),
+        (
+            {"deep": [1, {"er": np.array([0.5, np.nan])}]},
+            ValueError,
+            "hold what JSON can represent",
+        ),
+        ({float("nan"): 1}, ValueError, "hold what JSON can represent"),
+        ({1: "a", "1": "b"}, TypeError, "have strings as keys, got 1"),
+        ([{"deep": {True: 1}}], TypeError, "have strings as keys, got True"),
+        ({1, 2}, ValueError, "hold what JSON can represent, got .*set is not a JSON type"),
+        ("a\ud800", ValueError, "be text that UTF-8 can encode"),
+        ({"a\udfff": 1}, ValueError, "be text that UTF-8 can encode"),
+    ],
+)
+@pytest.mark.parametrize("name", WITH_PAYLOADS)
+def test_payloads_that_are_no_json_are_refused(name, value, error, message, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(3, 2))
+    payloads = [{}, {}, {"x": value}]
+    with pytest.raises(error, match=rf"payloads\[2\] must {message}"):
+        WRITERS[name](rows, tmp_path / "out", payloads=iter(payloads), show_progress=False)
+    with pytest.raises(TypeError, match="payloads must be mappings, got list in row 1"):
+        WRITERS[name](rows, tmp_path / "out", payloads=[{}, [1], {}], show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", WITH_PAYLOADS)
+def test_payloads_of_numpy_are_written_as_numbers(name, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(1, 2))
+    payload = {"page": np.int64(3), "part": np.float32(0.5), "tags": np.array([1, 2])}
+    WRITERS[name](rows, tmp_path / "out", payloads=[payload], show_progress=False)
+    file = "points.jsonl" if name == "qdrant" else "bulk.ndjson"
+    *_, line = (tmp_path / "out" / file).read_text().splitlines()
+    written = json.loads(line)
+    found = written["payload"] if name == "qdrant" else written
+    assert {key: found[key] for key in payload} == {"page": 3, "part": 0.5, "tags": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (float("nan"), TypeError, "texts must be strings, got float in row 1"),
+        ("a\ud800", ValueError, r"texts\[1\] must be text that UTF-8 can encode"),
+    ],
+)
+@pytest.mark.parametrize("name", WITH_TEXTS)
+def test_texts_that_are_no_text_are_refused(name, text, error, message, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(2, 2))
+    with pytest.raises(error, match=message):
+        WRITERS[name](rows, tmp_path / "out", texts=["x", text], show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", WITH_TOKENS)
+def test_names_that_utf8_cannot_encode_are_replaced(name, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(1, 2))
+    write = WRITERS[name]
+    write(rows, tmp_path / "out", id_to_token=["fox", "a\ud800"], show_progress=False)
+    assert b"[#1]" in b"".join(files(tmp_path / "out").values())
 
 
 def test_a_progress_bar_is_drawn_on_request(write, capfd):

@@ -89,6 +89,19 @@ def test_columns_beyond_the_tokenizer_are_named_by_their_number(tmp_path):
     assert json.loads(line)["vector"] == {"<unk>": 1.5, "fox": 1.0, "<mask>": 0.5, "[#6]": 2.0}
 
 
+def test_ids_that_the_format_cannot_hold_exit_with_2(rows, model, tmp_path):
+    ids = ["d1", "d2", "x" * 513, "a b"]
+    Index(rows, ids, IndexMeta(str(model), 256, None)).save(tmp_path / "index")
+    for name, message in [
+        ("opensearch", "ids must have at most 512 bytes for this format, got 513 bytes in row 2"),
+        ("anserini", "ids must have no white space for this format, got 'a b' in row 3"),
+    ]:
+        result = invoke(tmp_path / "index", tmp_path / "out", "--format", name)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_exits_with_2(index, tmp_path):
     out = tmp_path / "out"
     for arguments, message in [

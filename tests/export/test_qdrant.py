@@ -4,6 +4,7 @@ import json
 import sys
 import uuid
 
+import numpy as np
 import pytest
 import torch
 from qdrant_client import QdrantClient, models
@@ -102,6 +103,36 @@ def test_other_texts_become_uuids_of_their_own():
     assert export.qdrant_id("d1") == "0d6226ff-31c7-5210-955e-fa79b20e54eb"  # fixed for all time
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "stored"),
+    [
+        (17, "17", "17"),
+        (
+            "123e4567-e89b-12d3-a456-426614174000",
+            "{123E4567E89B12D3A456426614174000}",
+            "'123e4567-e89b-12d3-a456-426614174000'",
+        ),
+        ("d1", "0d6226ff-31c7-5210-955e-fa79b20e54eb", "'0d6226ff-31c7-5210-955e-fa79b20e54eb'"),
+    ],
+)
+def test_documents_of_one_point_are_refused(client, tmp_path, one, other, stored):
+    rows = SparseRows.from_dense(torch.ones(3, 2))
+    message = f"ids must be unique, got {one!r} in row 0 and {other!r} in row 2, .* as {stored}$"
+    with pytest.raises(ValueError, match=message):
+        export.write_qdrant(rows, tmp_path / "out", [one, "b", other], show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        export.upload_to_qdrant(client, "documents", rows, [one, "b", other])
+    assert list(tmp_path.iterdir()) == []
+    assert not client.collection_exists("documents")
+
+
+def test_ids_of_other_types_are_refused_as_points():
+    assert export.qdrant_id(np.int64(17)) == 17
+    for id_ in (True, 1.0, None):
+        with pytest.raises(TypeError, match="ids must be strings or integers, got "):
+            export.qdrant_id(id_)
+
+
 @pytest.mark.parametrize("number", [-1, 2**64])
 def test_numbers_out_of_range_are_refused(number):
     with pytest.raises(ValueError, match=f"ids must be between 0 and .*, got {number}"):
@@ -113,6 +144,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(client, rows):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"ids": ["a"]}, "ids must be one per row, 40, got 1"),
         ({"empty": "error"}, "got an empty row 0"),
+        ({"payloads": [{}] * 39 + [{"x": float("nan")}]}, r"payloads\[39\] must hold"),
     ]:
         with pytest.raises(ValueError, match=message):
             export.upload_to_qdrant(client, "documents", rows, **options)
