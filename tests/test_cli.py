@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_bad_corpora_exit_with_2(tmp_path, model, content, message):
         ("[1]", "line 2: expected a JSON object, got '[1]'"),
         pytest.param("[" * 100_000, "line 2: expected a JSON object", id="deep"),
         pytest.param('{"id": ' + "1" * 5000, "line 2: expected a JSON object", id="long"),
-        ('{"id": "d2"}', r"line 2: expected the keys id (or _id) and text"),
+        ('{"id": "d2"}', "line 2: expected an id (id, _id, docid, "),
     ],
 )
 def test_bad_jsonl_exits_with_2(tmp_path, model, line, message):
@@ -152,9 +153,9 @@ def test_bad_jsonl_exits_with_2(tmp_path, model, line, message):
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        ("q1 0 d1\tone\n", "line 1: expected a whole number as relevance, got 'one'"),
+        ("q1 0 d1 one\n", "line 1: expected a whole number of at most 6 digits as relevance"),
         ("q1 d1\n", "line 1: expected query document relevance"),
-        ("q1 d1 1\nq1 0 d1 1\n", "line 2: q1 d1 is judged a second time"),
+        ("q1 d1 1\nq1 0 d1 2\n", "line 2: q1 d1 must be judged 1 as before, got 2"),
         ("q9 d1 1\n", "qrels must judge ids of the queries alone, got 'q9'"),
         ("", "must hold at least one judgement, got none"),
     ],
@@ -192,6 +193,32 @@ def test_a_query_of_undecodable_bytes_exits_with_2(index):
     assert result.output == (
         "Error: QUERY must be Unicode text, got the lone surrogate '\\udcff' at character 4\n"
     )
+
+
+def test_a_corpus_with_a_lone_surrogate_is_not_encoded(tmp_path, model):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"_id": "d1", "text": "fox"}\n{"_id": "d2", "text": "\\ud800"}\n')
+    result = invoke("encode", corpus, tmp_path / "index", "--model", model)
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        f"Error: {corpus}, line 2: text must be Unicode text, got the lone surrogate '\\ud800' "
+        "at character 0\n"
+    )
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_pipe_of_documents_is_refused_and_one_of_queries_searched(index, files, model):
+    source, target = os.pipe()
+    with os.fdopen(source), os.fdopen(target, "w") as file:
+        file.write("q1\tfox\n")
+        file.close()
+        pipe = f"/dev/fd/{source}"
+        result = invoke("encode", pipe, files / "new", "--model", model)
+        assert result.exit_code == 2
+        assert f"{pipe} must be a file, since it is read several times, got a pipe" in result.stderr
+        result = invoke("search", index, "--queries", pipe, "--hits", 1)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("q1\t1\t")
 
 
 def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):

@@ -21,6 +21,7 @@ from splade_fast._atomic_files import new_folder, partial_folder
 from splade_fast._distributed import Ranks, fail_together, world_size
 from splade_fast.encoders.text_encoder import TextEncoder, check_positive
 from splade_fast.search.index import IndexMeta, join_index, resolve_model
+from splade_fast.search.lines import check_rereadable
 from splade_fast.search.texts import DataError, iterate_checked_texts, iterate_texts
 
 # The other ranks wait while the first rank reads the corpus or joins the index, however long that
@@ -54,8 +55,8 @@ def encode_corpus(
 
     Args:
         encoder: encoder of the documents, the same on all ranks, each on its own device.
-        corpus: a file of texts that all ranks can read: .jsonl lines with `id` and `text`, or
-            `id<TAB>text` lines.
+        corpus: a file of texts that all ranks can read: `id<TAB>text` lines, or JSON lines in the
+            formats of `splade_fast.search.texts.read_texts`; not a pipe.
         index: folder to write, on a file system that all ranks share; must not exist.
         model: hub name or folder of the model for queries; stored in the index.
         k: keep at most the k largest entries of each vector.
@@ -102,6 +103,7 @@ def encode_corpus(
         checked = _Fingerprint()
         with fail_together("checking the corpus", group):
             if rank == 0:
+                check_rereadable(corpus)
                 ids = [text_id for text_id, _ in checked.track(iterate_checked_texts(corpus))]
         if group is not None:
             checked = checked.of_first_rank(group)

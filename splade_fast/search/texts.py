@@ -1,22 +1,43 @@
-"""Readers of corpora, queries and relevance judgements in TSV and JSONL files."""
+"""Readers of corpora and queries in TSV and JSONL files."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
-Qrels = dict[str, dict[str, int]]
+from splade_fast._checks import check_unicode
+from splade_fast.search.lines import (
+    DataError,
+    is_json_lines,
+    parse_id,
+    parse_json_object,
+    parse_lines,
+    quote_start,
+)
+from splade_fast.search.qrels import Qrels, read_qrels
 
+__all__ = [
+    "DataError",
+    "Qrels",
+    "Texts",
+    "iterate_checked_texts",
+    "iterate_texts",
+    "read_qrels",
+    "read_texts",
+]
 
-class DataError(ValueError):
-    """Error in a file of texts or judgements; the message names the line and the reason."""
+# Names of keys and columns in the files of BEIR, Tevatron, Anserini and others, best first.
+_ID_NAMES = ("id", "_id", "docid", "doc_id", "query_id", "qid", "pid")
+_TEXT_NAMES = ("text", "contents", "query", "passage", "document")
+_PARTS = {
+    **dict.fromkeys(_ID_NAMES, "id"),
+    **dict.fromkeys(_TEXT_NAMES, "text"),
+    "title": "title",
+}
 
 
 @dataclass
@@ -33,12 +54,23 @@ class Texts:
 def read_texts(path: str | os.PathLike[str]) -> Texts:
     """Read a corpus or queries.
 
-    A .jsonl or .ndjson file holds one object per line with `text`, an id under `id` or `_id`, and
-    optionally `title`, which is put before the text. Any other file holds `id<TAB>text` lines.
-    A file whose name ends in .gz is decompressed.
+    A file of JSON lines holds one object per line, with
+
+    - an id under `id`, `_id`, `docid`, `doc_id`, `query_id`, `qid` or `pid`: text or an integer;
+    - a text under `text`, `contents`, `query`, `passage` or `document`;
+    - optionally `title`, which is put before the text. It is not put before `contents`, which
+      holds all that Anserini indexes.
+
+    Where an object has several of these keys, the first one counts. Any other file holds
+    `id<TAB>text` lines. Its first line is a header if all its fields are such names, as in
+    `id<TAB>text<TAB>title`; it then tells the order of the columns.
+
+    A file is one of JSON lines if its name ends in .jsonl or .ndjson, or if its first line is a
+    JSON object. A file whose name ends in .gz is decompressed. A pipe is read as a file is.
 
     Raises:
-        DataError: the file is missing or has no texts, a line is malformed, or an id is repeated.
+        DataError: the file cannot be read or has no texts, a line is malformed, or an id is
+            repeated.
     """
     found = Texts([], [])
     for text_id, text in iterate_checked_texts(path):
@@ -68,109 +100,95 @@ def iterate_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
     return (parsed for _, parsed in _parse_texts(path))
 
 
-def read_qrels(path: str | os.PathLike[str]) -> Qrels:
-    """Read judgements as {query id: {document id: relevance}}.
+def _parse_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for location, parsed in parse_lines(Path(path), _TextParser(path)):
+        if parsed is not None:
+            yield location, parsed
 
-    Lines hold `query document relevance` (BEIR, with or without its header) or
-    `query 0 document relevance` (TREC), separated by white space.
+
+class _TextParser:
+    """Function that returns (id, text) of a line, or None for a header.
+
+    The name of the file or its first line tells the format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._parse: Callable[[str], tuple[str, str]] | None = None
+        if is_json_lines(path):
+            self._parse = _parse_json_line
+
+    def __call__(self, line: str) -> tuple[str, str] | None:
+        if self._parse is None:
+            header = _parse_header(line)
+            if header is not None:
+                self._parse = partial(_parse_columns, header)
+                return None
+            self._parse = _parse_json_line if _is_json_object(line) else _parse_tsv_line
+        return self._parse(line)
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and bool(parse_json_object(line))
+    except DataError:
+        return False
+
+
+def _parse_header(line: str) -> tuple[str, ...] | None:
+    """Return the part that each column holds, or None for a line that is no header.
 
     Raises:
-        DataError: the file is missing or has no judgements, a line is malformed, or a pair is
-            repeated.
+        DataError: the header names other columns than an id, a text and a title.
     """
-    qrels: Qrels = {}
-    for location, judgement in parse_lines(Path(path), _parse_qrels_line):
-        if judgement is None:  # the header
-            continue
-        query, document, relevance = judgement
-        if document in qrels.setdefault(query, {}):
-            raise DataError(f"{location}: {query} {document} is judged a second time")
-        qrels[query][document] = relevance
-    if not qrels:
-        raise DataError(f"{path} must hold at least one judgement, got none")
-    return qrels
+    fields = line.split("\t") if "\t" in line else line.split()
+    parts = tuple(_PARTS.get(field.strip().lower().replace("-", "_")) for field in fields)
+    if len(parts) < 2 or None in parts:
+        return None
+    found = tuple(part for part in parts if part is not None)
+    if sorted(found) not in (["id", "text"], ["id", "text", "title"]):
+        raise DataError(f"expected the columns id, text and perhaps title, got {quote_start(line)}")
+    return found
 
 
-def parse_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """Yield (file and line number, parsed line) for each line that is not blank."""
-    for number, line in enumerate(_read_lines(path), start=1):
-        location = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-            if text.strip():
-                yield location, parse(text)
-        except (DataError, UnicodeDecodeError) as error:
-            raise DataError(f"{location}: {error}") from error
-
-
-def is_json_lines(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file's name ends in .jsonl or .ndjson, or in one of these and .gz."""
-    return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-
-
-def _parse_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    parse = _parse_json_line if is_json_lines(path) else _parse_tsv_line
-    return parse_lines(Path(path), parse)
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
-    compressed = path.suffix.lower() == ".gz"
-    try:
-        with gzip.open(path) if compressed else path.open("rb") as file:
-            yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} must be a whole gzip file: {error}") from error
+def _parse_columns(parts: Sequence[str], line: str) -> tuple[str, str]:
+    # Only a text in the last column may hold tabs.
+    fields = line.split("\t", len(parts) - 1 if parts[-1] == "text" else -1)
+    if len(fields) != len(parts):
+        raise DataError(f"expected {len(parts)} columns, as in the header, got {len(fields)}")
+    values = dict(zip(parts, fields, strict=True))
+    return parse_id(values["id"]), _join(values.get("title"), values["text"])
 
 
 def _parse_tsv_line(line: str) -> tuple[str, str]:
     text_id, tab, text = line.partition("\t")
-    if not tab or not text_id:
+    if not tab:
         raise DataError(f"expected id<TAB>text, got {quote_start(line)}")
-    return text_id, text
-
-
-def parse_json_object(line: str) -> dict[str, Any]:
-    """Return the JSON object that a line holds.
-
-    Raises:
-        DataError: the line is not a JSON object.
-    """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deep
-        raise DataError(f"expected a JSON object, got {quote_start(line)} ({error})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, got {quote_start(line)}")
-    return record
+    return parse_id(text_id), text
 
 
 def _parse_json_line(line: str) -> tuple[str, str]:
     record = parse_json_object(line)
-    text_id = record.get("id", record.get("_id"))
-    text = record.get("text")
-    if not isinstance(text_id, str | int) or not isinstance(text, str):
-        raise DataError(f"expected the keys id (or _id) and text, got {quote_start(line)}")
-    title = record.get("title")
-    return str(text_id), f"{title} {text}" if title else text
-
-
-def _parse_qrels_line(line: str) -> tuple[str, str, int] | None:
-    fields = line.split()
-    if fields == ["query-id", "corpus-id", "score"]:
-        return None
-    if len(fields) not in (3, 4):
+    id_name, text_name = (_find_key(record, names) for names in (_ID_NAMES, _TEXT_NAMES))
+    if id_name is None or text_name is None:
         raise DataError(
-            f"expected query document relevance or query 0 document relevance, "
+            f"expected an id ({', '.join(_ID_NAMES)}) and a text ({', '.join(_TEXT_NAMES)}), "
             f"got {quote_start(line)}"
         )
-    try:
-        return fields[0], fields[-2], int(fields[-1])
-    except ValueError:
-        raise DataError(f"expected a whole number as relevance, got {fields[-1]!r}") from None
+    text_id = parse_id(record[id_name])
+    parts = {name: record.get(name) for name in (text_name, "title")}
+    for name, value in parts.items():
+        if value is not None:
+            if not isinstance(value, str):
+                raise DataError(f"expected text under the key {name}, got {quote_start(line)}")
+            check_unicode(name, value)
+    title = None if text_name == "contents" else parts["title"]
+    return text_id, _join(title, record[text_name])
 
 
-def quote_start(line: str, limit: int = 60) -> str:
-    """Return the start of a line in quotes, for a message."""
-    return repr(line if len(line) <= limit else line[:limit] + "…")
+def _find_key(record: dict[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first of the names whose value is not null."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def _join(title: str | None, text: str) -> str:
+    return f"{title} {text}" if title else text

@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+import os
 
 import pytest
 
@@ -77,6 +78,33 @@ def test_quotes_and_carriage_returns_of_tsv_mean_nothing(tmp_path):
         {"query": '"open', "document": 'a "quick" fox'},
         {"query": "who", "document": "dog"},
     ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffquery\tdocument\nwho\tdog\n",
+        "\ufeffwho\tdog\n",
+        "query\tdocument\rwho\tdog\r",
+        "Query\tPositive\tsource\nwho\tdog\tweb\n",  # an unknown column beside the known ones
+    ],
+)
+def test_marks_line_ends_and_headers_of_tsv_are_no_texts(tmp_path, content):
+    path = write(tmp_path / "train.tsv", content)
+    assert both(path) == [{"query": "who", "document": "dog"}]
+
+
+def test_a_header_is_no_example_where_columns_tell_the_parts(tmp_path):
+    path = write(tmp_path / "train.tsv", "query\tid\tdocument\nwho\t7\tdog\n")
+    expected = [{"query": "who", "document": "dog"}]
+    assert both(path, columns=["query", "-", "document"]) == expected
+    assert both(write(path, "who\t7\tdog\n"), columns=["query", "-", "document"]) == expected
+
+
+def test_a_header_of_ids_needs_their_texts(tmp_path):
+    path = write(tmp_path / "train.tsv", "qid\tpos_pid\tneg_pid\n1\t7\t8\n")
+    with pytest.raises(DataError, match="line 1: expected the columns .* got qid, pos_pid"):
+        load_training_data(path)
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "json", "parquet"])
@@ -208,6 +236,12 @@ def test_ids_of_texts_in_other_files(tmp_path):
     assert both(write(tmp_path / "own.tsv", "own words\t7\t8\n"), corpus=corpus) == [
         {"query": "own words", "document": "d7", "negatives": ["d8"]}
     ]
+    for value in (True, 7.0, None):
+        bad = write(
+            tmp_path / "bad.jsonl", jsonl([{"qid": value, "pids": [8, 9], "scores": [1, 0]}])
+        )
+        with pytest.raises(DataError, match=rf"line 1: query must be an id .* got {value!r}"):
+            load_training_data(bad, **files)
     write(triples, "1\t7\t8\n1\t5\t7\n")
     with pytest.raises(DataError, match=r"triples.tsv, line 2: document must be an id .* got '5'"):
         load_training_data(triples, **files)
@@ -252,6 +286,7 @@ BAD_ROWS = [
     ({**HARD[0], "negatives": ["n", ""]}, "negatives must not be empty"),
     ({**HARD[0], "negatives": ["n", 5]}, "negatives must be text, got 5"),
     ({**HARD[0], "query": None}, "query must be text, got None"),
+    ({**HARD[0], "document": "fox \ud800"}, r"document must be Unicode text, .* at character 4"),
     (
         {"query": "q", "document": "d"},
         "expected the columns of the first row, negatives is missing",
@@ -299,6 +334,17 @@ def test_sources_that_are_none(tmp_path):
         load_training_data(tmp_path / "missing.parquet")
     with pytest.raises(DataError, match="no such file: .*missing.txt"):
         load_training_data(write(tmp_path / "t.tsv", "1\t2\n"), queries=tmp_path / "missing.txt")
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(DataError, match="folder.tsv must be a file, got a folder"):
+        load_training_data(tmp_path / "folder.tsv")
+    source, target = os.pipe()
+    with os.fdopen(source), os.fdopen(target):
+        with pytest.raises(DataError, match="must be a file, .* got a pipe"):
+            load_training_data(f"/dev/fd/{source}")
+        with pytest.raises(DataError, match="must be a file, .* got a pipe"):
+            load_training_data(tmp_path / "t.tsv", corpus=f"/dev/fd/{source}")
+    with pytest.raises(DataError, match="utf16.tsv must be UTF-8, got UTF-16"):
+        load_training_data(write(tmp_path / "utf16.tsv", "q\td\n".encode("utf-16")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="must be a file, a folder of data or a dataset"):
         load_training_data(tmp_path / "empty")

@@ -116,6 +116,15 @@ def infer_part(name: str, lookups: TextLookups) -> str | None:
     return next((part for part, known in NUMBERS.items() if name in known), None)
 
 
+def infer_named_part(name: str) -> str | None:
+    """Return the part that a column of this name holds as texts, ids or numbers, or None."""
+    texts_or_numbers = infer_part(name, TextLookups())
+    if texts_or_numbers is not None:
+        return texts_or_numbers
+    name = name.strip().lower()
+    return next((part for part, known in _IDS.items() if name in known), None)
+
+
 def infer_kind(columns: Iterable[str]) -> Kind:
     """Return the kind of examples that have these columns of load_training_data.
 

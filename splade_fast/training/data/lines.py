@@ -7,8 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from splade_fast.search.texts import DataError, is_json_lines, parse_json_object, parse_lines
-from splade_fast.training.data.layout import Columns, Layout, TextLookups, infer_layout, infer_part
+from splade_fast.search.lines import DataError, is_json_lines, parse_json_object, parse_lines
+from splade_fast.training.data.layout import (
+    Columns,
+    Layout,
+    TextLookups,
+    infer_layout,
+    infer_named_part,
+)
 
 LINE_FILES = (".tsv", ".txt", ".jsonl", ".ndjson")  # also followed by .gz
 
@@ -50,24 +56,26 @@ def _read_json_lines(
 def _read_tsv(path: Path, columns: Columns | None, lookups: TextLookups) -> tuple[Layout, Rows]:
     lines = parse_lines(path, lambda line: line.split("\t"))
     place, fields = _read_first(lines, path)
-    if _is_header(fields, columns, lookups):
-        names = fields
-        renamed = columns if isinstance(columns, Mapping) else None
-        first = _read_first(lines, path)
-    else:
+    is_header = _is_header(fields, columns)
+    first = _read_first(lines, path) if is_header else (place, fields)
+    if is_header and (columns is None or isinstance(columns, Mapping)):
+        names, renamed = fields, columns
+    else:  # columns tell the parts, also in place of a header
         names = [f"column {number}" for number in range(1, len(fields) + 1)]
         renamed = dict(zip(names, _infer_parts(place, fields, columns, lookups), strict=True))
-        first = place, fields
     layout = _infer_layout(place, names, renamed, lookups)
     return layout, (
         (where, _name_fields(where, names, row)) for where, row in chain([first], lines)
     )
 
 
-def _is_header(fields: list[str], columns: Columns | None, lookups: TextLookups) -> bool:
-    if columns is not None:
-        return isinstance(columns, Mapping)
-    return all(infer_part(field, lookups) is not None for field in fields)
+def _is_header(fields: list[str], columns: Columns | None) -> bool:
+    """Return whether the first line names columns: all of them, or a query and a document."""
+    if isinstance(columns, Mapping):
+        return True
+    parts = [infer_named_part(field) for field in fields]
+    has_pair = "query" in parts and not {"document", "documents"}.isdisjoint(parts)
+    return None not in parts or has_pair
 
 
 def _infer_parts(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splade_fast._version import __version__
+from splade_fast.search.lines import check_rereadable
 from splade_fast.search.texts import DataError
 from splade_fast.training.data.layout import COLUMNS, Columns, Kind, Layout
 from splade_fast.training.data.lines import LINE_FILES, read_layout_and_rows
@@ -48,7 +49,8 @@ def load_training_data(
 
     A .tsv file needs no header. Two columns are query and document. Three columns are query,
     positive and negative, or query, document and label if the third field of the first line is a
-    number. The first line is a header if all its fields are known names.
+    number. The first line is a header if all its fields are known names, or if it names a query and
+    a document; other columns are then ignored.
 
     Args:
         source: a file (.tsv, .jsonl, .csv, .json or .parquet, each also with .gz), a folder of such
@@ -57,8 +59,8 @@ def load_training_data(
         streaming: whether to read row by row during the training. Otherwise all rows are converted
             first, into memory-mapped files.
         columns: {name: part} for columns whose names do not tell the part, or a list of parts for a
-            .tsv without a header. The parts are query, document, negatives, documents, label,
-            scores, positive_scores and negative_scores; "-" ignores a column.
+            .tsv, whose header they replace. The parts are query, document, negatives, documents,
+            label, scores, positive_scores and negative_scores; "-" ignores a column.
         queries: file for `splade_fast.search.texts.read_texts` with the texts of the queries, if
             the source holds ids, as MS MARCO's triples do. The texts are kept in memory. Prefer
             streaming=True, since the conversion would write a text once for each of its examples.
@@ -71,9 +73,9 @@ def load_training_data(
         A `datasets.Dataset`, or an `IterableDataset` with streaming=True or from a stream.
 
     Raises:
-        DataError: the source is missing, its columns are unknown, or a row is bad: an empty text, a
-            label out of range, lists of different lengths, too few negatives. The message names the
-            line or row. With streaming a row is checked when it is read.
+        DataError: the source is missing or a pipe, its columns are unknown, or a row is bad: an
+            empty text, a label out of range, lists of different lengths, too few negatives. The
+            message names the line or row. With streaming a row is checked when it is read.
         ImportError: `datasets` is not installed.
 
     Example::
@@ -99,8 +101,7 @@ def load_training_data(
         if suffixes.endswith(LINE_FILES):
             return _load_lines(reader, path, split, streaming)
         if suffixes.endswith(tuple(_BUILDERS)):
-            if not path.is_file():
-                raise DataError(f"no such file: {path}")
+            check_rereadable(path)
             builder = _BUILDERS[Path(suffixes).suffix]
             files = {split: str(path)}
             source = datasets.load_dataset(
@@ -174,6 +175,8 @@ def _load_folder_or_name(
     path: Path, name: str, split: str, config: str | None, streaming: bool
 ) -> Any:
     datasets = import_datasets()
+    if path.exists() and not path.is_dir():
+        check_rereadable(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return datasets.load_from_disk(name)  # memory-mapped
     try:

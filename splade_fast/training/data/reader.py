@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splade_fast.search.lines import check_rereadable
 from splade_fast.search.texts import DataError, read_texts
 from splade_fast.training.data.layout import Columns, Layout, TextLookups, infer_layout
 from splade_fast.training.data.rows import convert_row
@@ -30,10 +31,9 @@ class FileVersion:
         """Return the version of a file.
 
         Raises:
-            DataError: there is no such file.
+            DataError: there is no such file, or it is a folder or a pipe.
         """
-        if not Path(path).is_file():
-            raise DataError(f"no such file: {path}")
+        check_rereadable(path)
         status = Path(path).stat()
         return cls(os.fspath(path), status.st_size, status.st_mtime_ns)
 
@@ -85,7 +85,7 @@ class ExampleReader:
         try:
             row = convert_row(record, layout, self.lookups)
             self._check_negatives(row)
-        except DataError as error:
+        except ValueError as error:
             raise DataError(f"{place}: {error}") from error
         return row
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
+from splade_fast._checks import check_unicode
 from splade_fast.search.texts import DataError
 from splade_fast.training.data.layout import NUMBERS, Layout, TextLookups, join_names
 
@@ -78,7 +80,7 @@ def _parse_texts(found: list[Any], part: str, texts_by_id: Mapping[str, str] | N
 
 def _parse_text(value: Any, part: str, texts_by_id: Mapping[str, str] | None) -> str:
     if texts_by_id is not None:
-        text = texts_by_id.get(str(value))
+        text = texts_by_id.get(str(value)) if _is_id(value) else None
         if text is None:
             raise DataError(f"{part} must be an id of the given texts, got {value!r}")
     else:
@@ -87,7 +89,12 @@ def _parse_text(value: Any, part: str, texts_by_id: Mapping[str, str] | None) ->
         raise DataError(f"{part} must be text, got {value!r}")
     if not text.strip():
         raise DataError(f"{part} must not be empty, got {text!r}")
+    check_unicode(part, text)
     return text
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | Integral) and not isinstance(value, bool)
 
 
 def _join_passage(passage: Mapping[str, Any]) -> Any:
