@@ -86,13 +86,15 @@ run() {
     sanitizer=(compute-sanitizer)
     profiler=(ncu --clock-control none --set basic --launch-count 6 --kernel-name 'regex:head|screen')
     workers=8
+    seconds=2  # for each row of the table
     export BENCHMARK_COMMIT=${BENCHMARK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
     export PYTHONPATH=$PWD/$packed/site${PYTHONPATH:+:$PYTHONPATH}
     if [[ -n ${REHEARSAL:-} ]]; then
         # Packages that the other machine may lack cannot be imported here either.
         export PYTHONPATH=$PWD/benchmarks/window/other_machine:$PYTHONPATH
         sanitizer=() profiler=()
-        workers=1
+        workers=0
+        seconds=0
         # CUDA tests are skipped without a GPU; these are the same tests of one op on the CPU.
         stage twins 60 "$python" -m pytest -q -m 'not cuda' tests/ops/test_gather.py -k 'not compile and not opcheck'
     else
@@ -106,10 +108,10 @@ run() {
     stage first_calls 40 "$python" -m benchmarks.window.first_calls
     tests fused 60 -x "$fused"
     tests all 120 -n "$workers" "${all[@]}" -k 'not compile and not opcheck'
-    stage table 130 "$python" -m benchmarks study gpu_window --seconds 2 --out "$logs"
+    stage table 130 "$python" -m benchmarks study gpu_window --seconds $seconds --out "$logs"
     sanitized racecheck 45 racecheck -m pytest -q -m cuda "$fused" -k "$few"
     sanitized synccheck 25 synccheck -m pytest -q -m cuda "$fused" -k "$few"
-    sanitized memcheck 30 memcheck -m benchmarks study gpu_window tiny --out "$logs/memcheck"
+    sanitized memcheck 30 memcheck -m benchmarks study gpu_window tiny --seconds $seconds --out "$logs/memcheck"
     stage counters 60 "${profiler[@]}" "$python" -m benchmarks.window.first_calls fused screened
     tests compiled 300 -n "$workers" "${all[@]}" -k 'compile or opcheck'
     cat "$out/summary.txt"
