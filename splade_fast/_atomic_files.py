@@ -45,15 +45,16 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)  # left by a program that was killed
     temporary.mkdir()
     try:
-        yield temporary
-        finish_files(temporary)
-        if folder.exists():
-            _move_files(temporary, folder)
-        else:
-            temporary.rename(folder)
-        flush_folder(parent)
+        with name_in_errors(path):
+            yield temporary
+            finish_files(temporary)
+            if folder.exists():
+                _move_files(temporary, folder)
+            else:
+                temporary.rename(folder)
+            flush_folder(parent)
     finally:
-        _remove(temporary)
+        remove_folder(temporary)
 
 
 @contextmanager
@@ -92,12 +93,27 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.touch(exist_ok=False)
     permissions = temporary.stat().st_mode & _READ_WRITE
     try:
-        yield temporary
-        _finish_file(temporary, permissions)
-        os.replace(temporary, path)
-        flush_folder(path.parent)
+        with name_in_errors(path):
+            yield temporary
+            _finish_file(temporary, permissions)
+            os.replace(temporary, path)
+            flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add `path` to an error of the system inside the block that names no file.
+
+    A write to an open file does not, for example on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def finish_files(folder: Path) -> None:
@@ -126,8 +142,8 @@ def _finish_file(path: Path, permissions: int) -> None:
         os.fsync(file.fileno())
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, even if a signal handler raises in the middle."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it exists, even if a signal handler raises in the middle."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:

@@ -16,11 +16,18 @@ _TENSORS = {"indices", "values", "lengths"}
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], num_cols: int) -> None:
-    """Write a file, which replaces an existing one only when it is complete."""
+    """Write a file, which replaces an existing one only when it is complete.
+
+    Raises:
+        OSError: the file system failed, for example because it is full.
+    """
     header = {"format": _FORMAT, "version": _FORMAT_VERSION, "num_cols": num_cols}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(stored, temporary, metadata={"sparse_rows": json.dumps(header)})
+        try:
+            save_file(stored, temporary, metadata={"sparse_rows": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int]:
