@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from safetensors import SafetensorError
 
 from splade_fast._checks import check_unicode
 from splade_fast._distributed import OtherRankError, fail_together, join_torchrun
@@ -20,6 +21,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.export.export_index import EmptyDocuments, ExportFormat, export_index
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.encode_corpus import encode_corpus
 from splade_fast.search.index import Index, IndexMeta, resolve_model
 from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
@@ -50,8 +52,13 @@ def encode(
     max_length: MaxLength = 256,
     chunk_size: Annotated[int, typer.Option(min=1, help="Documents encoded at a time.")] = 4096,
     device: Annotated[Device, typer.Option(help="cuda: one GPU for each process.")] = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run has encoded.")
+    ] = False,
 ) -> None:
     """Encode a corpus into an index folder.
+
+    An interrupted run keeps the documents that it has encoded, for a run with --resume.
 
     Several processes share the work under torchrun: torchrun -m splade_fast encode ...
     """
@@ -60,16 +67,18 @@ def encode(
             if index.exists():
                 raise FileExistsError(f"{index} must not exist yet")
             encoder = SpladeEncoder.from_pretrained(model).to(_select_device(device))
-        count = encode_corpus(
-            encoder,
-            corpus,
-            index,
-            model=model,
-            k=k,
-            batch_size=batch_size,
-            max_length=max_length,
-            chunk_size=chunk_size,
-        )
+        with _advise_to_resume(index, is_first=rank == 0):
+            count = encode_corpus(
+                encoder,
+                corpus,
+                index,
+                model=model,
+                k=k,
+                batch_size=batch_size,
+                max_length=max_length,
+                chunk_size=chunk_size,
+                resume=resume,
+            )
     if rank == 0:
         size = sum(file.stat().st_size for file in index.iterdir())
         typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB")
@@ -189,6 +198,25 @@ def _exit_with_2_on_bad_input() -> Iterator[None]:
     except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+    except SafetensorError as error:  # of a model; it names no file
+        typer.echo(f"Error: weights of the model cannot be read: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _advise_to_resume(index: Path, *, is_first: bool) -> Iterator[None]:
+    """Print how an encoding can go on after an error or a signal inside the block."""
+    try:
+        yield
+    except BaseException:
+        chunks = ChunkFolder.beside(index)
+        if is_first and chunks.has_finished():
+            typer.echo(
+                f"{chunks.path} keeps what is encoded: --resume goes on with it, and a run "
+                "without --resume starts again",
+                err=True,
+            )
+        raise
 
 
 @contextmanager

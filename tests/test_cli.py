@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 
 from splade_fast.cli import _select_device, app
 from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.index import Index
 from tests.tiny_models import masked_lm_configs, save_checkpoint
 
@@ -248,3 +251,59 @@ def test_an_index_with_a_missing_id_is_refused(index):
     result = invoke("search", index, "fox")
     assert result.exit_code == 2
     assert "must have one id per vector, got 3 for 4" in result.output
+
+
+def fail_after(chunks, error, monkeypatch):
+    """Let every encoder fail once it has encoded some chunks."""
+    original, encoded = TextEncoder.encode_batches, []
+
+    def encode_batches(*arguments):
+        if len(encoded) == chunks:
+            raise error
+        encoded.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(TextEncoder, "encode_batches", encode_batches)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_an_interrupted_encode_goes_on(files, model, monkeypatch, error, code):
+    arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
+    arguments += ["--chunk-size", 1]
+    whole = invoke(*arguments[:2], files / "whole", *arguments[3:])
+    assert "--resume" not in whole.output
+    with monkeypatch.context() as patch:
+        fail_after(2, error, patch)
+        result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert "--resume goes on with it" in result.stderr
+    assert result.stderr.count("Error: ") == (code == 2)
+    fail_after(2, AssertionError("encoded a chunk again"), monkeypatch)
+    result = invoke(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    for name in ("vectors.safetensors", "ids.json", "meta.json"):
+        assert (files / "new" / name).read_bytes() == (files / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("limit", [100, 480, 700])
+def test_encode_on_a_full_disk_exits_with_2(files, model, limit):
+    arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        result = invoke(*arguments, "--chunk-size", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 2, result.output
+    [message] = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert ".new.partial" in message
+    assert "File too large" in message
+    assert not (files / "new").exists()
+    result = invoke(*arguments, "--chunk-size", 2, "--resume")
+    assert result.exit_code == 0, result.output

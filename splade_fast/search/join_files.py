@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from splade_fast._atomic_files import name_in_errors, whole_file
 from splade_fast.ops.sparse_rows import SparseRows
 
 _ENTRIES_AT_A_TIME = 2**20
@@ -36,13 +38,41 @@ class _Contents:
 
     @classmethod
     def read(cls, path: Path) -> _Contents:
+        """Read the contents of a file, or those that were noted before it was deleted."""
+        note = _note(path)
+        if note.exists():
+            return cls(**json.loads(note.read_text(encoding="utf-8")))
         try:
             with safe_open(path, framework="pt") as file:
                 dtypes = {name: file.get_slice(name).get_dtype() for name in _tensor_names(path)}
                 count, width = file.get_slice("indices").get_shape()
                 return cls(file.metadata(), dtypes, count, width)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+    def row_bytes(self, name: str, width: int) -> int:
+        """Return the bytes of a tensor's row that has `width` slots."""
+        return _item_size(self.dtypes[name]) * (1 if name == "lengths" else width)
+
+    def note(self, path: Path) -> None:
+        """Write a file beside `path` that says what the file held."""
+        with whole_file(_note(path)) as temporary:
+            temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".joined")
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def find_joined(parts: Sequence[Path], target: Path) -> list[bool]:
+    """Return whether an interrupted `join_files` has copied each part."""
+    if target.exists():
+        return [True] * len(parts)
+    return [_unfinished(target).exists() and _note(part).exists() for part in parts]
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -55,6 +85,8 @@ def _tensor_names(path: Path) -> list[str]:
 def join_files(parts: Sequence[Path], target: Path) -> None:
     """Write the same bytes as `SparseRows.cat(all parts).save(target)`.
 
+    A call with the same arguments goes on where an interrupted one has stopped.
+
     Args:
         parts: at least one file of `SparseRows.save`, of equal num_cols and dtype. Each file is
             deleted once it is copied.
@@ -65,6 +97,13 @@ def join_files(parts: Sequence[Path], target: Path) -> None:
         OSError: the file system failed.
         ValueError: a part is damaged, or its num_cols or dtype differs from the first one's.
     """
+    if target.exists():
+        raise FileExistsError(f"{target} must not exist yet")
+    unfinished = _unfinished(target)
+    joined = find_joined(parts, target)
+    for part, is_joined in zip(parts, joined, strict=True):
+        if not is_joined:
+            _note(part).unlink(missing_ok=True)  # of a joined file that is gone
     contents = [_Contents.read(part) for part in parts]
     first = contents[0]
     for part, other in zip(parts, contents, strict=True):
@@ -75,14 +114,34 @@ def join_files(parts: Sequence[Path], target: Path) -> None:
             )
     count = sum(one.count for one in contents)
     width = max(one.width for one in contents)
-    with target.open("xb") as file:
-        offsets = _write_header(file, first, count, width)
-        for part in parts:
-            for block in _blocks(SparseRows.load(part), width):
-                for name, tensor in block.items():
-                    file.seek(offsets[name])
-                    offsets[name] += file.write(_bytes(tensor))
-            part.unlink()
+    with (
+        name_in_errors(target),
+        unfinished.open("r+b" if unfinished.exists() else "xb") as file,
+    ):
+        starts = _write_header(file, first, count, width)
+        for part, own, is_joined in zip(parts, contents, joined, strict=True):
+            if not is_joined:
+                _copy(part, file, starts, width)
+                own.note(part)
+            part.unlink(missing_ok=True)
+            starts = {
+                name: start + own.count * own.row_bytes(name, width)
+                for name, start in starts.items()
+            }
+    unfinished.rename(target)
+    for part in parts:
+        _note(part).unlink()
+
+
+def _copy(part: Path, file: BinaryIO, starts: Mapping[str, int], width: int) -> None:
+    """Write the tensors of a part from the given places on, and flush them to disk."""
+    offsets = dict(starts)
+    for block in _blocks(SparseRows.load(part), width):
+        for name, tensor in block.items():
+            file.seek(offsets[name])
+            offsets[name] += file.write(_bytes(tensor))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _write_header(file: BinaryIO, like: _Contents, count: int, width: int) -> dict[str, int]:
@@ -93,7 +152,7 @@ def _write_header(file: BinaryIO, like: _Contents, count: int, width: int) -> di
     end = 0
     for name, dtype in like.dtypes.items():
         starts[name] = end
-        end += _item_size(dtype) * torch.Size(shapes[name]).numel()
+        end += count * like.row_bytes(name, width)
         header[name] = {
             "dtype": dtype,
             "shape": shapes[name],
