@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +15,17 @@ from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.utils.peft_utils import check_peft_version
 
-from splade_fast.encoders.pretrained import read_json, refuse_pickled_objects
+from splade_fast.encoders.pretrained import (
+    check_exists,
+    errors_as_value_errors,
+    find_file,
+    read_json,
+    write_json_files,
+)
+from splade_fast.encoders.weights import readable_weights
+
+_CONFIG_FILE = "adapter_config.json"
+_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float) -> Any:
@@ -35,29 +49,59 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def find_base_model(name_or_path: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the checkpoint that holds the model's own weights, and where its files come from.
+@dataclass
+class BaseModel:
+    """Checkpoint that holds a model's own weights.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: where its files come from: subfolder, revision, token, cache_dir and the like.
+        has_adapters: whether adapters from another folder belong into the model.
+        loaded_later: names of modules whose weights come with the adapters.
+    """
+
+    name_or_path: str
+    hub: dict[str, Any]
+    has_adapters: bool = False
+    loaded_later: Sequence[str] = ()
+
+
+def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
+    """Return the checkpoint that holds the model's own weights.
 
     A folder of adapters names another checkpoint; every other folder holds these weights itself.
+    The name of a folder is relative to the working directory or to the folder of adapters.
 
     Args:
         name_or_path: a folder or a hub name.
         hub: subfolder, revision, token, cache_dir and the like, as transformers takes them.
 
     Raises:
+        OSError: the folder of the checkpoint does not exist.
         ValueError: the folder of adapters names no checkpoint.
     """
-    adapters = read_json(name_or_path, "adapter_config.json", hub)
+    adapters = read_json(name_or_path, _CONFIG_FILE, hub)
     # transformers itself loads a folder that holds both the model and its adapters.
     if adapters is None or Path(name_or_path, hub["subfolder"], "config.json").exists():
-        return name_or_path, hub
+        return BaseModel(name_or_path, hub)
     base = adapters.get("base_model_name_or_path") if isinstance(adapters, dict) else None
     if not isinstance(base, str):
         raise ValueError(
-            f"adapter_config.json of {name_or_path} must name the checkpoint of the model in "
+            f"{_CONFIG_FILE} of {name_or_path} must name the checkpoint of the model in "
             f"base_model_name_or_path, got {base!r}"
         )
-    return base, hub | {"revision": adapters.get("revision") or "main", "subfolder": ""}
+    beside = Path(name_or_path, hub["subfolder"], base)
+    if not Path(base).is_dir() and beside.is_dir():
+        base = str(beside)
+    try:
+        check_exists(base)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{_CONFIG_FILE} of {name_or_path} must name the checkpoint of the model in "
+            f"base_model_name_or_path, but {error}"
+        ) from error
+    base_hub = hub | {"revision": adapters.get("revision") or "main", "subfolder": ""}
+    return BaseModel(base, base_hub, True, adapters.get("modules_to_save") or ())
 
 
 def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]) -> Any:
@@ -70,19 +114,41 @@ def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]
 
     Raises:
         ImportError: peft is missing, or does not work with the installed transformers.
-        ValueError: the folder holds virtual tokens, or a pickle holds more than weights.
+        OSError: the folder holds no weights.
+        ValueError: the folder holds virtual tokens, a file is damaged, a pickle holds more than
+            weights, or the weights do not fit the model.
     """
     peft = _import_peft()
-    config = peft.PeftConfig.from_pretrained(name_or_path, **hub)
+    with errors_as_value_errors(f"{_CONFIG_FILE} of {name_or_path} must describe adapters"):
+        config = peft.PeftConfig.from_pretrained(name_or_path, **hub)
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_type of {name_or_path} must be one of adapters in layers, such as LORA, "
             f"got {config.peft_type}"
         )
-    with refuse_pickled_objects(name_or_path):
-        return peft.PeftModel.from_pretrained(
-            model, name_or_path, config=config, autocast_adapter_dtype=False, **hub
-        )
+    files = [path for file in _WEIGHTS_FILES if (path := find_file(name_or_path, file, hub))]
+    if not files:
+        raise FileNotFoundError(f"{name_or_path} must hold {' or '.join(_WEIGHTS_FILES)}, got none")
+    try:
+        with readable_weights(name_or_path, Path(files[0]).parent), warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+            return peft.PeftModel.from_pretrained(
+                model, name_or_path, config=config, autocast_adapter_dtype=False, **hub
+            )
+    except (RuntimeError, UserWarning) as error:
+        raise ValueError(f"the adapters of {name_or_path} must fit the model: {error}") from error
+
+
+def make_base_absolute(folder: Path) -> None:
+    """Replace the relative path of the base model in a folder of adapters by its absolute path."""
+    file = folder / _CONFIG_FILE
+    if not file.exists():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if base and Path(base).is_dir():
+        path = str(Path(base).absolute())
+        write_json_files(folder, {_CONFIG_FILE: config | {"base_model_name_or_path": path}})
 
 
 def check_saves_adapters(model: PreTrainedModel) -> None:

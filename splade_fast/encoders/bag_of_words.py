@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +27,7 @@ from splade_fast.encoders.settings import (
     static_embedding_files,
 )
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.weights import read_weights
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -115,8 +116,9 @@ class BagOfWordsQueryEncoder(TextEncoder):
             kwargs: `revision`, `token`, `cache_dir` and other arguments of the hub.
 
         Raises:
-            OSError: no folder of that name was found.
-            ValueError: the folder describes something else, or its files do not fit together.
+            OSError: no folder of that name was found, or it holds no tokenizer.
+            ValueError: the folder describes something else, a file is damaged, or the files do not
+                fit together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
@@ -204,7 +206,7 @@ def _read_weight(name: str, hub: dict[str, Any]) -> Tensor:
     path = find_file(name, _WEIGHTS_FILE, hub)
     if path is None:
         raise OSError(f"{name} must hold a {_WEIGHTS_FILE}, got none")
-    tensors = load_file(path)
+    tensors = read_weights(path)
     if "weight" not in tensors:
         raise ValueError(f"{path} must hold weight, got {', '.join(tensors) or 'nothing'}")
     return tensors["weight"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from tokenizers.normalizers import Lowercase, Sequence
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from tokenizers import normalizers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -19,6 +20,10 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from splade_fast.encoders.weights import check_all_loaded, readable_weights
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Given explicitly, since transformers would otherwise ask the user on the terminal.
 _TRUST_REMOTE_CODE = False
@@ -27,8 +32,8 @@ _TRUST_REMOTE_CODE = False
 def lower_case_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
     """Lowercase texts before the tokenizer's own normalisation (`do_lower_case` in old folders)."""
     backend = tokenizer.backend_tokenizer
-    normalizer = backend.normalizer
-    backend.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer is not None else [])])
+    after = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *after])
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,40 +53,49 @@ def load_config(name_or_path: str, hub: dict[str, Any]) -> PreTrainedConfig:
     """Load the configuration of a checkpoint without running code from the checkpoint.
 
     Raises:
-        ValueError: the checkpoint needs its own code.
+        OSError: there is no such checkpoint, or its config.json is not JSON.
+        ValueError: config.json does not describe a model, or the checkpoint needs its own code.
     """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
-    )
+    check_exists(name_or_path)
+    with errors_as_value_errors(f"config.json of {name_or_path} must describe a model"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+        )
     return config
 
 
 def load_model(
-    auto_class: Any, name_or_path: str, config: PreTrainedConfig, kwargs: dict[str, Any]
+    auto_class: Any,
+    name_or_path: str,
+    config: PreTrainedConfig,
+    kwargs: dict[str, Any],
+    loaded_later: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Load the model of a checkpoint without running code or unpickling objects.
 
+    Args:
+        auto_class: class of transformers that chooses the class of the model.
+        name_or_path: a folder or a hub name.
+        config: the configuration of the checkpoint.
+        kwargs: arguments of transformers' `from_pretrained`.
+        loaded_later: names of modules whose weights come from another folder.
+
     Raises:
-        ValueError: the checkpoint needs its own code, or a pickle holds more than weights.
+        ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file is
+            damaged, or weights are missing or have other shapes than config.json says.
     """
-    kwargs = kwargs | {"trust_remote_code": _TRUST_REMOTE_CODE}
-    with refuse_pickled_objects(name_or_path):
-        model: PreTrainedModel = auto_class.from_pretrained(name_or_path, config=config, **kwargs)
-    return model
-
-
-@contextmanager
-def refuse_pickled_objects(name_or_path: str) -> Iterator[None]:
-    """Raise ValueError if the block reads a pickle that holds more than tensors.
-
-    The error replaces torch's, whose message explains how to switch the check off.
-    """
-    try:
-        yield
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{name_or_path} must hold weights alone, got a pickle that is damaged or runs code"
-        ) from error
+    kwargs = kwargs | {
+        "trust_remote_code": _TRUST_REMOTE_CODE,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # for a message that names the weights
+    }
+    hub = hub_arguments(kwargs) | {"subfolder": kwargs.get("subfolder", "")}
+    folder = Path(find_file(name_or_path, "config.json", hub) or name_or_path).parent
+    with readable_weights(name_or_path, folder):
+        model, info = auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+    check_all_loaded(name_or_path, info, loaded_later)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -90,18 +104,61 @@ def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenize
     A tokenizer without a padding token pads with its end-of-sequence token.
 
     Raises:
-        ValueError: the tokenizer needs the checkpoint's own code.
+        OSError: the checkpoint holds no tokenizer.
+        ValueError: the tokenizer's files are damaged, or it needs the checkpoint's own code.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
-    )
+    check_exists(name_or_path)
+    try:
+        with errors_as_value_errors(f"the tokenizer of {name_or_path} cannot be read"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+            )
+    except ValueError:
+        for file in _TOKENIZER_FILES:
+            read_json(name_or_path, file, hub)  # names the damaged file
+        _check_has_vocabulary(_VOCABULARY_FILES, name_or_path, hub)
+        raise
+    if tokenizer.vocab_files_names:  # those of bytes need no files
+        _check_has_vocabulary(tokenizer.vocab_files_names.values(), name_or_path, hub)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+@contextmanager
+def errors_as_value_errors(message: str) -> Iterator[None]:
+    """Raise ValueError for the errors of transformers and tokenizers about the content of a file.
+
+    They raise errors of any class, tokenizers even Exception itself.
+    """
+    try:
+        yield
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{message}: {str(error) or type(error).__name__}") from error
+
+
+def check_exists(name_or_path: str) -> None:
+    """Raise FileNotFoundError if this is neither a folder nor a possible name on the hub."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise NotADirectoryError(f"the model must be a folder or a hub name, got the file {path}")
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no model folder {name_or_path}") from error
+
+
 def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
-    """Return the local path of a checkpoint's file, downloading it if need be; None if missing."""
+    """Return the local path of a checkpoint's file, downloading it if need be; None if missing.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    check_exists(name_or_path)
     path: str | None = cached_file(
         name_or_path,
         file,
@@ -134,3 +191,15 @@ def write_json_files(folder: Path, files: dict[str, Any]) -> None:
         file = folder / name
         file.parent.mkdir(exist_ok=True, parents=True)
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_has_vocabulary(own: Iterable[str], name_or_path: str, hub: dict[str, Any]) -> None:
+    """Raise FileNotFoundError if no file holds a vocabulary.
+
+    transformers makes a tokenizer of special tokens alone where the files are missing.
+    """
+    files = dict.fromkeys([_VOCABULARY_FILES[0], *own, *_VOCABULARY_FILES])
+    if all(find_file(name_or_path, file, hub) is None for file in files):
+        raise FileNotFoundError(
+            f"{name_or_path} must hold a tokenizer, such as {_VOCABULARY_FILES[0]}, got none"
+        )

@@ -91,6 +91,24 @@ def read_settings(
     )
 
 
+def find_transformer(name_or_path: str, hub: dict[str, Any]) -> str:
+    """Return the subfolder of the first module of a sentence-transformers folder; else "".
+
+    Raises:
+        ValueError: the first module is no Transformer.
+    """
+    modules = read_modules(name_or_path, hub, "document")
+    if modules is None:
+        return ""
+    if not modules or modules[0].kind not in _TRANSFORMER_MODULES:
+        advice = "; BagOfWordsQueryEncoder loads it" if is_static_embedding(modules) else ""
+        raise ValueError(
+            f"modules.json of {name_or_path} must list a Transformer first, "
+            f"got {join_kinds(modules)}{advice}"
+        )
+    return modules[0].path
+
+
 def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
     """Return the JSON files that make a transformers folder a SparseEncoder folder as well.
 

@@ -17,7 +17,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from splade_fast._atomic_files import whole_folder
-from splade_fast.encoders.adapters import check_saves_adapters, find_base_model, load_adapters
+from splade_fast.encoders.adapters import (
+    check_saves_adapters,
+    find_base_model,
+    load_adapters,
+    make_base_absolute,
+)
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
     find_decoder,
@@ -33,6 +38,7 @@ from splade_fast.encoders.pretrained import (
     write_json_files,
 )
 from splade_fast.encoders.settings import EncoderSettings, read_settings, sparse_encoder_files
+from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
@@ -90,18 +96,26 @@ class SpladeEncoder(TextEncoder):
         Raises:
             ImportError: the checkpoint holds adapters, and peft is missing or does not work with
                 the installed transformers.
-            OSError: no checkpoint of that name was found.
-            ValueError: the checkpoint needs its own code, a pickle holds more than weights, or the
-                folder describes another kind of model.
+            OSError: no checkpoint of that name was found, or it holds no tokenizer.
+            ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file
+                is damaged, weights are missing (such as those of the language-modelling head), or
+                the folder describes another kind of model.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         settings = read_settings(name, hub, task)
         hub["subfolder"] = settings.subfolder
-        base_name, base_hub = find_base_model(name, hub)
-        config = load_config(base_name, base_hub)
-        model = load_model(_auto_class(config), base_name, config, kwargs | base_hub)
-        if base_name != name:
+        if has_term_weights(name, hub):
+            raise ValueError(
+                f"{name} must hold a language model, got weights of terms; TermWeightEncoder loads "
+                "them"
+            )
+        base = find_base_model(name, hub)
+        config = load_config(base.name_or_path, base.hub)
+        model = load_model(
+            _auto_class(config), base.name_or_path, config, kwargs | base.hub, base.loaded_later
+        )
+        if base.has_adapters:
             model = load_adapters(model, name, hub)
         tokenizer = load_tokenizer(name, hub)
         if settings.lower_case:
@@ -174,6 +188,7 @@ class SpladeEncoder(TextEncoder):
         with whole_folder(path) as folder:
             self.model.save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
+            make_base_absolute(folder)
             self.tokenizer.save_pretrained(folder)
             write_json_files(folder, settings_files)
 

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
@@ -27,11 +27,11 @@ from splade_fast.encoders.pretrained import (
     load_model,
     load_tokenizer,
     read_json,
-    refuse_pickled_objects,
     write_json_files,
 )
-from splade_fast.encoders.settings import EncoderSettings
+from splade_fast.encoders.settings import EncoderSettings, find_transformer
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.weights import read_weights
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "term_weights.safetensors"
@@ -109,9 +109,9 @@ class TermWeightEncoder(TextEncoder):
             kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
-            OSError: no checkpoint of that name was found.
-            ValueError: the checkpoint needs its own code, a pickle holds more than weights, or the
-                files do not fit together.
+            OSError: no checkpoint of that name was found, or it holds no tokenizer.
+            ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file
+                is damaged, weights are missing, or the files do not fit together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
@@ -119,13 +119,10 @@ class TermWeightEncoder(TextEncoder):
             settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
         except TypeError as error:
             raise ValueError(f"{_SETTINGS_FILE} of {name} must hold settings: {error}") from error
-        state = None
-        if (weights := find_file(name, _WEIGHTS_FILE, hub)) is not None:
-            state = load_file(weights)
-        elif (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:
-            with refuse_pickled_objects(name):
-                state = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = find_file(name, _WEIGHTS_FILE, hub)
+        if weights is None and (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:
             settings.activation = "relu"
+        hub["subfolder"] = settings.subfolder or find_transformer(name, hub)
         config = load_config(name, hub)
         # Parameters of a pooling layer would never get a gradient.
         model_class = MODEL_MAPPING.get(type(config), None)  # a tuple for a few configurations
@@ -134,10 +131,10 @@ class TermWeightEncoder(TextEncoder):
             and "add_pooling_layer" in inspect.signature(model_class).parameters
         ):
             kwargs["add_pooling_layer"] = False
-        model = load_model(AutoModel, name, config, kwargs)
+        model = load_model(AutoModel, name, config, kwargs | hub)
         encoder = cls(model, load_tokenizer(name, hub), settings)
-        if state is not None:
-            encoder.projection.load_state_dict(state)
+        if weights is not None:
+            _load_projection(encoder.projection, weights)
         return encoder.eval()
 
     @property
@@ -208,6 +205,15 @@ def has_term_weights(name_or_path: str, hub: dict[str, Any]) -> bool:
     """Return whether a folder or hub name holds the projection of a TermWeightEncoder."""
     files = (_WEIGHTS_FILE, _BGE_M3_FILE)
     return any(find_file(name_or_path, file, hub) is not None for file in files)
+
+
+def _load_projection(projection: nn.Linear, path: str) -> None:
+    try:
+        projection.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} must hold weight {tuple(projection.weight.shape)} and bias (1,): {error}"
+        ) from error
 
 
 def _new_projection(model: PreTrainedModel) -> nn.Linear:

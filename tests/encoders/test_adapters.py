@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from splade_fast.encoders.splade import SpladeEncoder
 from tests.adapters import IS_PEFT_REFUSED, lora, with_adapters
@@ -72,6 +73,73 @@ def test_adapters_of_no_checkpoint(adapters, name):
     file = adapters[0] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
     with pytest.raises(ValueError, match=f"in base_model_name_or_path, got {name}"):
+        SpladeEncoder.from_pretrained(adapters[0])
+
+
+def rename_base(folder, name):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+
+
+def test_a_relative_base_lies_in_the_working_directory_or_beside_the_adapters(
+    adapters, tmp_path, monkeypatch
+):
+    folder, expected = adapters
+    for name, place in {"base": tmp_path, "../base": tmp_path / "adapters" / "elsewhere"}.items():
+        rename_base(folder, name)
+        place.mkdir(exist_ok=True)
+        monkeypatch.chdir(place)
+        assert torch.equal(vectors(SpladeEncoder.from_pretrained(folder)), expected)
+
+
+def test_saved_adapters_name_an_absolute_base(adapters, tmp_path, monkeypatch):
+    folder, expected = adapters
+    monkeypatch.chdir(tmp_path)
+    encoder = with_adapters(SpladeEncoder.from_pretrained("base"), "get_peft_model")
+    encoder.save_pretrained("again")
+    shutil.copy(folder / "adapter_model.safetensors", "again")
+    monkeypatch.chdir(folder)
+    assert torch.equal(vectors(SpladeEncoder.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_a_base_that_is_gone_is_named(adapters):
+    rename_base(adapters[0], "../gone")
+    with pytest.raises(
+        FileNotFoundError, match=r"base_model_.*there is no model folder \.\./gone$"
+    ):
+        SpladeEncoder.from_pretrained(adapters[0])
+
+
+def test_a_head_among_the_adapters_is_not_missing(base, tmp_path):
+    """Adapters may hold whole modules, such as the transform of the head."""
+    encoder = SpladeEncoder.from_pretrained(base)
+    encoder = with_adapters(encoder, "get_peft_model", modules_to_save=["transform"]).eval()
+    encoder.save_pretrained(tmp_path / "adapters")
+    weights = load_file(base / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "transform" not in name}
+    save_file(kept, base / "model.safetensors")
+    again = SpladeEncoder.from_pretrained(tmp_path / "adapters")
+    assert torch.equal(vectors(again), vectors(encoder))
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "damaged", "gone"])
+def test_adapters_without_their_weights(adapters, change):
+    file = adapters[0] / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = min(weights)
+    if change == "missing":
+        save_file({name: weight for name, weight in weights.items() if name != first}, file)
+        message = "must fit the model: .*missing adapter keys"
+    elif change == "shape":
+        save_file(weights | {first: torch.zeros(3, 5)}, file)
+        message = "must fit the model: .*\n.*size mismatch"
+    elif change == "damaged":
+        file.write_bytes(file.read_bytes()[:-1])
+        message = r"adapter_model\.safetensors is damaged: "
+    else:
+        file.unlink()
+        message = "must hold adapter_model.safetensors or adapter_model.bin, got none"
+    with pytest.raises((OSError, ValueError), match=message):
         SpladeEncoder.from_pretrained(adapters[0])
 
 
