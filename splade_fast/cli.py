@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -23,7 +24,9 @@ from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.encode_corpus import encode_corpus
+from splade_fast.search.hits import count_empty_vectors, list_hits, warn_of_empty_vectors
 from splade_fast.search.index import Index, IndexMeta, resolve_model
+from splade_fast.search.lines import DataWarning
 from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 app = typer.Typer(
@@ -81,7 +84,9 @@ def encode(
             )
     if rank == 0:
         size = sum(file.stat().st_size for file in index.iterdir())
-        typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB")
+        empty = count_empty_vectors(Index.load(index).rows)
+        note = f", {empty} of them with empty vectors" if empty else ""
+        typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB{note}")
 
 
 @app.command()
@@ -94,7 +99,10 @@ def search(
     model: Annotated[str | None, typer.Option(help="Model; default: the index's.")] = None,
     batch_size: BatchSize = 32,
 ) -> None:
-    """Search an index and print lines `query id<TAB>rank<TAB>document id<TAB>score`."""
+    """Search an index and print lines `query id<TAB>rank<TAB>document id<TAB>score`.
+
+    A document that shares no term with the query is no hit.
+    """
     with _exit_with_2_on_bad_input():
         if (query is None) == (queries is None):
             raise DataError("give either QUERY or --queries")
@@ -104,15 +112,14 @@ def search(
         loaded = Index.load(index)
         encoder = _load_query_encoder(loaded, model)
         vectors = _encode_queries(encoder, texts, loaded.meta.max_length, batch_size)
-    scores, found = sparse_search(vectors, loaded.rows, hits)
+        warn_of_empty_vectors(vectors, loaded.rows)
+        listed = list_hits(*sparse_search(vectors, loaded.rows, hits))
     expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(texts)
-    for query_id, expansion, row_scores, row_found in zip(
-        texts.ids, expansions, scores.tolist(), found.tolist(), strict=True
-    ):
+    for query_id, expansion, found in zip(texts.ids, expansions, listed, strict=True):
         if expansion:
             shown = " ".join(f"{term}:{weight:.3f}" for term, weight in expansion.items())
             typer.echo(f"# {query_id}\t{shown}")
-        for rank, (score, document) in enumerate(zip(row_scores, row_found, strict=True), start=1):
+        for rank, (document, score) in enumerate(found, start=1):
             typer.echo(f"{query_id}\t{rank}\t{loaded.ids[document]}\t{score:.6f}")
 
 
@@ -126,9 +133,16 @@ def evaluate(
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
+    ignore_identical_ids: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-identical-ids",
+            help="Do not search the document that has the id of the query, as in BEIR.",
+        ),
+    ] = False,
 ) -> None:
     """Print MRR@10, nDCG@10 and Recall@100 of a model on a corpus or an index."""
-    from splade_fast.search.evaluation import evaluate_vectors, select_judged
+    from splade_fast.search.evaluation import evaluate_vectors, select_judged, select_qrels
 
     with _exit_with_2_on_bad_input():
         if (index is None) == (corpus is None):
@@ -137,15 +151,24 @@ def evaluate(
         judged = select_judged(read_texts(queries), judgements)
         if index is not None:
             searched = Index.load(index)
+            judgements = select_qrels(judgements, judged.ids, searched.ids)
             encoder = _load_query_encoder(searched, model)
         else:
             if model is None:
                 raise DataError("give --model with --corpus")
             texts = read_texts(str(corpus))
+            judgements = select_qrels(judgements, judged.ids, texts.ids)
             encoder = SpladeEncoder.from_pretrained(model)
             searched = _build_index(encoder, texts, model, k, batch_size, max_length)
         vectors = _encode_queries(encoder, judged, searched.meta.max_length, batch_size)
-    measures = evaluate_vectors(judgements, judged.ids, vectors, searched.ids, searched.rows)
+        measures = evaluate_vectors(
+            judgements,
+            judged.ids,
+            vectors,
+            searched.ids,
+            searched.rows,
+            ignore_identical_ids=ignore_identical_ids,
+        )
     for name, value in measures.items():
         typer.echo(f"{name}\t{value:.4f}")
 
@@ -194,7 +217,8 @@ def info() -> None:
 @contextmanager
 def _exit_with_2_on_bad_input() -> Iterator[None]:
     try:
-        yield
+        with _one_line_for_each_warning_of_data():
+            yield
     except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -217,6 +241,21 @@ def _advise_to_resume(index: Path, *, is_first: bool) -> Iterator[None]:
                 err=True,
             )
         raise
+
+
+@contextmanager
+def _one_line_for_each_warning_of_data() -> Iterator[None]:
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, DataWarning):
+                typer.echo(f"Warning: {message}", err=True)
+            else:
+                show_others(message, category, *place)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 @contextmanager

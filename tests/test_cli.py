@@ -11,7 +11,12 @@ from splade_fast.cli import _select_device, app
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.index import Index
-from tests.tiny_models import masked_lm_configs, save_checkpoint
+from tests.tiny_models import (
+    make_model,
+    make_tokenizer,
+    masked_lm_configs,
+    save_checkpoint,
+)
 
 CORPUS = {
     "d1": "quick brown fox jumps",
@@ -113,6 +118,58 @@ def test_evaluate_prints_the_measures(index, files, model, source):
     assert float(values["Recall@100"]) == 1.0
 
 
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory):
+    """Checkpoint whose vectors are all empty."""
+    folder = tmp_path_factory.mktemp("collapsed")
+    model = make_model(masked_lm_configs()["bert"])
+    model.get_output_embeddings().bias.data.fill_(-1000)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_collapsed_model_finds_nothing_and_is_warned_of(files, collapsed):
+    index, queries = files / "index", files / "queries.jsonl"
+    result = invoke("encode", files / "corpus.tsv", index, "--model", collapsed)
+    assert "4 documents, 0.0 MiB, 4 of them with empty vectors\n" in result.stdout
+    warning = "Warning: 2 of 2 queries and 4 of 4 documents have empty vectors, which match nothing"
+    result = invoke("search", index, "--queries", queries)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.count("Warning: ") == 1
+    assert result.stderr.endswith(f"{warning}\n")
+    result = invoke(
+        "evaluate", "--queries", queries, "--qrels", files / "qrels.tsv", "--index", index
+    )
+    assert result.exit_code == 0
+    assert result.stdout == "MRR@10\t0.0000\nnDCG@10\t0.0000\nRecall@100\t0.0000\n"
+    assert result.stderr.endswith(f"{warning}\n")
+
+
+@pytest.mark.parametrize("source", ["index", "corpus"])
+def test_evaluate_without_the_document_of_the_query(index, files, model, source):
+    """The queries are the documents: of each, the next best document is relevant."""
+    encoder = SpladeEncoder.from_pretrained(model)
+    rows = encoder.encode(list(CORPUS.values()), show_progress=False).to_dense()
+    scores = rows @ rows.t()
+    best = scores.fill_diagonal_(-1).argmax(1).tolist()
+    ids = list(CORPUS)
+    lines = [f"{query}\t{ids[document]}\t1\n" for query, document in zip(ids, best, strict=True)]
+    (files / "qrels.tsv").write_text("".join([*lines, "d1\tgone\t0\n", "q9\td1\t1\n"]))
+    options = {
+        "index": ["--index", index],
+        "corpus": ["--corpus", files / "corpus.tsv", "--model", model],
+    }[source]
+    arguments = ["--queries", files / "corpus.tsv", "--qrels", files / "qrels.tsv", *options]
+    result = invoke("evaluate", *arguments, "--ignore-identical-ids")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "MRR@10\t1.0000\nnDCG@10\t1.0000\nRecall@100\t1.0000\n"
+    assert "Warning: 1 of 5 judged queries are not among the queries\n" in result.stderr
+    assert "judged documents are not in the corpus, and count as not retrieved\n" in result.stderr
+    result = invoke("evaluate", *arguments)
+    assert "MRR@10\t1.0000" not in result.stdout
+
+
 def test_info_tells_about_the_build():
     result = invoke("info")
     assert result.exit_code == 0
@@ -159,7 +216,7 @@ def test_bad_jsonl_exits_with_2(tmp_path, model, line, message):
         ("q1 0 d1 one\n", "line 1: expected a whole number of at most 6 digits as relevance"),
         ("q1 d1\n", "line 1: expected query document relevance"),
         ("q1 d1 1\nq1 0 d1 2\n", "line 2: q1 d1 must be judged 1 as before, got 2"),
-        ("q9 d1 1\n", "qrels must judge ids of the queries alone, got 'q9'"),
+        ("q9 d1 1\n", "qrels must judge at least one of the queries, got 'q9'"),
         ("", "must hold at least one judgement, got none"),
     ],
 )

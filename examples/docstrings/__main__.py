@@ -39,6 +39,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.evaluation import evaluate_run, make_run
+from splade_fast.search.hits import list_hits
 from splade_fast.search.texts import DataError, Qrels, Texts
 from splade_fast.training.evaluator import RetrievalEvaluator
 
@@ -136,13 +137,11 @@ def _answer(
 ) -> None:
     """Print the expanded terms and the best documents of each question."""
     vectors = encoder.encode(questions, max_length=_MAX_LENGTH, show_progress=False)
-    scores, found = sparse_search(vectors, documents, 3)
-    for question, terms, row_scores, row_found in zip(
-        questions, encoder.top_terms(vectors, 12), scores.tolist(), found.tolist(), strict=True
-    ):
+    hits = list_hits(*sparse_search(vectors, documents, 3))
+    for question, terms, found in zip(questions, encoder.top_terms(vectors, 12), hits, strict=True):
         console.print(question, style="bold", markup=False, highlight=False)
         console.print("  " + "  ".join(f"{term} {weight:.2f}" for term, weight in terms.items()))
-        for score, document in zip(row_scores, row_found, strict=True):
+        for document, score in found:
             start = task.documents.texts[document][:60]
             line = f"  {score:6.2f}  {task.documents.ids[document]}: {start}…"
             console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")

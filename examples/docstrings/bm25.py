@@ -11,7 +11,7 @@ from splade_fast.search.texts import Texts
 
 
 def bm25_run(documents: Texts, queries: Texts, k: int) -> Run:
-    """Return the k best documents of each query by BM25.
+    """Return the k best documents of each query by BM25, without those that score 0.
 
     bm25s computes the scores, with English stop words and without stemming.
     """
@@ -24,6 +24,7 @@ def bm25_run(documents: Texts, queries: Texts, k: int) -> Run:
         query_id: {
             documents.ids[hit]: float(score)
             for hit, score in zip(row_hits, row_scores, strict=True)
+            if score > 0
         }
         for query_id, row_hits, row_scores in zip(queries.ids, hits, scores, strict=True)
     }

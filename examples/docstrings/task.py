@@ -8,6 +8,7 @@ from pathlib import Path
 
 from examples.docstrings.corpus import PACKAGES, Pair, spread
 from examples.docstrings.training import split_pairs
+from splade_fast.search.evaluation import select_judged, select_qrels
 from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
 DOCSTRING_QUESTIONS = (
@@ -67,7 +68,8 @@ def file_task(corpus: Path, queries: Path | None, qrels: Path | None, limit: int
     """Read the task from the files of a user; an evaluation needs both queries and qrels.
 
     Raises:
-        DataError: a file is missing or malformed, or qrels come without queries.
+        DataError: a file is missing or malformed, or qrels come without queries or judge none of
+            them.
     """
     documents = read_texts(corpus)
     if limit is not None:
@@ -75,9 +77,13 @@ def file_task(corpus: Path, queries: Path | None, qrels: Path | None, limit: int
     if qrels is not None and queries is None:
         raise DataError("--qrels needs --queries")
     asked = read_texts(queries) if queries else None
+    judgements = read_qrels(qrels) if qrels else None
+    if asked is not None and judgements is not None:
+        asked = select_judged(asked, judgements)
+        judgements = select_qrels(judgements, asked.ids, documents.ids)
     return Task(
         documents=documents,
         queries=asked,
-        qrels=read_qrels(qrels) if qrels else None,
+        qrels=judgements,
         questions=asked.texts[:3] if asked else [],
     )

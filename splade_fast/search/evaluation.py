@@ -9,7 +9,10 @@ from torch import Tensor
 
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.texts import DataError, Qrels, Texts
+from splade_fast.search.hits import list_hits, warn_of_data, warn_of_empty_vectors
+from splade_fast.search.lines import DataError
+from splade_fast.search.qrels import Qrels
+from splade_fast.search.texts import Texts
 
 _DISPLAY_NAMES = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
 _HITS = 100  # the largest cutoff of the measures
@@ -18,59 +21,103 @@ Run = dict[str, dict[str, float]]
 
 
 def select_judged(queries: Texts, qrels: Qrels) -> Texts:
-    """Return the queries that have judgements.
+    """Return the queries that have judgements, and warn of judgements without a query.
 
     Raises:
-        DataError: nothing is judged, or a judged query is not among the queries.
+        DataError: nothing is judged, or no judged query is among the queries.
     """
     if not qrels:
         raise DataError("qrels must judge at least one query, got none")
-    check_judged_ids("queries", queries.ids, qrels)
     judged = [pair for pair in zip(queries.ids, queries.texts, strict=True) if pair[0] in qrels]
+    if not judged:
+        raise DataError(f"qrels must judge at least one of the queries, got {min(qrels)!r}")
+    missing = len(qrels) - len(judged)
+    if missing:
+        warn_of_data(f"{missing} of {len(qrels)} judged queries are not among the queries")
     return Texts([query_id for query_id, _ in judged], [text for _, text in judged])
 
 
-def check_judged_ids(name: str, ids: Sequence[str], judged_ids: Iterable[str]) -> None:
-    """Check that all judged ids are among `ids`.
+def select_qrels(qrels: Qrels, query_ids: Sequence[str], doc_ids: Iterable[str]) -> Qrels:
+    """Return the judgements of some queries, and warn of judged documents that do not exist.
+
+    Such documents stay in the judgements and count as not retrieved, as in trec_eval.
 
     Args:
-        name: "queries" or "corpus", for the message.
-        ids: ids of the queries or of the documents.
-        judged_ids: ids in the judgements.
-
-    Raises:
-        DataError: an id is missing.
+        qrels: judgements {query id: {document id: relevance}}.
+        query_ids: ids of judged queries.
+        doc_ids: ids of all documents.
     """
-    missing = set(judged_ids) - set(ids)
+    selected = {query_id: qrels[query_id] for query_id in query_ids}
+    judged = {doc_id for row in selected.values() for doc_id in row}
+    missing = len(judged.difference(doc_ids))
     if missing:
-        raise DataError(f"qrels must judge ids of the {name} alone, got {min(missing)!r}")
+        warn_of_data(
+            f"{missing} of {len(judged)} judged documents are not in the corpus, and count as not "
+            "retrieved"
+        )
+    return selected
 
 
-def make_run(query_ids: Sequence[str], doc_ids: Sequence[str], scores: Tensor, hits: Tensor) -> Run:
-    """Return the result of `sparse_search` as {query id: {document id: score}}.
+def make_run(
+    query_ids: Sequence[str],
+    doc_ids: Sequence[str],
+    scores: Tensor,
+    hits: Tensor,
+    *,
+    ignore_identical_ids: bool = False,
+) -> Run:
+    """Return the result of `sparse_search` as {query id: {document id: score}}, best first.
+
+    Documents that score 0 are no hits, and are left out.
 
     Args:
         query_ids: Q ids.
         doc_ids: N ids.
         scores: (Q, k).
         hits: (Q, k), document numbers.
+        ignore_identical_ids: whether to leave out the document that has the id of the query.
     """
     return {
-        query_id: {doc_ids[hit]: score for hit, score in zip(row_hits, row_scores, strict=True)}
-        for query_id, row_hits, row_scores in zip(
-            query_ids, hits.tolist(), scores.tolist(), strict=True
-        )
+        query_id: {
+            doc_ids[document]: score
+            for document, score in found
+            if not (ignore_identical_ids and doc_ids[document] == query_id)
+        }
+        for query_id, found in zip(query_ids, list_hits(scores, hits), strict=True)
     }
 
 
 def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
     """Return MRR@10, nDCG@10 and Recall@100, each the mean over the judged queries.
 
-    A judged query without hits counts as 0.
+    A judged query without hits counts as 0. All measures rank by descending score, and hits of
+    equal score in the order of the run, which in `make_run` is that of `sparse_search`: by
+    ascending document number.
+
+    Args:
+        qrels: {query id: {document id: relevance}}.
+        run: {query id: {document id: score}}.
+
+    Example::
+
+        >>> from splade_fast.search.evaluation import evaluate_run
+        >>> evaluate_run({"q1": {"d2": 1}}, {"q1": {"d1": 3.0, "d2": 3.0}})["MRR@10"]
+        0.5
     """
     measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
-    results = ir_measures.calc_aggregate(measures, qrels, run)
+    ranked = {query_id: _replace_scores_by_ranks(hits) for query_id, hits in run.items()}
+    results = ir_measures.calc_aggregate(measures, qrels, ranked)
     return {_DISPLAY_NAMES[str(measure)]: float(results[measure]) for measure in measures}
+
+
+def _replace_scores_by_ranks(hits: dict[str, float]) -> dict[str, float]:
+    """Return different scores in the same order: n, n - 1, …, 1.
+
+    The libraries behind the measures order equal scores by id, some up and some down, and compare
+    scores in float32.
+    """
+    best_first = sorted(hits, key=hits.__getitem__, reverse=True)  # stable
+    return {doc_id: float(len(hits) - rank) for rank, doc_id in enumerate(best_first)}
 
 
 def evaluate_vectors(
@@ -79,15 +126,35 @@ def evaluate_vectors(
     queries: SparseRows,
     doc_ids: Sequence[str],
     documents: SparseRows,
+    *,
+    ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
     """Search the documents for each query exactly, and return the measures of `evaluate_run`.
 
+    Vectors without entries match nothing; a warning tells their number.
+
     Args:
-        qrels: {query id: {document id: relevance}}.
-        query_ids: Q ids.
+        qrels: {query id: {document id: relevance}}; those of other queries are left out.
+        query_ids: Q ids of judged queries.
         queries: (Q, V).
         doc_ids: N ids.
         documents: (N, V).
+        ignore_identical_ids: whether the document that has the id of the query is not searched, as
+            in BEIR, where some queries (ArguAna, Quora) are documents themselves.
+
+    Example::
+
+        >>> from splade_fast.search.evaluation import evaluate_vectors
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
+        >>> qrels = {"a": {"b": 1}, "b": {"a": 1}}
+        >>> ids = ["a", "b"]
+        >>> evaluate_vectors(qrels, ids, rows, ids, rows)["MRR@10"]
+        0.75
+        >>> evaluate_vectors(qrels, ids, rows, ids, rows, ignore_identical_ids=True)["MRR@10"]
+        1.0
     """
-    scores, hits = sparse_search(queries, documents, min(_HITS, len(documents)))
-    return evaluate_run(qrels, make_run(query_ids, doc_ids, scores, hits))
+    warn_of_empty_vectors(queries, documents)
+    # One hit more, since that of the query itself is left out.
+    scores, hits = sparse_search(queries, documents, _HITS + int(ignore_identical_ids))
+    run = make_run(query_ids, doc_ids, scores, hits, ignore_identical_ids=ignore_identical_ids)
+    return evaluate_run({query_id: qrels[query_id] for query_id in query_ids}, run)

@@ -133,6 +133,10 @@ class DataArguments:
     eval_qrels: str | None = field(
         default=None, metadata={"help": "Judgements, as TREC or BEIR writes them."}
     )
+    eval_ignore_identical_ids: bool = field(
+        default=False,
+        metadata={"help": "Do not search the document that has the id of the query, as in BEIR."},
+    )
 
     def __post_init__(self) -> None:
         retrieval = ("eval_queries", "eval_corpus", "eval_qrels")

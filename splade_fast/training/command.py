@@ -214,6 +214,7 @@ def _load_evaluator(
         query_top_k=training.query_top_k,
         query_prompt=training.query_prompt,
         document_prompt=training.document_prompt,
+        ignore_identical_ids=data.eval_ignore_identical_ids,
     )
 
 

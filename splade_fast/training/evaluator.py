@@ -7,7 +7,7 @@ from typing import Any
 
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.evaluation import check_judged_ids, evaluate_vectors, select_judged
+from splade_fast.search.evaluation import evaluate_vectors, select_judged, select_qrels
 from splade_fast.search.texts import Qrels, Texts, read_qrels, read_texts
 
 
@@ -26,9 +26,15 @@ class RetrievalEvaluator:
         query_prompt: name of the prompt before each query; None uses "query" where the model has
             that prompt.
         document_prompt: name of the prompt before each document; None uses "document", likewise.
+        ignore_identical_ids: whether the document that has the id of the query is not searched, as
+            in BEIR, where some queries (ArguAna, Quora) are documents themselves.
+
+    Judged queries that are not among the queries do not count, and judged documents that are not in
+    the corpus count as not retrieved; a warning tells their number, and that of vectors without
+    entries.
 
     Raises:
-        DataError: no query is judged, or the judgements name unknown queries or documents.
+        DataError: none of the queries is judged.
 
     Example::
 
@@ -54,11 +60,11 @@ class RetrievalEvaluator:
         query_top_k: int | None = None,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
+        ignore_identical_ids: bool = False,
     ) -> None:
         self.queries = select_judged(queries, qrels)
-        check_judged_ids("corpus", corpus.ids, {doc_id for row in qrels.values() for doc_id in row})
+        self.qrels = select_qrels(qrels, self.queries.ids, corpus.ids)
         self.corpus = corpus
-        self.qrels = qrels
         self.max_query_length = max_query_length
         self.max_document_length = max_document_length
         self.batch_size = batch_size
@@ -66,6 +72,7 @@ class RetrievalEvaluator:
         self.query_top_k = query_top_k
         self.query_prompt = query_prompt
         self.document_prompt = document_prompt
+        self.ignore_identical_ids = ignore_identical_ids
 
     @classmethod
     def from_files(
@@ -120,7 +127,12 @@ class RetrievalEvaluator:
     def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
         """Return the same metrics for the vectors of the judged queries and of the corpus."""
         measures = evaluate_vectors(
-            self.qrels, self.queries.ids, queries, self.corpus.ids, documents
+            self.qrels,
+            self.queries.ids,
+            queries,
+            self.corpus.ids,
+            documents,
+            ignore_identical_ids=self.ignore_identical_ids,
         )
         return measures | {
             "query_active_dims": float(queries.lengths.float().mean()),

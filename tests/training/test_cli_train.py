@@ -149,6 +149,24 @@ def test_evaluates_loss_and_retrieval(files):
     assert all({"eval_MRR@10", "eval_relevance_loss", "eval_index_mib"} <= e.keys() for e in found)
 
 
+@pytest.mark.parametrize(("flag", "recall"), [([], 1.0), (["--eval_ignore_identical_ids"], 0.0)])
+def test_evaluates_without_the_document_of_the_query_on_request(files, flag, recall):
+    """Each query is a document and judged to be its own answer."""
+    (files / "qrels.tsv").write_text("d1 d1 1\nd2 d2 1\n")
+    configure(
+        files,
+        eval_queries=str(files / "corpus.tsv"),
+        eval_corpus=str(files / "corpus.tsv"),
+        eval_qrels=str(files / "qrels.tsv"),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=1,
+    )
+    trained(files, *flag)
+    [entry] = [entry for entry in log_of(files / "run") if "eval_Recall@100" in entry]
+    assert entry["eval_Recall@100"] == recall
+
+
 @pytest.mark.parametrize("kind", ["idf", "learned"])
 def test_bags_of_words_as_queries(files, kind):
     trained(files, "--query_encoder", "bag_of_words", "--query_weights", kind)

@@ -4,7 +4,8 @@ import torch
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.splade import SpladeEncoder
-from splade_fast.search.texts import DataError, Texts
+from splade_fast.search.lines import DataError, DataWarning
+from splade_fast.search.texts import Texts
 from splade_fast.training import RetrievalEvaluator
 from tests.tiny_models import WORDS, make_model, make_tokenizer, masked_lm_configs
 
@@ -94,10 +95,35 @@ def test_files(tmp_path):
     assert evaluator(bag_of_words())["MRR@10"] == 1
 
 
-def test_judgements_have_to_fit():
-    with pytest.raises(DataError, match="qrels must judge ids of the queries alone, got 'q9'"):
+def test_judgements_of_other_queries_and_documents():
+    """Other queries do not count; other documents count as not retrieved."""
+    qrels = QRELS | {"q9": {"d1": 1}, "fox": QRELS["fox"] | {"d99": 1}}
+    with pytest.warns(DataWarning) as warned:
+        evaluator = RetrievalEvaluator(QUERIES, CORPUS, qrels)
+    assert [str(warning.message) for warning in warned] == [
+        "1 of 3 judged queries are not among the queries",
+        "1 of 4 judged documents are not in the corpus, and count as not retrieved",
+    ]
+    metrics = evaluator(bag_of_words())
+    assert metrics["Recall@100"] == (1 / 2 + 1) / 2
+    assert metrics["MRR@10"] == (1 + 1 / 2) / 2
+    with pytest.raises(DataError, match="qrels must judge at least one of the queries, got 'q9'"):
         RetrievalEvaluator(QUERIES, CORPUS, {"q9": {"d1": 1}})
-    with pytest.raises(DataError, match="qrels must judge ids of the corpus alone, got 'd99'"):
-        RetrievalEvaluator(QUERIES, CORPUS, {"fox": {"d99": 1}})
     with pytest.raises(DataError, match="at least one query"):
         RetrievalEvaluator(QUERIES, CORPUS, {})
+
+
+def test_the_document_of_the_query_is_ignored_on_request():
+    texts = Texts(["a", "b"], ["lazy dog", "dog"])
+    qrels = {"a": {"b": 1}, "b": {"a": 1}}
+    encoder = bag_of_words()
+    assert RetrievalEvaluator(texts, texts, qrels)(encoder)["MRR@10"] == (1 / 2 + 1) / 2
+    evaluator = RetrievalEvaluator(texts, texts, qrels, ignore_identical_ids=True)
+    assert evaluator(encoder)["MRR@10"] == 1
+
+
+def test_texts_without_known_words_find_nothing_and_are_warned_of():
+    texts = Texts(["a", "b"], ["fox", ""])
+    with pytest.warns(DataWarning, match="1 of 2 queries and 1 of 2 documents have empty vectors"):
+        metrics = RetrievalEvaluator(texts, texts, {"a": {"a": 1}, "b": {"b": 1}})(bag_of_words())
+    assert metrics["MRR@10"] == metrics["Recall@100"] == 1 / 2
