@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -145,20 +146,38 @@ def _read_flags(path: Path) -> list[str]:
             "--config needs the package pyyaml: pip install splade_fast[train]"
         ) from error
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        written = yaml.load(text, Loader=yaml.BaseLoader)  # the same with strings for all scalars
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    hints = _type_hints()
     flags: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in _known_names():
+        if name not in hints:
             raise ConfigError(f"{path}: unknown key {key!r}{_suggest_names(name)}")
         if value is None:
             raise ConfigError(f"{path}: {name} must have a value; leave it out for the default")
+        if _holds_text(hints[name]) and not isinstance(value, dict):
+            # YAML 1.1 reads no as false and 1.10 as 1.1.
+            value = written.get(key, value)
         flags += _make_flag(name, value)
     return flags
+
+
+def _type_hints() -> dict[str, Any]:
+    return {name: hint for section in _SECTIONS for name, hint in get_type_hints(section).items()}
+
+
+def _holds_text(hint: Any) -> bool:
+    """Return whether a type is str or enum, or a union or list of them."""
+    members = get_args(hint)
+    if members:
+        return any(_holds_text(member) for member in members)
+    return isinstance(hint, type) and issubclass(hint, str | enum.Enum)
 
 
 def _make_flag(name: str, value: Any) -> list[str]:

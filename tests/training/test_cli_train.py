@@ -14,6 +14,7 @@ from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.training.checkpoints.folders import find_checkpoints
+from splade_fast.training.configuration import parse_configuration
 from tests.training.runs import checkpoint_in, write_pairs
 
 
@@ -215,6 +216,29 @@ def test_negative_cache_and_evaluation_at_the_end_without_a_strategy(files):
     trained(files, "--eval_data", files / "pairs.tsv")
     assert "cache/staleness" in log_of(files / "run")[0]
     assert [entry["step"] for entry in log_of(files / "run") if "eval_loss" in entry] == [2]
+
+
+def test_a_file_means_what_it_says(files):
+    """YAML 1.1 reads no, on and off as booleans, 1.10 as a number and 1e-4 as a string."""
+    with (files / "config.yaml").open("a") as file:
+        file.write(
+            "save_strategy: no\nlogging_strategy: no\nrun_name: 1.10\ntrain_split: on\n"
+            "adam_epsilon: 1e-7\nstreaming: off\ncolumns: [no, 010]\neval_delay: 0x10\n"
+            "lr_scheduler_kwargs: {min_lr: 1.0e-5}\nbf16: no\n"
+        )
+    found = parse_configuration(["--config", str(files / "config.yaml")])
+    training, data = found.training, found.data
+    assert (training.save_strategy, training.logging_strategy) == ("no", "no")
+    assert (training.run_name, data.train_split, data.columns) == ("1.10", "on", ["no", "010"])
+    assert (training.adam_epsilon, training.learning_rate) == (1e-7, 1e-3)
+    assert (data.streaming, training.bf16, training.eval_delay) == (False, False, 16)
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_words_that_an_option_does_not_have_are_named_as_written(files):
+    with (files / "config.yaml").open("a") as file:
+        file.write("eval_strategy: off\n")
+    assert "--eval_strategy/--eval-strategy: invalid choice: 'off'" in refused(files)
 
 
 def test_help_is_readable(files):
