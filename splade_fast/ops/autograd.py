@@ -2,13 +2,23 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from splade_fast import _library
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a forward has to save tensors for a backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(
+        tensor is not None and (tensor.requires_grad or _is_mapped(tensor)) for tensor in tensors
+    )
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Return whether torch.func.vmap has wrapped a tensor, which hides its requires_grad."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def argmax_dtype(length: int | torch.SymInt) -> torch.dtype:
@@ -39,6 +49,25 @@ def empty_forward(
         like.new_empty(saved_shape, dtype=accumulation_dtype(like.dtype)),
         like.new_empty(saved_shape, dtype=position_dtype),
     )
+
+
+def refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError for dual tensors, whose tangents the ops would drop.
+
+    Args:
+        function: name of the public function.
+        tensors: its differentiable arguments.
+    """
+    if any(has_tangent(tensor) for tensor in tensors if tensor is not None):
+        raise RuntimeError(
+            f"{function} has no forward-mode derivative, which torch.func.jvp or forward_ad asks "
+            "for. Use splade_fast.reference for it."
+        )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a tensor carries the tangent of a forward-mode derivative."""
+    return unpack_dual(tensor).tangent is not None
 
 
 def refuse_double_backward(op: str) -> None:

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from splade_fast import _library, reference
 from splade_fast._checks import check_device, check_tensor
+from splade_fast.ops.autograd import has_tangent
 
 
 def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
@@ -198,7 +199,7 @@ def _check_tables(tables: Mapping[str, Tensor], indices: Tensor) -> tuple[list[s
     for name, table in tables.items():
         label = f"tables[{name!r}]"
         check_tensor(label, table)
-        if table.requires_grad and torch.is_grad_enabled():
+        if (table.requires_grad and torch.is_grad_enabled()) or has_tangent(table):
             raise ValueError(
                 f"{label} must not require a gradient, as gathering has none: detach the table"
             )

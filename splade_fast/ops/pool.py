@@ -18,6 +18,7 @@ from splade_fast.ops.autograd import (
     empty_forward,
     needs_gradient,
     refuse_double_backward,
+    refuse_forward_mode,
 )
 
 MAX, SUM = POOLINGS["max"], POOLINGS["sum"]
@@ -52,7 +53,7 @@ def splade_pool(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
-        RuntimeError: a second derivative is requested.
+        RuntimeError: a second or a forward-mode derivative is requested.
 
     Example::
 
@@ -70,6 +71,7 @@ def splade_pool(
         mask = check_mask(attention_mask, logits.shape[0], logits.shape[1], "logits", logits)
     if not _library.has_kernels(logits.device):
         return reference.splade_pool(logits, mask, pooling=pooling, activation=activation)
+    refuse_forward_mode("splade_pool", logits)
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.pool_forward(
         logits, mask, pooling_code, activation_code, needs_gradient(logits)
     )

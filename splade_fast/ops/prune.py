@@ -7,6 +7,7 @@ from torch import Tensor
 
 from splade_fast import _library, reference
 from splade_fast._checks import DTYPES, check_count, check_floating
+from splade_fast.ops.autograd import refuse_forward_mode
 from splade_fast.reference.prune import keep_largest
 
 
@@ -26,6 +27,7 @@ def prune_topk(x: Tensor, k: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: x is not a floating-point matrix, or k is not an integer ≥ 0.
+        RuntimeError: a forward-mode derivative is requested.
 
     Example::
 
@@ -79,6 +81,7 @@ def dense_rows(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) 
         return reference.dense_rows(indices, values, lengths, num_cols)
     if not _library.has_kernels(values.device):
         return reference.dense_rows(indices, values, lengths, num_cols)
+    refuse_forward_mode("SparseRows.to_dense", values)
     dense: Tensor = torch.ops.splade_fast.dense_rows(values, indices, lengths, num_cols)
     return dense
 
@@ -90,6 +93,7 @@ def _prune_rows(
     max_ratio: float | None,
     mass: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_forward_mode("pruning", x)
     # The op returns the values first, since torch.library.opcheck adds the outputs up in place.
     values, indices, lengths = torch.ops.splade_fast.prune_rows(x, k, threshold, max_ratio, mass)
     return indices, values, lengths

@@ -10,7 +10,11 @@ from torch.nn.functional import embedding_bag
 
 from splade_fast import _library
 from splade_fast._checks import check_count
-from splade_fast.ops.autograd import accumulation_dtype, refuse_double_backward
+from splade_fast.ops.autograd import (
+    accumulation_dtype,
+    refuse_double_backward,
+    refuse_forward_mode,
+)
 from splade_fast.ops.sparse_rows import SparseRows
 
 # Sizes of the tiles of `_search_by_tiles`: queries, and scores.
@@ -35,8 +39,8 @@ def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
 
     Raises:
         TypeError, ValueError: queries and docs differ in their columns or devices.
-        RuntimeError: a length or a used index is out of range (checked on the CPU), or a second
-            derivative is requested.
+        RuntimeError: a length or a used index is out of range (checked on the CPU), or a second or
+            forward-mode derivative is requested.
 
     Example::
 
@@ -46,7 +50,9 @@ def sparse_scores(queries: SparseRows | Tensor, docs: SparseRows) -> Tensor:
     """
     check_same_space(queries, docs)
     if _library.has_kernels(docs.device):
-        scores: Tensor = torch.ops.splade_fast.sparse_scores(*ScoreOperands.build(queries, docs))
+        operands = ScoreOperands.build(queries, docs)
+        refuse_forward_mode("sparse_scores", operands.query_values, operands.doc_values)
+        scores: Tensor = torch.ops.splade_fast.sparse_scores(*operands)
         return scores
     dtype = torch.promote_types(queries.dtype, docs.dtype)
     return plain_scores(queries, docs).to(dtype)

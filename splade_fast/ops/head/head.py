@@ -20,6 +20,7 @@ from splade_fast.ops.autograd import (
     empty_forward,
     needs_gradient,
     refuse_double_backward,
+    refuse_forward_mode,
 )
 from splade_fast.ops.head.forward import HeadArguments, Outputs, forward
 from splade_fast.ops.head.screening import ALGORITHMS, MAX_DIM, SCREENED
@@ -73,7 +74,7 @@ def splade_head(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or, on the
             CPU, cu_seqlens does not rise from 0 to T (a RuntimeError in compiled code).
-        RuntimeError: a second derivative is requested.
+        RuntimeError: a second or a forward-mode derivative is requested.
         NotImplementedError: algorithm is "screened" and hidden has more than 65,536 dimensions, or
             is on a GPU and is not supported there.
 
@@ -109,6 +110,7 @@ def splade_head(
             activation=activation,
         )
         return pooled if autocast is None else pooled.float()
+    refuse_forward_mode("splade_head", hidden, weight, bias)
     outputs: Outputs = torch.ops.splade_fast.head_forward(
         *HeadArguments(
             hidden=hidden,
