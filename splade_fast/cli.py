@@ -26,7 +26,7 @@ from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.encode_corpus import encode_corpus
 from splade_fast.search.hits import count_empty_vectors, list_hits, warn_of_empty_vectors
 from splade_fast.search.index import Index, IndexMeta, resolve_model
-from splade_fast.search.lines import DataWarning
+from splade_fast.search.lines import DataWarning, parse_id
 from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 app = typer.Typer(
@@ -114,6 +114,8 @@ def search(
         vectors = _encode_queries(encoder, texts, loaded.meta.max_length, batch_size)
         warn_of_empty_vectors(vectors, loaded.rows)
         listed = list_hits(*sparse_search(vectors, loaded.rows, hits))
+        for document in {document for found in listed for document, _ in found}:
+            parse_id(loaded.ids[document])  # an index of other programs may hold any text
     expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(texts)
     for query_id, expansion, found in zip(texts.ids, expansions, listed, strict=True):
         if expansion:

@@ -85,6 +85,17 @@ def test_search_prints_the_best_documents(index, files, model):
             assert float(line[3]) == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.parametrize("text_id", ["a\tb", "a\nb", "\ud800", " "])
+def test_ids_that_would_break_a_line_are_not_printed(index, text_id):
+    (index / "ids.json").write_text(json.dumps([text_id] * len(CORPUS)))
+    result = invoke("search", index, "fox")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        f"got the lone surrogate {text_id!r}" in result.stderr
+        or f"got {text_id!r}" in result.stderr
+    )
+
+
 def test_search_shows_expanded_terms_on_request(index, model):
     result = invoke("search", index, "fox", "--terms", 2)
     assert result.exit_code == 0, result.output

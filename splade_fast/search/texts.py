@@ -31,12 +31,17 @@ __all__ = [
 ]
 
 # Names of keys and columns in the files of BEIR, Tevatron, Anserini and others, best first.
-_ID_NAMES = ("id", "_id", "docid", "doc_id", "query_id", "qid", "pid")
-_TEXT_NAMES = ("text", "contents", "query", "passage", "document")
+_ID_NAMES = (
+    *("id", "_id", "docid", "doc_id", "document_id", "pid", "passage_id", "corpus_id"),
+    *("query_id", "qid"),
+)
+_TEXT_NAMES = ("text", "contents", "query", "question", "passage", "document")
 _PARTS = {
     **dict.fromkeys(_ID_NAMES, "id"),
     **dict.fromkeys(_TEXT_NAMES, "text"),
     "title": "title",
+    # Columns of judgements and of training data, which are no texts.
+    **dict.fromkeys(("score", "relevance", "label", "positive", "negative"), "other"),
 }
 
 
@@ -56,14 +61,16 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
 
     A file of JSON lines holds one object per line, with
 
-    - an id under `id`, `_id`, `docid`, `doc_id`, `query_id`, `qid` or `pid`: text or an integer;
-    - a text under `text`, `contents`, `query`, `passage` or `document`;
+    - an id, text or an integer, under `id`, `_id`, `docid`, `doc_id`, `document_id`, `pid`,
+      `passage_id`, `corpus_id`, `query_id` or `qid`;
+    - a text under `text`, `contents`, `query`, `question`, `passage` or `document`;
     - optionally `title`, which is put before the text. It is not put before `contents`, which
       holds all that Anserini indexes.
 
     Where an object has several of these keys, the first one counts. Any other file holds
-    `id<TAB>text` lines. Its first line is a header if all its fields are such names, as in
-    `id<TAB>text<TAB>title`; it then tells the order of the columns.
+    `id<TAB>text` lines. Its first line is a header if its fields name an id and a text so, as in
+    `id<TAB>text<TAB>title`; it then tells the order of the columns, of which unknown ones are
+    ignored.
 
     A file is one of JSON lines if its name ends in .jsonl or .ndjson, or if its first line is a
     JSON object. A file whose name ends in .gz is decompressed. A pipe is read as a file is.
@@ -134,23 +141,24 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _parse_header(line: str) -> tuple[str, ...] | None:
+def _parse_header(line: str) -> tuple[str | None, ...] | None:
     """Return the part that each column holds, or None for a line that is no header.
 
     Raises:
-        DataError: the header names other columns than an id, a text and a title.
+        DataError: all columns have known names, which are not those of texts.
     """
     fields = line.split("\t") if "\t" in line else line.split()
     parts = tuple(_PARTS.get(field.strip().lower().replace("-", "_")) for field in fields)
-    if len(parts) < 2 or None in parts:
-        return None
-    found = tuple(part for part in parts if part is not None)
-    if sorted(found) not in (["id", "text"], ["id", "text", "title"]):
+    is_all_known = len(parts) > 1 and None not in parts
+    has_texts = parts.count("id") == parts.count("text") == 1 and parts.count("title") <= 1
+    if has_texts and "other" not in parts and (is_all_known or "\t" in line):
+        return parts
+    if is_all_known:
         raise DataError(f"expected the columns id, text and perhaps title, got {quote_start(line)}")
-    return found
+    return None
 
 
-def _parse_columns(parts: Sequence[str], line: str) -> tuple[str, str]:
+def _parse_columns(parts: Sequence[str | None], line: str) -> tuple[str, str]:
     # Only a text in the last column may hold tabs.
     fields = line.split("\t", len(parts) - 1 if parts[-1] == "text" else -1)
     if len(fields) != len(parts):

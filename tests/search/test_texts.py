@@ -38,6 +38,7 @@ TWO = {"d1": "quick fox", "d2": "lazy dog"}
         "text\tid\nquick fox\td1\nlazy dog\td2\n",
         "id\ttext\ttitle\nd1\tfox\tquick\nd2\tdog\tlazy\n",
         "id\ttitle\ttext\nd1\tquick\tfox\nd2\t\tlazy dog\n",
+        "pid\tpassage\turl\nd1\tquick fox\tu1\nd2\tlazy dog\t\n",
         '{"_id": "d1", "text": "quick fox"}\n{"_id": "d2", "text": "lazy dog"}',
     ],
 )
@@ -112,6 +113,8 @@ def test_bad_json_names_the_line(tmp_path, line, message):
         ("id\ttext\ttitle\nd1\tfox\n", "line 2: expected 3 columns, as in the header, got 2"),
         ("id\ttext\ttitle\nd1\ta\tb\tc\n", "line 2: expected 3 columns, as in the header, got 4"),
         ("query\tdocument\nfox\tquick fox\n", "line 1: expected the columns id, text and"),
+        ("query-id\tcorpus-id\tscore\nq1\td1\t1\n", "line 1: expected the columns id, text and"),
+        ("id and text\nd1\tfox\n", "line 1: expected id<TAB>text, got 'id and text'"),
         ("id\ttext\n", "must hold at least one text, got none"),
     ],
 )
