@@ -121,6 +121,27 @@ def test_formats_that_datasets_reads(tmp_path, ending):
     assert both(path) == LABELLED
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.csv", "query,document\nq,d\n".encode("utf-16"), "csv file: 'utf-8' codec can't"),
+        ("train.csv", b"", "csv file: No columns to parse"),
+        ("latin.csv", b"query,document\nq,\xff\n", "csv file: 'utf-8' codec can't"),
+        ("train.json", b"{", "json file: .* parse error"),
+        ("train.parquet", b"garbage", "parquet file: Parquet file size is 7 bytes"),
+    ],
+)
+def test_damaged_files_name_file_and_reason(tmp_path, name, content, reason):
+    with pytest.raises(DataError, match=rf"{name} must be a whole {reason}"):
+        load_training_data(write(tmp_path / name, content))
+    with pytest.raises(DataError, match=name):
+        load_training_data(tmp_path / name, streaming=True)
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / name, content)
+    with pytest.raises(DataError, match="folder must be a file, a folder of data or a dataset"):
+        load_training_data(tmp_path / "folder")
+
+
 def test_objects_and_saved_folders(tmp_path):
     source = datasets.Dataset.from_list(HARD)
     assert both(source) == HARD

@@ -101,12 +101,7 @@ def load_training_data(
         if suffixes.endswith(LINE_FILES):
             return _load_lines(reader, path, split, streaming)
         if suffixes.endswith(tuple(_BUILDERS)):
-            check_rereadable(path)
-            builder = _BUILDERS[Path(suffixes).suffix]
-            files = {split: str(path)}
-            source = datasets.load_dataset(
-                builder, data_files=files, split=split, streaming=streaming
-            )
+            source = _load_file(path, _BUILDERS[Path(suffixes).suffix], split, streaming)
         else:
             source = _load_folder_or_name(path, os.fspath(source), split, config, streaming)
         name = str(path)
@@ -171,6 +166,19 @@ def _generate_examples(
         yield reader.convert(record, layout, place)
 
 
+def _load_file(path: Path, builder: str, split: str, streaming: bool) -> Any:
+    datasets = import_datasets()
+    check_rereadable(path)
+    files = {split: str(path)}
+    try:
+        return datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        if isinstance(reason, OSError) and reason.errno is not None:
+            raise reason from None  # such as a full disk
+        raise DataError(f"{path} must be a whole {builder} file: {reason}") from error
+
+
 def _load_folder_or_name(
     path: Path, name: str, split: str, config: str | None, streaming: bool
 ) -> Any:
@@ -181,9 +189,10 @@ def _load_folder_or_name(
         return datasets.load_from_disk(name)  # memory-mapped
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(
-            f"{name} must be a file, a folder of data or a dataset on the hub: {error}"
+            f"{name} must be a file, a folder of data or a dataset on the hub: "
+            f"{error.__cause__ or error}"
         ) from error
 
 
@@ -192,7 +201,10 @@ def _convert_dataset(
 ) -> Dataset | IterableDataset:
     names = source.column_names
     if names is None:  # a stream whose columns only its rows tell
-        names = list(next(iter(source), {}))
+        try:
+            names = list(next(iter(source), {}))
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
     if not names:
         raise DataError(f"{name} must hold at least one example, got none")
     try:
