@@ -64,6 +64,7 @@ def in_batch_loss(
     documents: Tensor,
     negatives: Tensor | None = None,
     *,
+    document_ids: Tensor | None = None,
     temperature: float = 1.0,
     across_ranks: bool = True,
 ) -> Tensor:
@@ -71,10 +72,15 @@ def in_batch_loss(
 
     mean_i -log softmax_j(queries_i · d_j / temperature)[i]
 
+    With `document_ids` the softmax of query i leaves out the other copies of its document, which
+    are no negatives: with n copies of one document the loss could not fall below log(n).
+
     Args:
         queries: (B, V), pooled vectors.
         documents: (B, V), pooled vectors; document i is relevant for query i.
         negatives: (N, V), hard negatives, with which every query is compared too.
+        document_ids: (B + N,) or (B + N, w) integers, whose rows are equal for copies of the same
+            document, first of documents, then of negatives. None: all documents differ.
         temperature: divisor of the scores.
         across_ranks: whether queries are compared with the documents and hard negatives of all
             ranks.
@@ -106,10 +112,18 @@ def in_batch_loss(
                 f"{documents.shape[1]}, got {tuple(negatives.shape)}"
             )
         documents = torch.cat([documents, negatives])
+    if document_ids is not None:
+        _check_document_ids(document_ids, len(documents))
+    own_ids = ids = document_ids
     first = 0  # row of the first own document among the documents of all ranks
     if across_ranks:
         documents, first = gather_rows_of_ranks(documents)
+        ids = None if ids is None else gather_rows_of_ranks(ids)[0]
     scores = queries @ documents.T / temperature
+    if own_ids is not None and ids is not None:
+        copy_mask = equal_rows(own_ids[: len(queries)], ids)
+        copy_mask.diagonal(first).fill_(False)  # the document itself
+        scores = scores.masked_fill(copy_mask, -torch.inf)
     relevant = torch.arange(first, first + len(queries), device=scores.device)
     return mean_over_ranks(
         functional.cross_entropy(scores, relevant, reduction="none"), across_ranks
@@ -221,6 +235,28 @@ def kl_distillation_loss(
     target = functional.log_softmax(teacher.to(scores.dtype) / temperature, dim=1)
     divergence = functional.kl_div(student, target, reduction="none", log_target=True).sum(1)
     return mean_over_ranks(divergence, across_ranks) * temperature**2
+
+
+def equal_rows(some: Tensor, others: Tensor) -> Tensor:
+    """Return (M, N) bool, whether row m of `some` equals row n of `others`.
+
+    Args:
+        some: (M,) or (M, w).
+        others: (N,) or (N, w).
+    """
+    equal_mask = some.unsqueeze(1) == others.unsqueeze(0)
+    return equal_mask if some.ndim == 1 else equal_mask.all(-1)
+
+
+def _check_document_ids(document_ids: Tensor, count: int) -> None:
+    check_tensor("document_ids", document_ids)
+    if document_ids.is_floating_point() or document_ids.is_complex():
+        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}")
+    if document_ids.ndim not in (1, 2) or len(document_ids) != count:
+        raise ValueError(
+            "document_ids must have a row for each document and negative, "
+            f"({count},) or ({count}, any), got {tuple(document_ids.shape)}"
+        )
 
 
 def _margins(positive: Tensor, negative: Tensor) -> Tensor:

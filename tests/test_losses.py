@@ -56,6 +56,38 @@ def test_in_batch(hard):
     check(value, formula, queries, documents, *([negatives] if hard else []))
 
 
+@pytest.mark.parametrize("width", [None, 2])
+def test_in_batch_leaves_out_copies(width):
+    """Documents 0 and 3 and the negative 1 are one document, as are 1 and the negative 2."""
+    queries, documents, negatives = scores(B, 7), scores(B, 7), scores(4, 7)
+    names = [0, 1, 2, 0, 4, 5, 0, 1, 5]
+    ids = torch.tensor(names) if width is None else torch.tensor([[name, 9] for name in names])
+
+    def formula():
+        rows = [*documents.tolist(), *negatives.tolist()]
+        total = 0.0
+        for i, query in enumerate(queries.tolist()):
+            dots = [sum(a * b for a, b in zip(query, row, strict=True)) for row in rows]
+            kept = [dot for j, dot in enumerate(dots) if j == i or names[j] != names[i]]
+            total -= dots[i] - math.log(sum(math.exp(dot) for dot in kept))
+        return total / B
+
+    def value():
+        return losses.in_batch_loss(queries, documents, negatives, document_ids=ids)
+
+    check(value, formula, queries, documents, negatives)
+
+
+def test_in_batch_of_one_document_falls_to_zero():
+    queries, documents = scores(8, 7), scores(1, 7)
+    copies = documents.expand(8, 7)
+    apart = losses.in_batch_loss(queries, copies)
+    assert apart.item() == pytest.approx(math.log(8))
+    alike = losses.in_batch_loss(queries, copies, document_ids=torch.zeros(8, dtype=torch.int32))
+    assert alike.item() == 0
+    assert not torch.autograd.grad(alike, queries)[0].any()
+
+
 @pytest.mark.parametrize("shape", [(B,), (B, M)])
 def test_pairwise(shape):
     positive, negative = scores(B), scores(*shape)
@@ -158,6 +190,20 @@ def test_kl_distillation():
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)),
             ValueError,
             r"vocabulary = 3, got \(2, 4\)",
+        ),
+        (
+            lambda: losses.in_batch_loss(
+                torch.ones(2, 3), torch.ones(2, 3), document_ids=torch.ones(2)
+            ),
+            TypeError,
+            "document_ids must be integers, got torch.float32",
+        ),
+        (
+            lambda: losses.in_batch_loss(
+                torch.ones(2, 3), torch.ones(2, 3), document_ids=torch.arange(3)
+            ),
+            ValueError,
+            r"document_ids must have .* \(2,\) or \(2, any\), got \(3,\)",
         ),
         (
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0),

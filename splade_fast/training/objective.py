@@ -20,6 +20,7 @@ from splade_fast.negative_cache.losses import CacheLossReturn
 from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
 from splade_fast.training.document_cache import DocumentCacheHandler, Network
+from splade_fast.training.document_ids import document_ids
 from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 
@@ -98,7 +99,8 @@ class Objective(nn.Module):
             labels: (B,) relevance for pointwise, (B, m) scores for margin_mse and kl.
             step: step of the schedules.
             network: function from tokenized documents to vectors; required by a cache.
-            inputs: tokenized documents of the batch by name; required by a cache.
+            inputs: tokenized documents of the batch by name; required by a cache. With them,
+                in_batch and pairwise do not take copies of a query's positive for negatives.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
@@ -124,7 +126,8 @@ class Objective(nn.Module):
             if cache_step is not None:
                 relevance = cache_step.training_loss
             else:
-                relevance = self._relevance(queries, documents, labels, count)
+                ids = None if inputs is None else document_ids(inputs)
+                relevance = self._relevance(queries, documents, labels, count, ids)
             query_penalty = self.query_sparsity(queries, step)
             document_penalty = self.document_sparsity(documents, step)
         metrics = {
@@ -186,16 +189,27 @@ class Objective(nn.Module):
         return count
 
     def _relevance(
-        self, queries: Tensor, documents: Tensor, labels: Tensor | None, count: int
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        labels: Tensor | None,
+        count: int,
+        ids: Tensor | None,
     ) -> Tensor:
         temperature = self.arguments.temperature
         batch = len(queries)
         if self.arguments.loss in ("in_batch", "negative_cache"):
             positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
-            return in_batch_loss(queries, positives, negatives, temperature=temperature)
+            return in_batch_loss(
+                queries, positives, negatives, document_ids=ids, temperature=temperature
+            )
         scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
         if labels is None:
-            return pairwise_loss(scores[:, :1], scores[:, 1:])
+            positive, negative = scores[:, :1], scores[:, 1:]
+            if ids is not None:
+                copy_mask = (ids[batch:].view(count - 1, batch, -1) == ids[:batch]).all(-1)
+                negative = negative.masked_fill(copy_mask.t(), -torch.inf)  # its loss is 0
+            return pairwise_loss(positive, negative)
         if self.arguments.loss == "pointwise":
             return pointwise_loss(scores[:, 0], labels, check_labels=not labels.is_cuda)
         if self.arguments.loss == "margin_mse":

@@ -84,6 +84,42 @@ FORMULAS = {
 }
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_copies_of_a_positive_are_no_negatives(side, mini_batch_size):
+    """Positives 0 and 2 are one text, which is a hard negative of both and of query 1."""
+    model = training_model(
+        loss="in_batch", temperature=3.0, mini_batch_size=mini_batch_size, **NO_PENALTY
+    )
+    model.encoder.tokenizer.padding_side = side
+    queries = model.encoder.tokenize(["fox", "lazy dog", "old tree"])
+    fox, dog = "a quick brown fox jumps", "the lazy dog"
+    documents = model.encoder.tokenize([fox, dog, fox, fox, fox, "an old tree"])
+    result = model(queries, documents)
+    plain = encoder_of().model
+    q, d = (plain_vectors(plain, inputs) for inputs in (queries, documents))
+    scores = q @ d.T / 3
+    lists = [scores[0, [0, 1, 5]], scores[1, [1, 0, 2, 3, 4, 5]], scores[2, [2, 1, 5]]]
+    expected = torch.stack([-one.log_softmax(0)[0] for one in lists]).mean()
+    torch.testing.assert_close(result["loss"], expected)
+    assert_same_gradients(
+        gradients(model.encoder.model, result["loss"]), gradients(plain, expected)
+    )
+
+
+def test_a_negative_that_is_the_positive_costs_nothing_in_pairwise():
+    model = training_model(loss="pairwise", **NO_PENALTY)
+    queries = model.encoder.tokenize(["fox", "lazy dog"])
+    tokenize = model.encoder.tokenize
+    result = model(
+        queries, tokenize(["a fox", "the dog", "a fox", "an old tree", "dog", "the dog"])
+    )
+    q, d = model.encoder(**queries), model.encoder(**tokenize(["a fox", "the dog", "an old tree"]))
+    margins = [(q[0] @ (d[0] - model.encoder(**tokenize(["dog"]))[0])), q[1] @ (d[1] - d[2])]
+    expected = functional.softplus(-torch.stack(margins)).sum() / 4
+    torch.testing.assert_close(result["loss"], expected)
+
+
 @pytest.mark.parametrize("terms", ["flops", "l1", "df_flops", "l1+flops", "df_flops+anti_zero"])
 @pytest.mark.parametrize("schedule", ["quadratic", "linear", "constant"])
 def test_regularizers_and_schedules(terms, schedule):

@@ -47,10 +47,14 @@ def make_labels(loss: str, batch: int, documents: int) -> torch.Tensor | None:
 def joined_batch(encoder, loss: str, batch: int, seed: int = 0) -> dict:
     documents = DOCUMENTS.get(loss, 1)
     torch.manual_seed(seed)
-    return {
-        **batch_of(encoder, batch, seed, documents),
-        "labels": make_labels(loss, batch, documents),
-    }
+    joined = batch_of(encoder, batch, seed, documents)
+    if loss in DOCUMENTS:
+        for tokens in joined["documents"].values():
+            # The last rank has the first one's positive, and that query has it as a negative.
+            tokens[batch - 1] = tokens[0]
+            if documents > 1:
+                tokens[batch] = tokens[0]
+    return {**joined, "labels": make_labels(loss, batch, documents)}
 
 
 def take_part(batch: dict, sizes: list[int], rank: int) -> dict:
