@@ -13,20 +13,24 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from safetensors import SafetensorError
 
 from splade_fast._checks import check_unicode
 from splade_fast._distributed import OtherRankError, fail_together, join_torchrun
 from splade_fast._library import build_info
-from splade_fast.encoders.splade import SpladeEncoder
+from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.export.export_index import EmptyDocuments, ExportFormat, export_index
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.chunk_folder import ChunkFolder
-from splade_fast.search.encode_corpus import encode_corpus
+from splade_fast.search.encode_corpus import check_vocabularies, encode_corpus
 from splade_fast.search.hits import count_empty_vectors, list_hits, warn_of_empty_vectors
 from splade_fast.search.index import Index, IndexMeta, resolve_model
 from splade_fast.search.lines import DataWarning, parse_id
+from splade_fast.search.models import (
+    load_document_encoder,
+    load_own_query_encoder,
+    load_query_encoder_of_index,
+)
 from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 app = typer.Typer(
@@ -36,6 +40,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE model.")]
+OtherModel = Annotated[str | None, typer.Option("--model", help="Model; default: the index's.")]
+QueryModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Model for queries; default: the one that was trained with the model, else the model."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of texts per batch.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Number of tokens kept of each text.")]
 KeptEntries = Annotated[
@@ -58,6 +69,7 @@ def encode(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an interrupted run has encoded.")
     ] = False,
+    query_model: QueryModel = None,
 ) -> None:
     """Encode a corpus into an index folder.
 
@@ -69,7 +81,8 @@ def encode(
         with fail_together("loading the model"):
             if index.exists():
                 raise FileExistsError(f"{index} must not exist yet")
-            encoder = SpladeEncoder.from_pretrained(model).to(_select_device(device))
+            encoder = load_document_encoder(model).to(_select_device(device))
+            queries = load_own_query_encoder(model, query_model)
         with _advise_to_resume(index, is_first=rank == 0):
             count = encode_corpus(
                 encoder,
@@ -81,6 +94,8 @@ def encode(
                 max_length=max_length,
                 chunk_size=chunk_size,
                 resume=resume,
+                query_model=queries[0] if queries is not None else None,
+                query_encoder=queries[1] if queries is not None else None,
             )
     if rank == 0:
         size = sum(file.stat().st_size for file in index.iterdir())
@@ -96,7 +111,8 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="File of queries, instead of QUERY.")] = None,
     hits: Annotated[int, typer.Option(min=1, help="Documents shown for each query.")] = 10,
     terms: Annotated[int, typer.Option(min=0, help="Number of query terms shown.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model; default: the index's.")] = None,
+    model: OtherModel = None,
+    query_model: QueryModel = None,
     batch_size: BatchSize = 32,
 ) -> None:
     """Search an index and print lines `query id<TAB>rank<TAB>document id<TAB>score`.
@@ -110,7 +126,7 @@ def search(
             check_unicode("QUERY", query)  # undecodable bytes arrive as lone surrogates
         texts = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
         loaded = Index.load(index)
-        encoder = _load_query_encoder(loaded, model)
+        encoder = load_query_encoder_of_index(loaded, model=model, query_model=query_model)
         vectors = _encode_queries(encoder, texts, loaded.meta.max_length, batch_size)
         warn_of_empty_vectors(vectors, loaded.rows)
         listed = list_hits(*sparse_search(vectors, loaded.rows, hits))
@@ -131,7 +147,8 @@ def evaluate(
     qrels: Annotated[Path, typer.Option(help="File of judgements, TREC or BEIR format.")],
     index: Annotated[Path | None, typer.Option(help="Folder written by `encode`.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Corpus, instead of an index.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model; default: the index's.")] = None,
+    model: OtherModel = None,
+    query_model: QueryModel = None,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
@@ -154,14 +171,17 @@ def evaluate(
         if index is not None:
             searched = Index.load(index)
             judgements = select_qrels(judgements, judged.ids, searched.ids)
-            encoder = _load_query_encoder(searched, model)
+            encoder = load_query_encoder_of_index(searched, model=model, query_model=query_model)
         else:
             if model is None:
                 raise DataError("give --model with --corpus")
             texts = read_texts(str(corpus))
             judgements = select_qrels(judgements, judged.ids, texts.ids)
-            encoder = SpladeEncoder.from_pretrained(model)
-            searched = _build_index(encoder, texts, model, k, batch_size, max_length)
+            documents = load_document_encoder(model)
+            queries_of_model = load_own_query_encoder(model, query_model)
+            encoder = documents if queries_of_model is None else queries_of_model[1]
+            check_vocabularies(documents, encoder)
+            searched = _build_index(documents, texts, model, k, batch_size, max_length)
         vectors = _encode_queries(encoder, judged, searched.meta.max_length, batch_size)
         measures = evaluate_vectors(
             judgements,
@@ -223,9 +243,6 @@ def _exit_with_2_on_bad_input() -> Iterator[None]:
             yield
     except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except SafetensorError as error:  # of a model; it names no file
-        typer.echo(f"Error: weights of the model cannot be read: {error}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -291,7 +308,7 @@ def _select_device(kind: Device) -> torch.device:
 
 
 def _build_index(
-    encoder: SpladeEncoder,
+    encoder: TextEncoder,
     texts: Texts,
     model: str,
     k: int | None,
@@ -308,18 +325,8 @@ def _build_index(
     return Index(rows, texts.ids, IndexMeta(resolve_model(model), max_length, k))
 
 
-def _load_query_encoder(index: Index, model: str | None) -> SpladeEncoder:
-    encoder = SpladeEncoder.from_pretrained(model or index.meta.model)
-    if encoder.vocab_size != index.rows.num_cols:
-        raise DataError(
-            f"the model must have the index's vocabulary of {index.rows.num_cols} entries, "
-            f"got {encoder.vocab_size}"
-        )
-    return encoder
-
-
 def _encode_queries(
-    encoder: SpladeEncoder, queries: Texts, max_length: int, batch_size: int
+    encoder: TextEncoder, queries: Texts, max_length: int, batch_size: int
 ) -> SparseRows:
     return encoder.encode(
         queries.texts,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from splade_fast.encoders.pretrained import load_tokenizer
@@ -17,7 +18,9 @@ from splade_fast.export import (
     write_qdrant,
     write_seismic,
 )
-from splade_fast.search.index import Index
+from splade_fast.search.fingerprint import digest_vocabulary
+from splade_fast.search.index import Index, IndexMeta, refuse_index_as_model
+from splade_fast.search.lines import DataError, DataWarning
 
 ExportFormat = Literal[
     "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic"
@@ -37,9 +40,9 @@ _WITHOUT_TOKENS = ("npz", "qdrant")
 
 def export_index(
     index: Index,
-    path: Path,
+    path: str | os.PathLike[str],
     file_format: ExportFormat,
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     empty: EmptyDocuments = "keep",
     scale: float = 100.0,
 ) -> int:
@@ -57,18 +60,32 @@ def export_index(
         Number of documents written.
 
     Raises:
+        DataError: the index's own model has another vocabulary than when the index was made.
         OSError, ValueError: see the function of the format; or there is no such model.
     """
     options: dict[str, Any] = {"empty": empty}
     if file_format not in _WITHOUT_TOKENS:
-        options["id_to_token"] = _read_tokens(model or index.meta.model)
+        options["id_to_token"] = _read_tokens(index.meta, model)
     if file_format == "anserini":
         options["scale"] = scale
     return _WRITERS[file_format](index.rows, path, index.ids, **options)
 
 
-def _read_tokens(model: str) -> dict[int, str]:
-    """Return {column: token} of the model's tokenizer, which may know fewer than the columns."""
-    hub: dict[str, Any] = {"subfolder": read_settings(model, {}).subfolder}
-    vocabulary: dict[str, int] = load_tokenizer(model, hub).get_vocab()
+def _read_tokens(meta: IndexMeta, model: str | os.PathLike[str] | None) -> dict[int, str]:
+    """Return {column: token} of a model's tokenizer, which may know fewer than the columns.
+
+    Args:
+        meta: settings of the index, whose model is the default.
+        model: hub name or folder of another model.
+    """
+    name = os.fspath(model or meta.model)
+    refuse_index_as_model("model", name)
+    hub: dict[str, Any] = {"subfolder": read_settings(name, {}).subfolder}
+    tokenizer = load_tokenizer(name, hub)
+    if meta.fingerprint is not None and meta.fingerprint.vocabulary != digest_vocabulary(tokenizer):
+        message = f"{name} must have the vocabulary that the index was made with, got another"
+        if model is None:
+            raise DataError(message)
+        warnings.warn(message, DataWarning, stacklevel=3)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
     return {column: token for token, column in vocabulary.items()}

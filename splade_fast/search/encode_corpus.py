@@ -114,7 +114,8 @@ def encode_corpus(
     if query_model is not None:
         refuse_index_as_model("query_model", query_model)
         meta.query_model = resolve_model(query_model)
-    _check_query_encoder(encoder, query_encoder)
+    if query_encoder is not None:
+        check_vocabularies(encoder, query_encoder)
     prompt = encoder.prompt_text(encoder.settings.prompt_for("document"))
     chunks = ChunkFolder.beside(index)
     with (
@@ -180,8 +181,9 @@ def encode_corpus(
     return checked.count
 
 
-def _check_query_encoder(encoder: TextEncoder, query_encoder: TextEncoder | None) -> None:
-    if query_encoder is not None and query_encoder.vocab_size != encoder.vocab_size:
+def check_vocabularies(encoder: TextEncoder, query_encoder: TextEncoder) -> None:
+    """Raise ValueError if the encoders of documents and queries have other numbers of columns."""
+    if query_encoder.vocab_size != encoder.vocab_size:
         raise ValueError(
             f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
             f"got {query_encoder.vocab_size}"

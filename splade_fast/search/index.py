@@ -141,6 +141,11 @@ def find_joined_parts(folder: Path, files: Sequence[Path]) -> list[bool]:
     return find_joined(files, folder / _VECTORS)
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder holds the configuration of a model."""
+    return any((folder / name).is_file() for name in _MODEL_FILES)
+
+
 def refuse_index_as_model(name: str, model: str | os.PathLike[str]) -> None:
     """Raise ValueError if an argument that names a model is the folder of an index.
 
@@ -184,9 +189,7 @@ def _parse_meta(path: Path, content: dict[str, Any]) -> IndexMeta:
 
 
 def _describe_lack(folder: Path, missing: str) -> str:
-    if any((folder / name).is_file() for name in _MODEL_FILES):
-        return "the folder holds a model"
-    return f"{missing} is missing"
+    return "the folder holds a model" if is_model_folder(folder) else f"{missing} is missing"
 
 
 def _read_json(path: Path) -> Any:

@@ -179,6 +179,23 @@ def test_bags_of_words_as_queries(files, kind):
     trained(files, "--query_encoder", files / "run" / "query", "--output_dir", files / "again")
 
 
+def test_searches_encode_queries_as_training_did(files):
+    trained(files, "--query_encoder", "bag_of_words")
+    run, index, corpus = files / "run", files / "index", files / "corpus.tsv"
+    for command in (["encode", corpus, index, "--model", run], ["search", index, "old fox"]):
+        result = CliRunner().invoke(app, [str(argument) for argument in command])
+        assert result.exit_code == 0, result.output
+    queries = BagOfWordsQueryEncoder.from_pretrained(run / "query")
+    texts = [line.split("\t")[1] for line in corpus.read_text().splitlines()]
+    documents = SpladeEncoder.from_pretrained(run).encode(texts, show_progress=False)
+    [scores] = (queries.encode("old fox").to_dense() @ documents.to_dense().T).tolist()
+    found = [line.split("\t") for line in result.stdout.splitlines()]
+    expected = {f"d{place}": score for place, score in enumerate(scores, start=1) if score > 0}
+    assert {line[2]: float(line[3]) for line in found} == pytest.approx(expected, abs=1e-5)
+    trained(files, "--overwrite_output_dir")  # with one encoder
+    assert not (run / "query").exists()
+
+
 def test_another_encoder_for_queries(files, model):
     trained(files, "--query_encoder", model)
     queries = SpladeEncoder.from_pretrained(files / "run" / "query")

@@ -17,7 +17,6 @@ from splade_fast._atomic_files import finish_files, flush_folder
 from splade_fast._distributed import OtherRankError, fail_together
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-QUERY_FOLDER = "query"
 _MANIFEST = "checkpoint.json"
 _FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d+)")

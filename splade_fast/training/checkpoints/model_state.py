@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splade_fast.negative_cache.negative_cache import NegativeCache
-from splade_fast.training.checkpoints.folders import QUERY_FOLDER, CheckpointError
+from splade_fast.search.models import QUERY_FOLDER
+from splade_fast.training.checkpoints.folders import CheckpointError
 from splade_fast.training.checkpoints.trees import open_safetensors
 
 if TYPE_CHECKING:

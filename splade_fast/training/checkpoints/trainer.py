@@ -11,9 +11,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
+from splade_fast._atomic_files import remove_folder
+from splade_fast.search.index import is_model_folder
+from splade_fast.search.models import QUERY_FOLDER
 from splade_fast.training.checkpoints.folders import (
     OPTIMIZER_FILE,
-    QUERY_FOLDER,
     CheckpointError,
     check_checkpoint,
     delete_surplus_checkpoints,
@@ -78,8 +80,11 @@ class CheckpointingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_encoders(self, folder: Path) -> None:
+        is_shared = self.model.query_encoder is self.model.encoder
+        if is_shared and is_model_folder(folder / QUERY_FOLDER):
+            remove_folder(folder / QUERY_FOLDER)  # of an earlier run; searches would use it
         self.model.encoder.save_pretrained(folder)
-        if self.model.query_encoder is not self.model.encoder:
+        if not is_shared:
             self.model.query_encoder.save_pretrained(folder / QUERY_FOLDER)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
