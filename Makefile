@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build demo demo-scratch test test-all test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
+.PHONY: env build packages libraries demo demo-scratch test test-all test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
 	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
@@ -24,9 +24,16 @@ $(VENV)/.environment: pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" wheel
 	touch $@
 
+# Packages are installed while the compiler works.
 $(VENV)/.built: $(VENV)/.environment $(SOURCES)
-	$(INSTALL) --no-build-isolation -e ".[demo,test,bench,docs,dev]"
+	$(MAKE) --jobs=2 --output-sync=target packages libraries
 	touch $@
+
+packages: $(VENV)/.environment
+	SPLADE_FAST_BUILD=0 $(INSTALL) --no-build-isolation -e ".[demo,test,bench,docs,dev]"
+
+libraries: $(VENV)/.environment
+	python setup.py --quiet build_ext --inplace
 
 demo: build
 	python -m examples.docstrings $(ARGS)

@@ -16,9 +16,12 @@ class CMakeBuild(build_ext):
     """Configure, build and install the libraries into the package folder.
 
     Environment: SPLADE_FAST_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
+    SPLADE_FAST_BUILD=0 installs the Python code alone, whose ops run in plain PyTorch.
     """
 
     def run(self) -> None:
+        if os.environ.get("SPLADE_FAST_BUILD") == "0":
+            return
         cuda = os.environ.get("SPLADE_FAST_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise ValueError(f"SPLADE_FAST_CUDA must be auto, 0 or 1, got {cuda!r}")

@@ -1,6 +1,5 @@
 """Function runner for several processes in a gloo group, with a time limit."""
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Modules that would otherwise be imported in each process. The list serves all tests, because only
-# the first start of the fork server reads it.
-PRELOADED = ["torch", "splade_fast.negative_cache", "splade_fast.training.trainer"]
+from tests.new_process import fork_server
+
 _POLL_SECONDS = 0.05
 
 
@@ -28,8 +26,7 @@ def run_ranks(
         AssertionError: a process failed, with the traceback of the first failure, or the processes
             took longer than `seconds`. All processes have ended then.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     failures = context.Queue()
     processes = [
         context.Process(

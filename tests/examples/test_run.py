@@ -1,17 +1,23 @@
-import subprocess
-import sys
-
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
+from examples.docstrings.__main__ import demo
 from tests.tiny_models import masked_lm_configs, save_checkpoint
 
 
-def run_demo(*arguments):
-    command = [sys.executable, "-m", "examples.docstrings", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_demo():
+    """Return a function that runs the demo in this process, with its number of threads."""
+    app = typer.Typer()
+    app.command()(demo)
+    threads = torch.get_num_threads()
+    yield lambda *arguments: CliRunner().invoke(app, [f"--threads={threads}", *map(str, arguments)])
+    torch.set_num_threads(threads)
 
 
-def test_a_corpus_of_ones_own_with_judgements(tmp_path):
+def test_a_corpus_of_ones_own_with_judgements(run_demo, tmp_path):
     pytest.importorskip("bm25s")
     pytest.importorskip("sentence_transformers")
     model = save_checkpoint(masked_lm_configs()["bert"], tmp_path / "bert")
@@ -23,13 +29,13 @@ def test_a_corpus_of_ones_own_with_judgements(tmp_path):
         *("--queries", tmp_path / "queries.tsv", "--qrels", tmp_path / "qrels.txt"),
         *("--plot", tmp_path / "plots" / "pruning.png"),
     )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.exit_code == 0, finished.output
     for shown in ("fox jumps", "MRR@10", "BM25", "sentence-transformers", "All vectors agree"):
         assert shown in finished.stdout
     assert (tmp_path / "plots" / "pruning.png").stat().st_size > 0
 
 
-def test_bad_arguments_exit_with_2(tmp_path):
+def test_bad_arguments_exit_with_2(run_demo, tmp_path):
     finished = run_demo("--corpus", tmp_path / "missing.tsv")
-    assert finished.returncode == 2
+    assert finished.exit_code == 2
     assert "no such file" in finished.stderr

@@ -1,11 +1,7 @@
 """Inputs for the tests of the ops."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-import splade_fast as sf
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 POOLINGS = ["max", "sum"]
@@ -37,14 +33,3 @@ def attention_mask(kind: str, batch: int, length: int) -> Tensor | None:
     if kind == "empty_rows":
         mask[::2] = False
     return mask
-
-
-def instruction_sets_here() -> list[str]:
-    """Return the instruction sets of the build that this machine runs, its own one last."""
-    info = sf.build_info()
-    built = info["built"]["cpu_instruction_sets"].split()
-    here = built[: built.index(info["cpu_instruction_set"]) + 1]
-    # avxvnni is the only set that a machine with later ones may lack.
-    if here[-1] != "avxvnni" and " avx_vnni " not in Path("/proc/cpuinfo").read_text():
-        here = [name for name in here if name != "avxvnni"]
-    return here

@@ -1,9 +1,6 @@
 """head against the decoder and the pooling formula in plain PyTorch."""
 
 import multiprocessing
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,9 +16,9 @@ from tests.ops.inputs import (
     MASKS,
     POOLINGS,
     attention_mask,
-    instruction_sets_here,
     lattice,
 )
+from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
 from tests.selection import pairwise
 from tests.tolerances import assert_accurate
 
@@ -370,19 +367,7 @@ def test_inference_mode_and_no_grad(device):
     ],
 )
 def test_other_instruction_sets(isa):
-    """Run tests with the kernels of lesser machines, in new processes: the choice is made once."""
-    code = (
-        "import pytest, sys, splade_fast as sf\n"
-        f"assert sf.build_info()['cpu_instruction_set'] == {isa!r}\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-k',"
-        " '(test_packed or test_strides or test_nan_and_inf) and cpu',"
-        " 'tests/ops/head/test_head.py']))"
-    )
-    environment = {**os.environ, "SPLADE_FAST_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert_pass_with(isa, __file__, "(test_packed or test_strides or test_nan_and_inf) and cpu")
 
 
 def test_bad_arguments(device):

@@ -2,8 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,8 +17,8 @@ from tests.ops.inputs import (
     MASKS,
     POOLINGS,
     attention_mask,
-    instruction_sets_here,
 )
+from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
 from tests.selection import ALL, pairwise
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -311,18 +309,8 @@ def test_random_cases():
 
 @pytest.mark.parametrize("isa", instruction_sets_here()[:-1])
 def test_other_instruction_sets(isa):
-    """Run tests with the kernels of lesser machines, in new processes: the choice is made once."""
     chosen = "test_equals_the_dense_head or test_inf_and_nan or ulp or outliers or test_sizes"
-    code = (
-        "import pytest, sys, splade_fast as sf\n"
-        f"assert sf.build_info()['cpu_instruction_set'] == {isa!r}\n"
-        f"sys.exit(pytest.main(['-x', '-p', 'no:cacheprovider', {__file__!r}, '-k', {chosen!r}]))"
-    )
-    environment = {**os.environ, "SPLADE_FAST_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert_pass_with(isa, __file__, chosen)
 
 
 # Choice of the algorithm -------------------------------------------------------------------------
