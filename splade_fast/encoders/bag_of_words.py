@@ -27,6 +27,7 @@ from splade_fast.encoders.settings import (
     static_embedding_files,
 )
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.threads import tokenizer_lock
 from splade_fast.encoders.weights import read_weights
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -233,7 +234,9 @@ def _inverse_document_frequencies(
     for first in range(0, len(texts), _BATCH_SIZE):
         batch = list(texts[first : first + _BATCH_SIZE])
         # Whole documents are counted, so the warning of texts longer than the model's limit is off.
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        with tokenizer_lock(tokenizer):
+            encoding = tokenizer(batch, add_special_tokens=False, verbose=False)
+        for ids in encoding["input_ids"]:
             frequencies[list(set(ids))] += 1
     rarity = (len(texts) - frequencies + 0.5) / (frequencies + 0.5)
     return torch.log1p(rarity[:vocab_size]).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from splade_fast._checks import check_mask
+from splade_fast.encoders.threads import evaluation_mode
+
+_adding_hook = Lock()
 
 
 class _DecoderReached(Exception):  # noqa: N818 (control flow, not an error)
@@ -39,6 +42,10 @@ class _StopAtDecoder:
             not torch.compiler.is_compiling() and get_ident() in self._active_threads
         ):
             raise _DecoderReached(args[0])
+
+    def __reduce__(self) -> tuple[type[_StopAtDecoder], tuple[()]]:
+        """Pickle and copy the hook as one that is active nowhere."""
+        return _StopAtDecoder, ()
 
     def activate(self) -> None:
         if torch.compiler.is_compiling():
@@ -174,21 +181,19 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
     decoder = find_decoder(model)
     token_ids = torch.arange(min(4, decoder.out_features), device=decoder.weight.device)[None]
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            hidden = hidden_before_decoder(model, **inputs)
-            largest = linear(hidden, decoder.weight).abs().max()
-            hidden = hidden * (32 / largest)
-            expected = linear(hidden, decoder.weight, decoder.bias)
-            handle = decoder.register_forward_pre_hook(lambda module, args: (hidden,))
-            try:
-                logits = model(**inputs, return_dict=True).logits
-            finally:
-                handle.remove()
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.inference_mode():
+        hidden = hidden_before_decoder(model, **inputs)
+        largest = linear(hidden, decoder.weight).abs().max()
+        hidden = hidden * (32 / largest)
+        expected = linear(hidden, decoder.weight, decoder.bias)
+        caller = get_ident()  # other threads may use the model
+        handle = decoder.register_forward_pre_hook(
+            lambda module, args: (hidden,) if get_ident() == caller else None
+        )
+        try:
+            logits = model(**inputs, return_dict=True).logits
+        finally:
+            handle.remove()
     rounding = 16 * torch.finfo(expected.dtype).eps
     if logits.shape != expected.shape or not torch.allclose(
         logits, expected, rtol=rounding, atol=32 * rounding
@@ -200,9 +205,18 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
 
 
 def _find_or_add_hook(decoder: nn.Module) -> _StopAtDecoder:
-    for hook in decoder._forward_pre_hooks.values():
+    hook = _find_hook(decoder)
+    if hook is None:
+        with _adding_hook:
+            hook = _find_hook(decoder)
+            if hook is None:  # no other thread has just added it
+                hook = _StopAtDecoder()
+                decoder.register_forward_pre_hook(hook)
+    return hook
+
+
+def _find_hook(decoder: nn.Module) -> _StopAtDecoder | None:
+    for hook in list(decoder._forward_pre_hooks.values()):
         if isinstance(hook, _StopAtDecoder):
             return hook
-    added = _StopAtDecoder()
-    decoder.register_forward_pre_hook(added)
-    return added
+    return None

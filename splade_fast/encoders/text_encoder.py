@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from splade_fast._checks import check_count, check_unicode
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
 from splade_fast.encoders.settings import EncoderSettings
+from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -27,19 +28,20 @@ def token_tensors(
     Args:
         tokenizer: the tokenizer.
         texts: at least one text.
-        max_length: number of tokens kept of each text.
+        max_length: number of tokens kept of each text, at least that of its special tokens.
         add_special_tokens: whether special tokens surround each text.
 
     Returns:
         Tensors (N, L) by name, padded to the longest text.
     """
-    encoding = tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        padding=True,
-        add_special_tokens=add_special_tokens,
-    )
+    with tokenizer_lock(tokenizer):
+        encoding = tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            add_special_tokens=add_special_tokens,
+        )
     # numpy reads lists three times as fast as torch.
     return {name: torch.from_numpy(np.array(lists)) for name, lists in encoding.items()}
 
@@ -170,17 +172,13 @@ class TextEncoder(nn.Module):
         """
         order: list[Tensor] = []
         parts: list[SparseRows] = []
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             for places in longest_first([len(text) for text in texts], batch_size):
                 inputs = self.tokenize([prompt + texts[i] for i in places.tolist()], max_length)
                 for rows, batch in batches_by_tokens(inputs, batch_size):
                     parts.append(self.sparse_rows(batch, k).to("cpu"))
                     order.append(places[rows])
                     after_batch(len(rows))
-        finally:
-            self.train(was_training)
         if not parts:
             return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=self.dtype))
         return SparseRows.cat(parts)[torch.cat(order).argsort()]
@@ -193,9 +191,11 @@ class TextEncoder(nn.Module):
             count: number of terms kept of each row; all by default.
 
         Returns:
-            A dictionary {token: weight} for each row.
+            A dictionary {token: weight} for each row. A column without a token, as where the model
+            pads its vocabulary, is named `[#column]`.
         """
-        names = self.tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
+        # A model may have more columns than its tokenizer has tokens.
+        names = {column: token for token, column in self.tokenizer.get_vocab().items()}
         return [
             dict(sorted(weights.items(), key=lambda item: -item[1])[:count])
             for weights in rows.to_dicts(names)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import InputModule, Transformer
 from torch import Tensor
 
 from splade_fast.encoders.batching import batches_by_tokens, is_padded_to_longest, longest_first
+from splade_fast.encoders.threads import tokenizer_lock
 from splade_fast.integrations.sentence_transformers.modules import HiddenTransformer
 
 Features = dict[str, Any]
@@ -73,8 +75,22 @@ def _preprocess_fast(
         and "processing_kwargs" not in options
     ):
         options = {**options, "processing_kwargs": {"common": {"return_tensors": None}}}
-    features = model.preprocess(texts, prompt=prompt, **options)
+    with _tokenizer_locks(model):
+        features = model.preprocess(texts, prompt=prompt, **options)
     return {
         name: torch.from_numpy(np.array(value)) if isinstance(value, list) else value
         for name, value in features.items()
     }
+
+
+@contextmanager
+def _tokenizer_locks(model: Any) -> Iterator[None]:
+    """Hold the locks of all tokenizers of the model, one for each route of a Router."""
+    tokenizers: list[Any] = [m.tokenizer for m in model.modules() if isinstance(m, InputModule)]
+    locks = {id(lock): lock for lock in map(tokenizer_lock, filter(None, tokenizers))}
+    with ExitStack() as stack:
+        for _, lock in sorted(
+            locks.items()
+        ):  # in one order, so that threads never block each other
+            stack.enter_context(lock)
+        yield
