@@ -204,6 +204,18 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
         )
 
 
+def find_position_limit(model: PreTrainedModel) -> int | None:
+    """Return the largest number of tokens that the model's positions take; None if any number."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 1:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its relatives count positions from the one after the padding's.
+            return int(limit if module.padding_idx is None else limit - module.padding_idx - 1)
+    return int(limit)
+
+
 def _find_or_add_hook(decoder: nn.Module) -> _StopAtDecoder:
     hook = _find_hook(decoder)
     if hook is None:

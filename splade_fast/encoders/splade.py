@@ -26,6 +26,7 @@ from splade_fast.encoders.adapters import (
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
     find_decoder,
+    find_position_limit,
     has_key_value_cache,
     head_inputs,
 )
@@ -131,6 +132,11 @@ class SpladeEncoder(TextEncoder):
     def dtype(self) -> torch.dtype:
         """Dtype of the vectors' values."""
         return find_decoder(self.model).weight.dtype
+
+    @property
+    def position_limit(self) -> int | None:
+        """Largest number of tokens that the model takes; None if it takes any number."""
+        return find_position_limit(self.model)
 
     def forward(
         self,

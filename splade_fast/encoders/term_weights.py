@@ -19,7 +19,7 @@ from transformers import (
 
 from splade_fast._atomic_files import whole_folder
 from splade_fast._checks import check_mask
-from splade_fast.encoders.hidden_states import has_key_value_cache
+from splade_fast.encoders.hidden_states import find_position_limit, has_key_value_cache
 from splade_fast.encoders.pretrained import (
     find_file,
     hub_arguments,
@@ -147,6 +147,11 @@ class TermWeightEncoder(TextEncoder):
     def dtype(self) -> torch.dtype:
         """Dtype of the vectors' values."""
         return self.projection.weight.dtype
+
+    @property
+    def position_limit(self) -> int | None:
+        """Largest number of tokens that the model takes; None if it takes any number."""
+        return find_position_limit(self.model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

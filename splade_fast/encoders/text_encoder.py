@@ -201,13 +201,28 @@ class TextEncoder(nn.Module):
             for weights in rows.to_dicts(names)
         ]
 
+    @property
+    def position_limit(self) -> int | None:
+        """Largest number of tokens that the model takes; None if it takes any number."""
+        return None
+
     def length_limit(self, max_length: int) -> int:
-        """Return the smallest of `max_length` and the limits of the tokenizer and the settings."""
+        """Return the smallest of `max_length` and the limits of tokenizer, settings and model.
+
+        Raises:
+            ValueError: the special tokens of a text alone are more.
+        """
         # A tokenizer without a limit has a huge model_max_length.
         limits = [max_length, self.tokenizer.model_max_length]
-        if self.settings.max_length is not None:
-            limits.append(self.settings.max_length)
-        return min(limits)
+        limits += [m for m in (self.settings.max_length, self.position_limit) if m is not None]
+        limit = min(limits)
+        special = self.tokenizer.num_special_tokens_to_add() if self.has_special_tokens else 0
+        if limit < special:
+            raise ValueError(
+                f"max_length must be at least {special}, the number of special tokens of a text, "
+                f"got {limit}"
+            )
+        return limit
 
     def prompt_text(self, name: str | None) -> str:
         """Return the prompt of that name; without a name, the default prompt or an empty string.

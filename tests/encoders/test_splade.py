@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -192,6 +193,18 @@ def test_top_terms_are_the_heaviest_by_name(bert):
     every = encoder.encode("quick fox", show_progress=False)
     top = encoder.top_terms(every, 3)[0]
     assert list(top.values()) == every.values[0].sort(descending=True)[0][:3].tolist()
+
+
+def test_columns_without_a_token_are_named_by_number():
+    """Decoders are often wider than their tokenizer."""
+    config = copy.copy(FAMILIES["bert"])
+    config.vocab_size = VOCAB_SIZE + 3
+    encoder = SpladeEncoder(make_model(config), make_tokenizer())
+    weights = torch.zeros(1, VOCAB_SIZE + 3)
+    weights[0, [5, VOCAB_SIZE, VOCAB_SIZE + 2]] = torch.tensor([1.0, 3.0, 2.0])
+    [terms] = encoder.top_terms(SparseRows.from_dense(weights))
+    assert terms == {f"[#{VOCAB_SIZE}]": 3.0, f"[#{VOCAB_SIZE + 2}]": 2.0, "a": 1.0}
+    assert list(terms) == [f"[#{VOCAB_SIZE}]", f"[#{VOCAB_SIZE + 2}]", "a"]
 
 
 def test_saved_models_load_in_transformers_and_again(checkpoint, tmp_path):
