@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,15 @@ from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.training.arguments import SpladeTrainingArguments
 from splade_fast.training.checkpoints.random_state import preserved_random_state
 from splade_fast.training.checkpoints.trainer import CheckpointingTrainer
+from splade_fast.training.checks import check_training
 from splade_fast.training.data import TrainingCollator
 from splade_fast.training.data.endless import EndlessStream
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.metrics import MetricAverages
 from splade_fast.training.model import TrainingModel
+from splade_fast.training.symptoms import Symptoms
+
+logger = logging.getLogger(__name__)
 
 
 class SpladeTrainer(CheckpointingTrainer):
@@ -32,6 +37,9 @@ class SpladeTrainer(CheckpointingTrainer):
     evaluator with that prefix; the evaluator's active dims, which are those of all documents,
     replace those of the examples. `metric_for_best_model` may name any of them. An evaluation does
     not change the random numbers of the training.
+
+    A warning tells once when vectors have no active dims, or nearly all dims active, when a loss is
+    not finite, and when the relevance loss is 0. It names the option to change.
 
     Checkpoints are complete or absent, hold no pickles and resume bit for bit; see
     `splade_fast.training.checkpoints`.
@@ -93,6 +101,7 @@ class SpladeTrainer(CheckpointingTrainer):
         self.evaluator = evaluator
         self._train_metrics = MetricAverages()
         self._eval_metrics = MetricAverages()
+        self._symptoms = Symptoms(model.objective.arguments, model.encoder.vocab_size)
         super().__init__(
             model=model,
             args=args,
@@ -119,11 +128,15 @@ class SpladeTrainer(CheckpointingTrainer):
         Raises:
             CheckpointError: the checkpoint is missing or belongs to another run, or a new one
                 cannot be written. Earlier checkpoints stay as they were.
-            ValueError: args ask for activation checkpointing, but no encoder has a transformer.
+            ValueError: args ask for activation checkpointing, but no encoder has a transformer; or
+                the training would make no step, or change no weight.
         """
+        self._check_training()
         if self.args.activation_checkpointing:
             self._enable_activation_checkpointing_of_encoders()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._warn_of_symptoms(self._train_metrics.compute_and_reset(self.args.device))
+        return result
 
     def compute_loss(
         self,
@@ -207,8 +220,22 @@ class SpladeTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers' Trainer does, and add the averaged metrics to a training loss."""
         if "loss" in logs:
-            logs = logs | self._train_metrics.compute_and_reset(self.args.device)
+            averages = self._train_metrics.compute_and_reset(self.args.device)
+            self._warn_of_symptoms(averages)
+            logs = logs | averages
         super().log(logs, start_time)
+
+    def _check_training(self) -> None:
+        """Raise ValueError if the training would make no step, or change no weight."""
+        check_training(self.model, self.args, self.train_dataset, self.data_collator)
+        if self.optimizer is None and not self.args.learning_rate > 0:
+            raise ValueError(f"learning_rate must be greater than 0, got {self.args.learning_rate}")
+
+    def _warn_of_symptoms(self, metrics: dict[str, float]) -> None:
+        """Log each kind of failure that the averages of some steps show for the first time."""
+        for text in self._symptoms.new_ones(metrics, self.state.global_step):
+            if self.is_world_process_zero():
+                logger.warning("step %d: %s", self.state.global_step, text)
 
     def _evaluate_retrieval(self, prefix: str) -> dict[str, float]:
         """Return the evaluator's metrics of the first process, on all processes."""

@@ -299,6 +299,23 @@ def test_help_is_readable(files):
         ({"fsdp": "full_shard"}, [], "fsdp must be off here"),
         ({"resume_from_checkpoint": "no/checkpoint-1"}, [], "no/checkpoint-1: no such folder"),
         ({"num_train_epochs": "x"}, [], "invalid float value: 'x'"),
+        ({"learning_rate": 0}, [], "learning_rate must be greater than 0, got 0.0"),
+        ({"max_steps": 0}, [], "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        (
+            {"max_steps": ..., "num_train_epochs": 0},
+            [],
+            "num_train_epochs must be greater than 0, got 0.0",
+        ),
+        (
+            {"per_device_train_batch_size": 1},
+            [],
+            "per_device_train_batch_size must be at least 2 for in_batch with pairs",
+        ),
+        (
+            {"per_device_train_batch_size": 13, "dataloader_drop_last": True},
+            [],
+            "dataloader_drop_last must be False for 12 examples, fewer than a batch of 13",
+        ),
     ],
 )
 def test_bad_configurations(files, monkeypatch, changes, flags, message):
