@@ -35,7 +35,7 @@ def run(*command: str) -> None:
 
 
 def build() -> None:
-    """Build every library of the emulation that is out of date."""
+    """Build the library where it is out of date."""
     chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     compilers = chosen or ["c++", "g++", "clang++"]  # where CMake looks
     if not any(map(shutil.which, compilers)):
@@ -54,11 +54,11 @@ def build() -> None:
 
 
 class Emulator:
-    """The emulated ops of one library. A process can load one library."""
+    """The emulated ops."""
 
-    def __init__(self, name: str = LIBRARY) -> None:
+    def __init__(self) -> None:
         build()
-        path = BUILD / f"{name}.so"
+        path = BUILD / f"{LIBRARY}.so"
         torch.ops.load_library(path)
         self.ops = getattr(torch.ops, LIBRARY)
         self._library = ctypes.CDLL(str(path))
@@ -69,6 +69,15 @@ class Emulator:
     def configure(self, seed: int, multiprocessors: int, clusters: int) -> None:
         """Set the seed of the order of threads and copies, and the size of the GPU."""
         self._library.emulation_configure(seed, multiprocessors, clusters)
+
+    @contextmanager
+    def mistake(self, name: str) -> Iterator[None]:
+        """Switch a mistake of mistakes.py on."""
+        self._library.emulation_make_mistake(name.encode())
+        try:
+            yield
+        finally:
+            self._library.emulation_make_mistake(b"")
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

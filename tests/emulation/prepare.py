@@ -1,16 +1,18 @@
 """Copy csrc for the emulator, with the CUDA sources changed for a host compiler.
 
-    python tests/emulation/prepare.py csrc build/csrc [SABOTAGE]
+    python -m tests.emulation.prepare csrc build/csrc
 
-Kernels and host functions stay what they are, but for the few replacements below. Each has to find
-its text as often as it says: where a source has changed so that one does not, the build stops and
-says which.
+Kernels and host functions stay what they are, but for the few replacements below and the mistakes
+that tests switch on. Each has to find its text as often as it says: where a source has changed so
+that one does not, the build stops and says which.
 """
 
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.emulation.mistakes import MISTAKES, Mistake
 
 EMULATOR = Path(__file__).parent / "emulator"
 LIBRARY = "splade_fast_emulated"  # the ops' namespace; they are registered for CPU tensors
@@ -59,36 +61,6 @@ REPLACEMENTS = [
     ),
 ]
 
-# Mistakes that the tests have to find: name -> what makes one.
-SABOTAGES = {
-    "pool_without_barrier": Replacement(
-        "cuda/pool.cu", "__syncthreads_or(has_real_row)", "has_real_row"
-    ),
-    "score_without_barrier": Replacement("cuda/score.cu", "__syncthreads();", ""),
-    "head_without_wait": Replacement(
-        "cuda/head/sm90/product.cuh", "wait(full + ring.stage * 8, ring.parity);", ""
-    ),
-    "head_with_early_release": Replacement("cuda/head/sm90/product.cuh", "wgmma_wait<1>();", ""),
-    "head_with_wrong_tile": Replacement(
-        "cuda/head/sm90/product.cuh", "token + rank * (kTileTokens / kCluster)", "token"
-    ),
-    "screen_without_residual": Replacement(
-        "cuda/head/sm90/screen_threshold.h", "tile.residual * entry.norm + (", "("
-    ),
-    "screen_without_residual_of_entries": Replacement(
-        "cuda/head/sm90/screen_threshold.h", "tile.norm * entry.residual + ", ""
-    ),
-    "screen_without_last_token": Replacement(
-        "cuda/head/sm90/screened.cu", "rows - first_row, words", "rows - first_row - 1, words"
-    ),
-    "screen_of_a_stale_weight": Replacement(
-        "cuda/head/sm90/screened.cu", "to_bits(sample) != ", "to_bits(sample) == 1 + 0 *"
-    ),
-    "screen_without_fallback": Replacement(
-        "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"
-    ),
-}
-
 LAUNCH = re.compile(r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<configuration>[^;]*?)>>>")
 
 
@@ -109,9 +81,16 @@ def replaced(text: str, replacement: Replacement) -> str:
     return text.replace(replacement.old, replacement.new)
 
 
-def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
-    """Write the changed files only, so that nothing else is compiled again."""
-    replacements = REPLACEMENTS + ([SABOTAGES[sabotage]] if sabotage else [])
+def with_switch(name: str, mistake: Mistake) -> Replacement:
+    return Replacement(
+        mistake.file,
+        mistake.behind + mistake.correct,
+        mistake.behind + mistake.switchable(name),
+    )
+
+
+def prepared_texts(source: Path) -> dict[str, str]:
+    """Return the text of each file, by its path in csrc."""
     texts = {
         path.relative_to(source).as_posix(): path.read_text()
         for folder in ("common", "cuda")
@@ -120,20 +99,30 @@ def prepare(source: Path, target: Path, sabotage: str | None = None) -> None:
     }
     texts["ops.cpp"] = (source / "ops.cpp").read_text()
     texts["cuda/head/sm90/instructions.cuh"] = (EMULATOR / "instructions.cuh").read_text()
-    for replacement in replacements:
+    for replacement in (*REPLACEMENTS, *(with_switch(*item) for item in MISTAKES.items())):
         texts[replacement.file] = replaced(texts[replacement.file], replacement)
     for name, text in texts.items():
         if "STABLE_TORCH_LIBRARY_IMPL(splade_fast," in text:
             raise PreparationError(f"{name}: registers ops, and has no replacement for that")
+    return {
+        name: launches_as_calls(text, name) if name.endswith(".cu") else text
+        for name, text in texts.items()
+    }
+
+
+def prepare(source: Path, target: Path) -> None:
+    """Write the changed files only, so that nothing else is compiled again."""
+    for name, text in prepared_texts(source).items():
         path = target / name
-        prepared = launches_as_calls(text, name) if name.endswith(".cu") else text
-        if not path.exists() or path.read_text() != prepared:
+        # Messages and reports name the line of the original.
+        text = f'#include "mistake.h"\n#line 1 "csrc/{name}"\n{text}'
+        if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(prepared)
+            path.write_text(text)
 
 
 if __name__ == "__main__":
     try:
-        prepare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+        prepare(Path(sys.argv[1]), Path(sys.argv[2]))
     except PreparationError as error:
         sys.exit(f"tests/emulation/prepare.py: {error}")

@@ -1,0 +1,40 @@
+"""Deliberate mistakes in the CUDA sources: each is off until a test switches it on."""
+
+from typing import NamedTuple
+
+
+class Mistake(NamedTuple):
+    """Replacement of one expression by a wrong one."""
+
+    file: str  # in csrc
+    correct: str
+    wrong: str = "void()"  # instead of a call
+    behind: str = ""  # the text in front of the expression, where it occurs several times
+
+    def switchable(self, name: str) -> str:
+        """Return the expression that is wrong while the mistake of this name is on."""
+        return f'(emulation::has_mistake("{name}") ? {self.wrong} : {self.correct})'
+
+
+_PRODUCT = "cuda/head/sm90/product.cuh"
+_THRESHOLD = "cuda/head/sm90/screen_threshold.h"
+_SCREENED = "cuda/head/sm90/screened.cu"
+
+MISTAKES = {
+    "pool_without_barrier": Mistake(
+        "cuda/pool.cu", "__syncthreads_or(has_real_row)", "has_real_row"
+    ),
+    "score_without_barrier": Mistake("cuda/score.cu", "__syncthreads()"),
+    "head_without_wait": Mistake(_PRODUCT, "wait(full + ring.stage * 8, ring.parity)"),
+    "head_with_early_release": Mistake(_PRODUCT, "wgmma_wait<1>()"),
+    "head_with_wrong_tile": Mistake(_PRODUCT, "token + rank * (kTileTokens / kCluster)", "token"),
+    "screen_without_residual": Mistake(_THRESHOLD, "tile.residual * entry.norm", "0"),
+    "screen_without_residual_of_entries": Mistake(_THRESHOLD, "tile.norm * entry.residual", "0"),
+    "screen_without_last_token": Mistake(_SCREENED, "rows - first_row", "rows - first_row - 1"),
+    "screen_of_a_stale_weight": Mistake(
+        _SCREENED, "to_bits(sample) != to_bits(fact(kWeightSample))", "false"
+    ),
+    "screen_without_fallback": Mistake(
+        "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"
+    ),
+}
