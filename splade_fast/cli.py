@@ -83,7 +83,7 @@ def encode(
                 raise FileExistsError(f"{index} must not exist yet")
             encoder = load_document_encoder(model).to(_select_device(device))
             queries = load_own_query_encoder(model, query_model)
-        with _advise_to_resume(index, is_first=rank == 0):
+        with _advise_to_resume(index, is_first=rank == 0, should_resume=resume):
             count = encode_corpus(
                 encoder,
                 corpus,
@@ -247,12 +247,18 @@ def _exit_with_2_on_bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def _advise_to_resume(index: Path, *, is_first: bool) -> Iterator[None]:
-    """Print how an encoding can go on after an error or a signal inside the block."""
+def _advise_to_resume(index: Path, *, is_first: bool, should_resume: bool) -> Iterator[None]:
+    """Print how an encoding can go on after an error or a signal, earlier or inside the block."""
+    chunks = ChunkFolder.beside(index)
+    if is_first and not should_resume and chunks.has_finished():
+        typer.echo(
+            f"{chunks.path} holds what an interrupted run has encoded, which this run replaces; "
+            "--resume would go on with it",
+            err=True,
+        )
     try:
         yield
     except BaseException:
-        chunks = ChunkFolder.beside(index)
         if is_first and chunks.has_finished():
             typer.echo(
                 f"{chunks.path} keeps what is encoded: --resume goes on with it, and a run "

@@ -352,6 +352,11 @@ def test_an_interrupted_encode_goes_on(files, model, monkeypatch, error, code):
     assert result.exit_code == code, result.output
     assert "--resume goes on with it" in result.stderr
     assert result.stderr.count("Error: ") == (code == 2)
+    with monkeypatch.context() as patch:
+        fail_after(0, error, patch)
+        result = invoke(*[*arguments[:1], files / "missing.tsv", *arguments[2:]])
+    assert result.exit_code == 2
+    assert "--resume would go on with it" in result.stderr
     fail_after(2, AssertionError("encoded a chunk again"), monkeypatch)
     result = invoke(*arguments, "--resume")
     assert result.exit_code == 0, result.output

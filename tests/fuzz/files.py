@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 import splade_fast as sf
+from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.index import Index, IndexMeta
 
 INDEX_FILES = ("meta.json", "ids.json", "vectors.safetensors")
@@ -26,7 +27,9 @@ def sound_index() -> dict[str, bytes]:
     """Return the files of an index."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index"
-        Index(_sound_rows(3, 9), ["a", "b", "c"], IndexMeta("model", 256, None)).save(path)
+        fingerprint = Fingerprint("float32", "00", "11", "22")
+        meta = IndexMeta("model", 256, None, fingerprint=fingerprint, query_model="queries")
+        Index(_sound_rows(3, 9), ["a", "b", "c"], meta).save(path)
         return {name: (path / name).read_bytes() for name in INDEX_FILES}
 
 
@@ -73,4 +76,5 @@ def load_index_or_refuse(files: dict[str, bytes]) -> Index | None:
         assert isinstance(meta.model, str)
         assert isinstance(meta.max_length, int)
         assert meta.k is None or isinstance(meta.k, int)
+        assert meta.fingerprint is None or isinstance(meta.fingerprint, Fingerprint)
         return loaded

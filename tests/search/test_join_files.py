@@ -83,6 +83,9 @@ def test_damaged_parts_are_refused(tmp_path):
     save_file({"weight": torch.ones(2)}, files[1])
     with pytest.raises(ValueError, match="1.safetensors is damaged: .*indices"):
         join_files(files, tmp_path / "joined")
+    save_file({"indices": torch.ones(2)}, files[1])
+    with pytest.raises(ValueError, match="1.safetensors is damaged: not enough values"):
+        join_files(files, tmp_path / "joined")
 
 
 def test_a_target_that_exists_is_refused(tmp_path):

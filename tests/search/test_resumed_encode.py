@@ -1,15 +1,19 @@
 """encode_corpus with resume, compared with a call that nothing interrupted."""
 
+import multiprocessing
+import os
 import re
+import signal
 
 import pytest
 import torch
 
 import splade_fast as sf
+import splade_fast.search.join_files
 from splade_fast._distributed import OtherRankError
 from splade_fast.search.index import Index
 from splade_fast.search.texts import DataError
-from tests.ranks import run_ranks
+from tests.ranks import PRELOADED, run_ranks
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
@@ -210,6 +214,35 @@ def test_chunks_of_another_corpus_or_encoder_are_refused(tmp_path, corpus):
         encode(LengthEncoder(), corpus, tmp_path / "index", resume=True)
     settings.write_text(stored)
     assert encode(LengthEncoder(), corpus, tmp_path / "index", resume=True).batches == BATCHES - 4
+
+
+def _kill_itself(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _encode_until_killed(corpus, index, is_joining):
+    torch.set_num_threads(1)
+    if is_joining:  # after one part
+        parts = iter([splade_fast.search.join_files._copy, _kill_itself])
+        splade_fast.search.join_files._copy = lambda *arguments: next(parts)(*arguments)
+    at_fifth_batch = lambda batch: None if is_joining or batch < 4 else _kill_itself()  # noqa: E731
+    encode(LengthEncoder(at_fifth_batch), corpus, index)
+
+
+@pytest.mark.parametrize("is_joining", [False, True])
+def test_a_killed_process(tmp_path, corpus, expected, is_joining):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    arguments = (corpus, tmp_path / "index", is_joining)
+    process = context.Process(target=_encode_until_killed, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
+    encoder = encode(LengthEncoder(), corpus, tmp_path / "index", resume=True)
+    assert encoder.batches == (0 if is_joining else BATCHES - 4)
+    assert_same_files(tmp_path / "index", expected)
+    assert_nothing_is_left(tmp_path)
 
 
 def _interrupt_one_of_two(rank, count, folder):
