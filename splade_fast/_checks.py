@@ -45,8 +45,8 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
-def check_count(name: str, value: SupportsIndex, least: int) -> int:
-    """Return the count as an int. Integers of NumPy and tensors of one integer are accepted too."""
+def check_integer(name: str, value: SupportsIndex) -> int:
+    """Return an int. Integers of NumPy and tensors of one integer are accepted too."""
     if not isinstance(value, int):
         try:
             value = operator.index(value)
@@ -54,6 +54,12 @@ def check_count(name: str, value: SupportsIndex, least: int) -> int:
             raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     elif isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got bool")
+    return value
+
+
+def check_count(name: str, value: SupportsIndex, least: int) -> int:
+    """Return the count as an int, see `check_integer`. Raise ValueError if it is below `least`."""
+    value = check_integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from splade_fast._checks import check_count
 from splade_fast.negative_cache.features import (
     Feature,
     FixedLenFeature,
@@ -228,10 +229,8 @@ class CacheManager:
         *,
         storage: str = "device",
     ) -> None:
-        if not isinstance(cache_size, int) or cache_size < 1:
-            raise ValueError(f"cache_size must be an integer of at least 1, got {cache_size!r}")
         self.specs = specs
-        self.cache_size = cache_size
+        self.cache_size = check_count("cache_size", cache_size, 1)
         self.use_lru = use_lru
         self.storage = storage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from splade_fast._checks import check_integer
 from splade_fast.reference.sample import FORK, philox_block
 
 
@@ -36,8 +37,7 @@ class Philox(nn.Module):
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+        seed = check_integer("seed", seed)
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, got {seed}")
         signed = seed - 2**64 if seed >= 2**63 else seed
@@ -81,7 +81,7 @@ class Philox(nn.Module):
                 equal generators.
 
         Raises:
-            ValueError: stream is out of range.
+            TypeError, ValueError: stream is not an integer, or out of range.
 
         Example::
 
@@ -89,6 +89,7 @@ class Philox(nn.Module):
             >>> torch.equal(rng.fork(0).state, rng.fork(1).state)
             False
         """
+        stream = check_integer("stream", stream)
         if not 0 <= stream < 2**64:
             raise ValueError(f"stream must be at least 0 and below 2^64, got {stream}")
         seed = self.state * torch.tensor([1, 0], device=self.device)

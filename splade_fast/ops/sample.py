@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from splade_fast._checks import (
     check_count,
     check_device,
     check_floating,
+    check_integer,
     check_tensor,
 )
 from splade_fast.ops.autograd import accumulation_dtype
@@ -93,7 +95,7 @@ def gumbel_max(
     if scores.ndim != 2:
         raise ValueError(f"scores must be (queries, slots), got {tuple(scores.shape)}")
     batch, num_slots = scores.shape
-    num_samples = _check_draw(num_samples, inv_temp)
+    num_samples, inv_temp = _check_draw(num_samples, inv_temp)
     _check_offsets(batch, num_slots, 0, 0)
     if valid is not None:
         per_query = isinstance(valid, Tensor) and valid.ndim == 2
@@ -181,8 +183,8 @@ def sample_negatives(
     _check_operands(queries, cache)
     batch, num_slots = len(queries), len(cache)
     like = cache if isinstance(cache, Tensor) else cache.values
-    num_samples = _check_draw(num_samples, inv_temp)
-    if not isinstance(scale, int | float) or not -_INFINITY < scale < _INFINITY:
+    num_samples, inv_temp = _check_draw(num_samples, inv_temp)
+    if not isinstance(scale, Real) or not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if top_k is not None:
         top_k = check_count("top_k", top_k, 1)
@@ -191,9 +193,9 @@ def sample_negatives(
         _check_bool("valid", valid, (num_slots,), like)
     if exclude is not None:
         _check_exclude(exclude, batch, num_slots, like)
-    _check_offsets(batch, num_slots, slot_offset, query_offset)
+    slot_offset, query_offset = _check_offsets(batch, num_slots, slot_offset, query_offset)
     draw = _Draw(
-        num_samples, scale, inv_temp, top_k, exact, valid, exclude, slot_offset, query_offset
+        num_samples, float(scale), inv_temp, top_k, exact, valid, exclude, slot_offset, query_offset
     )
     found = _sample(queries, cache, _state(rng, like.device), draw)
     if rng is not None:
@@ -333,12 +335,12 @@ def _check_operands(queries: Any, cache: Any) -> None:
     check_device("queries", queries, "cache", cache)
 
 
-def _check_draw(num_samples: int, inv_temp: object) -> int:
-    """Return the number of samples as an int. Raise if an argument is out of range."""
+def _check_draw(num_samples: int, inv_temp: object) -> tuple[int, float]:
+    """Return both as int and float. Raise if one is out of range."""
     num_samples = check_count("num_samples", num_samples, 1)
-    if not isinstance(inv_temp, int | float) or not 0 <= inv_temp < _INFINITY:
+    if not isinstance(inv_temp, Real) or not 0 <= float(inv_temp) < _INFINITY:
         raise ValueError(f"inv_temp must be a finite number of at least 0, got {inv_temp!r}")
-    return num_samples
+    return num_samples, float(inv_temp)
 
 
 def _check_bool(name: str, mask: object, shape: tuple[int, ...], like: Tensor) -> None:
@@ -366,15 +368,19 @@ def _check_exclude(exclude: Tensor, batch: int, num_slots: int, like: Tensor) ->
     check_device("exclude", exclude, "the scores", like)
 
 
-def _check_offsets(batch: int, num_slots: int, slot_offset: int, query_offset: int) -> None:
+def _check_offsets(
+    batch: int, num_slots: int, slot_offset: int, query_offset: int
+) -> tuple[int, int]:
+    """Return both as ints. Raise if one is out of range."""
+    slot_offset = check_integer("slot_offset", slot_offset)
+    query_offset = check_integer("query_offset", query_offset)
     for name, offset, count, limit in (
         ("slot_offset", slot_offset, num_slots, _MAX_SLOTS),
         ("query_offset", query_offset, batch, _MAX_QUERIES),
     ):
-        if not isinstance(offset, int) or isinstance(offset, bool):
-            raise TypeError(f"{name} must be an integer, got {type(offset).__name__}")
         if offset < 0 or offset + count > limit:
             raise ValueError(f"{name} must be at least 0 and at most {limit - count}, got {offset}")
+    return slot_offset, query_offset
 
 
 def _fake_scores(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from splade_fast._checks import check_count
 from splade_fast.encoders.batching import cut_columns
 
 Inputs = dict[str, Tensor]
@@ -36,7 +37,8 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
         (N, V), once differentiable in the parameters of the encoder that require a gradient.
 
     Raises:
-        ValueError: mini_batch_size is less than 1, or inputs have different numbers of rows.
+        TypeError, ValueError: mini_batch_size is not an integer of at least 1, or inputs have
+            different numbers of rows.
         RuntimeError: in the backward pass: create_graph is True, gradient checkpointing is
             reentrant, or a parameter has changed since the forward pass.
 
@@ -49,8 +51,7 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
         >>> torch.allclose(vectors, encoder(**inputs), atol=1e-5)
         True
     """
-    if mini_batch_size < 1:
-        raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
+    mini_batch_size = check_count("mini_batch_size", mini_batch_size, 1)
     counts = {name: len(tensor) for name, tensor in inputs.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"inputs must have as many rows each, got {counts}")

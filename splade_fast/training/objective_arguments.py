@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from splade_fast._checks import check_count
 from splade_fast.negative_cache.handlers import SHARINGS
 from splade_fast.negative_cache.negative_cache import STORAGES
 from splade_fast.ops.sample import TOP_K_METHODS
@@ -32,6 +33,7 @@ class ObjectiveArguments:
     The metadata of each field holds its description.
 
     Raises:
+        TypeError: a count is not an integer.
         ValueError: a field is out of range, or two fields contradict each other.
 
     Example::
@@ -132,7 +134,7 @@ class ObjectiveArguments:
         self.check_objective()
 
     def check_objective(self) -> None:
-        """Raise ValueError if a field is out of range, or two fields contradict each other."""
+        """Raise if a field is out of range, or two contradict each other. Counts become ints."""
         check_choices(self, ObjectiveArguments)
         for name in ("lambda_query", "lambda_document", "lambda_anti_zero"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -147,8 +149,8 @@ class ObjectiveArguments:
             raise ValueError(f"df_momentum must be at least 0 and below 1, got {self.df_momentum}")
         for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            if value is not None:
+                setattr(self, name, check_count(name, value, minimum))
         for side in ("query", "document"):
             terms = regularizer_terms(f"{side}_regularizer", getattr(self, f"{side}_regularizer"))
             threshold = f"flops_threshold_{side}"

@@ -211,7 +211,7 @@ def test_module_of_buffers():
         NegativeCache({"a.b": torch.zeros(2)}, torch.zeros(2))
     with pytest.raises(ValueError, match="storage must be one of device, pinned, got 'disk'"):
         manager(storage="disk").init_cache()
-    with pytest.raises(ValueError, match="cache_size must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="cache_size must be at least 1, got 0"):
         manager(0)
 
 

@@ -737,8 +737,21 @@ def test_seeds_are_64_bits():
     for seed in (2**64, -(2**63) - 1):
         with pytest.raises(ValueError, match="64 bits"):
             Philox(seed)
-    with pytest.raises(TypeError, match="seed must be an integer, got float"):
-        Philox(1.0)
+    for seed in (1.0, True):
+        with pytest.raises(TypeError, match=f"seed must be an integer, got {type(seed).__name__}"):
+            Philox(seed)
+
+
+def test_numbers_of_numpy_are_taken():
+    queries, cache = torch.rand(3, 2), torch.rand(7, 2)
+    plain = {"num_samples": 2, "scale": 0.5, "inv_temp": 2, "slot_offset": 3, "query_offset": 1}
+    types = [np.int64, np.float32, np.int32, np.uint8, torch.tensor]
+    given = {name: make(plain[name]) for name, make in zip(plain, types, strict=True)}
+    expected = sf.sample_negatives(queries, cache, **plain, rng=Philox(7).fork(2))
+    found = sf.sample_negatives(queries, cache, **given, rng=Philox(np.int64(7)).fork(np.int8(2)))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(TypeError, match="stream must be an integer, got float"):
+        Philox(7).fork(2.0)
 
 
 @pytest.mark.cuda

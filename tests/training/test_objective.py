@@ -3,13 +3,21 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import HfArgumentParser, TrainingArguments
 
 import splade_fast as sf
-from splade_fast.training import Objective, ObjectiveArguments, TrainingModel
+from splade_fast.negative_cache import CacheManager, FixedLenFeature
+from splade_fast.training import (
+    Objective,
+    ObjectiveArguments,
+    TrainingCollator,
+    TrainingModel,
+    cached_encode,
+)
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 from tests.training.models import (
     assert_same_gradients,
@@ -241,6 +249,24 @@ def test_scores_of_half_precision_vectors_are_float32(dtype):
 def test_bad_arguments_are_refused_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveArguments(**arguments)
+
+
+def test_counts_are_integers_of_any_kind():
+    arguments = ObjectiveArguments(
+        loss="negative_cache", cache_size=np.int64(8), query_top_k=torch.tensor(3)
+    )
+    assert (type(arguments.cache_size), arguments.query_top_k) == (int, 3)
+    for count in (True, 2.0, "2"):
+        with pytest.raises(TypeError, match="query_top_k must be an integer, got "):
+            ObjectiveArguments(query_top_k=count)
+    with pytest.raises(TypeError, match="cache_size must be an integer, got bool"):
+        CacheManager({"id": FixedLenFeature([], torch.int64)}, cache_size=True)
+    assert CacheManager({"id": FixedLenFeature([], torch.int64)}, np.int32(2)).cache_size == 2
+    encoder = encoder_of()
+    with pytest.raises(TypeError, match="max_query_length must be an integer, got float"):
+        TrainingCollator(encoder, max_query_length=8.0)
+    with pytest.raises(TypeError, match="mini_batch_size must be an integer, got bool"):
+        cached_encode(encoder, encoder.tokenize(["fox"]), mini_batch_size=True)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from splade_fast._checks import check_count
 from splade_fast.encoders.text_encoder import TextEncoder, token_tensors
 from splade_fast.search.texts import DataError
 from splade_fast.training.data.layout import Kind, infer_kind
@@ -32,7 +33,8 @@ class TrainingCollator:
             which all examples of a batch must have equally many.
 
     Raises:
-        ValueError: a length or number is below 1, or a model lacks the prompt.
+        TypeError, ValueError: a length or number is not an integer of at least 1, or a model lacks
+            the prompt.
 
     Example::
 
@@ -59,8 +61,8 @@ class TrainingCollator:
             ("max_document_length", max_document_length),
             ("negatives_per_query", negatives_per_query),
         ):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+            if number is not None:
+                check_count(name, number, 1)
         self.negatives_per_query = negatives_per_query
         self._queries = _SideTokenizer.make(
             query_encoder or encoder, "query", query_prompt, max_query_length
