@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.index import Index, IndexMeta
 from splade_fast.search.texts import DataError
-from tests.ranks import PRELOADED, run_ranks
+from tests.new_process import fork_server
+from tests.ranks import run_ranks
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
@@ -162,8 +162,7 @@ def _encode_and_tell_peak(corpus: Path, index: Path, queue) -> None:
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Fresh processes have the same peak for small and large corpora."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     peaks, sizes = [], []
     for count in (512, 4096):
         corpus = tmp_path / f"{count}.tsv"

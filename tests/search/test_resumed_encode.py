@@ -1,6 +1,5 @@
 """encode_corpus with resume, compared with a call that nothing interrupted."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +12,8 @@ import splade_fast.search.join_files
 from splade_fast._distributed import OtherRankError
 from splade_fast.search.index import Index
 from splade_fast.search.texts import DataError
-from tests.ranks import PRELOADED, run_ranks
+from tests.new_process import fork_server
+from tests.ranks import run_ranks
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
@@ -231,8 +231,7 @@ def _encode_until_killed(corpus, index, is_joining):
 
 @pytest.mark.parametrize("is_joining", [False, True])
 def test_a_killed_process(tmp_path, corpus, expected, is_joining):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     arguments = (corpus, tmp_path / "index", is_joining)
     process = context.Process(target=_encode_until_killed, args=arguments)
     process.start()

@@ -1,6 +1,5 @@
 """Small training runs, some in a process that is killed at a given moment."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.training import SpladeTrainer, SpladeTrainingArguments, load_training_data
 from splade_fast.training.checkpoints.folders import find_last_checkpoint
-from tests.ranks import PRELOADED
+from tests.new_process import fork_server
 from tests.tiny_models import WORDS, masked_lm_configs, save_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -130,8 +129,7 @@ class Moments(TrainerCallback):
 
 def in_process(function: Callable[..., None], *arguments: Any, seconds: float = 120) -> int:
     """Run function(*arguments) in a new process and return its exit code, -9 if it was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     process = context.Process(target=_alone, args=(function, *arguments))
     process.start()
     process.join(seconds)
