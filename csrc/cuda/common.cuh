@@ -58,6 +58,12 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+// A grid has fewer rows than columns of blocks.
+inline dim3 grid_size(int64_t columns, int64_t rows) {
+  STD_TORCH_CHECK(rows > 0 && rows <= UINT16_MAX, "too many rows of blocks for one launch: ", rows);
+  return dim3(grid_size(columns), static_cast<unsigned>(rows));
+}
+
 inline Tensor narrowed(Tensor tensor, int64_t dim, int64_t start, int64_t length) {
   return torch::stable::narrow(tensor, dim, start, length);
 }

@@ -13,6 +13,7 @@
 
 #include "common/gather.h"
 #include "cuda/common.cuh"
+#include "cuda/host_tables.h"
 #include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
@@ -308,7 +309,7 @@ int access_width(const Copy& copy) {
 
 // The address of a table on the device: its own in device memory, the mapped one in pinned host memory.
 uint8_t* device_address(const Tensor& table, const Tensor& indices, const char* op) {
-  if (table.is_cuda()) {
+  if (!is_in_host_memory(table)) {
     STD_TORCH_CHECK(table.device() == indices.device(), "tables must be on the device of indices or in pinned memory");
     return mutable_data<uint8_t>(table);
   }
@@ -345,7 +346,8 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   Tensors sources, gathered;
   std::vector<Copy> copies;
   for (const Tensor& table : tables) {
-    STD_TORCH_CHECK(table.is_cuda() || has_contiguous_rows(table), "tables in pinned memory must have contiguous rows");
+    STD_TORCH_CHECK(!is_in_host_memory(table) || has_contiguous_rows(table),
+                    "tables in pinned memory must have contiguous rows");
     sources.push_back(has_contiguous_rows(table) ? table : as_contiguous(table));
     const Tensor& source = sources.back();
     std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
@@ -356,10 +358,11 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   }
   if (count == 0) return gathered;
   for_each_launch(copies, [&](const Copies& some) {
-    gather_kernel<<<dim3(grid_size(count), some.count), kThreads, 0, device.stream()>>>(
-        some, const_data<int64_t>(places), table_rows);
+    gather_kernel<<<grid_size(count, some.count), kThreads, 0, device.stream()>>>(some, const_data<int64_t>(places),
+                                                                                  table_rows);
     check_launch(op);
   });
+  HostTables::keep(tables, device, op);
   return gathered;
 }
 
@@ -374,9 +377,9 @@ void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensor
                       row_stride_bytes(tables[t]), row_bytes(tables[t]), 0});
   }
   const int64_t rows_per_block = std::min<int64_t>(ceil_div(count, kBlocks), kMaxRows);
-  const unsigned blocks = grid_size(ceil_div(count, rows_per_block));
+  const int64_t blocks = ceil_div(count, rows_per_block);
   for_each_launch(copies, [&](const Copies& some) {
-    scatter_kernel<<<dim3(blocks, some.count), kThreads, 0, device.stream()>>>(
+    scatter_kernel<<<grid_size(blocks, some.count), kThreads, 0, device.stream()>>>(
         some, const_data<int64_t>(places), mask ? const_data<bool>(*mask) : nullptr, count, table_rows,
         static_cast<int>(rows_per_block));
     check_launch(op);
@@ -391,6 +394,7 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
   const OnDevice device(indices, op);
   launch_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices), contiguous_or_none(mask),
                  table_rows, op);
+  HostTables::keep(tables, device, op);
 }
 
 void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
@@ -435,10 +439,12 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   task.places = mutable_data<int64_t>(new_places);
   age_kernel<<<1, kAgeThreads, 0, device.stream()>>>(task);
   check_launch(op);
-  if (task.wanted == 0) return;
-  rank_kernel<<<grid_size(ceil_div(task.wanted, kThreads)), kThreads, 0, device.stream()>>>(task);
-  check_launch(op);
-  launch_scatter(device, new_sources, tables, new_places, mask_of_new, slots, op);
+  if (task.wanted > 0) {
+    rank_kernel<<<grid_size(ceil_div(task.wanted, kThreads)), kThreads, 0, device.stream()>>>(task);
+    check_launch(op);
+    launch_scatter(device, new_sources, tables, new_places, mask_of_new, slots, op);
+  }
+  HostTables::keep(tables, device, op);
 }
 
 }  // namespace

@@ -32,24 +32,46 @@ __device__ inline bool is_inside(int32_t column, const Entries& entries) {
   return column >= 0 && column < entries.num_cols;
 }
 
-// A thread per slot of the queries [first, first + count).
+// A thread per element of the dense queries [first, first + count).
 template <typename Query, typename Acc>
-__global__ void __launch_bounds__(kThreads) table_kernel(const Entries queries, const Query* values, int64_t first,
-                                                         int64_t count, int lanes, Acc* table, uint8_t* used) {
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot >= count * queries.width) return;
-  const int64_t q = slot / queries.width, j = slot % queries.width;
-  const int64_t place = first * queries.width + slot;
-  const Acc value = static_cast<Acc>(to_acc(values[place]));
-  int64_t column = j;
-  if (queries.indices == nullptr) {
-    if (value == Acc(0)) return;
-  } else {
-    if (j >= row_length(queries, first + q) || !is_inside(queries.indices[place], queries)) return;
-    column = queries.indices[place];
-  }
-  table[column * lanes + q] = value;
+__global__ void __launch_bounds__(kThreads)
+    dense_table_kernel(const Entries queries, const Query* values, int64_t first, int64_t count, int lanes, Acc* table,
+                       uint8_t* used) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (element >= count * queries.width) return;
+  const Acc value = static_cast<Acc>(to_acc(values[first * queries.width + element]));
+  if (value == Acc(0)) return;
+  const int64_t column = element % queries.width;
+  table[column * lanes + element / queries.width] = value;
   used[column] = 1;
+}
+
+// A block per sparse query. A column may come more than once: one warp has all entries of a column, and adds them in
+// their order.
+template <typename Query, typename Acc>
+__global__ void __launch_bounds__(kThreads) sparse_table_kernel(const Entries queries, const Query* values,
+                                                                int64_t first, int lanes, Acc* table, uint8_t* used) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row = (first + blockIdx.x) * queries.width;
+  const int32_t length = row_length(queries, first + blockIdx.x);
+  for (int32_t start = 0; start < length; start += kWarp) {
+    int32_t column = -1;
+    Acc value = Acc(0);
+    if (start + lane < length) {
+      column = queries.indices[row + start + lane];
+      value = static_cast<Acc>(to_acc(values[row + start + lane]));
+    }
+    const bool is_own = is_inside(column, queries) && column % kWarps == warp;
+    const unsigned peers = __match_any_sync(kAllLanes, is_own ? column : -1);
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    for (int turn = 0; __any_sync(kAllLanes, is_own && rank >= turn); ++turn) {
+      if (is_own && rank == turn) {
+        table[static_cast<int64_t>(column) * lanes + blockIdx.x] += value;
+        used[column] = 1;
+      }
+      __syncwarp();
+    }
+  }
 }
 
 template <typename T, typename Result, int kPerLane>
@@ -105,8 +127,14 @@ void score_block(const Entries& queries, const Query* query_values, int64_t firs
   const Tensor table = new_zeros_tensor(like, std::vector<int64_t>{documents.num_cols, lanes}, acc);
   const Tensor used = new_zeros_tensor(like, std::vector<int64_t>{documents.num_cols}, ScalarType::Byte);
   if (queries.width > 0) {
-    table_kernel<Query, Acc><<<grid_size(ceil_div(count * queries.width, kThreads)), kThreads, 0, device.stream()>>>(
-        queries, query_values, first, count, lanes, mutable_data<Acc>(table), mutable_data<uint8_t>(used));
+    if (queries.indices == nullptr) {
+      const unsigned blocks = grid_size(ceil_div(count * queries.width, kThreads));
+      dense_table_kernel<Query, Acc><<<blocks, kThreads, 0, device.stream()>>>(
+          queries, query_values, first, count, lanes, mutable_data<Acc>(table), mutable_data<uint8_t>(used));
+    } else {
+      sparse_table_kernel<Query, Acc><<<grid_size(count), kThreads, 0, device.stream()>>>(
+          queries, query_values, first, lanes, mutable_data<Acc>(table), mutable_data<uint8_t>(used));
+    }
   }
   const auto launch = [&](auto per_lane) {
     score_kernel<T, Result, decltype(per_lane)::value>

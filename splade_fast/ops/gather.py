@@ -20,7 +20,8 @@ def gather_rows(tables: Mapping[str, Tensor], indices: Tensor) -> dict[str, Tens
     Args:
         tables: (C, ...) each, of any dtype and row shape, all with the same C. Tables are on the
             device of the indices. With indices on a GPU they may also be in pinned host memory,
-            which the GPU reads in place; pinned tables have to live until that has happened.
+            which the GPU reads in place; they stay alive until it has. A CUDA graph does not keep
+            them.
         indices: (N,) int64 or int32, between 0 and C - 1.
 
     Returns:

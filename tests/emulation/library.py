@@ -80,6 +80,22 @@ class Emulator:
             self._library.emulation_make_mistake(b"")
 
     @contextmanager
+    def written_memory(self) -> Iterator[None]:
+        """Fail where a tensor copy reads memory that nothing has written."""
+        torch.use_deterministic_algorithms(True)  # fills new memory
+        self._library.emulation_expect_written_memory(True)
+        try:
+            yield
+        finally:
+            self._library.emulation_expect_written_memory(False)
+            torch.use_deterministic_algorithms(False)
+
+    def pin(self, table: Tensor | None, *, is_work_running: bool) -> None:
+        """Make a table pinned memory, and let the work of all launches seem to run on or not."""
+        address = ctypes.c_void_p(None if table is None else table.data_ptr())
+        self._library.emulation_pin(address, is_work_running)
+
+    @contextmanager
     def in_place(self) -> Iterator[None]:
         """Make the functions of splade_fast run the emulated ops."""
         with torch.library._scoped_library("splade_fast", "IMPL") as library:

@@ -28,6 +28,7 @@ MISTAKES = {
     "head_without_wait": Mistake(_PRODUCT, "wait(full + ring.stage * 8, ring.parity)"),
     "head_with_early_release": Mistake(_PRODUCT, "wgmma_wait<1>()"),
     "head_with_wrong_tile": Mistake(_PRODUCT, "token + rank * (kTileTokens / kCluster)", "token"),
+    "head_without_whole_warps": Mistake("cuda/head/sm90/dense.cu", "__syncwarp()"),
     "screen_without_residual": Mistake(_THRESHOLD, "tile.residual * entry.norm", "0"),
     "screen_without_residual_of_entries": Mistake(_THRESHOLD, "tile.norm * entry.residual", "0"),
     "screen_without_last_token": Mistake(_SCREENED, "rows - first_row", "rows - first_row - 1"),

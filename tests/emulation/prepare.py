@@ -51,8 +51,11 @@ REPLACEMENTS = [
     ),
     # The order of the words that a host compiler takes once __shared__ is static.
     Replacement("cuda/pool.cu", "__shared__ alignas(16)", "alignas(16) __shared__", 2),
-    # The tensors of the emulated GPU are the CPU's.
-    Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 5),
+    # The tensors of the emulated GPU are the CPU's, but for those that a test has pinned.
+    Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 3),
+    Replacement(
+        "cuda/host_tables.h", "!table.is_cuda()", "emulation::is_pinned(table.const_data_ptr())"
+    ),
     Replacement("cuda/gather.cu", "__assert_fail(", "device_assert("),
     Replacement(
         "cuda/head/sm90/product.cuh",

@@ -102,3 +102,38 @@ def test_update(emulator, draw):
 
     for found, expected in zip(updated(emulator.ops), updated(torch.ops.splade_fast), strict=True):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("op", ["gather_rows", "scatter_rows_", "update_cache_"])
+def test_pinned_tables_live_until_the_kernel_has_run(emulator, op):
+    table, age, valid = torch.arange(6.0).view(3, 2), torch.zeros(3).int(), torch.ones(3).bool()
+    storage = table.untyped_storage()
+
+    def call(tables):
+        if op == "gather_rows":
+            emulator.ops.gather_rows(tables, torch.tensor([1]))
+        elif op == "scatter_rows_":
+            emulator.ops.scatter_rows_(tables, torch.tensor([1]), [torch.ones(1, 2)], None)
+        else:
+            emulator.ops.update_cache_(tables, age, valid, [], None, [], None, None, False)
+
+    def references():
+        return torch._C._storage_Use_Count(storage._cdata)
+
+    before = references()
+    try:
+        emulator.pin(table, is_work_running=True)
+        call([table])
+        call([table])
+        assert references() == before  # of the tensor, which has further references
+        view = table.view(3, 2)
+        emulator.pin(view, is_work_running=True)
+        call([view])
+        del view
+        assert references() == before + 1
+        other = torch.ones(3, 2)
+        emulator.pin(other, is_work_running=False)
+        call([other])
+        assert references() == before
+    finally:
+        emulator.pin(None, is_work_running=False)

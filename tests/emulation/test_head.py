@@ -121,3 +121,24 @@ def test_disorder_comes_to_an_end(monkeypatch, emulator, draw, hopper):
         emulator.ops.head_backward_sum(grad, hidden, weight, None, None, starts, 1, *needs),
     ):
         assert [g.shape for g in gradients] == [hidden.shape, weight.shape, (vocabulary,)]
+
+
+def test_fused_reads_no_memory_that_nothing_wrote(fused, emulator, draw):
+    dtype, dim = draw.choice([*HALF, torch.float32]), draw.choice([64, 136])
+    batch, length = draw.choice([(1, 600), (3, 70)])
+    mask = torch.rand(batch, length) < draw.choice([0.1, 0.6])
+    hidden, weight = torch.randn(batch, length, dim).to(dtype), torch.randn(130, dim).to(dtype)
+    with emulator.written_memory():
+        emulator.ops.head_forward_dense(hidden, weight, None, mask, None, 0, 0, True, False, True)
+
+
+def test_too_many_rows_of_blocks(emulator):
+    """Refuse a grid that a GPU refuses."""
+    dim = 65535 * 256 + 1
+    hidden, weight = torch.empty(1, 1, dim).half(), torch.empty(1, dim).half()
+    one = torch.ones(1, 1).half()
+    with pytest.raises(RuntimeError, match="too many rows of blocks for one launch: 65536"):
+        emulator.ops.head_backward_max(
+            *(one, one.float(), torch.zeros(1, 1).byte(), hidden, weight, None, 0),
+            *(False, True, False),
+        )

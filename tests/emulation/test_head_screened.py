@@ -83,6 +83,17 @@ def test_is_that_of_the_cpu(emulator, draw):
             torch.testing.assert_close(found[0], expected[0], equal_nan=True)
 
 
+def test_reads_no_memory_that_nothing_wrote(emulator, draw):
+    dtype, dim, (batch, length) = draw.choice(HALF), draw.choice([64, 136]), (3, 150)
+    hidden, weight = torch.randn(batch, length, dim).to(dtype), torch.randn(130, dim).to(dtype)
+    mask, cu_seqlens = torch.rand(batch, length) < draw.choice([0.1, 0.6]), None
+    if draw.random() < 0.5:  # some rows behind the last sequence
+        hidden, mask, cu_seqlens = hidden.flatten(0, 1), None, starts_of([9, 0, 291])
+    arguments = hidden, weight, None, mask, cu_seqlens, 0, 0, True, False
+    with emulator.written_memory():
+        screened(emulator, torch.zeros(dim), *arguments)
+
+
 def rotation(dim):
     """Compute the orthogonal matrix of the rotation from its definition, in float64."""
     padded = -(-dim // 64) * 64

@@ -22,6 +22,24 @@ def test_is_that_of_the_cpu(emulator, draw):
     )
 
 
+def test_columns_that_come_twice_are_added_in_their_order(emulator, draw):
+    columns, width = draw.choice([1, 5, 40, 1000]), draw.choice([2, 33, 100])
+    queries = (
+        torch.randint(0, columns, (5, width)).int(),
+        torch.randn(5, width) * 10.0 ** torch.randint(-6, 6, (5, width)),
+        torch.tensor([0, 1, 2, width - 1, width]).int(),
+    )
+    documents = (
+        torch.arange(columns).int().expand(2, columns).contiguous(),
+        torch.eye(columns)[torch.randint(0, columns, (2,))],  # each score is one element of a table
+        torch.full((2,), columns).int(),
+    )
+    arguments = *queries, *documents, columns
+    assert_same(
+        emulator.ops.sparse_scores(*arguments), torch.ops.splade_fast.sparse_scores(*arguments)
+    )
+
+
 def test_disorder_comes_to_an_end(emulator, draw):
     """Check that no thread diverges, waits for ever or crashes with any indices and lengths."""
     columns, rows, width = draw.choice([1, 64, 200]), 20, 7

@@ -199,7 +199,7 @@ void launch_grad_weight(const Pairs<T>& pairs, const HeadInput& input, const std
   dispatch_rows<T>(all, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
     const int64_t dim_tiles = grad_weight ? std::max<int64_t>(ceil_div(dim, RowSum<T, kVec>::kDims), 1) : 1;
-    const dim3 grid(grid_size(ceil_div(pairs.vocabulary, kWarps)), grid_size(dim_tiles));
+    const dim3 grid = grid_size(ceil_div(pairs.vocabulary, kWarps), dim_tiles);
     grad_weight_kernel<T, kVec>
         <<<grid, kThreads, 0, device.stream()>>>(pairs, const_data<T>(input.tokens), weight, bias, dim);
   });
@@ -438,7 +438,7 @@ void launch_grad_hidden(const Pairs<T>& pairs, const HeadInput& input, const Ten
     const int64_t all = dim | address<T>(input.weight) | address<T>(grad_hidden);
     dispatch_rows<T>(all, [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
-      const dim3 grid(grid_size(count * blocks_per_sequence), grid_size(ceil_div(dim, RowSum<T, kVec>::kDims)));
+      const dim3 grid = grid_size(count * blocks_per_sequence, ceil_div(dim, RowSum<T, kVec>::kDims));
       grad_hidden_kernel<T, kVec><<<grid, kThreads, 0, device.stream()>>>(
           buckets, pairs.sequences, const_data<T>(input.weight), mutable_data<T>(grad_hidden), dim, vocabulary,
           blocks_per_sequence, tokens_per_block);
@@ -529,7 +529,7 @@ struct SumDevice {
       return;
     }
     const int64_t grad_offset = first_column * static_cast<int64_t>(grad.element_size());
-    const dim3 grid(grid_size(rows), grid_size(ceil_div(columns, kColumnsPerBlock)));
+    const dim3 grid = grid_size(rows, ceil_div(columns, kColumnsPerBlock));
     to_gradient_kernel<T><<<grid, kThreads, 0, device.stream()>>>(
         mutable_data<T>(product), columns, input.bias ? const_data<T>(*input.bias) + first_column : nullptr,
         static_cast<const char*>(grad.const_data_ptr()) + grad_offset, grad.scalar_type() != input.weight.scalar_type(),

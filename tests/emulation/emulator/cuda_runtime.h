@@ -7,10 +7,17 @@
 #include "device_functions.h"
 #include "hopper_machine.h"
 #include "launch.h"
+#include "pinned_memory.h"
 
 using cudaStream_t = void*;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorNotSupported };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorNotSupported,
+  cudaErrorNotReady
+};
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated CUDA runtime"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -51,6 +58,27 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
   *attributes = {cudaMemoryTypeHost, const_cast<void*>(pointer)};
   return cudaSuccess;
 }
+
+// Events: work is done at once, but for a test that lets it seem to run.
+using cudaEvent_t = void*;
+enum { cudaEventDisableTiming = 2 };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = nullptr;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) {
+  return emulation::is_work_running() ? cudaErrorNotReady : cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
 // Where an index out of range ends on the device.
 [[noreturn]] inline void device_assert(const char* message, const char*, int, const char*) { emulation::fail(message); }

@@ -45,10 +45,11 @@ inline float __int_as_float(int x) {
   return result;
 }
 
-// Atomics: nothing comes between, since a fiber runs on until it waits -------------------------------------------
+// Atomics: nothing comes between, since a fiber runs on until it waits. Seldom do all lanes of a warp come to one ---
 
 template <typename T, typename V>
 T atomicAdd(T* target, V value) {
+  emulation::act_alone();
   const T old = *target;
   *target = static_cast<T>(old + static_cast<T>(value));
   return old;
@@ -56,12 +57,14 @@ T atomicAdd(T* target, V value) {
 
 template <typename T>
 T atomicMax(T* target, T value) {
+  emulation::act_alone();
   const T old = *target;
   if (value > old) *target = value;
   return old;
 }
 
 inline int atomicOr(int* target, int value) {
+  emulation::act_alone();
   const int old = *target;
   *target |= value;
   return old;

@@ -8,8 +8,36 @@ constexpr int kChunkBytes = 16;
 constexpr uint32_t kPatternBytes = 1024;
 
 Machine* running = nullptr;
+bool expects_written_memory = false;
+
+// Whether torch's deterministic mode filled these bytes: with NaN, or with the largest integer.
+bool is_filled(const uint8_t* bytes, int64_t count) {
+  constexpr uint8_t kPatterns[][4]{
+      {0xc0, 0x7f, 0xc0, 0x7f}, {0x00, 0x7e, 0x00, 0x7e}, {0, 0, 0xc0, 0x7f}, {0x7f, 0x7f, 0x7f, 0x7f}};
+  for (const auto& pattern : kPatterns) {
+    int64_t same = 0;
+    while (same < count && bytes[same] == pattern[same % 4]) ++same;
+    if (same == count) return true;
+  }
+  return false;
+}
+
+void expect_written(const CUtensorMap& map, int dim, int first_row) {
+  const int64_t first_byte = int64_t{dim} * map.element_bytes, rest = map.dim * map.element_bytes - first_byte;
+  if (rest <= 0) return;
+  for (int64_t row = first_row; row < first_row + map.box_rows && row < map.rows; ++row) {
+    if (is_filled(map.data + row * map.row_bytes + first_byte, rest < kBoxBytes ? rest : kBoxBytes)) {
+      fail("a tensor copy reads memory that nothing wrote");
+    }
+  }
+}
 
 }  // namespace
+
+// For the tests, by ctypes: whether copies of memory that only torch's deterministic mode has filled are mistakes.
+extern "C" __attribute__((visibility("default"))) void emulation_expect_written_memory(bool expects) {
+  expects_written_memory = expects;
+}
 
 void MemoryBarrier::end_phase_if_complete() {
   if (pending > 0 || bytes != 0) return;
@@ -118,6 +146,7 @@ void Machine::run(const Copy& copy) {
       memory.store(copy.target + static_cast<uint32_t>(target), chunk, sizeof(chunk));
     }
   }
+  if (expects_written_memory) expect_written(copy.map, copy.dim, copy.row);
   MemoryBarrier& done = barrier(copy.block, copy.barrier);
   done.bytes -= copy.map.box_rows * kBoxBytes;
   done.end_phase_if_complete();

@@ -22,6 +22,7 @@ struct Exchange {
 
 std::vector<Barrier> barriers;    // of each block
 std::vector<Exchange> exchanges;  // of each warp
+std::vector<bool> acted_alone;    // each thread, since its warp has met
 
 // The first to come says where all have to come.
 template <typename Meeting>
@@ -36,10 +37,12 @@ void come_to(Meeting& meeting, Site site) {
 void reset_synchronization(int blocks, int warps) {
   barriers.assign(static_cast<size_t>(blocks), {});
   exchanges.assign(static_cast<size_t>(warps), {});
+  acted_alone.assign(static_cast<size_t>(warps * kLanes), false);
 }
 
 int block_barrier(bool value, Site site) {
   Barrier& barrier = barriers[static_cast<size_t>(current_block())];
+  acted_alone[static_cast<size_t>(current_thread())] = false;
   come_to(barrier, site);
   barrier.count += value;
   const unsigned generation = barrier.generation;
@@ -54,6 +57,7 @@ int block_barrier(bool value, Site site) {
 
 WarpWords exchange(unsigned mask, uint64_t word, Site site) {
   if (mask != 0xffffffffu) fail("not all lanes of a warp: the emulation has no such exchange");
+  acted_alone[static_cast<size_t>(current_thread())] = false;
   Exchange& meeting = exchanges[static_cast<size_t>(current_thread() / kLanes)];
   come_to(meeting, site);
   meeting.given[static_cast<size_t>(lane())] = word;
@@ -66,6 +70,12 @@ WarpWords exchange(unsigned mask, uint64_t word, Site site) {
   }
   wait_until([&meeting, generation] { return meeting.generation != generation; });
   return meeting.result;
+}
+
+void act_alone() { acted_alone[static_cast<size_t>(current_thread())] = true; }
+
+void expect_whole_warp() {
+  if (acted_alone[static_cast<size_t>(current_thread())]) fail("a warp has diverged, and did not meet before wgmma");
 }
 
 int lane() { return current_thread() % kLanes; }

@@ -21,6 +21,11 @@ WarpWords exchange(unsigned mask, uint64_t word, Site site);
 
 int lane();
 
+// A lane does something that the others of its warp may not do. Before the warp meets again, no instruction may take
+// whole warps.
+void act_alone();
+void expect_whole_warp();
+
 template <typename T>
 T shuffle(unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -2,6 +2,7 @@
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+#include "synchronization.h"
 
 namespace emulation::hopper {
 namespace {
@@ -72,6 +73,7 @@ float Tfloat32::value(uint32_t bits) {
 // The last thread to come does the work.
 template <typename Work>
 void Warpgroup::together(const std::string& call, Work work) {
+  expect_whole_warp();
   if (arrived_ == 0) call_ = call;
   if (call_ != call) fail("the threads of a warpgroup have diverged: " + call_ + " and " + call);
   const unsigned generation = generation_;

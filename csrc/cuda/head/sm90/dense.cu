@@ -64,6 +64,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
                        key[half] = max(key[half], __shfl_xor_sync(kAllLanes, key[half], 2));
                      }
                      if (writes) emit(task.rows, segment, first_row, entry, quarter == 0 ? key[0] : key[1], sink);
+                     __syncwarp();  // wgmma needs whole warps
                    });
 }
 

@@ -82,14 +82,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp moves a packed row, then the next of its rows.
-__global__ void __launch_bounds__(kThreads)
-    move_kernel(const uint4* rows, int64_t vectors, const int32_t* source_rows, const int32_t* count, uint4* packed) {
+// A warp moves a packed row, then the next of its rows. The rows behind the last one of its tile become zero.
+__global__ void __launch_bounds__(kThreads) move_kernel(const PackTask task, int64_t vectors) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads / kWarp, end = *count;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads / kWarp, count = task.starts[task.batch];
+  const int64_t end = min(round_up(count, task.tile_rows), task.sequences.rows);
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; row < end; row += stride) {
-    const uint4* source = rows + source_rows[row] * vectors;
-    uint4* target = packed + row * vectors;
+    uint4* target = static_cast<uint4*>(task.packed) + row * vectors;
+    if (row >= count) {
+      for (int64_t i = lane; i < vectors; i += kWarp) target[i] = uint4{};
+      continue;
+    }
+    const uint4* source = static_cast<const uint4*>(task.rows) + task.source_rows[row] * vectors;
 #pragma unroll 4
     for (int64_t i = lane; i < vectors; i += kWarp) target[i] = source[i];
   }
@@ -113,8 +117,7 @@ cudaError_t launch_pack(const PackTask& task, int64_t multiprocessors, cudaStrea
                                                                             task.source_rows);
   const int64_t movers = ceil_div(task.sequences.rows, warps), most = multiprocessors * kBlocksPerMultiprocessor;
   move_kernel<<<static_cast<unsigned>(movers < most ? movers : most), kThreads, 0, stream>>>(
-      static_cast<const uint4*>(task.rows), task.row_bytes / kVectorBytes, task.source_rows, task.starts + task.batch,
-      static_cast<uint4*>(task.packed));
+      task, task.row_bytes / kVectorBytes);
   return cudaGetLastError();
 }
 

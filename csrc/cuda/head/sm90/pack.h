@@ -17,7 +17,10 @@ struct PackTask {
 
   int32_t* starts;       // (batch + 1,), starts of the sequences among the packed rows
   int32_t* source_rows;  // (rows,), padded row of each packed row; only with a mask
-  void* packed;          // (rows, row_bytes), of which starts[batch] rows are written; only with a mask
+  // (rows, row_bytes), only with a mask. starts[batch] rows are written, then zeros up to a multiple of tile_rows,
+  // since the product reads whole tiles.
+  void* packed;
+  int64_t tile_rows;
 };
 
 cudaError_t launch_pack(const PackTask& task, int64_t multiprocessors, cudaStream_t stream);

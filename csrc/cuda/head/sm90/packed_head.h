@@ -33,6 +33,7 @@ class PackedHead {
     if (input.mask) {
       pack.source_rows = mutable_data<int32_t>(source_rows_);
       pack.packed = packed_.mutable_data_ptr();
+      pack.tile_rows = sm90::kTileTokens;
     }
     check_cuda(launch_pack(pack, device.multiprocessors(), device.stream()), op);
 

@@ -184,7 +184,13 @@ template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kBlocks) round_tokens_kernel(const TokensToRound task) {
   const Rows<T> rows(task.tokens, true);
   const float rounding = screen_rounding(rows.dim), mean_norm = norm_of(rows.mean, rows.dim);
-  for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
+  const int64_t count = *task.count, end = min(round_up(count, task.tile_tokens), task.room);
+  for (int64_t token = first_row(); token < end; token += row_stride()) {
+    if (token >= count) {
+      int32_t* target = reinterpret_cast<int32_t*>(task.integers + token * rows.padded_dim);
+      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < rows.padded_dim / 4; i += kWarp) target[i] = 0;
+      continue;
+    }
     ScreenTile& tile = task.tiles[token / task.tile_tokens];
     const Norms norms =
         round_row<kPerLane>(rows, token, task.largest[token], tile.largest, task.integers + token * rows.padded_dim);

@@ -42,8 +42,10 @@ struct TokensToRound {
   int64_t room;          // number of rows in memory
   const int32_t* count;  // number of tokens, on the device
   int tile_tokens;
-  int8_t* integers;   // (room, screen_padded_dim(dim)); the rows of tokens are written
-  float* largest;     // (room,), likewise: the largest entry of a rotated row, inf if it is not finite
+  // (room, screen_padded_dim(dim)). The rows of tokens are written, then zeros to the end of the last tile, since the
+  // product reads whole tiles.
+  int8_t* integers;
+  float* largest;     // (room,), of tokens: the largest entry of a rotated row, inf if it is not finite
   ScreenTile* tiles;  // (tiles,), zero before the launch
 };
 
