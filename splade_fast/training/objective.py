@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from splade_fast.encoders.document_ids import document_ids
 from splade_fast.losses import (
     in_batch_loss,
     kl_distillation_loss,
@@ -20,7 +21,6 @@ from splade_fast.negative_cache.losses import CacheLossReturn
 from splade_fast.ops.autograd import accumulation_dtype
 from splade_fast.regularizers import active_dims
 from splade_fast.training.document_cache import DocumentCacheHandler, Network
-from splade_fast.training.document_ids import document_ids
 from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 

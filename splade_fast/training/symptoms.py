@@ -8,7 +8,12 @@ from collections.abc import Iterator, Mapping
 from splade_fast.training.objective_arguments import ObjectiveArguments
 
 _NEARLY_ALL = 0.99
-_WITH_NEGATIVES = ("in_batch", "pairwise")
+# Metric that is 0 without negatives, by loss.
+_COMPARISON = {
+    "in_batch": "relevance_loss",
+    "pairwise": "relevance_loss",
+    "negative_cache": "cache/interpretable_prediction_loss",
+}
 _SIDES = {"query": "queries", "document": "documents"}
 
 
@@ -52,10 +57,13 @@ class Symptoms:
             active = metrics.get(f"{side}_active_dims")
             if active is not None:
                 yield from self._find_collapse(side, vectors, active, step)
-        if metrics.get("relevance_loss") == 0 and self._arguments.loss in _WITH_NEGATIVES:
+        loss = self._arguments.loss
+        name = _COMPARISON.get(loss, "")
+        # An empty cache has no negatives in the first step.
+        if metrics.get(name) == 0 and (loss != "negative_cache" or step > 1):
             yield (
                 "no negatives",
-                "relevance_loss is 0: the batches have no negatives, or the scores tell all "
+                f"{name} is 0: the batches have no negatives, or the scores tell all "
                 "documents apart; raise per_device_train_batch_size or add hard negatives",
             )
 

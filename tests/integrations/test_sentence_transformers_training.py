@@ -208,6 +208,28 @@ def test_evaluation_leaves_the_cache(tmp_path):
     assert not loss.handler.cache.valid.any()
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_copies_of_a_positive_are_no_negatives(tmp_path, wraps):
+    """Neither in the batch and the cache of a training, nor in an evaluation."""
+    model = splade(tmp_path).double()
+    loss = cache = cache_loss(model, 4)
+    if wraps:
+        loss = SpladeLoss(model, cache, document_regularizer_weight=0.0)
+    batch = preprocess_pairs(model, ["quick", "old", "lazy"], ["fox", "tree", "fox"])
+    queries, documents = (model(copy.deepcopy(f))["sentence_embedding"] for f in batch)
+    lists = [[0, 1], [1, 0, 2], [2, 1]]
+    scores = [query @ documents[own].T for query, own in zip(queries, lists, strict=True)]
+    expected = torch.stack([-row.log_softmax(0)[0] for row in scores]).mean()
+    with torch.no_grad():
+        value = loss(copy.deepcopy(batch))
+    torch.testing.assert_close(sum(value.values()) if wraps else value, expected)
+    alike = preprocess_pairs(model, ["quick", "old"], ["fox", "fox"])
+    model.train()
+    for _ in range(2):
+        loss(copy.deepcopy(alike))
+        assert cache.metrics["cache/interpretable_prediction_loss"] == 0
+
+
 def test_inference_free_queries(tmp_path):
     model = without_dropout(accelerate(inference_free(tmp_path)))
     loss = SpladeLoss(

@@ -148,6 +148,15 @@ def test_a_rising_regulariser_may_take_its_time():
     assert symptoms.new_ones(full, step=11) == []
 
 
+def test_a_cache_of_copies_is_told_after_its_first_step():
+    arguments = ObjectiveArguments(loss="negative_cache", cache_size=8)
+    symptoms = Symptoms(arguments, vocab_size=100)
+    metrics = {"relevance_loss": 0.0, "cache/interpretable_prediction_loss": 0.0}
+    assert symptoms.new_ones(metrics, step=1) == []
+    [text] = symptoms.new_ones(metrics, step=2)
+    assert text.startswith("cache/interpretable_prediction_loss is 0: the batches have no")
+
+
 def test_healthy_averages_have_no_symptoms():
     symptoms = Symptoms(ObjectiveArguments(), vocab_size=100)
     metrics = {"relevance_loss": 0.1, "query_active_dims": 1.0, "document_active_dims": 98.0}

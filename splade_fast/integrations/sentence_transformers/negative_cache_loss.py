@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from splade_fast.encoders.batching import without_padding
+from splade_fast.encoders.document_ids import document_ids
 from splade_fast.encoders.hidden_states import find_decoder
 from splade_fast.losses import in_batch_loss
 from splade_fast.negative_cache import (
@@ -43,8 +44,8 @@ class NegativeCacheLoss(nn.Module):
     The options have the names of `splade_fast.training.ObjectiveArguments`.
 
     In evaluation mode, or without gradients, the loss is the cross entropy against the positives of
-    the batch, and the cache does not change. Trainers do not save losses: give the trainer a
-    `NegativeCacheCallback`.
+    the batch, without copies of a query's own, and the cache does not change. Trainers do not save
+    losses: give the trainer a `NegativeCacheCallback`.
 
     Source: Lindgren, Reddi, Guo, Kumar: Efficient Training of Retrieval Models using Negative
     Cache, NeurIPS 2021.
@@ -185,7 +186,10 @@ class NegativeCacheLoss(nn.Module):
             )
         queries, positives = embeddings
         if not (torch.is_grad_enabled() and _unwrap(self.model).training):
-            return in_batch_loss(queries, positives, temperature=self.temperature)
+            evaluated = self._inputs.find(len(queries))
+            ids = None if evaluated is None else document_ids(evaluated)
+            self._inputs.forget()
+            return in_batch_loss(queries, positives, document_ids=ids, temperature=self.temperature)
         documents = self._inputs.take(len(queries))
         tokens = self._stored_tokens(documents)
         others = {n: value for n, value in documents.items() if not isinstance(value, Tensor)}
@@ -236,7 +240,7 @@ class NegativeCacheLoss(nn.Module):
 
 
 class _EncodedInputs:
-    """Features of the last batch that the model encoded with gradients.
+    """Features of the last batch that the model encoded with gradients or to evaluate a loss.
 
     SpladeLoss passes only vectors to the loss, so a hook of the model records the features. The
     hook does not refer to the loss, so the model can be sent to other processes without the cache.
@@ -252,8 +256,10 @@ class _EncodedInputs:
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        # In inference mode `encode` runs, without a loss.
+        is_evaluated = not (model.training or torch.is_inference_mode_enabled())
         has_gradients = model.training and torch.is_grad_enabled()
-        self._last = _unflatten(args[0]) if has_gradients else None
+        self._last = _unflatten(args[0]) if has_gradients or is_evaluated else None
 
     def __reduce__(self) -> Any:
         return _EncodedInputs, ()
@@ -264,22 +270,30 @@ class _EncodedInputs:
         Raises:
             RuntimeError: the rows were encoded without gradients, or not as one batch of documents.
         """
-        last = self._last or {}
-        rows = len(last.get("input_ids", ()))
-        # SpladeLoss encodes the positives in a call of their own, or after the queries in one call.
-        if rows not in (count, 2 * count):
+        found = self.find(count)
+        if found is None:
+            rows = len((self._last or {}).get("input_ids", ()))
             raise RuntimeError(
                 "NegativeCacheLoss needs the embeddings that its model has just encoded with "
                 f"gradients, {count} positives, and saw {rows}; it works alone and in SpladeLoss, "
                 "not in CachedSpladeLoss"
             )
+        return found
+
+    def find(self, count: int) -> Features | None:
+        """Return the features of the `count` rows that were encoded last, None if unknown."""
+        last = self._last or {}
+        rows = len(last.get("input_ids", ()))
+        # SpladeLoss encodes the positives in a call of their own, or after the queries in one call.
+        if rows not in (count, 2 * count):
+            return None
         return {
             name: value[rows - count :] if isinstance(value, Tensor) else value
             for name, value in last.items()
         }
 
     def forget(self) -> None:
-        """Drop the features of the documents that the loss itself has encoded."""
+        """Drop the features, also those of the documents that the loss itself has encoded."""
         self._last = None
 
 
