@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -234,6 +237,40 @@ def info() -> None:
     """Print the compiled architectures, the loaded libraries, and reasons for missing ones."""
     for name, value in build_info().items():
         typer.echo(f"{name}: {value}")
+
+
+@app.command()
+def selftest(
+    device: Annotated[Device, typer.Option(help="Device of the ops.")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write, for a bug report.")
+    ] = None,
+) -> None:
+    """Compare every op in every dtype with plain PyTorch, in error and time.
+
+    Exit with 1 if an op is wrong.
+    """
+    from splade_fast.selftest import run_selftest
+
+    outcomes = []
+    with _exit_with_2_on_bad_input():
+        for outcome in run_selftest(_select_device(device)):
+            typer.echo(outcome.line)
+            outcomes.append(outcome)
+        wrong = [outcome for outcome in outcomes if not outcome.is_passed]
+        if json_file is not None:
+            report = {
+                "build": build_info(),
+                "platform": platform.platform(),
+                "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+                "is_passed": not wrong,
+                "outcomes": [asdict(outcome) for outcome in outcomes],
+            }
+            json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if wrong:
+        typer.echo(f"{len(wrong)} of {len(outcomes)} results are wrong", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"all {len(outcomes)} results are right")
 
 
 @contextmanager

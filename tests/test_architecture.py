@@ -15,7 +15,7 @@ SHARED = {"_checks", "_distributed", "_atomic_files", "_library", "_version"}
 LAYERS = [
     {"_version", "_checks", "_atomic_files", "_library", "reference"},
     {"ops", "_distributed"},
-    {"losses", "modules", "regularizers"},
+    {"losses", "modules", "regularizers", "selftest"},
     {"encoders", "export", "integrations", "negative_cache", "search"},
     {"training"},
     {"cli", "__main__"},
