@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from splade_fast.encoders.weights import check_all_loaded, readable_weights
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+_INDEX_FILES = ("vectors.safetensors", "meta.json")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Given explicitly, since transformers would otherwise ask the user on the terminal.
 _TRUST_REMOTE_CODE = False
@@ -140,9 +142,15 @@ def errors_as_value_errors(message: str) -> Iterator[None]:
 
 
 def check_exists(name_or_path: str) -> None:
-    """Raise FileNotFoundError if this is neither a folder nor a possible name on the hub."""
+    """Check that this is a folder or a possible name on the hub.
+
+    Raises:
+        OSError: it is neither.
+        ValueError: the folder is an index.
+    """
     path = Path(name_or_path)
     if path.is_dir():
+        refuse_index("the checkpoint", path)
         return
     if path.exists():
         raise NotADirectoryError(f"the model must be a folder or a hub name, got the file {path}")
@@ -150,6 +158,17 @@ def check_exists(name_or_path: str) -> None:
         validate_repo_id(name_or_path)
     except HFValidationError as error:
         raise FileNotFoundError(f"there is no model folder {name_or_path}") from error
+
+
+def refuse_index(name: str, model: str | os.PathLike[str]) -> None:
+    """Raise ValueError if an argument that names a model is the folder of an index.
+
+    Args:
+        name: name of the argument.
+        model: hub name or folder of the model.
+    """
+    if all((Path(model) / file).is_file() for file in _INDEX_FILES):
+        raise ValueError(f"{name} must be a model, got the index {model}")
 
 
 def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:

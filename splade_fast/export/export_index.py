@@ -19,7 +19,7 @@ from splade_fast.export import (
     write_seismic,
 )
 from splade_fast.search.fingerprint import digest_vocabulary
-from splade_fast.search.index import Index, IndexMeta, refuse_index_as_model
+from splade_fast.search.index import Index, IndexMeta
 from splade_fast.search.lines import DataError, DataWarning
 
 ExportFormat = Literal[
@@ -79,7 +79,6 @@ def _read_tokens(meta: IndexMeta, model: str | os.PathLike[str] | None) -> dict[
         model: hub name or folder of another model.
     """
     name = os.fspath(model or meta.model)
-    refuse_index_as_model("model", name)
     hub: dict[str, Any] = {"subfolder": read_settings(name, {}).subfolder}
     tokenizer = load_tokenizer(name, hub)
     if meta.fingerprint is not None and meta.fingerprint.vocabulary != digest_vocabulary(tokenizer):

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 
 from splade_fast._checks import check_count
 from splade_fast._distributed import Ranks, fail_together, world_size
+from splade_fast.encoders.pretrained import refuse_index
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.index import (
     IndexMeta,
     join_index,
-    refuse_index_as_model,
     resolve_model,
 )
 from splade_fast.search.lines import check_rereadable
@@ -110,9 +110,9 @@ def encode_corpus(
     batch_size = check_count("batch_size", batch_size, 1)
     chunk_size = check_count("chunk_size", chunk_size, 1)
     meta = IndexMeta(resolve_model(model), max_length, k)
-    refuse_index_as_model("model", model)
+    refuse_index("model", model)
     if query_model is not None:
-        refuse_index_as_model("query_model", query_model)
+        refuse_index("query_model", query_model)
         meta.query_model = resolve_model(query_model)
     if query_encoder is not None:
         check_vocabularies(encoder, query_encoder)

@@ -146,18 +146,6 @@ def is_model_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _MODEL_FILES)
 
 
-def refuse_index_as_model(name: str, model: str | os.PathLike[str]) -> None:
-    """Raise ValueError if an argument that names a model is the folder of an index.
-
-    Args:
-        name: name of the argument.
-        model: hub name or folder of the model.
-    """
-    folder = Path(model)
-    if all((folder / file).is_file() for file in (_VECTORS, _META)):
-        raise ValueError(f"{name} must be a model, got the index {model}")
-
-
 def resolve_model(model: str | os.PathLike[str]) -> str:
     """Return the absolute path of a model folder, or a hub name as it is."""
     return str(Path(model).resolve()) if Path(model).is_dir() else os.fspath(model)

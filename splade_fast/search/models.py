@@ -13,7 +13,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder, has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.fingerprint import Fingerprint
-from splade_fast.search.index import Index, IndexMeta, is_model_folder, refuse_index_as_model
+from splade_fast.search.index import Index, IndexMeta, is_model_folder
 from splade_fast.search.lines import DataError, DataWarning
 
 QUERY_FOLDER = "query"  # in the folder of a model that was trained with another for queries
@@ -38,7 +38,6 @@ def load_document_encoder(model: str | os.PathLike[str]) -> TextEncoder:
     Raises:
         ImportError, OSError, ValueError: see `from_pretrained` of these classes.
     """
-    refuse_index_as_model("model", model)
     name = os.fspath(model)
     if has_term_weights(name, {}):
         return TermWeightEncoder.from_pretrained(name)
@@ -62,7 +61,6 @@ def load_own_query_encoder(
         ImportError, OSError, ValueError: see `load_query_encoder`.
     """
     name = find_query_model(model) if query_model is None else os.fspath(query_model)
-    refuse_index_as_model("query_model", name)
     if name == os.fspath(model) and not _has_query_route(name):
         return None
     return name, load_query_encoder(name)
@@ -107,7 +105,6 @@ def load_query_encoder_of_index(
     if query_model is None:
         query_model = find_query_model(model or index.meta.model)
     name = os.fspath(query_model)
-    refuse_index_as_model("model", name)
     encoder = load_query_encoder(name)
     if encoder.vocab_size != index.rows.num_cols:
         raise DataError(

@@ -143,3 +143,14 @@ def test_damaged_vectors(index, damage):
         assert result.exit_code == 2, result.output
         [message] = result.stderr.splitlines()
         assert message.startswith(f"Error: {path} ")
+
+
+def test_an_index_is_no_model(index):
+    message = re.escape(f"the checkpoint must be a model, got the index {index}")
+    for kind in (sf.SpladeEncoder, sf.TermWeightEncoder, sf.BagOfWordsQueryEncoder):
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(index)
+    for name in ("model", "query_model"):
+        options = {"model": "m", name: index}
+        with pytest.raises(ValueError, match=f"^{name} must be a model, got the index"):
+            sf.encode_corpus(LengthEncoder(), "corpus.tsv", index.parent / "new", **options)
