@@ -87,6 +87,7 @@ run() {
     profiler=(ncu --clock-control none --set basic --launch-count 6 --kernel-name 'regex:head|screen')
     workers=8
     seconds=2  # for each row of the table
+    device=cuda
     export BENCHMARK_COMMIT=${BENCHMARK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
     export PYTHONPATH=$PWD/$packed/site${PYTHONPATH:+:$PYTHONPATH}
     if [[ -n ${REHEARSAL:-} ]]; then
@@ -95,6 +96,7 @@ run() {
         sanitizer=() profiler=()
         workers=0
         seconds=0
+        device=cpu
         # CUDA tests are skipped without a GPU; these are the same tests of one op on the CPU.
         stage twins 60 "$python" -m pytest -q -m 'not cuda' tests/ops/test_gather.py -k 'not compile and not opcheck'
     else
@@ -106,6 +108,7 @@ run() {
     local all=(tests/ops tests/test_library.py tests/negative_cache tests/encoders/test_batching.py)
     local few='test_tie or test_positions_that_do_not_count or (test_packed and lengths2)'
     stage first_calls 40 "$python" -m benchmarks.window.first_calls
+    stage selftest 60 "$python" -m splade_fast selftest --device "$device" --json "$logs/selftest.json"
     tests fused 60 -x "$fused"
     tests all 120 -n "$workers" "${all[@]}" -k 'not compile and not opcheck'
     stage table 130 "$python" -m benchmarks study gpu_window --seconds $seconds --out "$logs"

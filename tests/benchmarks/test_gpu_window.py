@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STAGES = [
-    *("twins", "first_calls", "fused", "all", "table", "racecheck", "synccheck", "memcheck"),
-    *("counters", "compiled"),
+    *("twins", "first_calls", "selftest", "fused", "all", "table"),
+    *("racecheck", "synccheck", "memcheck", "counters", "compiled"),
 ]
 
 
