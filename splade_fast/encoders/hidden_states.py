@@ -119,7 +119,18 @@ def run_to_decoder(
     Raises:
         ValueError: the decoder was not called.
     """
-    hook = _find_or_add_hook(find_decoder(model))
+    run = _run_past_decoder if _is_exporting_calls() else _stop_at_decoder
+    hidden = run(find_decoder(model), call, *args, **kwargs)
+    if hidden is None:
+        raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
+    return hidden
+
+
+def _stop_at_decoder(
+    decoder: nn.Linear, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """Return the decoder's input in `call`, which ends there; None if it is not reached."""
+    hook = _find_or_add_hook(decoder)
     hook.activate()
     try:
         call(*args, **kwargs)
@@ -127,7 +138,39 @@ def run_to_decoder(
         return reached.hidden
     finally:
         hook.deactivate()
-    raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module")
+    return None
+
+
+def _run_past_decoder(
+    decoder: nn.Linear, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """Return the decoder's input in `call`, which goes on with logits of no vocabulary."""
+    found: list[Tensor] = []
+    caller, own = get_ident(), decoder.forward  # other threads may use the model
+    replaced = decoder.__dict__.get("forward")  # set by another library, or None
+
+    def forward(hidden: Tensor) -> Tensor:
+        if get_ident() != caller:
+            return own(hidden)
+        found.append(hidden)
+        return hidden[..., :0]
+
+    decoder.__dict__["forward"] = forward
+    try:
+        call(*args, **kwargs)
+    finally:
+        del decoder.__dict__["forward"]
+        if replaced is not None:
+            decoder.__dict__["forward"] = replaced
+    return found[0] if found else None
+
+
+def _is_exporting_calls() -> bool:
+    """Return whether torch.export follows the calls of modules, which no exception may end then.
+
+    With strict=True it reads the code instead, as torch.compile does.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def head_inputs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -130,6 +131,11 @@ class _PooledForward:
     def __signature__(self) -> inspect.Signature:
         """Signature of the model's own forward, from which Trainer selects a dataset's columns."""
         return forward_signature(self._model)
+
+    @property
+    def __code__(self) -> CodeType:
+        """Code of the forward, whose place torch.export notes."""
+        return type(self).__call__.__code__
 
     def __call__(
         self, *args: Any, pooling_mask: Tensor | None = None, **kwargs: Any
