@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from splade_fast._distributed import world_size
 from splade_fast.encoders.document_ids import document_ids
 from splade_fast.losses import (
     in_batch_loss,
@@ -25,6 +27,8 @@ from splade_fast.training.objective_arguments import ObjectiveArguments
 from splade_fast.training.sparsity import Sparsity
 
 __all__ = ["Objective", "ObjectiveArguments"]
+
+logger = logging.getLogger(__name__)
 
 # Required labels by loss; other losses take none.
 _LABELS = {
@@ -73,6 +77,7 @@ class Objective(nn.Module):
         super().__init__()
         arguments.check_objective()
         self.arguments = arguments
+        self._has_warned = False
         self.handler: DocumentCacheHandler | None = None
         if arguments.loss == "negative_cache":
             if tokenizer is None:
@@ -126,8 +131,7 @@ class Objective(nn.Module):
             if cache_step is not None:
                 relevance = cache_step.training_loss
             else:
-                ids = None if inputs is None else document_ids(inputs)
-                relevance = self._relevance(queries, documents, labels, count, ids)
+                relevance = self._relevance(queries, documents, labels, count, inputs)
             query_penalty = self.query_sparsity(queries, step)
             document_penalty = self.document_sparsity(documents, step)
         metrics = {
@@ -194,19 +198,22 @@ class Objective(nn.Module):
         documents: Tensor,
         labels: Tensor | None,
         count: int,
-        ids: Tensor | None,
+        inputs: Mapping[str, Tensor] | None,
     ) -> Tensor:
         temperature = self.arguments.temperature
         batch = len(queries)
         if self.arguments.loss in ("in_batch", "negative_cache"):
             positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
+            ids = None if inputs is None else document_ids(inputs)
+            self._warn_without_negatives(len(documents))
             return in_batch_loss(
                 queries, positives, negatives, document_ids=ids, temperature=temperature
             )
         scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
         if labels is None:
             positive, negative = scores[:, :1], scores[:, 1:]
-            if ids is not None:
+            if inputs is not None:
+                ids = document_ids(inputs)
                 copy_mask = (ids[batch:].view(count - 1, batch, -1) == ids[:batch]).all(-1)
                 negative = negative.masked_fill(copy_mask.t(), -torch.inf)  # its loss is 0
             return pairwise_loss(positive, negative)
@@ -215,3 +222,14 @@ class Objective(nn.Module):
         if self.arguments.loss == "margin_mse":
             return margin_mse_loss(scores[:, :1], scores[:, 1:], labels[:, :1], labels[:, 1:])
         return kl_distillation_loss(scores, labels, temperature=temperature)
+
+    def _warn_without_negatives(self, documents: int) -> None:
+        """Log once that a training batch of one document has no negatives."""
+        if documents > 1 or not self.training or self._has_warned or world_size() > 1:
+            return
+        self._has_warned = True
+        logger.warning(
+            "a batch of one query without hard negatives has a relevance_loss of 0: %s takes the "
+            "other documents of a batch as negatives",
+            self.arguments.loss,
+        )

@@ -355,9 +355,10 @@ def test_indexing_is_that_of_the_dense_rows(selection):
     assert torch.equal(SparseRows.from_dense(x)[selection].to_dense(), expected)
 
 
-def test_one_integer_is_refused():
+@pytest.mark.parametrize("row", [3, np.int64(3)])
+def test_one_integer_is_refused(row):
     with pytest.raises(TypeError, match=r"got the int 3; .*rows\[i : i \+ 1\]"):
-        SparseRows.from_dense(random_dense())[3]
+        SparseRows.from_dense(random_dense())[row]
 
 
 def test_cat_pads_to_the_widest():

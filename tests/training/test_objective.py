@@ -115,6 +115,19 @@ def test_copies_of_a_positive_are_no_negatives(side, mini_batch_size):
     )
 
 
+def test_a_batch_of_one_is_told_once(caplog):
+    model = training_model(loss="in_batch", **NO_PENALTY)
+    tokenize = model.encoder.tokenize
+    model(tokenize(["fox"]), tokenize(["a fox", "a dog"]))
+    model.eval()(tokenize(["fox"]), tokenize(["a fox"]))
+    assert caplog.text == ""
+    for _ in range(2):
+        assert model.train()(tokenize(["fox"]), tokenize(["a fox"]))["loss"] == 0
+    assert (
+        caplog.text.count("a batch of one query without hard negatives has a relevance_loss") == 1
+    )
+
+
 def test_a_negative_that_is_the_positive_costs_nothing_in_pairwise():
     model = training_model(loss="pairwise", **NO_PENALTY)
     queries = model.encoder.tokenize(["fox", "lazy dog"])

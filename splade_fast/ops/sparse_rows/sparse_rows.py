@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,7 +259,7 @@ class SparseRows:
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int] | Sequence[bool]) -> SparseRows:
         """Return the rows of a slice, of an integer tensor (also repeated) or of a bool tensor."""
-        if isinstance(rows, int):
+        if isinstance(rows, Integral):  # also NumPy's
             raise TypeError(
                 f"rows must be a slice, an integer tensor or a bool tensor, got the int {rows}; "
                 "for one row write rows[i : i + 1]"
