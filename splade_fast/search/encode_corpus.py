@@ -147,12 +147,13 @@ def encode_corpus(
 
         remaining = [number for number, is_finished in enumerate(finished) if not is_finished]
         own = set(remaining[rank::ranks])
+        counts = checked.chunk_counts()
         read = _Checksums(chunk_size)
         with (
             fail_together("encoding the corpus", group),
             chunks.flag_failure(),
             tqdm(
-                total=sum(checked.chunk_counts()[number] for number in own),
+                total=sum(counts[number] for number in own),
                 unit="text",
                 desc=f"rank 0 of {ranks}" if ranks > 1 else None,
                 disable=not show_progress or rank != 0,

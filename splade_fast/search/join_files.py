@@ -40,14 +40,14 @@ class _Contents:
     def read(cls, path: Path) -> _Contents:
         """Read the contents of a file, or those that were noted before it was deleted."""
         note = _note(path)
-        if note.exists():
-            return cls(**json.loads(note.read_text(encoding="utf-8")))
         try:
+            if note.exists():
+                return cls(**json.loads(note.read_text(encoding="utf-8")))
             with safe_open(path, framework="pt") as file:
                 dtypes = {name: file.get_slice(name).get_dtype() for name in _tensor_names(path)}
                 count, width = file.get_slice("indices").get_shape()
                 return cls(file.metadata(), dtypes, count, width)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def row_bytes(self, name: str, width: int) -> int:

@@ -77,6 +77,13 @@ def test_every_number_of_a_vector_counts(size, monkeypatch):
         before = fingerprint(encoder)
 
 
+def test_a_pooling_layer_does_not_count(encoder):
+    """Many checkpoints lack it, and transformers draws it at random."""
+    before = fingerprint(encoder)
+    encoder.model.base_model.pooler = torch.nn.Linear(2, 2)
+    assert fingerprint(encoder) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_other_dtypes(folder, encoder, dtype):
     """Weights are compared in the dtype of the index, whichever way they were rounded."""
