@@ -49,8 +49,6 @@ REPLACEMENTS = [
             *("head/forward", "head/backward", "head/sm90/screened_op"),
         )
     ),
-    # The order of the words that a host compiler takes once __shared__ is static.
-    Replacement("cuda/pool.cu", "__shared__ alignas(16)", "alignas(16) __shared__", 2),
     # The tensors of the emulated GPU are the CPU's, but for those that a test has pinned.
     Replacement("cuda/gather.cu", ".is_cuda()", ".is_cpu()", 3),
     Replacement(
@@ -65,6 +63,9 @@ REPLACEMENTS = [
 ]
 
 LAUNCH = re.compile(r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<configuration>[^;]*?)>>>")
+SHARED = re.compile(
+    r"__shared__ (?:alignas\(\d+\) )?(?P<type>\w+(?:<[^<>;]*>)?) (?P<name>\w+)(?P<sizes>[^;]*);"
+)
 
 
 def launches_as_calls(text: str, file: str) -> str:
@@ -73,6 +74,17 @@ def launches_as_calls(text: str, file: str) -> str:
     text, found = LAUNCH.subn(r"emulation::Launch(\g<configuration>).of(\g<kernel>)", text)
     if found != expected:
         raise PreparationError(f"{file}: {found} of {expected} launches have the expected form")
+    return text
+
+
+def shared_as_references(text: str, file: str) -> str:
+    """Rewrite __shared__ T name[n]; as a reference to what the running block has of it."""
+    expected = text.count("__shared__")
+    text, found = SHARED.subn(
+        r"auto& \g<name> = emulation::shared_variable<\g<type>\g<sizes>>();", text
+    )
+    if found != expected:
+        raise PreparationError(f"{file}: {found} of {expected} __shared__ have the expected form")
     return text
 
 
@@ -108,7 +120,9 @@ def prepared_texts(source: Path) -> dict[str, str]:
         if "STABLE_TORCH_LIBRARY_IMPL(splade_fast," in text:
             raise PreparationError(f"{name}: registers ops, and has no replacement for that")
     return {
-        name: launches_as_calls(text, name) if name.endswith(".cu") else text
+        name: launches_as_calls(shared_as_references(text, name), name)
+        if name.endswith((".cu", ".cuh"))
+        else text
         for name, text in texts.items()
     }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "shared_variables.h"
 #include "synchronization.h"
 
 #define __global__
@@ -12,12 +13,11 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks run one after the other
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
@@ -45,29 +45,26 @@ inline float __int_as_float(int x) {
   return result;
 }
 
-// Atomics: nothing comes between, since a fiber runs on until it waits. Seldom do all lanes of a warp come to one ---
+// Atomics: relaxed, as CUDA's. Seldom do all lanes of a warp come to one -----------------------------------------
 
 template <typename T, typename V>
 T atomicAdd(T* target, V value) {
   emulation::act_alone();
-  const T old = *target;
-  *target = static_cast<T>(old + static_cast<T>(value));
-  return old;
+  return __atomic_fetch_add(target, static_cast<T>(value), __ATOMIC_RELAXED);
 }
 
 template <typename T>
 T atomicMax(T* target, T value) {
   emulation::act_alone();
-  const T old = *target;
-  if (value > old) *target = value;
+  T old = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (value > old && !__atomic_compare_exchange_n(target, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return old;
 }
 
 inline int atomicOr(int* target, int value) {
   emulation::act_alone();
-  const int old = *target;
-  *target |= value;
-  return old;
+  return __atomic_fetch_or(target, value, __ATOMIC_RELAXED);
 }
 
 // Synchronization ------------------------------------------------------------------------------------------------
@@ -84,7 +81,7 @@ inline int __syncthreads_and(int value, EMULATION_SITE) {
   return emulation::block_barrier(value != 0, {file, line}) == emulation::threads_per_block();
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_SITE) { emulation::exchange(mask, 0, {file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_SITE) { emulation::warp_barrier(mask, {file, line}); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, EMULATION_SITE) {

@@ -61,7 +61,8 @@ uint32_t Machine::shared_start() { return SharedMemory::kStart; }
 
 void Machine::begin() {
   const size_t blocks = static_cast<size_t>(blocks_);
-  memory_.assign(blocks, SharedMemory(shared_bytes_));
+  memory_.clear();
+  for (size_t block = 0; block < blocks; ++block) memory_.emplace_back(shared_bytes_);
   barriers_.assign(blocks, {});
   warpgroups_.clear();
   for (const SharedMemory& memory : memory_) {
@@ -88,7 +89,8 @@ void Machine::end() {
 
 void Machine::init_barrier(uint32_t address, int arrivals) {
   if (address % 8 != 0 || address + 8 > SharedMemory::kStart + shared_bytes_) fail("address of a barrier");
-  barriers_[static_cast<size_t>(current_block())][address] = {arrivals, arrivals, 0, 0};
+  const race::Unseen unseen;
+  barriers_[static_cast<size_t>(current_block())][address] = {arrivals, arrivals, 0, 0, {}};
 }
 
 MemoryBarrier& Machine::barrier(int block, uint32_t address) {
@@ -100,6 +102,7 @@ MemoryBarrier& Machine::barrier(int block, uint32_t address) {
 
 void Machine::arrive(int block, uint32_t address, int bytes) {
   MemoryBarrier& target = barrier(block, address);
+  target.order[target.phase % 2].release();
   target.bytes += bytes;
   if (--target.pending < 0) fail("more arrivals than the barrier counts");
   target.end_phase_if_complete();
@@ -108,22 +111,29 @@ void Machine::arrive(int block, uint32_t address, int bytes) {
 void Machine::wait(uint32_t address, unsigned parity) {
   const int block = current_block();
   wait_until([this, block, address, parity] { return barrier(block, address).phase % 2 != parity; });
+  barrier(block, address).order[parity].acquire();
 }
 
 void Machine::cluster_barrier() {
   const unsigned generation = cluster_generation_;
+  const race::Order order = cluster_order_[generation % 2];
+  order.release();
   if (++cluster_arrived_ == blocks_ * threads_per_block()) {
     cluster_arrived_ = 0;
     ++cluster_generation_;
   }
   wait_until([this, generation] { return cluster_generation_ != generation; });
+  order.acquire();
 }
 
 // Tensor copies --------------------------------------------------------------------------------------------------
 
 void Machine::copy(uint32_t target, const CUtensorMap& map, int dim, int row, uint32_t barrier, unsigned blocks) {
+  const race::Unseen unseen;
+  const race::Order issued;
+  issued.release();
   for (int block = 0; block < kMaxBlocks; ++block) {
-    if (blocks >> block & 1) copies_.push_back({block, target, map, dim, row, barrier});
+    if (blocks >> block & 1) copies_.push_back({block, target, map, dim, row, barrier, issued});
   }
 }
 
@@ -132,7 +142,9 @@ void Machine::copy(uint32_t target, const CUtensorMap& map, int dim, int row, ui
 // bits that wgmma ignores.
 void Machine::run(const Copy& copy) {
   if (copy.target % kPatternBytes != 0) fail("a copy to where the swizzle's pattern does not begin");
-  SharedMemory& memory = memory_.at(static_cast<size_t>(copy.block));
+  const SharedMemory& memory = memory_.at(static_cast<size_t>(copy.block));
+  const race::Turn turn(engine_);
+  copy.issued.acquire();
   for (int r = 0; r < copy.map.box_rows; ++r) {
     const int64_t row = copy.row + r, first_byte = int64_t{copy.dim} * copy.map.element_bytes;
     for (int byte = 0; byte < kBoxBytes; byte += kChunkBytes) {
@@ -140,7 +152,9 @@ void Machine::run(const Copy& copy) {
       const int64_t in_row = copy.map.dim * copy.map.element_bytes - first_byte - byte;
       if (row >= 0 && row < copy.map.rows && first_byte >= 0 && in_row > 0) {
         const int64_t size = in_row < kChunkBytes ? in_row : kChunkBytes;
-        std::memcpy(chunk, copy.map.data + row * copy.map.row_bytes + first_byte + byte, static_cast<size_t>(size));
+        const uint8_t* const source = copy.map.data + row * copy.map.row_bytes + first_byte + byte;
+        race::read(source, static_cast<size_t>(size));
+        std::memcpy(chunk, source, static_cast<size_t>(size));
       }
       const int target = r * kBoxBytes + (byte / kChunkBytes ^ r % 8) * kChunkBytes;
       memory.store(copy.target + static_cast<uint32_t>(target), chunk, sizeof(chunk));
@@ -148,6 +162,7 @@ void Machine::run(const Copy& copy) {
   }
   if (expects_written_memory) expect_written(copy.map, copy.dim, copy.row);
   MemoryBarrier& done = barrier(copy.block, copy.barrier);
+  done.order[done.phase % 2].release();
   done.bytes -= copy.map.box_rows * kBoxBytes;
   done.end_phase_if_complete();
 }

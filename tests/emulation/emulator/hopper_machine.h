@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda.h"
+#include "race.h"
 #include "scheduler.h"
 #include "warpgroup.h"
 
@@ -20,6 +21,7 @@ struct MemoryBarrier {
   int pending = 0;   // of this one
   int64_t bytes = 0;
   unsigned phase = 0;
+  race::Order order[2];  // of the arrivals of this phase and the next
 
   void end_phase_if_complete();
 };
@@ -55,6 +57,7 @@ class Machine : public Engine {
     CUtensorMap map;
     int dim, row;
     uint32_t barrier;
+    race::Order issued;
   };
 
   MemoryBarrier& barrier(int block, uint32_t address);
@@ -68,6 +71,8 @@ class Machine : public Engine {
   std::vector<Warpgroup> warpgroups_;
   int cluster_arrived_ = 0;
   unsigned cluster_generation_ = 0;
+  race::Order cluster_order_[2];
+  race::Agent engine_{"copy engine"};
 };
 
 }  // namespace emulation::hopper

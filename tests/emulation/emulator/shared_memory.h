@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstring>
-#include <vector>
 
+#include "fresh_memory.h"
 #include "scheduler.h"
 
 namespace emulation::hopper {
@@ -13,28 +13,30 @@ class SharedMemory {
   // Nothing but the alignment to 16 bytes is certain of where it starts. What was not written reads as NaN.
   static constexpr uint32_t kStart = 528;
 
-  explicit SharedMemory(size_t bytes) : bytes_(bytes, 0xff) {}
+  explicit SharedMemory(size_t bytes) : bytes_(bytes), memory_(bytes) { std::memset(memory_.data(), 0xff, bytes); }
+
+  void record_read(uint32_t address, size_t size) const { race::read(place(address, size), size); }
 
   template <typename T>
   T load(uint32_t address) const {
     T element;
-    std::memcpy(&element, &bytes_[offset(address, sizeof(T))], sizeof(T));
+    std::memcpy(&element, place(address, sizeof(T)), sizeof(T));
     return element;
   }
 
-  void store(uint32_t address, const void* data, size_t size) {
-    std::memcpy(&bytes_[offset(address, size)], data, size);
+  void store(uint32_t address, const void* data, size_t size) const {
+    race::written(place(address, size), size);
+    std::memcpy(place(address, size), data, size);
   }
 
  private:
-  size_t offset(uint32_t address, size_t size) const {
-    if (address < kStart || address + size > kStart + bytes_.size()) {
-      fail("outside of dynamic shared memory");
-    }
-    return address - kStart;
+  std::byte* place(uint32_t address, size_t size) const {
+    if (address < kStart || address + size > kStart + bytes_) fail("outside of dynamic shared memory");
+    return memory_.data() + (address - kStart);
   }
 
-  std::vector<uint8_t> bytes_;
+  size_t bytes_;
+  FreshMemory memory_;
 };
 
 }  // namespace emulation::hopper

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "race.h"
+
 namespace emulation {
 namespace {
 
@@ -11,6 +13,7 @@ struct Barrier {
   int arrived = 0, count = 0, result = 0;
   unsigned generation = 0;
   Site site{};
+  race::Order order[2];  // of this generation and the next
 };
 
 struct Exchange {
@@ -18,11 +21,24 @@ struct Exchange {
   unsigned generation = 0;
   Site site{};
   WarpWords given{}, result{};
+  race::Order order[2];
 };
 
 std::vector<Barrier> barriers;    // of each block
 std::vector<Exchange> exchanges;  // of each warp
 std::vector<bool> acted_alone;    // each thread, since its warp has met
+
+Exchange& exchange_of_warp() { return exchanges[static_cast<size_t>(current_thread() / kLanes)]; }
+
+// What a thread did before a barrier is done for those that have passed it.
+template <typename Meeting, typename Meet>
+auto in_order(Meeting& meeting, Meet meet) {
+  const race::Order order = meeting.order[meeting.generation % 2];
+  order.release();
+  const auto result = meet();
+  order.acquire();
+  return result;
+}
 
 // The first to come says where all have to come.
 template <typename Meeting>
@@ -35,30 +51,34 @@ void come_to(Meeting& meeting, Site site) {
 }  // namespace
 
 void reset_synchronization(int blocks, int warps) {
-  barriers.assign(static_cast<size_t>(blocks), {});
-  exchanges.assign(static_cast<size_t>(warps), {});
+  barriers.clear();
+  exchanges.clear();
+  barriers.resize(static_cast<size_t>(blocks));
+  exchanges.resize(static_cast<size_t>(warps));
   acted_alone.assign(static_cast<size_t>(warps * kLanes), false);
 }
 
 int block_barrier(bool value, Site site) {
   Barrier& barrier = barriers[static_cast<size_t>(current_block())];
   acted_alone[static_cast<size_t>(current_thread())] = false;
-  come_to(barrier, site);
-  barrier.count += value;
-  const unsigned generation = barrier.generation;
-  if (barrier.arrived == threads_per_block()) {
-    barrier.result = barrier.count;
-    barrier.arrived = barrier.count = 0;
-    ++barrier.generation;
-  }
-  wait_until([&barrier, generation] { return barrier.generation != generation; });
-  return barrier.result;
+  return in_order(barrier, [&] {
+    come_to(barrier, site);
+    barrier.count += value;
+    const unsigned generation = barrier.generation;
+    if (barrier.arrived == threads_per_block()) {
+      barrier.result = barrier.count;
+      barrier.arrived = barrier.count = 0;
+      ++barrier.generation;
+    }
+    wait_until([&barrier, generation] { return barrier.generation != generation; });
+    return barrier.result;
+  });
 }
 
 WarpWords exchange(unsigned mask, uint64_t word, Site site) {
   if (mask != 0xffffffffu) fail("not all lanes of a warp: the emulation has no such exchange");
   acted_alone[static_cast<size_t>(current_thread())] = false;
-  Exchange& meeting = exchanges[static_cast<size_t>(current_thread() / kLanes)];
+  Exchange& meeting = exchange_of_warp();
   come_to(meeting, site);
   meeting.given[static_cast<size_t>(lane())] = word;
   const unsigned generation = meeting.generation;
@@ -70,6 +90,10 @@ WarpWords exchange(unsigned mask, uint64_t word, Site site) {
   }
   wait_until([&meeting, generation] { return meeting.generation != generation; });
   return meeting.result;
+}
+
+void warp_barrier(unsigned mask, Site site) {
+  in_order(exchange_of_warp(), [&] { return exchange(mask, 0, site); });
 }
 
 void act_alone() { acted_alone[static_cast<size_t>(current_thread())] = true; }

@@ -15,7 +15,10 @@ void reset_synchronization(int blocks, int warps);
 // __syncthreads: how many threads of the block came with a value that is true.
 int block_barrier(bool value, Site site);
 
-// Every lane gives a word and gets those of all.
+// __syncwarp.
+void warp_barrier(unsigned mask, Site site);
+
+// Every lane gives a word and gets those of all. Does not order memory, as CUDA's shuffles and votes do not.
 using WarpWords = std::array<uint64_t, 32>;
 WarpWords exchange(unsigned mask, uint64_t word, Site site);
 

@@ -7,7 +7,8 @@
 namespace emulation::hopper {
 namespace {
 
-constexpr int kRows = 64, kColumns = 256, kDimBytes = 32, kAccumulators = kRows * kColumns / kWarpgroupThreads;
+constexpr int kRows = 64, kColumns = 256, kDimBytes = 32, kChunkBytes = 16,
+              kAccumulators = kRows * kColumns / kWarpgroupThreads;
 
 // Element (row, dim) of a K-major operand with 128-byte swizzle: rows of 128 bytes in groups of eight, and bits 7-9
 // of the address, exclusive-or, in its bits 4-6.
@@ -27,6 +28,9 @@ std::vector<typename Type::Sum> load_operand(const SharedMemory& memory, uint64_
   using Bits = typename Type::Bits;
   std::vector<typename Type::Sum> operand;
   for (int row = 0; row < kOperandRows; ++row) {
+    for (int byte = 0; byte < kDimBytes; byte += kChunkBytes) {
+      memory.record_read(element_address(descriptor, row, byte), kChunkBytes);
+    }
     for (int byte = 0; byte < kDimBytes; byte += static_cast<int>(sizeof(Bits))) {
       operand.push_back(Type::value(memory.load<Bits>(element_address(descriptor, row, byte))));
     }
@@ -91,6 +95,9 @@ void Warpgroup::multiply(typename Type::Sum* d, uint64_t a, uint64_t b, bool acc
   if (arrived_ > 0 && (product_.a != a || product_.b != b || product_.accumulates != accumulates)) {
     fail("the threads of a warpgroup multiply different operands");
   }
+  const race::Unseen unseen;
+  if (arrived_ == 0) product_.issued = race::Order();
+  product_.issued.release();
   product_.a = a;
   product_.b = b;
   product_.accumulates = accumulates;
@@ -119,11 +126,17 @@ void Warpgroup::wait(int pending) {
     if (!open_.empty()) fail("a wait for products that are not committed");
     finish_groups(static_cast<size_t>(pending));
   });
+  finished_.acquire();
 }
 
 void Warpgroup::finish_groups(size_t pending) {
   for (; committed_.size() > pending; committed_.pop_front()) {
-    for (const Product& product : committed_.front()) product.run(product, *memory_);
+    const race::Turn turn(tensor_cores_);
+    for (const Product& product : committed_.front()) {
+      product.issued.acquire();
+      product.run(product, *memory_);
+    }
+    finished_.release();
   }
 }
 

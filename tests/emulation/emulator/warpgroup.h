@@ -18,6 +18,7 @@ struct Product {
   uint64_t a, b;
   bool accumulates;
   void (*run)(const Product&, const SharedMemory&);
+  race::Order issued;
 };
 
 // How the elements of an operand are read, and what they are added up in.
@@ -68,6 +69,8 @@ class Warpgroup {
   std::string call_;
   int arrived_ = 0;
   unsigned generation_ = 0;
+  race::Agent tensor_cores_{"tensor cores"};
+  race::Order finished_;  // all products so far
 };
 
 }  // namespace emulation::hopper
