@@ -14,9 +14,9 @@ from splade_fast import ops, reference
 from splade_fast.ops.gather import update_cache_
 from splade_fast.reference.score import sparse_scores, sparse_search
 
-_BATCH, _LENGTH, _DIM, _VOCABULARY = 8, 64, 256, 4096
-_QUERIES, _DOCUMENTS, _TERMS = 16, 4096, 64
-_SLOTS, _ROWS = 4096, 64
+_BATCH, _LENGTH, _DIM, _VOCABULARY = 8, 32, 256, 4096
+_QUERIES, _DOCUMENTS = 16, 1024
+_SLOTS, _ROWS = 1024, 64
 _KEPT = 64
 
 Tensors = dict[str, Tensor]
