@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.utils.peft_utils import check_peft_version
 
@@ -19,6 +19,7 @@ from splade_fast.encoders.pretrained import (
     check_exists,
     errors_as_value_errors,
     find_file,
+    load_config,
     read_json,
     write_json_files,
 )
@@ -54,16 +55,35 @@ class BaseModel:
     """Checkpoint that holds a model's own weights.
 
     Args:
+        source: folder or hub name that led to the checkpoint, such as that of adapters.
         name_or_path: a folder or a hub name.
         hub: where its files come from: subfolder, revision, token, cache_dir and the like.
         has_adapters: whether adapters from another folder belong into the model.
         loaded_later: names of modules whose weights come with the adapters.
     """
 
+    source: str
     name_or_path: str
     hub: dict[str, Any]
     has_adapters: bool = False
     loaded_later: Sequence[str] = ()
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the configuration of the checkpoint.
+
+        Raises:
+            OSError, ValueError: see `load_config`; the message names the folder of the adapters.
+        """
+        try:
+            return load_config(self.name_or_path, self.hub)
+        except OSError as error:
+            if not self.has_adapters:
+                raise
+            raise OSError(
+                f"{_CONFIG_FILE} of {self.source} must name the checkpoint of the model in "
+                f"base_model_name_or_path, but {self.name_or_path} is neither a folder nor found "
+                "on the hub"
+            ) from error
 
 
 def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
@@ -83,7 +103,7 @@ def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
     adapters = read_json(name_or_path, _CONFIG_FILE, hub)
     # transformers itself loads a folder that holds both the model and its adapters.
     if adapters is None or Path(name_or_path, hub["subfolder"], "config.json").exists():
-        return BaseModel(name_or_path, hub)
+        return BaseModel(name_or_path, name_or_path, hub)
     base = adapters.get("base_model_name_or_path") if isinstance(adapters, dict) else None
     if not isinstance(base, str):
         raise ValueError(
@@ -101,7 +121,7 @@ def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
             f"base_model_name_or_path, but {error}"
         ) from error
     base_hub = hub | {"revision": adapters.get("revision") or "main", "subfolder": ""}
-    return BaseModel(base, base_hub, True, adapters.get("modules_to_save") or ())
+    return BaseModel(name_or_path, base, base_hub, True, adapters.get("modules_to_save") or ())
 
 
 def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from splade_fast.encoders.pretrained import (
     find_file,
     hub_arguments,
     load_tokenizer,
-    read_json,
+    read_json_object,
     write_json_files,
 )
 from splade_fast.encoders.settings import (
@@ -128,7 +128,7 @@ class BagOfWordsQueryEncoder(TextEncoder):
             raise ValueError(f"kwargs must be arguments of the hub, got {', '.join(unknown)}")
         settings = read_static_embedding_settings(name, hub, subfolder)
         hub["subfolder"] = settings.subfolder
-        config = read_json(name, "config.json", hub) or {}
+        config = read_json_object(name, "config.json", hub)
         tokenizer = load_tokenizer(name, hub)
         if "path" in config:
             weight = _read_json_weight(name, config["path"], tokenizer, hub)
@@ -217,9 +217,11 @@ def _read_json_weight(
     name: str, file: str, tokenizer: PreTrainedTokenizerBase, hub: dict[str, Any]
 ) -> Tensor:
     """Read the weights of a JSON file {token: weight}; other tokens weigh 0."""
-    weights = read_json(name, file, hub)
-    if weights is None:
-        raise ValueError(f"config.json of {name} names {file}, which is missing")
+    weights = read_json_object(name, file, hub)
+    if not weights:
+        raise ValueError(f"config.json of {name} names {file}, which is missing or empty")
+    if not all(isinstance(weight, int | float) for weight in weights.values()):
+        raise ValueError(f"{file} of {name} must hold a number for each token")
     weight = torch.zeros(len(tokenizer))
     weight[tokenizer.convert_tokens_to_ids(list(weights))] = torch.tensor(
         list(weights.values()), dtype=weight.dtype

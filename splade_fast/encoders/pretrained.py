@@ -204,6 +204,20 @@ def read_json(name_or_path: str, file: str, hub: dict[str, Any]) -> Any:
         raise ValueError(f"{file} of {name_or_path} must be JSON: {error}") from error
 
 
+def read_json_object(name_or_path: str, file: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON object in a checkpoint's file; an empty one if there is no such file.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something other than an object.
+    """
+    content = read_json(name_or_path, file, hub)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} of {name_or_path} must be a JSON object, got {content!r}")
+    return content
+
+
 def write_json_files(folder: Path, files: dict[str, Any]) -> None:
     """Write the JSON files {path inside the folder: content}."""
     for name, content in files.items():

@@ -12,7 +12,7 @@ from splade_fast.encoders.modules_list import (
     join_kinds,
     read_modules,
 )
-from splade_fast.encoders.pretrained import read_json
+from splade_fast.encoders.pretrained import read_json_object
 
 # SpladePooling names the function that it puts inside its own log1p; splade_fast names the whole.
 SPLADE_POOLING_ACTIVATIONS = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
@@ -73,9 +73,16 @@ def read_settings(
             f"got {join_kinds(modules)}{advice}"
         )
     folder, pooling_folder = (module.path for module in modules)
-    transformer = read_json(name_or_path, os.path.join(folder, "sentence_bert_config.json"), hub)
-    pooling = read_json(name_or_path, os.path.join(pooling_folder, "config.json"), hub) or {}
-    activation = pooling.get("activation_function", "relu")
+    transformer_file = os.path.join(folder, "sentence_bert_config.json")
+    transformer = read_json_object(name_or_path, transformer_file, hub)
+    max_length = transformer.get("max_seq_length")
+    if max_length is not None and type(max_length) is not int:
+        raise ValueError(
+            f"max_seq_length in {transformer_file} of {name_or_path} must be a whole number or "
+            f"null, got {max_length!r}"
+        )
+    pooling = read_json_object(name_or_path, os.path.join(pooling_folder, "config.json"), hub)
+    activation = str(pooling.get("activation_function", "relu"))
     if activation not in SPLADE_POOLING_ACTIVATIONS:
         raise ValueError(
             f"activation_function of {name_or_path} must be one of "
@@ -84,8 +91,8 @@ def read_settings(
     return EncoderSettings(
         pooling=pooling.get("pooling_strategy", "max"),
         activation=SPLADE_POOLING_ACTIVATIONS[activation],
-        max_length=(transformer or {}).get("max_seq_length"),
-        lower_case=(transformer or {}).get("do_lower_case", False),
+        max_length=max_length,
+        lower_case=transformer.get("do_lower_case", False),
         subfolder=folder,
         **_read_prompts(name_or_path, hub),
     )
@@ -191,8 +198,16 @@ def _model_config(settings: EncoderSettings) -> dict[str, Any]:
 
 
 def _read_prompts(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
-    config = read_json(name_or_path, "config_sentence_transformers.json", hub) or {}
+    file = "config_sentence_transformers.json"
+    config = read_json_object(name_or_path, file, hub)
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        isinstance(p, str | None) for p in prompts.values()
+    ):
+        raise ValueError(
+            f"prompts in {file} of {name_or_path} must be texts by name, got {prompts!r}"
+        )
     return {
-        "prompts": {name: text or "" for name, text in config.get("prompts", {}).items()},
+        "prompts": {name: text or "" for name, text in prompts.items()},
         "default_prompt_name": config.get("default_prompt_name"),
     }

@@ -32,7 +32,6 @@ from splade_fast.encoders.hidden_states import (
 )
 from splade_fast.encoders.pretrained import (
     hub_arguments,
-    load_config,
     load_model,
     load_tokenizer,
     lower_case_inputs,
@@ -112,7 +111,7 @@ class SpladeEncoder(TextEncoder):
                 "them"
             )
         base = find_base_model(name, hub)
-        config = load_config(base.name_or_path, base.hub)
+        config = base.load_config()
         model = load_model(
             _auto_class(config), base.name_or_path, config, kwargs | base.hub, base.loaded_later
         )

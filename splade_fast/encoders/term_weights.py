@@ -26,7 +26,7 @@ from splade_fast.encoders.pretrained import (
     load_config,
     load_model,
     load_tokenizer,
-    read_json,
+    read_json_object,
     write_json_files,
 )
 from splade_fast.encoders.settings import EncoderSettings, find_transformer
@@ -116,7 +116,7 @@ class TermWeightEncoder(TextEncoder):
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         try:
-            settings = EncoderSettings(**(read_json(name, _SETTINGS_FILE, hub) or {}))
+            settings = EncoderSettings(**read_json_object(name, _SETTINGS_FILE, hub))
         except TypeError as error:
             raise ValueError(f"{_SETTINGS_FILE} of {name} must hold settings: {error}") from error
         weights = find_file(name, _WEIGHTS_FILE, hub)

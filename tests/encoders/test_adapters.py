@@ -110,6 +110,15 @@ def test_a_base_that_is_gone_is_named(adapters):
         SpladeEncoder.from_pretrained(adapters[0])
 
 
+def test_a_base_that_looks_like_a_hub_name_is_named(adapters, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rename_base(adapters[0], "gone/base")
+    with pytest.raises(
+        OSError, match="of .*adapters must name .* but gone/base is neither a folder"
+    ):
+        SpladeEncoder.from_pretrained(adapters[0])
+
+
 def test_a_head_among_the_adapters_is_not_missing(base, tmp_path):
     """Adapters may hold whole modules, such as the transform of the head."""
     encoder = SpladeEncoder.from_pretrained(base)

@@ -105,7 +105,8 @@ def test_another_encoders_folder_names_its_class(family, tmp_path, encode):
     checkpoint = save_checkpoint(CONFIGS[family], tmp_path / "checkpoint")
     folder = tmp_path / "weights"
     TermWeightEncoder.from_pretrained(checkpoint).save_pretrained(folder)
-    assert "TermWeightEncoder loads them" in encode(folder)
+    with pytest.raises(ValueError, match="got weights of terms; TermWeightEncoder loads them"):
+        SpladeEncoder.from_pretrained(folder)
     BagOfWordsQueryEncoder(make_tokenizer()).save_pretrained(tmp_path / "bag")
     assert "got SparseStaticEmbedding; BagOfWordsQueryEncoder loads it" in encode(tmp_path / "bag")
     with pytest.raises(ValueError, match="got SparseStaticEmbedding; BagOfWordsQueryEncoder loads"):
@@ -172,6 +173,29 @@ def test_shards_that_end_early(pattern, tmp_path):
     cut(file)
     with pytest.raises(ValueError, match=f"{file} is damaged: "):
         SpladeEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config_sentence_transformers.json", [], "must be a JSON object, got"),
+        ("config_sentence_transformers.json", {"prompts": []}, None),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "must be texts by name, got"),
+        ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "must be texts by name, got"),
+        ("sentence_bert_config.json", {"max_seq_length": "9"}, "must be a whole number or null"),
+        ("sentence_bert_config.json", "x", "must be a JSON object, got 'x'"),
+        ("1_SpladePooling/config.json", [1], "must be a JSON object, got"),
+        ("1_SpladePooling/config.json", {"activation_function": []}, "must be one of relu, log1p"),
+    ],
+)
+def test_settings_of_other_content(file, content, message, bert, tmp_path):
+    SpladeEncoder.from_pretrained(bert).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / file).write_text(json.dumps(content))
+    if message is None:
+        assert SpladeEncoder.from_pretrained(tmp_path / "saved").settings.prompts == {}
+        return
+    with pytest.raises(ValueError, match=message):
+        SpladeEncoder.from_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("length", [0, None])
