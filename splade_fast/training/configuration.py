@@ -148,7 +148,7 @@ def _read_flags(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        written = yaml.load(text, Loader=yaml.BaseLoader)  # the same with strings for all scalars
+        written = yaml.BaseLoader(text).get_single_data()  # the same with strings for all scalars
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be a YAML file: {error}") from error
     if not isinstance(content, dict):

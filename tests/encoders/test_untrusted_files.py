@@ -217,11 +217,12 @@ def test_names_and_texts_are_never_commands(model, sprung, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     name = "$(mkdir sprung)`mkdir sprung`;mkdir sprung|mkdir sprung\n'\"{{__import__('os')}}"
     corpus = tmp_path / f"{name}.jsonl"
-    lines = [json.dumps({"_id": f"{i}{name}", "text": f"{name} quick fox"}) for i in range(3)]
+    ids = [f"{i}{name}".replace("\n", " ") for i in range(3)]
+    lines = [json.dumps({"_id": doc_id, "text": f"{name} quick fox"}) for doc_id in ids]
     corpus.write_text("\n".join(lines))
     result = invoke("encode", corpus, tmp_path / f"{name} index", "--model", model)
     assert result.exit_code == 0, result.output
-    assert Index.load(tmp_path / f"{name} index").ids == [f"{i}{name}" for i in range(3)]
+    assert Index.load(tmp_path / f"{name} index").ids == ids
     pairs = tmp_path / f"{name}.tsv"
     pairs.write_text("".join(f"{word}\t__import__('os').mkdir('sprung')\n" for word in WORDS))
     assert len(list(load_training_data(pairs))) == len(WORDS)

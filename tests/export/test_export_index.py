@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import EsmTokenizer
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from splade_fast import SparseRows, export
 from splade_fast.cli import app
+from splade_fast.export.export_index import export_index
 from splade_fast.search.index import Index, IndexMeta
 from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, masked_lm_configs, save_checkpoint
 
@@ -117,3 +119,11 @@ def test_bad_input_exits_with_2(index, tmp_path):
         assert result.exit_code == 2, result.output
         assert message in result.output
     assert not out.exists()
+
+
+def test_paths_of_every_kind(index, model, tmp_path):
+    loaded = Index.load(index)
+    export_index(loaded, str(tmp_path / "text"), "anserini", str(model))
+    export_index(loaded, tmp_path / "path", "anserini", model, scale=np.float32(100))
+    contents = {(tmp_path / n / "documents.jsonl").read_bytes() for n in ("text", "path")}
+    assert len(contents) == 1
