@@ -77,6 +77,8 @@ def assert_all_failed(result, ranks, message, corpus):
     assert not (corpus.parent / "index").exists()
 
 
+# tests/search/test_encode_corpus.py fails ranks without torchrun, in all ways.
+@pytest.mark.exhaustive
 def test_a_damaged_end_of_the_corpus(corpus, model, tmp_path):
     with corpus.open("a") as file:
         file.write("d0\tagain\n")
@@ -85,6 +87,7 @@ def test_a_damaged_end_of_the_corpus(corpus, model, tmp_path):
     assert_all_failed(result, 2, f"{corpus}, line {COUNT + 1}: id 'd0' appears a second", corpus)
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_raises(corpus, model, tmp_path):
     program = [*TORCHRUN, "--nproc-per-node=3", "-m", "tests.failing_encode", "raise"]
     result = encode(program, corpus, model, tmp_path / "index")
