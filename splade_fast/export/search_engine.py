@@ -22,6 +22,7 @@ from splade_fast.export._json_lines import (
 from splade_fast.ops.sparse_rows import SparseRows
 
 _MAX_ID_BYTES = 512  # limit of both engines
+_RESERVED = ("", "_id", "_index", "_routing", "_source")  # names of no field of a document
 _FIELD_TYPES = ("rank_features", "sparse_vector")
 Query = dict[str, Any]
 
@@ -48,7 +49,8 @@ def write_opensearch(
         path: folder to write; must not exist.
         ids: ids of the documents, unique, of at most 512 bytes; the row numbers by default.
         id_to_token: names of the columns; the column numbers by default.
-        payloads: further fields of each document.
+        payloads: further fields of each document, with other names than `field`, its parts such as
+            `field.x`, and the engines' own `_id`, `_index`, `_routing` and `_source`.
         field: name of the field.
         empty: "keep", "skip" or "error" for documents without entries. OpenSearch accepts them.
         show_progress: draw a progress bar.
@@ -59,8 +61,8 @@ def write_opensearch(
     Raises:
         FileExistsError: `path` exists.
         TypeError: rows are not SparseRows.
-        ValueError: an argument is invalid, a weight is not finite and above 0, or a payload
-            contains the field.
+        ValueError: an argument is invalid, a weight is not finite and above 0, or a payload has one
+            of these names.
 
     Example::
 
@@ -207,6 +209,8 @@ def _write_bulk(
 ) -> int:
     ids = check_arguments(rows, ids, empty, payloads, max_bytes=_MAX_ID_BYTES)
     to_json(field, "field")
+    if field in _RESERVED:
+        raise ValueError(f"field must be a name that the engines do not reserve, got {field!r}")
     _check_field_type(field_type)
     fields = make_templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))
     chunks = iterate_documents(
@@ -227,10 +231,18 @@ def _bulk_lines(chunk: Documents, fields: Sequence[str], field: str) -> Iterator
         check_payload(payload, row)
         others = ""
         if payload:
-            if field in payload:
-                raise ValueError(f"payloads must not have the field {field!r}, got one of {id_!r}")
             others = "," + to_json(payload, f"payloads[{row}]")[1:-1]
+            _check_fields(payload, field, id_)
         yield f'{{"index":{{"_id":{to_json(str(id_), "ids")}}}}}\n{{{name}:{vector}{others}}}\n'
+
+
+def _check_fields(payload: Mapping[str, Any], field: str, document_id: DocumentId) -> None:
+    """Raise ValueError for a field that the engines refuse, or that is a part of `field`."""
+    for name in payload:
+        if name in _RESERVED or name == field or name.startswith(f"{field}."):
+            raise ValueError(
+                f"payloads must not have the field {name!r}, got one of {document_id!r}"
+            )
 
 
 def _feature_names(

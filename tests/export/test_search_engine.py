@@ -126,6 +126,14 @@ def test_bad_arguments_are_refused(tmp_path, rows):
     payloads = [{}] * 7 + [{"splade": 1}] * 33
     with pytest.raises(ValueError, match="payloads must not have the field 'splade', got one of"):
         export.write_opensearch(rows, tmp_path / "out", payloads=payloads, show_progress=False)
+    for name in ("splade.x", "_id", "_index", "_routing", "_source", ""):
+        payloads = [{"splade_": 1}] * 7 + [{name: 1}] * 33
+        message = f"payloads must not have the field '{name}', got one of '7'"
+        with pytest.raises(ValueError, match=message):
+            export.write_opensearch(rows, tmp_path / "out", payloads=payloads, show_progress=False)
+    for name in ("", "_id"):
+        with pytest.raises(ValueError, match=f"field must be a name .*, got '{name}'"):
+            export.write_elasticsearch(rows, tmp_path / "out", field=name)
     with pytest.raises(TypeError, match="rows must be SparseRows, got Tensor"):
         export.opensearch_query(rows.to_dense())
     assert list(tmp_path.iterdir()) == []
