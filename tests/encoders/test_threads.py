@@ -1,7 +1,9 @@
 """Threads that share a model or a tokenizer get what one thread gets."""
 
 import copy
+import os
 import pickle
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, current_thread
@@ -13,6 +15,7 @@ from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.hidden_states import hidden_before_decoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
+from splade_fast.encoders.threads import tokenizer_lock
 from splade_fast.search.texts import Texts
 from splade_fast.training import RetrievalEvaluator
 from tests.tiny_models import WORDS, make_model, make_tokenizer, masked_lm_configs
@@ -94,6 +97,31 @@ def test_copies_of_an_encoder_work_while_the_encoder_is_in_use():
 
     ways = [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))]
     assert all(rows.equal(expected) for _, rows in in_threads(copied, ways, 4))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
+    """Data loaders fork processes, which tokenize, while other threads tokenize as well."""
+    encoder = make_splade()
+    is_held, may_end = Event(), Event()
+
+    def hold():
+        with tokenizer_lock(encoder.tokenizer):
+            is_held.set()
+            may_end.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        is_held.wait(10)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)  # ends a process that waits
+            is_right = encoder.tokenize([TEXT], 9)["input_ids"].shape == (1, 9)
+            os._exit(0 if is_right else 1)
+        _, status = os.waitpid(child, 0)
+        may_end.set()
+    assert status == 0
 
 
 def test_a_copy_made_inside_a_forward_is_stopped_by_no_hook():
