@@ -65,6 +65,7 @@ def in_batch_loss(
     negatives: Tensor | None = None,
     *,
     document_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
     temperature: float = 1.0,
     across_ranks: bool = True,
 ) -> Tensor:
@@ -73,7 +74,8 @@ def in_batch_loss(
     mean_i -log softmax_j(queries_i · d_j / temperature)[i]
 
     With `document_ids` the softmax of query i leaves out the other copies of its document, which
-    are no negatives: with n copies of one document the loss could not fall below log(n).
+    are no negatives: with n copies of one document the loss could not fall below log(n). With
+    `query_ids` it leaves out the documents of other copies of the query, which are relevant too.
 
     Args:
         queries: (B, V), pooled vectors.
@@ -81,6 +83,8 @@ def in_batch_loss(
         negatives: (N, V), hard negatives, with which every query is compared too.
         document_ids: (B + N,) or (B + N, w) integers, whose rows are equal for copies of the same
             document, first of documents, then of negatives. None: all documents differ.
+        query_ids: (B,) or (B, w) integers, whose rows are equal for copies of the same query. None:
+            all queries differ.
         temperature: divisor of the scores.
         across_ranks: whether queries are compared with the documents and hard negatives of all
             ranks.
@@ -112,18 +116,22 @@ def in_batch_loss(
                 f"{documents.shape[1]}, got {tuple(negatives.shape)}"
             )
         documents = torch.cat([documents, negatives])
+    candidate_ids: list[Tensor] = []  # (B + N, w) each; equal ones are no negatives
     if document_ids is not None:
-        _check_document_ids(document_ids, len(documents))
-    own_ids = ids = document_ids
+        _check_ids("document_ids", document_ids, len(documents))
+        candidate_ids.append(document_ids)
+    if query_ids is not None:
+        _check_ids("query_ids", query_ids, len(queries))
+        candidate_ids.append(_owners(query_ids, len(documents)))
     first = 0  # row of the first own document among the documents of all ranks
     if across_ranks:
         documents, first = gather_rows_of_ranks(documents)
-        ids = None if ids is None else gather_rows_of_ranks(ids)[0]
     scores = queries @ documents.T / temperature
-    if own_ids is not None and ids is not None:
-        copy_mask = equal_rows(own_ids[: len(queries)], ids)
-        copy_mask.diagonal(first).fill_(False)  # the document itself
-        scores = scores.masked_fill(copy_mask, -torch.inf)
+    for ids in candidate_ids:
+        all_ids = gather_rows_of_ranks(ids)[0] if across_ranks else ids
+        relevant_mask = _equal_rows(ids[: len(queries)], all_ids)
+        relevant_mask.diagonal(first).fill_(False)  # the document itself
+        scores = scores.masked_fill(relevant_mask, -torch.inf)
     relevant = torch.arange(first, first + len(queries), device=scores.device)
     return mean_over_ranks(
         functional.cross_entropy(scores, relevant, reduction="none"), across_ranks
@@ -237,7 +245,15 @@ def kl_distillation_loss(
     return mean_over_ranks(divergence, across_ranks) * temperature**2
 
 
-def equal_rows(some: Tensor, others: Tensor) -> Tensor:
+def _owners(query_ids: Tensor, documents: int) -> Tensor:
+    """Return (documents, w + 1): the id of each document's query, and 1 for hard negatives."""
+    ids = query_ids.unsqueeze(1) if query_ids.ndim == 1 else query_ids
+    owned = functional.pad(ids, (0, 1))
+    negatives = ids.new_zeros(documents - len(ids), ids.shape[1])
+    return torch.cat([owned, functional.pad(negatives, (0, 1), value=1)])
+
+
+def _equal_rows(some: Tensor, others: Tensor) -> Tensor:
     """Return (M, N) bool, whether row m of `some` equals row n of `others`.
 
     Args:
@@ -248,15 +264,13 @@ def equal_rows(some: Tensor, others: Tensor) -> Tensor:
     return equal_mask if some.ndim == 1 else equal_mask.all(-1)
 
 
-def _check_document_ids(document_ids: Tensor, count: int) -> None:
-    check_tensor("document_ids", document_ids)
-    if document_ids.is_floating_point() or document_ids.is_complex():
-        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}")
-    if document_ids.ndim not in (1, 2) or len(document_ids) != count:
-        raise ValueError(
-            "document_ids must have a row for each document and negative, "
-            f"({count},) or ({count}, any), got {tuple(document_ids.shape)}"
-        )
+def _check_ids(name: str, ids: Tensor, count: int) -> None:
+    """Raise if ids are not integers, (count,) or (count, any)."""
+    check_tensor(name, ids)
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.ndim not in (1, 2) or len(ids) != count:
+        raise ValueError(f"{name} must be ({count},) or ({count}, any), got {tuple(ids.shape)}")
 
 
 def _margins(positive: Tensor, negative: Tensor) -> Tensor:

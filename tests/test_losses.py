@@ -78,6 +78,28 @@ def test_in_batch_leaves_out_copies(width):
     check(value, formula, queries, documents, negatives)
 
 
+@pytest.mark.parametrize("width", [None, 2])
+def test_in_batch_leaves_out_documents_of_an_equal_query(width):
+    """Queries 0, 2 and 4 are one query, whose id is 0 as the padding of the hard negatives."""
+    queries, documents, negatives = scores(B, 7), scores(B, 7), scores(2, 7)
+    names = [0, 1, 0, 3, 0]
+    ids = torch.tensor(names) if width is None else torch.tensor([[name, 0] for name in names])
+
+    def formula():
+        rows = [*documents.tolist(), *negatives.tolist()]
+        total = 0.0
+        for i, query in enumerate(queries.tolist()):
+            dots = [sum(a * b for a, b in zip(query, row, strict=True)) for row in rows]
+            kept = [dot for j, dot in enumerate(dots) if j in (i, 5, 6) or names[j] != names[i]]
+            total -= dots[i] - math.log(sum(math.exp(dot) for dot in kept))
+        return total / B
+
+    def value():
+        return losses.in_batch_loss(queries, documents, negatives, query_ids=ids)
+
+    check(value, formula, queries, documents, negatives)
+
+
 def test_in_batch_of_one_document_falls_to_zero():
     queries, documents = scores(8, 7), scores(1, 7)
     copies = documents.expand(8, 7)
@@ -203,7 +225,14 @@ def test_kl_distillation():
                 torch.ones(2, 3), torch.ones(2, 3), document_ids=torch.arange(3)
             ),
             ValueError,
-            r"document_ids must have .* \(2,\) or \(2, any\), got \(3,\)",
+            r"document_ids must be \(2,\) or \(2, any\), got \(3,\)",
+        ),
+        (
+            lambda: losses.in_batch_loss(
+                torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 3), query_ids=torch.arange(3)
+            ),
+            ValueError,
+            r"query_ids must be \(2,\) or \(2, any\), got \(3,\)",
         ),
         (
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0),

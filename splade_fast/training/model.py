@@ -104,6 +104,7 @@ class TrainingModel(nn.Module):
             step=self.step,
             network=encode_documents,
             inputs=documents,
+            query_inputs=queries,
         )
         return result
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from splade_fast._distributed import world_size
-from splade_fast.encoders.document_ids import document_ids
+from splade_fast.encoders.text_ids import text_ids
 from splade_fast.losses import (
     in_batch_loss,
     kl_distillation_loss,
@@ -95,6 +95,7 @@ class Objective(nn.Module):
         step: int = 0,
         network: Network | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        query_inputs: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """Return the loss and its metrics.
 
@@ -106,6 +107,8 @@ class Objective(nn.Module):
             network: function from tokenized documents to vectors; required by a cache.
             inputs: tokenized documents of the batch by name; required by a cache. With them,
                 in_batch and pairwise do not take copies of a query's positive for negatives.
+            query_inputs: tokenized queries of the batch by name. With them, in_batch does not take
+                the positives of a query's copies for negatives.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
@@ -131,7 +134,7 @@ class Objective(nn.Module):
             if cache_step is not None:
                 relevance = cache_step.training_loss
             else:
-                relevance = self._relevance(queries, documents, labels, count, inputs)
+                relevance = self._relevance(queries, documents, labels, count, inputs, query_inputs)
             query_penalty = self.query_sparsity(queries, step)
             document_penalty = self.document_sparsity(documents, step)
         metrics = {
@@ -199,21 +202,26 @@ class Objective(nn.Module):
         labels: Tensor | None,
         count: int,
         inputs: Mapping[str, Tensor] | None,
+        query_inputs: Mapping[str, Tensor] | None,
     ) -> Tensor:
         temperature = self.arguments.temperature
         batch = len(queries)
         if self.arguments.loss in ("in_batch", "negative_cache"):
             positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
-            ids = None if inputs is None else document_ids(inputs)
             self._warn_without_negatives(len(documents))
             return in_batch_loss(
-                queries, positives, negatives, document_ids=ids, temperature=temperature
+                queries,
+                positives,
+                negatives,
+                document_ids=None if inputs is None else text_ids(inputs),
+                query_ids=None if query_inputs is None else text_ids(query_inputs),
+                temperature=temperature,
             )
         scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
         if labels is None:
             positive, negative = scores[:, :1], scores[:, 1:]
             if inputs is not None:
-                ids = document_ids(inputs)
+                ids = text_ids(inputs)
                 copy_mask = (ids[batch:].view(count - 1, batch, -1) == ids[:batch]).all(-1)
                 negative = negative.masked_fill(copy_mask.t(), -torch.inf)  # its loss is 0
             return pairwise_loss(positive, negative)

@@ -95,19 +95,24 @@ FORMULAS = {
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_copies_of_a_positive_are_no_negatives(side, mini_batch_size):
-    """Positives 0 and 2 are one text, which is a hard negative of both and of query 1."""
+    """Positives 0 and 2 are one text, also a hard negative of both; queries 1 and 3 are one."""
     model = training_model(
         loss="in_batch", temperature=3.0, mini_batch_size=mini_batch_size, **NO_PENALTY
     )
     model.encoder.tokenizer.padding_side = side
-    queries = model.encoder.tokenize(["fox", "lazy dog", "old tree"])
-    fox, dog = "a quick brown fox jumps", "the lazy dog"
-    documents = model.encoder.tokenize([fox, dog, fox, fox, fox, "an old tree"])
+    queries = model.encoder.tokenize(["fox", "lazy dog", "old tree", "lazy dog"])
+    fox, dog, tree = "a quick brown fox jumps", "the lazy dog", "an old tree"
+    documents = model.encoder.tokenize([fox, dog, fox, "dog", fox, fox, fox, tree])
     result = model(queries, documents)
     plain = encoder_of().model
     q, d = (plain_vectors(plain, inputs) for inputs in (queries, documents))
     scores = q @ d.T / 3
-    lists = [scores[0, [0, 1, 5]], scores[1, [1, 0, 2, 3, 4, 5]], scores[2, [2, 1, 5]]]
+    lists = [
+        scores[0, [0, 1, 3, 7]],
+        scores[1, [1, 0, 2, 4, 5, 6, 7]],
+        scores[2, [2, 1, 3, 7]],
+        scores[3, [3, 0, 2, 4, 5, 6, 7]],
+    ]
     expected = torch.stack([-one.log_softmax(0)[0] for one in lists]).mean()
     torch.testing.assert_close(result["loss"], expected)
     assert_same_gradients(

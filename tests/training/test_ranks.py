@@ -49,6 +49,8 @@ def joined_batch(encoder, loss: str, batch: int, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     joined = batch_of(encoder, batch, seed, documents)
     if loss in DOCUMENTS:
+        for tokens in joined["queries"].values():
+            tokens[-2] = tokens[0]  # one query, on the first rank and on another one
         for tokens in joined["documents"].values():
             # The last rank has the first one's positive, and that query has it as a negative.
             tokens[batch - 1] = tokens[0]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from splade_fast.encoders.batching import without_padding
-from splade_fast.encoders.document_ids import document_ids
 from splade_fast.encoders.hidden_states import find_decoder
+from splade_fast.encoders.text_ids import text_ids
 from splade_fast.losses import in_batch_loss
 from splade_fast.negative_cache import (
     CacheClassificationLoss,
@@ -187,7 +187,7 @@ class NegativeCacheLoss(nn.Module):
         queries, positives = embeddings
         if not (torch.is_grad_enabled() and _unwrap(self.model).training):
             evaluated = self._inputs.find(len(queries))
-            ids = None if evaluated is None else document_ids(evaluated)
+            ids = None if evaluated is None else text_ids(evaluated)
             self._inputs.forget()
             return in_batch_loss(queries, positives, document_ids=ids, temperature=self.temperature)
         documents = self._inputs.take(len(queries))

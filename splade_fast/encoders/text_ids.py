@@ -1,4 +1,4 @@
-"""Ids of tokenized documents, by which the copies of one document are found."""
+"""Ids of tokenized texts, by which the copies of one text are found."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 _WORDS = 4  # of 64 bits
 
 
-def document_ids(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return (N, 4) int64, equal for documents of equal tokens and, but for 2^-180, for no others.
+def text_ids(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return (N, 4) int64, equal for texts of equal tokens and, but for 2^-180, for no others.
 
     Each number is a random linear combination of the tokens modulo 2^64, the same on all ranks.
     It does not depend on the padding or on the device, and computing it does not wait for a GPU.
 
     Args:
-        inputs: tokenized documents, `input_ids` (N, L) and `attention_mask` (N, L), without which
+        inputs: tokenized texts, `input_ids` (N, L) and `attention_mask` (N, L), without which
             there is no padding.
     """
     tokens = inputs["input_ids"].long()
     mask = inputs.get("attention_mask", torch.ones_like(tokens)) != 0
     generator = torch.Generator().manual_seed(0)
-    # Rows of factors are drawn in order, so a document has the same ones at any padded length.
+    # Rows of factors are drawn in order, so a text has the same ones at any padded length.
     factors = torch.randint(-(2**63), 2**63 - 1, (tokens.shape[1], _WORDS), generator=generator).to(
         tokens.device
     )
