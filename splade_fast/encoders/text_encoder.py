@@ -173,12 +173,16 @@ class TextEncoder(nn.Module):
         order: list[Tensor] = []
         parts: list[SparseRows] = []
         with evaluation_mode(self):
+            if len(texts) == 1:  # nothing to sort, and a query should not wait for it
+                rows = self.sparse_rows(self.tokenize([prompt + texts[0]], max_length), k)
+                after_batch(1)
+                return rows.to("cpu")
             for places in longest_first([len(text) for text in texts], batch_size):
                 inputs = self.tokenize([prompt + texts[i] for i in places.tolist()], max_length)
-                for rows, batch in batches_by_tokens(inputs, batch_size):
+                for chosen, batch in batches_by_tokens(inputs, batch_size):
                     parts.append(self.sparse_rows(batch, k).to("cpu"))
-                    order.append(places[rows])
-                    after_batch(len(rows))
+                    order.append(places[chosen])
+                    after_batch(len(chosen))
         if not parts:
             return SparseRows.from_dense(torch.empty(0, self.vocab_size, dtype=self.dtype))
         return SparseRows.cat(parts)[torch.cat(order).argsort()]

@@ -46,21 +46,37 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     The modes are restored when the last of several threads leaves the block. Modules that have
     submodules in common may be evaluated at the same time.
     """
-    submodules = list(module.modules())
     with _lock:
-        for submodule in submodules:
+        # Usually all modules are in evaluation mode, and no thread has to restore another.
+        users = [m for m in _submodules(module) if m.training or m in _modes]
+        for submodule in users:
             _modes.setdefault(submodule, _Mode(submodule.training)).num_users += 1
             submodule.training = False
     try:
         yield
     finally:
         with _lock:
-            for submodule in submodules:
+            for submodule in users:
                 mode = _modes[submodule]
                 mode.num_users -= 1
                 if mode.num_users == 0:
                     submodule.training = mode.is_training
                     del _modes[submodule]
+
+
+def _submodules(module: nn.Module) -> list[nn.Module]:
+    """Return what `module.modules()` yields, in another order and several times as fast.
+
+    For a single short text, the encoders spend a tenth of the time in `modules()`.
+    """
+    found = {id(module): module}
+    waiting = [module]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
 
 
 def _forget_other_threads() -> None:

@@ -82,4 +82,4 @@ def splade_head_topk(
             algorithm=algorithm,
         )
         parts.append(SparseRows.from_dense(pooled, k))
-    return SparseRows.cat(parts)
+    return parts[0] if len(parts) == 1 else SparseRows.cat(parts)
