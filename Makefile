@@ -12,7 +12,8 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build packages libraries demo demo-scratch test test-all test-cpp test-python test-latest emulate lint format docs sanitize fuzz \
+.PHONY: env build packages libraries demo demo-scratch test test-all test-cpp test-python test-latest emulate emulate-races \
+	lint format docs sanitize fuzz \
 	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
@@ -73,6 +74,12 @@ test-latest:
 EMULATION_CASES ?= 200
 emulate: build
 	EMULATION_CASES=$(EMULATION_CASES) python -m pytest tests/emulation $(ARGS)
+
+# The same under ThreadSanitizer, which finds races between threads and between blocks: many
+# times slower, so fewer cases.
+SANITIZED_CASES ?= 4
+emulate-races: build
+	EMULATION_CASES=$(SANITIZED_CASES) python -m tests.emulation.sanitized thread tests/emulation $(ARGS)
 
 lint: build
 	ruff check .

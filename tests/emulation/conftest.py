@@ -1,11 +1,13 @@
 """The emulated GPU, and the cases of each test."""
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
 
 from tests.emulation.cases import CASES, FIRST, begin
-from tests.emulation.library import Emulator
+from tests.emulation.library import SANITIZER, Emulator
+from tests.emulation.reports import Reports
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,3 +23,22 @@ def emulator() -> Emulator:
 @pytest.fixture
 def draw(emulator: Emulator, case: int) -> Random:
     return begin(emulator, case)
+
+
+@pytest.fixture(scope="session")
+def reports() -> Reports:
+    if SANITIZER != "thread":
+        pytest.skip("needs ThreadSanitizer: make emulate-races")
+    return Reports()
+
+
+@pytest.fixture(autouse=True)
+def _has_no_race(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail where ThreadSanitizer reports a race that the test has not taken."""
+    if SANITIZER != "thread":
+        yield
+        return
+    reports = request.getfixturevalue("reports")
+    yield
+    report = reports.take()
+    assert not report, report

@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import splade_fast  # noqa: F401  registers the CPU ops
 from tests.emulation.prepare import LIBRARY
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build" / "emulation"
+SANITIZER = os.environ.get("EMULATION_SANITIZER", "")  # sanitized.py sets it: address or thread
+BUILD = ROOT / "build" / "-".join(filter(None, ["emulation", SANITIZER]))
 
 
 def ops_with_kernels() -> list[str]:
@@ -47,6 +49,7 @@ def build() -> None:
             run(
                 *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
                 *("-DSPLADE_FAST_EMULATION=ON", "-DSPLADE_FAST_CUDA=0"),
+                f"-DSPLADE_FAST_SANITIZE={SANITIZER}",
                 f"-DPython_EXECUTABLE={sys.executable}",
             )
         jobs = len(os.sched_getaffinity(0))

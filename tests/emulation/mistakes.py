@@ -39,3 +39,14 @@ MISTAKES = {
         "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"
     ),
 }
+
+# Mistakes that show in results at few orders of the threads, if at any. The race detector finds
+# them in each order.
+RACES = {
+    "prune_without_barrier": Mistake("cuda/prune.cu", "__syncthreads()", behind=".certain;\n  "),
+    "head_backward_without_warp_barrier": Mistake(
+        "cuda/head/backward.cu", "__syncwarp()", behind="offsets[i] = 0;\n    "
+    ),
+    "head_without_last_wait": Mistake(_PRODUCT, "wgmma_wait<0>()"),
+    "scatter_by_several_blocks": Mistake("cuda/gather.cu", "left_out[row] == 0", "true"),
+}

@@ -6,8 +6,12 @@ import pytest
 
 from tests.emulation import test_head, test_head_screened, test_pool, test_score
 from tests.emulation.cases import begin
+from tests.emulation.library import SANITIZER
 from tests.emulation.mistakes import MISTAKES
 
+pytestmark = pytest.mark.skipif(
+    bool(SANITIZER), reason="needs no sanitizer, which stops at mistakes"
+)
 FUSED = partial(test_head.test_fused_is_that_of_the_cpu, None)
 TESTS = {
     "pool_without_barrier": test_pool.test_matches_reference,

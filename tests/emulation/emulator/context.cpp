@@ -9,7 +9,7 @@ namespace {
 
 #if defined(EMULATION_RACES) || defined(EMULATION_MEMORY)
 constexpr bool kIsSanitized = true;
-constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kStackBytes = 128 << 10;
 #else
 constexpr bool kIsSanitized = false;
 constexpr size_t kStackBytes = 64 << 10;

@@ -67,6 +67,12 @@ inline int atomicOr(int* target, int value) {
   return __atomic_fetch_or(target, value, __ATOMIC_RELAXED);
 }
 
+// In the place of a store that races with stores of the same value.
+template <typename T, typename V>
+void atomicStore(T* target, V value) {
+  __atomic_store_n(target, static_cast<T>(value), __ATOMIC_RELAXED);
+}
+
 // Synchronization ------------------------------------------------------------------------------------------------
 
 #define EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -45,6 +45,7 @@ void run(const Product& product, const SharedMemory& memory) {
   const std::vector<Sum> a = load_operand<Type, kRows>(memory, product.a);
   const std::vector<Sum> b = load_operand<Type, kColumns>(memory, product.b);
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
+    race::written(product.d[thread], kAccumulators * sizeof(Sum));
     for (int i = 0; i < kAccumulators; ++i) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
       const Sum *x = &a[static_cast<size_t>(row * kDims)], *y = &b[static_cast<size_t>(column * kDims)];
