@@ -1,6 +1,7 @@
 """Checks of arguments. Each raises before anything is computed and names expected and got."""
 
 import operator
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import SupportsIndex
 
@@ -75,6 +76,14 @@ def check_unicode(name: str, text: str) -> None:
             f"{name} must be Unicode text, got the lone surrogate {lone!r} at character "
             f"{error.start}"
         ) from None
+
+
+def check_texts(name: str, texts: Iterable[object]) -> None:
+    """Raise TypeError for a text that is no str, and ValueError for one with a lone surrogate."""
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{position}] must be a str, got {type(text).__name__}")
+        check_unicode(f"{name}[{position}]", text)
 
 
 def check_choice(name: str, value: object, choices: dict[str, int]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from splade_fast._atomic_files import whole_folder
-from splade_fast._checks import check_floating, check_mask
+from splade_fast._checks import check_floating, check_mask, check_texts
 from splade_fast.encoders.pretrained import (
     find_file,
     hub_arguments,
@@ -99,8 +99,15 @@ class BagOfWordsQueryEncoder(TextEncoder):
             frozen: keep the weights constant instead of learning them.
 
         Raises:
-            ValueError: vocab_size is smaller than the tokenizer's vocabulary.
+            TypeError: texts is a single str, or one of them is none.
+            ValueError: there is no text, a text holds a lone surrogate, or vocab_size is smaller
+                than the tokenizer's vocabulary.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts must be several texts, got a single str")
+        if len(texts) == 0:
+            raise ValueError("texts must hold at least one text, got none")
+        check_texts("texts", texts)
         weight = _inverse_document_frequencies(texts, tokenizer, vocab_size or len(tokenizer))
         return cls(tokenizer, weight, frozen=frozen)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from splade_fast._checks import check_count, check_unicode
+from splade_fast._checks import check_count, check_integer, check_texts
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
@@ -22,6 +22,7 @@ def token_tensors(
     texts: Sequence[str],
     max_length: int,
     add_special_tokens: bool = True,
+    vocab_size: int | None = None,
 ) -> dict[str, Tensor]:
     """Tokenize texts into inputs of a transformer, on the CPU.
 
@@ -30,32 +31,39 @@ def token_tensors(
         texts: at least one text.
         max_length: number of tokens kept of each text, at least that of its special tokens.
         add_special_tokens: whether special tokens surround each text.
+        vocab_size: number of tokens that the model knows, if it is to be checked.
 
     Returns:
-        Tensors (N, L) by name, padded to the longest text.
+        Tensors (N, L) by name, padded behind the texts to the longest one.
+
+    Raises:
+        TypeError: a text is not a str.
+        ValueError: there is no text, a text holds a lone surrogate, or the model lacks a token.
     """
+    texts = list(texts)
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    check_texts("texts", texts)
     with tokenizer_lock(tokenizer):
         encoding = tokenizer(
-            list(texts),
+            texts,
             truncation=True,
             max_length=max_length,
             padding=True,
+            # Models with absolute positions count them from the first column.
+            padding_side="right",
             add_special_tokens=add_special_tokens,
         )
     # numpy reads lists three times as fast as torch.
-    return {name: torch.from_numpy(np.array(lists)) for name, lists in encoding.items()}
-
-
-def check_positive(**numbers: int | None) -> None:
-    """Check that the arguments, given by name, are None or integers of at least 1.
-
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is less than 1.
-    """
-    for name, number in numbers.items():
-        if number is not None:
-            check_count(name, number, 1)
+    arrays = {name: np.array(lists) for name, lists in encoding.items()}
+    largest = int(arrays["input_ids"].max(initial=0))
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"tokenizer must have the {vocab_size} tokens of the model, got the token "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}; "
+            "resize_token_embeddings adds tokens to a model"
+        )
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class TextEncoder(nn.Module):
@@ -97,19 +105,28 @@ class TextEncoder(nn.Module):
         """Device of the parameters, on which inputs must be."""
         return next(self.parameters()).device
 
-    def tokenize(self, texts: Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
+    def tokenize(self, texts: str | Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
         """Tokenize texts into inputs of `forward`, on the encoder's device.
 
         Args:
-            texts: at least one text.
+            texts: at least one text; a single string counts as one text.
             max_length: number of tokens kept of each text, special tokens included; the model's
                 own limit applies as well.
 
         Returns:
-            Tensors (N, L) by name, padded to the longest text.
+            Tensors (N, L) by name, padded behind the texts to the longest one.
+
+        Raises:
+            TypeError: an argument has a wrong type.
+            ValueError: there is no text, a text holds a lone surrogate, the model lacks a token of
+                the tokenizer, or max_length leaves no room for special tokens.
         """
         tokens = token_tensors(
-            self.tokenizer, texts, self.length_limit(max_length), self.has_special_tokens
+            self.tokenizer,
+            [texts] if isinstance(texts, str) else texts,
+            self.length_limit(max_length),
+            self.has_special_tokens,
+            self.vocab_size,
         )
         return {name: tensor.to(self.device) for name, tensor in tokens.items()}
 
@@ -144,11 +161,10 @@ class TextEncoder(nn.Module):
                 that name.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{position}] must be a str, got {type(text).__name__}")
-            check_unicode(f"texts[{position}]", text)
-        check_positive(batch_size=batch_size, max_length=max_length, k=k)
+        check_texts("texts", texts)
+        batch_size = check_count("batch_size", batch_size, 1)
+        max_length = check_count("max_length", max_length, 1)
+        k = None if k is None else check_count("k", k, 1)
         prompt = self.prompt_text(prompt_name)
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
             return self.encode_batches(texts, prompt, k, batch_size, max_length, progress.update)
@@ -214,8 +230,10 @@ class TextEncoder(nn.Module):
         """Return the smallest of `max_length` and the limits of tokenizer, settings and model.
 
         Raises:
+            TypeError: max_length is not an integer.
             ValueError: the special tokens of a text alone are more.
         """
+        max_length = check_integer("max_length", max_length)
         # A tokenizer without a limit has a huge model_max_length.
         limits = [max_length, self.tokenizer.model_max_length]
         limits += [m for m in (self.settings.max_length, self.position_limit) if m is not None]

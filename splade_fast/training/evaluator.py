@@ -8,7 +8,7 @@ from typing import Any
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.evaluation import evaluate_vectors, select_judged, select_qrels
-from splade_fast.search.texts import Qrels, Texts, read_qrels, read_texts
+from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
 
 class RetrievalEvaluator:
@@ -62,6 +62,8 @@ class RetrievalEvaluator:
         document_prompt: str | None = None,
         ignore_identical_ids: bool = False,
     ) -> None:
+        if not corpus.ids:
+            raise DataError("corpus must hold at least one document, got none")
         self.queries = select_judged(queries, qrels)
         self.qrels = select_qrels(qrels, self.queries.ids, corpus.ids)
         self.corpus = corpus

@@ -148,3 +148,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         BagOfWordsQueryEncoder.from_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"attention_mask must be \(batch, length\) = \(1, 2\)"):
         encoder(torch.tensor([[5, 6]]), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("quick fox", TypeError, "texts must be several texts, got a single str"),
+        ([], ValueError, "texts must hold at least one text, got none"),
+        (["fox", None], TypeError, r"texts\[1\] must be a str, got NoneType"),
+        (["\ud800"], ValueError, r"texts\[0\] must be Unicode text, got the lone surrogate"),
+    ],
+)
+def test_frequencies_need_texts(texts, error, message):
+    with pytest.raises(error, match=message):
+        BagOfWordsQueryEncoder.from_texts(texts, make_tokenizer())

@@ -441,3 +441,12 @@ def test_what_cannot_be_accelerated_is_refused_and_left_alone(tmp_path):
         assert not any(isinstance(module, modules.Role) for module in model.modules())
     with pytest.raises(TypeError, match="sparse_encoder must be a SparseEncoder, got Transformer"):
         accelerate(transformer)
+
+
+def test_lone_surrogates_are_refused_by_name(tmp_path):
+    model = accelerate(splade(tmp_path))
+    for texts in (["fox", "\ud800"], ["\ud800"]):
+        with pytest.raises(ValueError, match=r"inputs\[\d\] must be Unicode text, got the lone"):
+            model.encode(texts)
+    with pytest.raises(ValueError, match=r"inputs\[0\] must be Unicode text"):
+        model.encode_query("a \udfff")

@@ -111,3 +111,45 @@ def test_bad_batches():
     for argument in ("max_query_length", "max_document_length", "negatives_per_query"):
         with pytest.raises(ValueError, match=f"{argument} must be at least 1, got 0"):
             TrainingCollator(make_encoder(), **{argument: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": None}, "query of example 1 of the batch must be text, got None"),
+        ({"document": ["fox", "dog"]}, "document of example 1 .* must be text, got .'fox', 'dog'"),
+        ({"document": 7}, "document of example 1 of the batch must be text, got 7"),
+        ({"document": "\ud800"}, "document of example 1 .* must be Unicode text, got the lone"),
+        ({"negatives": "dog tree"}, "negatives of example 1 .* a list of texts, got 'dog tree'"),
+        (
+            {"negatives": ["dog", None]},
+            "negatives of example 1 of the batch must be text, got None",
+        ),
+    ],
+)
+def test_parts_that_are_no_texts_are_named(changes, message):
+    collator = TrainingCollator(make_encoder())
+    with pytest.raises(ValueError, match=message):
+        collator([HARD[0], HARD[1] | changes])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([{"query": "a", "document": "fox", "label": None}], "label must be numbers, got None"),
+        ([{"query": "a", "document": "fox", "label": float("nan")}], "label must be finite"),
+        ([{"query": "a", "document": "fox", "label": 2}], "label must be one number from 0 to 1"),
+        ([{"query": "a", "documents": "ab", "scores": [1, 0]}], "documents of .* a list of texts"),
+        ([{"query": "a", "documents": ["a", "b"], "scores": [1, None]}], "scores must be numbers"),
+    ],
+)
+def test_bad_labels_are_named(examples, message):
+    with pytest.raises(DataError, match=message):
+        TrainingCollator(make_encoder())(examples)
+
+
+def test_tokens_that_the_model_lacks_are_named():
+    encoder = make_encoder()
+    encoder.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match="the 20 tokens of the model, got the token 'zebra' with"):
+        TrainingCollator(encoder)([{"query": "zebra", "document": "fox"}])

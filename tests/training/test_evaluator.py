@@ -127,3 +127,8 @@ def test_texts_without_known_words_find_nothing_and_are_warned_of():
     with pytest.warns(DataWarning, match="1 of 2 queries and 1 of 2 documents have empty vectors"):
         metrics = RetrievalEvaluator(texts, texts, {"a": {"a": 1}, "b": {"b": 1}})(bag_of_words())
     assert metrics["MRR@10"] == metrics["Recall@100"] == 1 / 2
+
+
+def test_an_empty_corpus_is_refused():
+    with pytest.raises(DataError, match="corpus must hold at least one document, got none"):
+        RetrievalEvaluator(Texts(["q1"], ["fox"]), Texts([], []), {"q1": {"d1": 1}})

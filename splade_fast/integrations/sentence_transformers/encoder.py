@@ -13,6 +13,7 @@ from sentence_transformers.util import batch_to_device, select_max_active_dims
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from splade_fast._checks import check_unicode
 from splade_fast.integrations.sentence_transformers.batches import batches
 from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
 from splade_fast.integrations.sentence_transformers.swapping import Role
@@ -40,8 +41,15 @@ class _Encoder(Role):
         max_active_dims: int | None,
         **kwargs: Any,
     ) -> Tensor:
-        """Encode texts to vectors (N, V), in the order of the texts."""
+        """Encode texts to vectors (N, V), in the order of the texts.
+
+        Raises:
+            ValueError: max_active_dims is less than 1, or a text holds a lone surrogate.
+        """
         model: Any = self
+        for position, text in enumerate(texts):
+            if isinstance(text, str):
+                check_unicode(f"inputs[{position}]", text)
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
         model.eval()

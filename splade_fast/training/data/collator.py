@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from splade_fast._checks import check_count
+from splade_fast._checks import check_count, check_unicode
 from splade_fast.encoders.text_encoder import TextEncoder, token_tensors
 from splade_fast.search.texts import DataError
 from splade_fast.training.data.layout import Kind, infer_kind
+from splade_fast.training.data.rows import parse_label, parse_numbers
 
 
 class TrainingCollator:
@@ -82,14 +83,18 @@ class TrainingCollator:
             document j of query i. Labelled pairs add "labels" (B,), scored lists "labels" (B, m).
 
         Raises:
-            DataError: the examples are of different kinds, or have too few or unequally many
-                negatives.
+            DataError: the examples are of different kinds, have too few or unequally many
+                negatives, or hold something other than texts, labels from 0 to 1 and finite
+                scores.
+            ValueError: a text holds a lone surrogate, or the model lacks a token of the tokenizer.
         """
         if not examples:
             raise DataError("a batch must have at least one example, got none")
         kind = infer_kind(examples[0])
         if any(set(example) != set(examples[0]) for example in examples):
             raise DataError(f"all examples of a batch must be {kind}, as its first one")
+        for number, example in enumerate(examples):
+            _check_texts(example, number)
         lists, scores = _split_examples(examples, kind)
         count = self._count_documents_per_query([len(documents) for documents in lists])
         batch: dict[str, Any] = {
@@ -99,7 +104,9 @@ class TrainingCollator:
             ),
         }
         if kind == "labelled pairs":
-            batch["labels"] = torch.tensor([float(example["label"]) for example in examples])
+            batch["labels"] = torch.tensor(
+                [parse_label(parse_numbers(example["label"], "label")) for example in examples]
+            )
         elif kind == "scored lists":
             batch["labels"] = torch.tensor([row[:count] for row in scores], dtype=torch.float32)
         return batch
@@ -126,6 +133,25 @@ class TrainingCollator:
         return 1 + self.negatives_per_query
 
 
+def _check_texts(example: Mapping[str, Any], number: int) -> None:
+    """Raise an error if an example holds something other than texts, and lists of them."""
+    for part in ("query", "document"):
+        if part in example:
+            _check_text(f"{part} of example {number} of the batch", example[part])
+    for part in ("negatives", "documents"):
+        texts, name = example.get(part, ()), f"{part} of example {number} of the batch"
+        if not isinstance(texts, list | tuple):
+            raise DataError(f"{name} must be a list of texts, got {texts!r}")
+        for text in texts:
+            _check_text(name, text)
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"{name} must be text, got {text!r}")
+    check_unicode(name, text)
+
+
 def _split_examples(
     examples: Sequence[Mapping[str, Any]], kind: Kind
 ) -> tuple[list[list[str]], list[list[float]]]:
@@ -137,7 +163,8 @@ def _split_examples(
                     f"expected {len(example['documents'])} scores, one per document, "
                     f"got {len(example['scores'])}"
                 )
-        return [e["documents"] for e in examples], [e["scores"] for e in examples]
+        scores = [parse_numbers(example["scores"], "scores") for example in examples]
+        return [example["documents"] for example in examples], scores
     return [[e["document"], *e.get("negatives", ())] for e in examples], []
 
 
@@ -149,6 +176,7 @@ class _SideTokenizer:
     prompt: str
     max_length: int
     has_special_tokens: bool
+    vocab_size: int
 
     @classmethod
     def make(
@@ -161,9 +189,12 @@ class _SideTokenizer:
             encoder.prompt_text(name),
             encoder.length_limit(max_length),
             encoder.has_special_tokens,
+            encoder.vocab_size,
         )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self.prompt:
             texts = [self.prompt + text for text in texts]
-        return token_tensors(self.tokenizer, texts, self.max_length, self.has_special_tokens)
+        return token_tensors(
+            self.tokenizer, texts, self.max_length, self.has_special_tokens, self.vocab_size
+        )

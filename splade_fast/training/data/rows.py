@@ -32,7 +32,7 @@ def convert_row(record: Mapping[str, Any], layout: Layout, lookups: TextLookups)
             )
         found = [record[name] for name in names]
         if part in NUMBERS:
-            values[part] = _parse_numbers(found[0], part)
+            values[part] = parse_numbers(found[0], part)
         else:
             values[part] = _parse_texts(found, part, lookups.for_part(part))
     row: dict[str, Any] = {"query": values["query"][0]}
@@ -42,7 +42,7 @@ def convert_row(record: Mapping[str, Any], layout: Layout, lookups: TextLookups)
     if layout.kind == "hard negatives":
         row["negatives"] = values["negatives"]
     if layout.kind == "labelled pairs":
-        row["label"] = _parse_label(values["scores"])
+        row["label"] = parse_label(values["scores"])
     return row
 
 
@@ -64,7 +64,12 @@ def _make_scored_list(values: dict[str, Any]) -> dict[str, Any]:
     return {"documents": documents, "scores": scores}
 
 
-def _parse_label(numbers: list[float]) -> float:
+def parse_label(numbers: list[float]) -> float:
+    """Return the label of a pair, which is the only number, from 0 to 1.
+
+    Raises:
+        DataError: it is not.
+    """
     if len(numbers) != 1 or not 0 <= numbers[0] <= 1:
         raise DataError(f"label must be one number from 0 to 1, got {join_names(numbers)}")
     return numbers[0]
@@ -103,7 +108,12 @@ def _join_passage(passage: Mapping[str, Any]) -> Any:
     return f"{title} {text}" if title and text else text
 
 
-def _parse_numbers(value: Any, part: str) -> list[float]:
+def parse_numbers(value: Any, part: str) -> list[float]:
+    """Return the numbers of a part, one or a list of them.
+
+    Raises:
+        DataError: there is none, or one is not finite.
+    """
     values = value if isinstance(value, list | tuple) else [value]
     numbers = []
     for given in values:
