@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,7 +15,8 @@ from transformers import set_seed
 from splade_fast._distributed import OtherRankError, fail_together
 from splade_fast.encoders.adapters import add_lora
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
-from splade_fast.encoders.pretrained import read_json
+from splade_fast.encoders.modules_list import is_static_embedding, read_modules
+from splade_fast.encoders.query_encoder import load_query_encoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
@@ -34,7 +35,10 @@ from splade_fast.training.data.load import import_datasets, load_training_data
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.trainer import SpladeTrainer
 
-_ENCODERS = {"splade": SpladeEncoder, "term_weights": TermWeightEncoder}
+_LOADERS: dict[str, Callable[..., TextEncoder]] = {
+    "splade": SpladeEncoder.from_pretrained,
+    "term_weights": TermWeightEncoder.from_pretrained,
+}
 _IDF_EXAMPLES = 100_000  # more examples would hardly change the document frequencies
 
 
@@ -91,7 +95,7 @@ def make_trainer(configuration: Configuration) -> SpladeTrainer:
             _prepare_output_dir(configuration)
     set_seed(training.seed)  # of new weights, such as those of adapters
     with fail_together("loading the encoder", raise_once=True):
-        encoder = _load_encoder(model)
+        encoder = _load_encoder(model, _LOADERS[model.architecture], model.model_name_or_path)
     train_data = eval_data = None
     for is_converting in (True, False):
         # One process of each machine converts the data; then the others read the result.
@@ -135,15 +139,14 @@ def _find_checkpoint_to_resume(configuration: Configuration) -> str | None:
     return None if last is None else str(last)
 
 
-def _load_encoder(arguments: ModelArguments, name: str | None = None) -> TextEncoder:
+def _load_encoder(
+    arguments: ModelArguments, load: Callable[..., TextEncoder], name: str
+) -> TextEncoder:
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
-    encoder_class: Any = _ENCODERS[arguments.architecture]
-    encoder: TextEncoder = encoder_class.from_pretrained(
-        name or arguments.model_name_or_path, **options
-    )
-    if arguments.lora_rank:
+    encoder = load(name, **options)
+    if arguments.lora_rank and not isinstance(encoder, BagOfWordsQueryEncoder):
         _add_adapters(encoder, arguments)
     return encoder
 
@@ -151,8 +154,7 @@ def _load_encoder(arguments: ModelArguments, name: str | None = None) -> TextEnc
 def _add_adapters(encoder: TextEncoder, arguments: ModelArguments) -> None:
     if not isinstance(encoder, SpladeEncoder):
         raise ValueError(
-            f"lora_rank must be 0 for the architecture {arguments.architecture}, "
-            f"got {arguments.lora_rank}"
+            f"lora_rank must be 0 for a {type(encoder).__name__}, got {arguments.lora_rank}"
         )
     if hasattr(encoder.model, "peft_config"):
         raise ValueError(
@@ -178,13 +180,10 @@ def _load_query_encoder(
         return BagOfWordsQueryEncoder.from_texts(
             texts, encoder.tokenizer, encoder.vocab_size, frozen=is_frozen
         )
-    modules = read_json(name, "modules.json", {}) or []
-    module_types = [str(module["type"]).rpartition(".")[2] for module in modules]
-    query_encoder: TextEncoder = (
-        BagOfWordsQueryEncoder.from_pretrained(name)
-        if module_types == ["SparseStaticEmbedding"]
-        else _load_encoder(arguments, name)
-    )
+    if arguments.architecture == "splade" or is_static_embedding(read_modules(name, {}, "query")):
+        query_encoder = _load_encoder(arguments, load_query_encoder, name)
+    else:
+        query_encoder = _load_encoder(arguments, TermWeightEncoder.from_pretrained, name)
     if query_encoder.vocab_size != encoder.vocab_size:
         raise ValueError(
             f"query_encoder must have the vocab_size of the encoder of documents, "

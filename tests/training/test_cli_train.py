@@ -15,6 +15,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.training.checkpoints.folders import find_checkpoints
 from splade_fast.training.configuration import parse_configuration
+from tests.integrations.sparse_encoders import inference_free
 from tests.training.runs import checkpoint_in, write_pairs
 
 
@@ -204,6 +205,15 @@ def test_another_encoder_for_queries(files, model):
         torch.equal(a, b) for a, b in zip(queries.parameters(), documents.parameters(), strict=True)
     ]
     assert not all(same)
+
+
+def test_a_router_gives_its_query_encoder(files):
+    inference_free(files).save_pretrained(str(files / "routed"))
+    expected = BagOfWordsQueryEncoder.from_pretrained(files / "routed").weight
+    flags = ["--model_name_or_path", files / "routed", "--query_encoder", files / "routed"]
+    trained(files, *flags, "--learning_rate", "1e-6")
+    queries = BagOfWordsQueryEncoder.from_pretrained(files / "run" / "query")
+    torch.testing.assert_close(queries.weight, expected, rtol=0, atol=1e-5)
 
 
 def test_adapters(files, model):
