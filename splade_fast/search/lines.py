@@ -103,7 +103,7 @@ def parse_json_object(line: str) -> dict[str, Any]:
 
 
 def parse_id(value: Any) -> str:
-    """Return an id as text.
+    """Return an id as text, without the blanks around it, which runs and judgements lose.
 
     Args:
         value: text, or an integer of a JSON file.
@@ -114,7 +114,7 @@ def parse_id(value: Any) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"expected text or a whole number as id, got {value!r}")
-    found = str(value)
+    found = str(value).strip(" ")
     if not found.strip() or any(character in found for character in _BAD_IN_IDS):
         raise DataError(
             f"expected an id that is not blank and holds no tab, line end or NUL, "

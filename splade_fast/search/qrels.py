@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from splade_fast.search.lines import DataError, parse_id, parse_lines, quote_start
+from splade_fast.search.lines import (
+    DataError,
+    parse_id,
+    parse_json_object,
+    parse_lines,
+    quote_start,
+)
 
 Qrels = dict[str, dict[str, int]]
 
-# Names in headers, with - as _. A header names the query first, and the document before the last.
+# Names in headers and JSON, with - as _. A header names the query first, and the document before
+# the last.
 _QUERY_NAMES = {"query_id", "qid", "query", "topic_id", "topic"}
 _DOCUMENT_NAMES = {"corpus_id", "docid", "doc_id", "docno", "document_id", "document", "doc", "pid"}
 _RELEVANCE_NAMES = {"score", "relevance", "rel", "label", "grade"}
+_NAMES = (_QUERY_NAMES, _DOCUMENT_NAMES, _RELEVANCE_NAMES)
 # Measures hold an array with an element for each relevance up to the largest.
 _RELEVANCE = re.compile(r"([+-]?[0-9]{1,6})(\.0*)?")
+# White space of trec_eval. An id may hold others, such as a no-break space.
+_FIELD = re.compile(r"\S+", re.ASCII)
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     """Read judgements as {query id: {document id: relevance}}.
 
     Lines hold `query document relevance` (BEIR) or `query 0 document relevance` (TREC), with or
-    without a header. Tabs separate the fields of a line that has tabs, else white space does. A
-    file whose name ends in .gz is decompressed.
+    without a header, or JSON objects with the names of such a header as keys. Tabs separate the
+    fields of a line that has tabs, else white space of ASCII does. Blanks around a field do not
+    belong to it. A file whose name ends in .gz is decompressed.
 
     Raises:
         DataError: the file cannot be read or has no judgements, a line is malformed, or a pair is
@@ -45,23 +57,45 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
 
 
 def _parse_line(line: str) -> tuple[str, str, int] | None:
-    fields = line.split("\t") if "\t" in line else line.split()
+    """Return query, document and relevance of a line, or None for a header."""
+    fields = _parse_json_fields(line) if line.startswith("{") else _split_fields(line)
+    query, document, relevance = fields
+    if _is_header(query, document, relevance):
+        return None
+    shown = str(relevance).strip()
+    found = _RELEVANCE.fullmatch(shown)
+    if found is None:
+        raise DataError(f"expected a whole number of at most 6 digits as relevance, got {shown!r}")
+    return parse_id(query), parse_id(document), int(found[1])
+
+
+def _split_fields(line: str) -> tuple[str, str, str]:
+    fields = line.split("\t") if "\t" in line else _FIELD.findall(line)
+    if len(fields) == 5 and not fields[-1].strip():  # a tab ends the line
+        fields.pop()
     if len(fields) not in (3, 4):
         raise DataError(
             f"expected query document relevance or query 0 document relevance, "
             f"got {quote_start(line)}"
         )
-    query, document, relevance = fields[0], fields[-2], fields[-1].strip()
-    if _is_header(query, document, relevance):
-        return None
-    found = _RELEVANCE.fullmatch(relevance)
-    if found is None:
+    return fields[0], fields[-2], fields[-1]
+
+
+def _parse_json_fields(line: str) -> tuple[Any, Any, Any]:
+    record = {_normalise(name): value for name, value in parse_json_object(line).items()}
+    names = [record.keys() & expected for expected in _NAMES]
+    if any(len(found) != 1 for found in names):
         raise DataError(
-            f"expected a whole number of at most 6 digits as relevance, got {relevance!r}"
+            f"expected one key for each of query, document and relevance, got {quote_start(line)}"
         )
-    return parse_id(query), parse_id(document), int(found[1])
+    query, document, relevance = (record[name] for [name] in names)
+    return query, document, relevance
 
 
-def _is_header(*fields: str) -> bool:
-    query, document, relevance = (field.strip().lower().replace("-", "_") for field in fields)
-    return query in _QUERY_NAMES and document in _DOCUMENT_NAMES and relevance in _RELEVANCE_NAMES
+def _is_header(*fields: Any) -> bool:
+    pairs = zip(fields, _NAMES, strict=True)
+    return all(_normalise(str(field)) in expected for field, expected in pairs)
+
+
+def _normalise(name: str) -> str:
+    return name.strip().lower().replace("-", "_")

@@ -70,7 +70,7 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
     Where an object has several of these keys, the first one counts. Any other file holds
     `id<TAB>text` lines. Its first line is a header if its fields name an id and a text so, as in
     `id<TAB>text<TAB>title`; it then tells the order of the columns, of which unknown ones are
-    ignored.
+    ignored. Blanks around an id do not belong to it.
 
     A file is one of JSON lines if its name ends in .jsonl or .ndjson, or if its first line is a
     JSON object. A file whose name ends in .gz is decompressed. A pipe is read as a file is.

@@ -69,6 +69,16 @@ def test_keys_that_others_use(tmp_path, name, record, expected):
     assert read(tmp_path / name, "\ufeff" + json.dumps(record)) == {"d1": expected}
 
 
+def test_blanks_around_an_id_do_not_belong_to_it(tmp_path):
+    assert read(tmp_path / "a.tsv", "d1 \tfox\n how to\t dog \n") == {
+        "d1": "fox",
+        "how to": " dog ",
+    }
+    assert read(tmp_path / "a.jsonl", '{"_id": " d1 ", "text": " fox"}') == {"d1": " fox"}
+    with pytest.raises(DataError, match="line 2: id 'd1' appears a second time"):
+        read(tmp_path / "a.tsv", "d1\tfox\nd1 \tdog\n")
+
+
 def test_whole_numbers_are_ids(tmp_path):
     assert read(tmp_path / "a.jsonl", '{"id": 7, "text": "fox"}') == {"7": "fox"}
 

@@ -85,7 +85,7 @@ def _parse_texts(found: list[Any], part: str, texts_by_id: Mapping[str, str] | N
 
 def _parse_text(value: Any, part: str, texts_by_id: Mapping[str, str] | None) -> str:
     if texts_by_id is not None:
-        text = texts_by_id.get(str(value)) if _is_id(value) else None
+        text = texts_by_id.get(str(value).strip(" ")) if _is_id(value) else None
         if text is None:
             raise DataError(f"{part} must be an id of the given texts, got {value!r}")
     else:
