@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any
@@ -16,6 +17,48 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 _ENTRIES_AT_ONCE = 2**18
 _EMPTY = ("keep", "skip", "error")
+_FLOAT32 = np.finfo(np.float32)
+
+
+@dataclass(frozen=True)
+class WeightRange:
+    """Finite weights that a format holds, of which a store would lose or refuse others.
+
+    Args:
+        description: words for a message.
+        above: number that all weights exceed.
+        most: largest absolute value.
+    """
+
+    description: str
+    above: float = -math.inf
+    most: float = math.inf
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """Return whether the range holds each value."""
+        held_mask = np.isfinite(values)
+        held_mask &= values > self.above
+        held_mask &= np.abs(values) <= self.most
+        return held_mask
+
+
+FINITE = WeightRange("finite")
+POSITIVE = WeightRange("finite and above 0", above=0.0)
+FLOAT32 = WeightRange("finite as float32 numbers (up to 3.4e+38)", most=float(_FLOAT32.max))
+# Lucene refuses features that are no normal numbers.
+POSITIVE_NORMAL_FLOAT32 = WeightRange(
+    "finite and above 0 as normal float32 numbers (1.2e-38 to 3.4e+38)",
+    above=float(np.nextafter(_FLOAT32.tiny, np.float32(0))),
+    most=float(_FLOAT32.max),
+)
+LUCENE_QUERY = WeightRange(
+    "above 0 and at most 64 in a query", above=POSITIVE_NORMAL_FLOAT32.above, most=64.0
+)
+POSITIVE_FLOAT16 = WeightRange(
+    "finite and above 0 as float16 numbers (up to 65504)",
+    above=0.0,
+    most=float(np.finfo(np.float16).max),
+)
 
 
 @dataclass
@@ -61,12 +104,15 @@ def check_arguments(
         id_rules: the arguments of `plain_ids`.
 
     Raises:
-        TypeError: rows are not SparseRows, or an id is neither a string nor an integer.
+        TypeError: rows are not SparseRows, an id is neither a string nor an integer, or the extras
+            are one string or mapping.
         ValueError: the format cannot hold an id, there is not one id or extra for each row, `empty`
             is unknown, or `empty` is "error" and a row has no entries.
     """
     if not isinstance(rows, SparseRows):
         raise TypeError(f"rows must be SparseRows, got {type(rows).__name__}")
+    if isinstance(extras, str | bytes | Mapping):
+        raise TypeError(f"{extras_name} must be a list, one per row, got {type(extras).__name__}")
     if isinstance(extras, Sized) and len(extras) != len(rows):
         raise ValueError(f"{extras_name} must be one per row, {len(rows)}, got {len(extras)}")
     if empty not in _EMPTY:
@@ -84,7 +130,7 @@ def iterate_documents(
     extras: Iterable[Any] | None = None,
     extras_name: str = "payloads",
     scale: float | None = None,
-    should_be_positive: bool = False,
+    weights: WeightRange = FINITE,
     show_progress: bool = True,
     description: str | None = None,
 ) -> Iterator[Documents]:
@@ -99,7 +145,7 @@ def iterate_documents(
         scale: factor by which values are multiplied before they are rounded to the nearest
             integer, halves to even; entries that become 0 are dropped. None leaves values as they
             are.
-        should_be_positive: require values above 0.
+        weights: values that the format holds.
         show_progress: draw a progress bar.
         description: text before the progress bar.
 
@@ -122,7 +168,7 @@ def iterate_documents(
             if len(chunk.extras) != count:
                 got = start + len(chunk.extras)
                 raise ValueError(f"{extras_name} must be one per row, {len(rows)}, got {got}")
-            _check_values(chunk, start, should_be_positive)
+            _check_values(chunk, start, weights)
             if scale is not None:
                 _quantise(chunk, scale, start)
             if empty != "keep":
@@ -145,28 +191,27 @@ def _entries(part: SparseRows) -> dict[str, np.ndarray]:
     }
 
 
-def _check_values(chunk: Documents, start: int, should_be_positive: bool) -> None:
-    valid_mask = np.isfinite(chunk.values)
-    if should_be_positive:
-        valid_mask &= chunk.values > 0
+def _check_values(chunk: Documents, start: int, weights: WeightRange) -> None:
+    valid_mask = weights.holds(chunk.values)
     if not valid_mask.all():
         entry = int(np.argmin(valid_mask))
         row = start + int(np.searchsorted(np.cumsum(chunk.lengths), entry, side="right"))
-        expected = "finite and above 0" if should_be_positive else "finite"
         raise ValueError(
-            f"rows must have values that are {expected} for this format, "
+            f"rows must have values that are {weights.description} for this format, "
             f"got {chunk.values[entry]} in row {row}"
         )
 
 
 def _quantise(chunk: Documents, scale: float, start: int) -> None:
     rounded = np.rint(chunk.values.astype(np.float64) * scale)
-    if rounded.size and rounded.max() > np.iinfo(np.int32).max:
+    rows = np.repeat(np.arange(len(chunk)), chunk.lengths)
+    sums = np.bincount(rows, rounded, minlength=len(chunk))
+    if sums.size and sums.max() > np.iinfo(np.int32).max:
         raise ValueError(
-            f"scale must keep weights below 2**31, got {scale} for {chunk.values.max()}"
+            f"scale must keep the sum of a document's impacts below 2**31, got {scale} "
+            f"for {sums.max():.9g} in row {start + int(sums.argmax())}"
         )
     kept_mask = rounded > 0
-    rows = np.repeat(np.arange(len(chunk)), chunk.lengths)
     chunk.lengths = np.bincount(rows[kept_mask], minlength=len(chunk))
     chunk.columns = chunk.columns[kept_mask]
     chunk.values = rounded[kept_mask].astype(np.int64)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
-from splade_fast.export._documents import check_arguments, iterate_documents
+from splade_fast.export._documents import (
+    POSITIVE,
+    check_arguments,
+    iterate_documents,
+)
 from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
     make_templates,
@@ -55,7 +60,8 @@ def write_anserini(
     Raises:
         FileExistsError: `path` exists.
         TypeError: rows are not SparseRows.
-        ValueError: an argument is invalid, or a weight is not finite and above 0.
+        ValueError: an argument is invalid, a weight is not finite and above 0, or the impacts of a
+            document add up to 2³¹ or more.
 
     Example::
 
@@ -68,6 +74,8 @@ def write_anserini(
     ids = check_arguments(
         rows, ids, empty, texts, "texts", max_bytes=_MAX_ID_BYTES, allows_white_space=False
     )
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and above 0, got {scale}")
     names = name_columns(id_to_token, rows.num_cols, lambda name: len(name.split()) == 1)
@@ -79,7 +87,7 @@ def write_anserini(
         extras=texts,
         extras_name="texts",
         scale=scale,
-        should_be_positive=True,
+        weights=POSITIVE,
         show_progress=show_progress,
     )
     return write_texts_and_vectors(path, chunks, fields, "contents")

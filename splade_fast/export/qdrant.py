@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from splade_fast._atomic_files import new_folder
 from splade_fast._checks import check_count
-from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._documents import (
+    FLOAT32,
+    Documents,
+    check_arguments,
+    iterate_documents,
+)
 from splade_fast.export._ids import DocumentId, plain_id
 from splade_fast.export._json_lines import check_payload, number_format, to_json, write_lines
 from splade_fast.ops.sparse_rows import SparseRows
@@ -75,7 +80,7 @@ def qdrant_points(
 
     Raises:
         TypeError: rows are not SparseRows.
-        ValueError: an argument is invalid, or a weight is not finite.
+        ValueError: an argument is invalid, or a weight is not finite in float32.
         ImportError: qdrant-client is not installed.
 
     Example::
@@ -86,10 +91,13 @@ def qdrant_points(
         [17, 18]
     """
     models = _import_models()
+    _check_name(vector_name)
     ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
     return _points(
         models,
-        iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress),
+        iterate_documents(
+            rows, ids, empty, extras=payloads, weights=FLOAT32, show_progress=show_progress
+        ),
         vector_name,
     )
 
@@ -181,8 +189,10 @@ def write_qdrant(
         2
     """
     ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
-    vector_key = to_json(vector_name, "vector_name")
-    chunks = iterate_documents(rows, ids, empty, extras=payloads, show_progress=show_progress)
+    vector_key = _check_name(vector_name)
+    chunks = iterate_documents(
+        rows, ids, empty, extras=payloads, weights=FLOAT32, show_progress=show_progress
+    )
     number = number_format(rows)
     with new_folder(path) as folder:
         return write_lines(
@@ -222,6 +232,13 @@ def _payloads(chunk: Documents) -> Iterator[str]:
     for row, id_, payload in zip(chunk.rows, chunk.ids, chunk.extras, strict=True):
         check_payload(payload, row)
         yield to_json({"id": id_, **(payload or {})}, f"payloads[{row}]")
+
+
+def _check_name(vector_name: str) -> str:
+    """Return the name as JSON."""
+    if not isinstance(vector_name, str):
+        raise TypeError(f"vector_name must be a str, got {type(vector_name).__name__}")
+    return to_json(vector_name, "vector_name")
 
 
 def _number_or_uuid(text: str) -> DocumentId:

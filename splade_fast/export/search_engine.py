@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from splade_fast._atomic_files import new_folder
-from splade_fast.export._documents import Documents, check_arguments, iterate_documents
+from splade_fast.export._documents import (
+    LUCENE_QUERY,
+    POSITIVE_NORMAL_FLOAT32,
+    Documents,
+    WeightRange,
+    check_arguments,
+    iterate_documents,
+)
 from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
     check_payload,
@@ -45,7 +52,7 @@ def write_opensearch(
     a dot ends the field's name, so a token that contains a dot is named `[#column]`.
 
     Args:
-        rows: (N, V), weights above 0.
+        rows: (N, V), weights above 0, and normal numbers of float32.
         path: folder to write; must not exist.
         ids: ids of the documents, unique, of at most 512 bytes; the row numbers by default.
         id_to_token: names of the columns; the column numbers by default.
@@ -61,8 +68,8 @@ def write_opensearch(
     Raises:
         FileExistsError: `path` exists.
         TypeError: rows are not SparseRows.
-        ValueError: an argument is invalid, a weight is not finite and above 0, or a payload has one
-            of these names.
+        ValueError: an argument is invalid, a weight is not such a number, or a payload has one of
+            these names.
 
     Example::
 
@@ -119,7 +126,7 @@ def opensearch_query(
     """Return a `neural_sparse` query for each row; the score of a document is the dot product.
 
     Args:
-        queries: (Q, V), weights above 0.
+        queries: (Q, V), weights above 0 and at most 64.
         id_to_token: the names that the documents were written with.
         field: name of the field that the documents were written with.
 
@@ -132,8 +139,12 @@ def opensearch_query(
         >>> sf.export.opensearch_query(queries, id_to_token=["fox", "dog"])
         [{'neural_sparse': {'splade': {'query_tokens': {'dog': 1.5}}}}]
     """
+    _check_field(field)
     return _make_queries(
-        queries, id_to_token, lambda weights: {"neural_sparse": {field: {"query_tokens": weights}}}
+        queries,
+        id_to_token,
+        LUCENE_QUERY,
+        lambda weights: {"neural_sparse": {field: {"query_tokens": weights}}},
     )
 
 
@@ -163,15 +174,20 @@ def elasticsearch_query(
         >>> sf.export.elasticsearch_query(queries, id_to_token=["fox", "dog"])
         [{'sparse_vector': {'field': 'splade', 'query_vector': {'dog': 1.5}}}]
     """
+    _check_field(field)
     _check_field_type(field_type)
     if field_type == "sparse_vector":
         return _make_queries(
             queries,
             id_to_token,
+            POSITIVE_NORMAL_FLOAT32,
             lambda weights: {"sparse_vector": {"field": field, "query_vector": weights}},
         )
     return _make_queries(
-        queries, id_to_token, lambda weights: {"bool": {"should": _clauses(weights, field)}}
+        queries,
+        id_to_token,
+        POSITIVE_NORMAL_FLOAT32,
+        lambda weights: {"bool": {"should": _clauses(weights, field)}},
     )
 
 
@@ -185,11 +201,12 @@ def _clauses(weights: dict[str, float], field: str) -> list[Query]:
 def _make_queries(
     queries: SparseRows,
     id_to_token: Sequence[str] | Mapping[int, str] | None,
+    allowed: WeightRange,
     query: Callable[[dict[str, float]], Query],
 ) -> list[Query]:
     check_arguments(queries, None, "keep")
     names = _feature_names(id_to_token, queries.num_cols)
-    chunks = iterate_documents(queries, None, "keep", should_be_positive=True, show_progress=False)
+    chunks = iterate_documents(queries, None, "keep", weights=allowed, show_progress=False)
     fields = make_templates(names, number_format(queries))
     vectors = (json.loads(vector) for chunk in chunks for vector in format_vectors(chunk, fields))
     # A bool query without clauses matches all documents; the other kinds are errors when empty.
@@ -208,13 +225,16 @@ def _write_bulk(
     show_progress: bool,
 ) -> int:
     ids = check_arguments(rows, ids, empty, payloads, max_bytes=_MAX_ID_BYTES)
-    to_json(field, "field")
-    if field in _RESERVED:
-        raise ValueError(f"field must be a name that the engines do not reserve, got {field!r}")
+    _check_field(field)
     _check_field_type(field_type)
     fields = make_templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))
     chunks = iterate_documents(
-        rows, ids, empty, extras=payloads, should_be_positive=True, show_progress=show_progress
+        rows,
+        ids,
+        empty,
+        extras=payloads,
+        weights=POSITIVE_NORMAL_FLOAT32,
+        show_progress=show_progress,
     )
     mapping = {"mappings": {"properties": {field: {"type": field_type}}}}
     with new_folder(path) as folder:
@@ -249,6 +269,17 @@ def _feature_names(
     id_to_token: Sequence[str] | Mapping[int, str] | None, num_cols: int
 ) -> list[str]:
     return name_columns(id_to_token, num_cols, lambda name: "." not in name)
+
+
+def _check_field(field: str) -> None:
+    """Raise if the engines refuse a name of a field."""
+    if not isinstance(field, str):
+        raise TypeError(f"field must be a str, got {type(field).__name__}")
+    to_json(field, "field")
+    if field in _RESERVED:
+        raise ValueError(f"field must be a name that the engines do not reserve, got {field!r}")
+    if not all(part.strip() for part in field.split(".")):
+        raise ValueError(f"field must have a name before and after each dot, got {field!r}")
 
 
 def _check_field_type(field_type: str) -> None:

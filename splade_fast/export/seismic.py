@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from splade_fast.export._documents import check_arguments, iterate_documents
+from splade_fast.export._documents import (
+    POSITIVE_FLOAT16,
+    check_arguments,
+    iterate_documents,
+)
 from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import (
     make_templates,
@@ -32,7 +36,7 @@ def write_seismic(
     30 characters.
 
     Args:
-        rows: (N, V), weights above 0.
+        rows: (N, V), weights above 0 and at most 65,504.
         path: folder to write, with a file `documents.jsonl`; must not exist.
         ids: ids of the documents, unique; the row numbers by default.
         id_to_token: names of the columns; the column numbers by default.
@@ -47,7 +51,7 @@ def write_seismic(
     Raises:
         FileExistsError: `path` exists.
         TypeError: rows are not SparseRows.
-        ValueError: an argument is invalid, or a weight is not finite and above 0.
+        ValueError: an argument is invalid, or a weight is out of this range.
 
     Example::
 
@@ -65,7 +69,7 @@ def write_seismic(
         empty,
         extras=texts,
         extras_name="texts",
-        should_be_positive=True,
+        weights=POSITIVE_FLOAT16,
         show_progress=show_progress,
     )
     return write_texts_and_vectors(path, chunks, fields, "content")

@@ -72,6 +72,49 @@ def test_weights_have_to_be_positive_where_the_format_says_so(name, value, rows,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("names", "value", "message"),
+    [
+        (("elasticsearch", "opensearch"), 1e-38, "above 0 as normal float32 .* got 1e-38 in row 5"),
+        (
+            ("elasticsearch", "opensearch"),
+            1e39,
+            "above 0 as normal float32 .* got 1e\\+39 in row 5",
+        ),
+        (("seismic",), 65505.0, "as float16 numbers .* got 65505.0 in row 5"),
+        (("qdrant",), 1e39, "finite as float32 numbers .* got 1e\\+39 in row 5"),
+        (("qdrant",), -1e39, "finite as float32 numbers .* got -1e\\+39 in row 5"),
+        (("anserini",), 1e39, r"sum of a document's impacts below 2\*\*31, got 100.0 .* in row 5"),
+    ],
+)
+def test_weights_have_to_fit_the_numbers_of_the_store(names, value, message, tmp_path):
+    rows = make_rows(torch.float64)
+    for name in names:
+        with pytest.raises(ValueError, match=message):
+            WRITERS[name](with_value(rows, 5, value), tmp_path / "out", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("elasticsearch", 2.0**-126),
+        ("opensearch", 3.4028234663852886e38),
+        ("seismic", 65504.0),
+        ("seismic", 1e-40),
+        ("qdrant", -3.4028234663852886e38),
+        ("bm25s", 1e300),
+        ("npz", -5e-324),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_and_smallest_weights_are_written(name, value, dtype, tmp_path):
+    if dtype == torch.float32 and name in ("bm25s", "npz"):
+        value = 3.4e38
+    rows = with_value(make_rows(dtype), 5, value)
+    assert WRITERS[name](rows, tmp_path / "out", show_progress=False) == len(rows)
+
+
 def test_pieces_of_any_size_give_the_same_files(write, rows, ids, tmp_path, monkeypatch):
     assert write(rows, ids) == len(rows)
     whole = files(tmp_path / "out")
@@ -252,6 +295,15 @@ def test_texts_that_are_no_text_are_refused(name, text, error, message, tmp_path
     rows = SparseRows.from_dense(torch.ones(2, 2))
     with pytest.raises(error, match=message):
         WRITERS[name](rows, tmp_path / "out", texts=["x", text], show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", WITH_TEXTS)
+@pytest.mark.parametrize("texts", ["ab", {"a": "x", "b": "y"}])
+def test_texts_are_a_list(name, texts, tmp_path):
+    rows = SparseRows.from_dense(torch.ones(2, 2))
+    with pytest.raises(TypeError, match="texts must be a list, one per row, got (str|dict)"):
+        WRITERS[name](rows, tmp_path / "out", texts=texts, show_progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

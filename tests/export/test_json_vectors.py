@@ -86,6 +86,20 @@ def test_anserini_scales_have_to_fit(tmp_path, rows, scale):
     assert not (tmp_path / "out").exists()
 
 
+def test_impacts_of_a_document_add_up_to_less_than_lucene_counts(tmp_path):
+    rows = SparseRows.from_dicts([{0: 1.0}, {0: 1.5e7, 1: 1.5e7}], num_cols=2)
+    message = "scale must keep the sum of a document's impacts .*, got 100.0 for 3e\\+09 in row 1"
+    with pytest.raises(ValueError, match=message):
+        export.write_anserini(rows, tmp_path / "out", show_progress=False)
+    assert export.write_anserini(rows, tmp_path / "out", scale=50, show_progress=False) == 2
+
+
+@pytest.mark.parametrize("scale", [True, "100", None])
+def test_anserini_scales_are_numbers(tmp_path, rows, scale):
+    with pytest.raises(TypeError, match="scale must be a number, got"):
+        export.write_anserini(rows, tmp_path / "out", scale=scale, show_progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_seismic_lines_hold_the_weights_to_the_bit(tmp_path, ids, dtype):
     rows = make_rows(dtype)

@@ -148,6 +148,8 @@ def test_bad_arguments_are_refused_before_anything_is_sent(client, rows):
     ]:
         with pytest.raises(ValueError, match=message):
             export.upload_to_qdrant(client, "documents", rows, **options)
+    with pytest.raises(TypeError, match="vector_name must be a str, got int"):
+        export.upload_to_qdrant(client, "documents", rows, vector_name=5)
     assert not client.collection_exists("documents")
 
 

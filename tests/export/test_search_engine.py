@@ -131,9 +131,24 @@ def test_bad_arguments_are_refused(tmp_path, rows):
         message = f"payloads must not have the field '{name}', got one of '7'"
         with pytest.raises(ValueError, match=message):
             export.write_opensearch(rows, tmp_path / "out", payloads=payloads, show_progress=False)
-    for name in ("", "_id"):
-        with pytest.raises(ValueError, match=f"field must be a name .*, got '{name}'"):
+    for name in ("", "_id", " ", ".x", "x.", "x. .y"):
+        with pytest.raises(ValueError, match=f"field must .*, got '{name}'"):
             export.write_elasticsearch(rows, tmp_path / "out", field=name)
+        with pytest.raises(ValueError, match=f"field must .*, got '{name}'"):
+            export.opensearch_query(rows, field=name)
+    with pytest.raises(TypeError, match="field must be a str, got int"):
+        export.elasticsearch_query(rows, field=5)
     with pytest.raises(TypeError, match="rows must be SparseRows, got Tensor"):
         export.opensearch_query(rows.to_dense())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_opensearch_refuses_query_weights_above_64():
+    """Lucene's `FeatureField.newLinearQuery` does; Elasticsearch gives the weight as a boost."""
+    rows = SparseRows.from_dicts([{}, {0: 64.0}, {1: 64.5}], num_cols=2)
+    [_, query] = export.opensearch_query(rows[:2])
+    assert query == {"neural_sparse": {"splade": {"query_tokens": {"0": 64}}}}
+    with pytest.raises(ValueError, match="above 0 and at most 64 in a query .* got 64.5 in row 2"):
+        export.opensearch_query(rows)
+    for field_type in ("sparse_vector", "rank_features"):
+        assert len(export.elasticsearch_query(rows, field_type=field_type)) == 3
