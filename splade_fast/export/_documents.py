@@ -36,7 +36,7 @@ class WeightRange:
 
     def holds(self, values: np.ndarray) -> np.ndarray:
         """Return whether the range holds each value."""
-        held_mask = np.isfinite(values)
+        held_mask: np.ndarray = np.isfinite(values)
         held_mask &= values > self.above
         held_mask &= np.abs(values) <= self.most
         return held_mask

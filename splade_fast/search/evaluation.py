@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import ir_measures
@@ -10,8 +11,8 @@ from torch import Tensor
 from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.hits import list_hits, warn_of_data, warn_of_empty_vectors
-from splade_fast.search.lines import DataError
-from splade_fast.search.qrels import Qrels
+from splade_fast.search.lines import DataError, check_ids
+from splade_fast.search.qrels import Qrels, plain_qrels
 from splade_fast.search.texts import Texts
 
 _DISPLAY_NAMES = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
@@ -24,10 +25,9 @@ def select_judged(queries: Texts, qrels: Qrels) -> Texts:
     """Return the queries that have judgements, and warn of judgements without a query.
 
     Raises:
-        DataError: nothing is judged, or no judged query is among the queries.
+        DataError, TypeError: see `plain_qrels`; or no judged query is among the queries.
     """
-    if not qrels:
-        raise DataError("qrels must judge at least one query, got none")
+    qrels = plain_qrels(qrels)
     judged = [pair for pair in zip(queries.ids, queries.texts, strict=True) if pair[0] in qrels]
     if not judged:
         raise DataError(f"qrels must judge at least one of the queries, got {min(qrels)!r}")
@@ -46,8 +46,11 @@ def select_qrels(qrels: Qrels, query_ids: Sequence[str], doc_ids: Iterable[str])
         qrels: judgements {query id: {document id: relevance}}.
         query_ids: ids of judged queries.
         doc_ids: ids of all documents.
+
+    Raises:
+        DataError: a query is not judged.
     """
-    selected = {query_id: qrels[query_id] for query_id in query_ids}
+    selected = _judgements_of(query_ids, qrels)
     judged = {doc_id for row in selected.values() for doc_id in row}
     missing = len(judged.difference(doc_ids))
     if missing:
@@ -98,24 +101,31 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
         qrels: {query id: {document id: relevance}}.
         run: {query id: {document id: score}}.
 
+    Raises:
+        DataError, TypeError: see `plain_qrels`.
+        ValueError: a score is NaN.
+
     Example::
 
         >>> from splade_fast.search.evaluation import evaluate_run
         >>> evaluate_run({"q1": {"d2": 1}}, {"q1": {"d1": 3.0, "d2": 3.0}})["MRR@10"]
         0.5
     """
+    qrels = plain_qrels(qrels)
     measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
-    ranked = {query_id: _replace_scores_by_ranks(hits) for query_id, hits in run.items()}
+    ranked = {query_id: _replace_scores_by_ranks(query_id, hits) for query_id, hits in run.items()}
     results = ir_measures.calc_aggregate(measures, qrels, ranked)
     return {_DISPLAY_NAMES[str(measure)]: float(results[measure]) for measure in measures}
 
 
-def _replace_scores_by_ranks(hits: dict[str, float]) -> dict[str, float]:
+def _replace_scores_by_ranks(query_id: str, hits: dict[str, float]) -> dict[str, float]:
     """Return different scores in the same order: n, n - 1, …, 1.
 
     The libraries behind the measures order equal scores by id, some up and some down, and compare
     scores in float32.
     """
+    if any(math.isnan(score) for score in hits.values()):
+        raise ValueError(f"run[{query_id!r}] must have scores that are numbers, got NaN")
     best_first = sorted(hits, key=hits.__getitem__, reverse=True)  # stable
     return {doc_id: float(len(hits) - rank) for rank, doc_id in enumerate(best_first)}
 
@@ -142,6 +152,11 @@ def evaluate_vectors(
         ignore_identical_ids: whether the document that has the id of the query is not searched, as
             in BEIR, where some queries (ArguAna, Quora) are documents themselves.
 
+    Raises:
+        TypeError: see `evaluate_run`; or an id is not a str.
+        ValueError: see `evaluate_run`; or an id is repeated, there is not one for each vector, or a
+            query is not judged.
+
     Example::
 
         >>> from splade_fast.search.evaluation import evaluate_vectors
@@ -153,8 +168,20 @@ def evaluate_vectors(
         >>> evaluate_vectors(qrels, ids, rows, ids, rows, ignore_identical_ids=True)["MRR@10"]
         1.0
     """
+    for name, ids, rows in (("query_ids", query_ids, queries), ("doc_ids", doc_ids, documents)):
+        check_ids(name, ids)
+        if len(ids) != len(rows):
+            raise ValueError(f"{name} must be one per vector, {len(rows)}, got {len(ids)}")
+    judgements = _judgements_of(query_ids, qrels)
     warn_of_empty_vectors(queries, documents)
     # One hit more, since that of the query itself is left out.
     scores, hits = sparse_search(queries, documents, _HITS + int(ignore_identical_ids))
     run = make_run(query_ids, doc_ids, scores, hits, ignore_identical_ids=ignore_identical_ids)
-    return evaluate_run({query_id: qrels[query_id] for query_id in query_ids}, run)
+    return evaluate_run(judgements, run)
+
+
+def _judgements_of(query_ids: Sequence[str], qrels: Qrels) -> Qrels:
+    for query_id in query_ids:
+        if query_id not in qrels:
+            raise DataError(f"qrels must judge all queries, got no judgement of {query_id!r}")
+    return {query_id: qrels[query_id] for query_id in query_ids}

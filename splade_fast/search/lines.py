@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,6 +122,22 @@ def parse_id(value: Any) -> str:
         )
     check_unicode("the id", found)
     return found
+
+
+def check_ids(name: str, ids: Iterable[str]) -> None:
+    """Check that ids are texts, each another one.
+
+    Raises:
+        TypeError: an id is not a str.
+        ValueError: an id is repeated.
+    """
+    seen: set[str] = set()
+    for position, found in enumerate(ids):
+        if not isinstance(found, str):
+            raise TypeError(f"{name}[{position}] must be a str, got {type(found).__name__}")
+        if found in seen:
+            raise ValueError(f"{name} must be unique, got {found!r} twice")
+        seen.add(found)
 
 
 def quote_start(line: str, limit: int = 60) -> str:

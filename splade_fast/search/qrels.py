@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from splade_fast._checks import check_integer
 from splade_fast.search.lines import (
     DataError,
     parse_id,
@@ -24,6 +26,7 @@ _DOCUMENT_NAMES = {"corpus_id", "docid", "doc_id", "docno", "document_id", "docu
 _RELEVANCE_NAMES = {"score", "relevance", "rel", "label", "grade"}
 _NAMES = (_QUERY_NAMES, _DOCUMENT_NAMES, _RELEVANCE_NAMES)
 # Measures hold an array with an element for each relevance up to the largest.
+_MAX_RELEVANCE = 999_999
 _RELEVANCE = re.compile(r"([+-]?[0-9]{1,6})(\.0*)?")
 # White space of trec_eval. An id may hold others, such as a no-break space.
 _FIELD = re.compile(r"\S+", re.ASCII)
@@ -54,6 +57,42 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     if not qrels:
         raise DataError(f"{path} must hold at least one judgement, got none")
     return qrels
+
+
+def plain_qrels(qrels: Mapping[str, Mapping[str, SupportsIndex]]) -> Qrels:
+    """Return judgements as dicts of str and int, also from mappings and integers of NumPy.
+
+    Raises:
+        DataError: nothing is judged.
+        TypeError: an id is not a str, a relevance is not an integer, or the judgements of a query
+            are not a mapping.
+        ValueError: a relevance has more than 6 digits.
+    """
+    if not qrels:
+        raise DataError("qrels must judge at least one query, got none")
+    return {query: _plain_judgements(query, judged) for query, judged in qrels.items()}
+
+
+def _plain_judgements(query: str, judged: Mapping[str, SupportsIndex]) -> dict[str, int]:
+    if not isinstance(query, str):
+        raise TypeError(f"qrels must have ids that are str, got {query!r}")
+    if not isinstance(judged, Mapping):
+        got = type(judged).__name__
+        raise TypeError(f"qrels[{query!r}] must map document ids to relevances, got {got}")
+    for document in judged:
+        if not isinstance(document, str):
+            raise TypeError(f"qrels[{query!r}] must have ids that are str, got {document!r}")
+    return {
+        document: _check_relevance(f"qrels[{query!r}][{document!r}]", relevance)
+        for document, relevance in judged.items()
+    }
+
+
+def _check_relevance(name: str, value: SupportsIndex) -> int:
+    relevance = check_integer(name, value)
+    if abs(relevance) > _MAX_RELEVANCE:
+        raise ValueError(f"{name} must have at most 6 digits, got {relevance}")
+    return relevance
 
 
 def _parse_line(line: str) -> tuple[str, str, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from splade_fast._checks import check_unicode
 from splade_fast.search.lines import (
     DataError,
+    check_ids,
     is_json_lines,
     parse_id,
     parse_json_object,
@@ -47,10 +48,20 @@ _PARTS = {
 
 @dataclass
 class Texts:
-    """Texts and their unique ids, in the order of their file."""
+    """Texts and their unique ids, in the order of their file.
+
+    Raises:
+        TypeError: an id is not a str.
+        ValueError: there is not one text for each id, or an id is repeated.
+    """
 
     ids: list[str]
     texts: list[str]
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.ids):
+            raise ValueError(f"texts must be one per id, {len(self.ids)}, got {len(self.texts)}")
+        check_ids("ids", self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -35,6 +35,7 @@ class RetrievalEvaluator:
 
     Raises:
         DataError: none of the queries is judged.
+        TypeError: the texts are no `Texts`, or the judgements are no such mapping.
 
     Example::
 
@@ -62,6 +63,9 @@ class RetrievalEvaluator:
         document_prompt: str | None = None,
         ignore_identical_ids: bool = False,
     ) -> None:
+        for name, texts in (("queries", queries), ("corpus", corpus)):
+            if not isinstance(texts, Texts):
+                raise TypeError(f"{name} must be Texts, got {type(texts).__name__}")
         if not corpus.ids:
             raise DataError("corpus must hold at least one document, got none")
         self.queries = select_judged(queries, qrels)

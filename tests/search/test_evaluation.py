@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +141,69 @@ def test_queries_without_judgements_and_judgements_without_queries_do_not_count(
     assert evaluate_vectors(qrels, ["q1"], one, ["d1"], one)["Recall@100"] == 0.5
     with pytest.raises(DataError, match="qrels must judge at least one of the queries, got 'q9'"):
         select_judged(queries, {"q9": {"d1": 1}})
+
+
+def test_numbers_of_numpy_are_numbers():
+    qrels = {np.str_("q1"): {np.str_("d1"): np.int64(1), "d2": np.int8(0)}}
+    run = {"q1": {"d2": np.float32(2.0), "d1": np.float32(1.0)}}
+    assert evaluate_run(qrels, run)["MRR@10"] == 0.5
+    one = sf.SparseRows.from_dense(torch.ones(2, 2))
+    ids = np.array(["q1", "q2"])
+    assert evaluate_vectors(qrels, ids[:1], one[:1], np.array(["d2", "d1"]), one)["MRR@10"] == 0.5
+    [judged] = select_judged(Texts(["q1"], ["fox"]), qrels).ids
+    assert judged == "q1"
+
+
+def test_queries_without_hits_or_relevant_documents_count_as_0():
+    qrels = {"q1": {"d1": 1}, "q2": {"d1": 1}, "q3": {"d1": 0}, "q4": {"d1": -1}, "q5": {}}
+    run = {"q1": {"d1": 1.0}, "q3": {"d1": 1.0}, "q4": {"d1": 1.0}, "q9": {"d1": 1.0}}
+    assert evaluate_run(qrels, run) == dict.fromkeys(("MRR@10", "nDCG@10", "Recall@100"), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("qrels", "error", "message"),
+    [
+        ({}, DataError, "qrels must judge at least one query, got none"),
+        ({1: {"d1": 1}}, TypeError, "qrels must have ids that are str, got 1"),
+        ({"q1": {1: 1}}, TypeError, r"qrels\['q1'\] must have ids that are str, got 1"),
+        ({"q1": {"d1"}}, TypeError, r"qrels\['q1'\] must map document ids to .*, got set"),
+        ({"q1": {"d1": 0.5}}, TypeError, r"qrels\['q1'\]\['d1'\] must be an integer, got float"),
+        ({"q1": {"d1": 10**6}}, ValueError, "must have at most 6 digits, got 1000000"),
+    ],
+)
+def test_judgements_that_are_none_are_refused(qrels, error, message):
+    with pytest.raises(error, match=message):
+        evaluate_run(qrels, {"q1": {"d1": 1.0}})
+    with pytest.raises(error, match=message):
+        select_judged(Texts(["q1"], ["fox"]), qrels)
+
+
+def test_scores_of_nan_are_refused():
+    with pytest.raises(ValueError, match=r"run\['q1'\] must have scores that are numbers, got NaN"):
+        evaluate_run({"q1": {"d1": 1}}, {"q1": {"d1": 1.0, "d2": math.nan}})
+
+
+@pytest.mark.parametrize(
+    ("query_ids", "doc_ids", "error", "message"),
+    [
+        (["q1"], ["d1", "d2", "d3"], ValueError, "doc_ids must be one per vector, 2, got 3"),
+        (["q1"], ["d1"], ValueError, "doc_ids must be one per vector, 2, got 1"),
+        (["q1", "q2"], ["d1", "d2"], ValueError, "query_ids must be one per vector, 1, got 2"),
+        (["q1"], ["d1", "d1"], ValueError, "doc_ids must be unique, got 'd1' twice"),
+        (["q1"], ["d1", 2], TypeError, r"doc_ids\[1\] must be a str, got int"),
+        (["q2"], ["d1", "d2"], DataError, "qrels must judge all queries, got no judgement of 'q2'"),
+    ],
+)
+def test_ids_that_do_not_fit_the_vectors_are_refused(query_ids, doc_ids, error, message):
+    rows = sf.SparseRows.from_dense(torch.ones(2, 2))
+    with pytest.raises(error, match=message):
+        evaluate_vectors({"q1": {"d1": 1}}, query_ids, rows[:1], doc_ids, rows)
+
+
+def test_texts_have_unique_ids():
+    with pytest.raises(ValueError, match="ids must be unique, got 'q1' twice"):
+        Texts(["q1", "q1"], ["fox", "dog"])
+    with pytest.raises(TypeError, match=r"ids\[0\] must be a str, got int"):
+        Texts([1], ["fox"])
+    with pytest.raises(ValueError, match="texts must be one per id, 1, got 2"):
+        Texts(["q1"], ["fox", "dog"])

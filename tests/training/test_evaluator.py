@@ -132,3 +132,12 @@ def test_texts_without_known_words_find_nothing_and_are_warned_of():
 def test_an_empty_corpus_is_refused():
     with pytest.raises(DataError, match="corpus must hold at least one document, got none"):
         RetrievalEvaluator(Texts(["q1"], ["fox"]), Texts([], []), {"q1": {"d1": 1}})
+
+
+def test_dicts_of_texts_are_refused():
+    """The evaluators of sentence-transformers take them."""
+    texts = Texts(["d1"], ["fox"])
+    with pytest.raises(TypeError, match="queries must be Texts, got dict"):
+        RetrievalEvaluator({"q1": "fox"}, texts, {"q1": {"d1": 1}})
+    with pytest.raises(TypeError, match="corpus must be Texts, got dict"):
+        RetrievalEvaluator(Texts(["q1"], ["fox"]), {"d1": "fox"}, {"q1": {"d1": 1}})
