@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: env build packages libraries demo demo-scratch test test-all test-cpp test-python test-latest emulate emulate-races \
-	lint format docs sanitize fuzz \
+	emulate-memory lint format docs sanitize fuzz \
 	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
 env: $(VENV)/.environment
@@ -75,11 +75,14 @@ EMULATION_CASES ?= 200
 emulate: build
 	EMULATION_CASES=$(EMULATION_CASES) python -m pytest tests/emulation $(ARGS)
 
-# The same under ThreadSanitizer, which finds races between threads and between blocks: many
-# times slower, so fewer cases.
+# The same under ThreadSanitizer, which finds races between threads and between blocks, and under AddressSanitizer and
+# UBSan, which find wrong accesses: many times slower, so fewer cases.
 SANITIZED_CASES ?= 4
 emulate-races: build
 	EMULATION_CASES=$(SANITIZED_CASES) python -m tests.emulation.sanitized thread tests/emulation $(ARGS)
+
+emulate-memory: build
+	EMULATION_CASES=$(SANITIZED_CASES) python -m tests.emulation.sanitized address tests/emulation $(ARGS)
 
 lint: build
 	ruff check .

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
+import torch
 
 from tests.emulation.cases import CASES, FIRST, begin
 from tests.emulation.library import SANITIZER, Emulator
@@ -23,6 +24,14 @@ def emulator() -> Emulator:
 @pytest.fixture
 def draw(emulator: Emulator, case: int) -> Random:
     return begin(emulator, case)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """Fill each new tensor with NaN, or the largest integer, so that what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

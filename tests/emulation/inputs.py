@@ -23,8 +23,10 @@ def with_specials(draw: Random, x: Tensor, share: float = 0.05) -> Tensor:
 
 
 def with_strides(draw: Random, x: Tensor) -> Tensor:
-    """Return the same elements with other strides: contiguous, in wider rows, or transposed."""
-    kind = draw.choice(["as is", "as is", "wider", "transposed"])
+    """Return the same elements elsewhere: in wider rows, transposed, or one element further."""
+    kind = draw.choice(["as is", "as is", "wider", "transposed", "further"])
+    if kind == "further":  # an address that is no multiple of 16 bytes
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
     if kind == "wider":
         wide = x.new_empty(*x.shape[:-1], x.shape[-1] + draw.choice([1, 2, 8]))
         return wide[..., : x.shape[-1]].copy_(x)

@@ -84,14 +84,12 @@ class Emulator:
 
     @contextmanager
     def written_memory(self) -> Iterator[None]:
-        """Fail where a tensor copy reads memory that nothing has written."""
-        torch.use_deterministic_algorithms(True)  # fills new memory
+        """Fail where a tensor copy reads memory that nothing has written: conftest.py fills it."""
         self._library.emulation_expect_written_memory(True)
         try:
             yield
         finally:
             self._library.emulation_expect_written_memory(False)
-            torch.use_deterministic_algorithms(False)
 
     def pin(self, table: Tensor | None, *, is_work_running: bool) -> None:
         """Make a table pinned memory, and let the work of all launches seem to run on or not."""

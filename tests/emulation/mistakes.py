@@ -50,3 +50,17 @@ RACES = {
     "head_without_last_wait": Mistake(_PRODUCT, "wgmma_wait<0>()"),
     "scatter_by_several_blocks": Mistake("cuda/gather.cu", "left_out[row] == 0", "true"),
 }
+
+# Mistakes that read or write outside of memory, or at an address that the access does not allow.
+MEMORY = {
+    "gather_beyond_the_row": Mistake(
+        "cuda/gather.cu",
+        "i < count",
+        "i <= count",
+        behind="#pragma unroll 4\n  for (int64_t i = threadIdx.x; ",
+    ),
+    "gather_by_the_widest_access": Mistake(
+        "cuda/gather.cu", "all % static_cast<uintptr_t>(width) != 0", "false"
+    ),
+    "prune_beyond_the_buffer": Mistake("cuda/prune.cu", "before.certain < kCapacity<Acc>", "true"),
+}

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.emulation.mistakes import MISTAKES, RACES, Mistake
+from tests.emulation.mistakes import MEMORY, MISTAKES, RACES, Mistake
 
 EMULATOR = Path(__file__).parent / "emulator"
 LIBRARY = "splade_fast_emulated"  # the ops' namespace; they are registered for CPU tensors
@@ -119,7 +119,7 @@ def prepared_texts(source: Path) -> dict[str, str]:
     texts["cuda/head/sm90/instructions.cuh"] = (EMULATOR / "instructions.cuh").read_text()
     for replacement in (
         *REPLACEMENTS,
-        *(with_switch(*item) for item in (MISTAKES | RACES).items()),
+        *(with_switch(*item) for item in (MISTAKES | RACES | MEMORY).items()),
     ):
         texts[replacement.file] = replaced(texts[replacement.file], replacement)
     for name, text in texts.items():

@@ -71,6 +71,21 @@ def test_index_out_of_range(emulator, draw, kinds, count):
         assert_same(found, table)
 
 
+@pytest.mark.parametrize("index", [-1, 5, 2**40, -(2**63)])
+def test_index_out_of_range_is_refused_by_every_op(emulator, index):
+    table, indices = torch.arange(10.0).view(5, 2), torch.tensor([0, index, 4])
+    age, valid = torch.arange(5).int(), torch.ones(5).bool()
+    kept = [tensor.clone() for tensor in (table, age, valid)]
+    with pytest.raises(RuntimeError, match="indices must be between 0 and the last row"):
+        emulator.ops.gather_rows([table], indices)
+    with pytest.raises(RuntimeError, match="indices must be between 0 and the last row"):
+        emulator.ops.update_cache_(
+            [table], age, valid, [], None, [torch.ones(3, 2)], indices, None, True
+        )
+    for tensor, expected in zip((table, age, valid), kept, strict=True):
+        assert_same(tensor, expected)
+
+
 def test_update(emulator, draw):
     slots, vectors = draw.choice([1, 3, 40, 1500, 5000]), draw.choice([1, 3])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from splade_fast import reference
-from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of
+from tests.emulation.inputs import NAN, assert_same, small_integers, starts_of, with_strides
 from tests.ops.head.test_head import HALF, compare
 from tests.ops.inputs import ACTIVATIONS, DTYPES, POOLINGS, lattice
 from tests.tolerances import assert_accurate
@@ -37,7 +37,12 @@ def test_matches_reference(monkeypatch, emulator, draw):
     for pooling in POOLINGS:
         with emulator.in_place():
             compare(
-                *(hidden, make(vocabulary, dim), bias, mask),
+                *(
+                    with_strides(draw, hidden),
+                    with_strides(draw, make(vocabulary, dim)),
+                    bias,
+                    mask,
+                ),
                 cu_seqlens=cu_seqlens,
                 pooling=pooling,
                 activation=draw.choice(ACTIVATIONS),
@@ -68,6 +73,7 @@ def test_fused_is_that_of_the_cpu(fused, emulator, draw):
     if draw.random() < 0.3:
         weight[draw.randrange(vocabulary), 0] = draw.choice([NAN, torch.inf])
     bias = draw.choice([None, make(vocabulary)])
+    hidden, weight = with_strides(draw, hidden), with_strides(draw, weight)
     for save in (True, False):
         arguments = hidden, weight, bias, mask, cu_seqlens, 0, 0, save, draw.random() < 0.5, True
         pooled, maximum, argmax = emulator.ops.head_forward_dense(*arguments)

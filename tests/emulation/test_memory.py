@@ -1,0 +1,39 @@
+"""Check that AddressSanitizer and UBSan, where they watch, find wrong accesses of kernels."""
+
+import os
+
+import pytest
+import torch
+
+from tests.emulation.library import SANITIZER
+
+pytestmark = pytest.mark.skipif(
+    SANITIZER != "address", reason="needs AddressSanitizer: make emulate-memory"
+)
+
+
+def gather(emulator):
+    emulator.ops.gather_rows([torch.zeros(3, 5)[:, 1:]], torch.tensor([2]))
+
+
+def prune(emulator):
+    emulator.ops.prune_rows(torch.rand(1, 9000), 5, 0.0, None, None)
+
+
+CHECKS = {
+    "gather_beyond_the_row": (gather, "AddressSanitizer: heap-buffer-overflow"),
+    "gather_by_the_widest_access": (gather, "misaligned address"),
+    "prune_beyond_the_buffer": (prune, "out of bounds"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_wrong_access_is_found(capfd, emulator, name):
+    check, report = CHECKS[name]
+    child = os.fork()  # the report ends the process
+    if child == 0:
+        with emulator.mistake(name):
+            check(emulator)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] != 0
+    assert report in capfd.readouterr().err
