@@ -1,11 +1,13 @@
-"""Builds with and without nvcc, the sdist and the wheel, and the resources of the CUDA kernels."""
+"""Builds with and without nvcc, the sdist and the wheel, and the machine code of CUDA kernels."""
 
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -184,7 +186,10 @@ def cuda_build(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@needs_nvcc
 def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(cuda_build):
     """Check what ptxas reports; the usual flags of the build turn its warnings into errors."""
     reports = sorted(cuda_build.rglob("*.cu.o.report"))
@@ -205,3 +210,104 @@ def test_every_cuda_kernel_compiles_without_a_warning_or_a_spill(cuda_build):
     needed = run("readelf", "--dynamic", str(cuda_build / "_ops_cuda.so")).stdout
     assert "[libtorch_cuda.so]" in needed
     assert "libcudart" not in needed
+
+
+def disassemble(library: Path, kernel: str) -> list[str]:
+    """Return the machine instructions for sm_90a of one kernel of an object file."""
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    path = os.pathsep.join(map(str, [os.environ["PATH"], toolkit, *wheels]))
+    tools = [shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")]
+    assert all(tools), "cuobjdump and nvdisasm are missing: pip install 'splade_fast[test]'"
+    report = Path(f"{library}.report").read_text(encoding="utf-8")
+    (name,) = re.findall(rf"entry function '(\w+{kernel}\w*)' for 'sm_90a'", report)
+    dumped = run(
+        *(tools[0], "--dump-sass", "--gpu-architecture", "sm_90a", "--function", name),
+        str(library),
+        PATH=path,
+    )
+    assert dumped.returncode == 0, dumped.stderr
+    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?(.+?)\s*;"
+    return re.findall(line, dumped.stdout, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def machine_code(cuda_build):
+    """Function of a source and a part of the mangled name of a kernel: its instructions."""
+
+    @functools.cache
+    def find(source: str, kernel: str) -> list[str]:
+        (library,) = cuda_build.rglob(f"cuda/{source}.o")
+        return disassemble(library, kernel)
+
+    return find
+
+
+def count(code: list[str], instruction: str) -> int:
+    return sum(re.match(instruction, line) is not None for line in code)
+
+
+def loads_in_flight(code: list[str]) -> int:
+    """Return the largest number of loads from global memory without a jump between them."""
+    jump = re.compile(r"BRA|BRX|CALL|RET|EXIT|BSYNC|BAR|WARPSYNC")
+    most = current = 0
+    for line in code:
+        current = 0 if jump.match(line) else current + line.startswith("LDG")
+        most = max(most, current)
+    return most
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "kernel", "loads"),
+    [
+        ("prune.cu", "prune_kernelIf", 8),
+        ("prune.cu", "prune_kernelI13__nv_bfloat16", 8),
+        ("prune.cu", "prune_kernelId", 4),
+        ("sample.cu", "draw_kernelIfLNS1_5NoiseE0", 16),
+        ("sample.cu", "draw_kernelI13__nv_bfloat16LNS1_5NoiseE0", 16),
+        ("pool.cu", "pool_kernelI13__nv_bfloat16Li8ELNS_7PoolingE0", 8),
+        ("head/backward.cu", "bucket_kernelI13__nv_bfloat16Lb0", 4),
+        ("head/backward.cu", "bucket_kernelI13__nv_bfloat16Lb1", 4),
+        ("head/backward.cu", "grad_weight_kernelI13__nv_bfloat16Li8", 4),
+        ("head/backward.cu", "grad_hidden_kernelI13__nv_bfloat16Li8", 4),
+    ],
+)
+def test_loads_are_in_flight_together(machine_code, source, kernel, loads):
+    assert loads_in_flight(machine_code(source, kernel)) >= loads
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "kernel", "others"),
+    [
+        ("head/backward.cu", "grad_weight_kernelI13__nv_bfloat16Li8", 1),  # the bias
+        ("head/backward.cu", "grad_weight_kernelIfLi4", 1),
+        ("head/backward.cu", "grad_hidden_kernelI13__nv_bfloat16Li8", 0),
+        ("head/backward.cu", "grad_hidden_kernelIfLi4", 0),
+        ("pool.cu", "pool_backward_max_kernelI13__nv_bfloat16Li8", 0),
+        ("pool.cu", "pool_backward_sum_kernelI13__nv_bfloat16Li8", 0),
+    ],
+)
+def test_rows_are_stored_16_bytes_at_a_time(machine_code, source, kernel, others):
+    code = machine_code(source, kernel)
+    wide = count(code, r"STG\.E\.128 ")
+    assert wide > 0
+    assert count(code, "STG") - wide == others
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
+def test_maxima_of_two_columns_take_one_instruction(machine_code, dtype):
+    """Check the loop over four rows of eight columns: two instructions and a selection a pair."""
+    code = machine_code("pool.cu", f"pool_kernelI{dtype}Li8ELNS_7PoolingE0")
+    assert count(code, r"HMNMX2.*NAN") == 4 * 8 / 2
+    assert count(code, r"HSET2.*GT") == 4 * 8 / 2
+
+
+@needs_nvcc
+def test_vectors_of_scores_and_masks(machine_code):
+    """Check that a draw reads four scores at once, and four bytes of each mask."""
+    code = machine_code("sample.cu", "draw_kernelIfLNS1_5NoiseE0")
+    assert count(code, r"LDG\.E\.128 ") == 4
+    assert count(code, r"LDG\.E ") >= 2 * 4

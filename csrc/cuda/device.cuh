@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/float_bits.h"
 #include "common/integers.h"
 #include "common/options.h"
 
@@ -79,14 +80,50 @@ struct alignas(kCount * sizeof(T)) Vector {
   T element[kCount];
 };
 
-template <int kCount, typename T>
-__device__ inline Vector<T, kCount> load_vector(const T* source) {
-  return *reinterpret_cast<const Vector<T, kCount>*>(source);
-}
+// An integer of so many bytes, since the compiler may copy a struct element by element.
+template <int kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct AccessOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct AccessOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct AccessOf<8> {
+  using type = uint2;
+};
+template <>
+struct AccessOf<16> {
+  using type = uint4;
+};
 
 template <int kCount, typename T>
+__device__ inline Vector<T, kCount> load_vector(const T* source) {
+  using Access = typename AccessOf<kCount * sizeof(T)>::type;
+  return bit_cast<Vector<T, kCount>>(*reinterpret_cast<const Access*>(source));
+}
+
+// Into global memory.
+template <int kCount, typename T>
 __device__ inline void store_vector(T* target, const Vector<T, kCount>& vector) {
-  *reinterpret_cast<Vector<T, kCount>*>(target) = vector;
+  const auto access = bit_cast<typename AccessOf<kCount * sizeof(T)>::type>(vector);
+#if defined(__CUDA_ARCH__)
+  // The compiler splits some stores of uint4.
+  if constexpr (sizeof(access) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(target)), "r"(access.x),
+                 "r"(access.y), "r"(access.z), "r"(access.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<typename AccessOf<kCount * sizeof(T)>::type*>(target) = access;
 }
 
 // The address of a tensor's data in elements, to be or-ed with strides and sizes for dispatch_vector.

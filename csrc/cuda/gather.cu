@@ -1,34 +1,35 @@
 // gather on CUDA: rows of several tables, read and written in one launch.
 //
-// A block takes a row of one table, or when writing a few rows, and copies it by the widest accesses that the row's
-// size and the addresses allow. Tables lie in device memory or in pinned host memory, which the GPU reads in place.
+// A row is copied by the widest accesses that its size and the addresses allow, with a thread for each of them, up to a
+// block. Tables lie in device memory or in pinned host memory, which the GPU reads in place.
 //
 // An index out of range must refuse the whole write, and of several writes to one row the last one must win, both
-// without the host. So every block reads all indices before it writes: a bad index stops every block by a device-side
-// assertion, and a block skips a row that has a later write.
+// without the host. So a launch in front of the write stops at a bad index by a device-side assertion, after which
+// nothing runs, and notes the last write to each row.
 //
-// The update of a cache is four launches: the refreshed rows; one block that ages every slot and finds the oldest; the
-// order of those; the new rows, which go to the slots found.
+// The update of a cache writes the refreshed rows and makes their slots young; blocks select the oldest slots of their
+// part of the cache, and one block the oldest of those; then every slot ages, a launch orders the oldest, and the new
+// rows go there.
 #include <torch/csrc/stable/library.h>
 
 #include "common/gather.h"
 #include "cuda/common.cuh"
 #include "cuda/host_tables.h"
-#include "cuda/warp.cuh"
+#include "cuda/selection.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kMaxTables = 48;        // in a launch: the arguments of a kernel have 4 KiB
-constexpr int kMaxRows = 32;          // written by a block
-constexpr int64_t kBlocks = 1 << 10;  // more rows than this share a block
+constexpr int kThreads = 128, kThreadBits = 7;
+constexpr int64_t kMinPart = 8192;  // slots of a block that selects the oldest
+constexpr int kMaxTables = 48;      // in a launch: the arguments of a kernel have 4 KiB
 
 struct Copy {
   const uint8_t* source;
   uint8_t* target;
   int64_t source_stride, target_stride, bytes;  // of a row
   int width;                                    // bytes of an access
+  int lane_bits;                                // 2^lane_bits threads copy a row
 };
 
 struct Copies {
@@ -36,28 +37,39 @@ struct Copies {
   unsigned count;
 };
 
+// The row of this thread in a launch, and its number among the threads of the row.
+struct Lane {
+  int64_t row;
+  int number;
+
+  __device__ explicit Lane(const Copy& copy)
+      : row((static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> copy.lane_bits),
+        number(static_cast<int>(threadIdx.x) & ((1 << copy.lane_bits) - 1)) {}
+};
+
 template <typename Access>
-__device__ void copy_by(const uint8_t* source, uint8_t* target, int64_t bytes) {
+__device__ void copy_by(const uint8_t* source, uint8_t* target, const Copy& copy, int lane) {
   const Access* from = reinterpret_cast<const Access*>(source);
   Access* to = reinterpret_cast<Access*>(target);
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(Access));
+  const int64_t count = copy.bytes / static_cast<int64_t>(sizeof(Access));
+  const int lanes = 1 << copy.lane_bits;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) to[i] = from[i];
+  for (int64_t i = lane; i < count; i += lanes) to[i] = from[i];
 }
 
-__device__ void copy_row(const Copy& copy, int64_t from, int64_t to) {
+__device__ void copy_row(const Copy& copy, int64_t from, int64_t to, int lane) {
   const uint8_t* source = copy.source + from * copy.source_stride;
   uint8_t* target = copy.target + to * copy.target_stride;
   if (copy.width == 16) {
-    copy_by<uint4>(source, target, copy.bytes);
+    copy_by<uint4>(source, target, copy, lane);
   } else if (copy.width == 8) {
-    copy_by<uint2>(source, target, copy.bytes);
+    copy_by<uint2>(source, target, copy, lane);
   } else if (copy.width == 4) {
-    copy_by<uint32_t>(source, target, copy.bytes);
+    copy_by<uint32_t>(source, target, copy, lane);
   } else if (copy.width == 2) {
-    copy_by<uint16_t>(source, target, copy.bytes);
+    copy_by<uint16_t>(source, target, copy, lane);
   } else {
-    copy_by<uint8_t>(source, target, copy.bytes);
+    copy_by<uint8_t>(source, target, copy, lane);
   }
 }
 
@@ -68,48 +80,41 @@ __device__ inline void refuse() {
   __assert_fail("indices must be between 0 and the last row of the tables", __FILE__, __LINE__, "splade_fast gather");
 }
 
-// A block per row and table.
+// blockIdx.y: the table.
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __grid_constant__ Copies copies, const int64_t* indices, int64_t table_rows) {
-  const int64_t row = blockIdx.x, index = indices[row];
+    gather_kernel(const __grid_constant__ Copies copies, const int64_t* indices, int64_t count, int64_t table_rows) {
+  const Copy& copy = copies.table[blockIdx.y];
+  const Lane lane(copy);
+  if (lane.row >= count) return;
+  const int64_t index = indices[lane.row];
   if (!in_range(index, table_rows)) return refuse();
-  copy_row(copies.table[blockIdx.y], index, row);
+  copy_row(copy, index, lane.row, lane.number);
 }
 
-// A block has the writes [first, first + rows) to one table.
+// Notes in last[row of a table] the number of the last write to it, from 1 on.
+__global__ void __launch_bounds__(kThreads)
+    last_write_kernel(const int64_t* indices, const bool* mask, int64_t count, int64_t table_rows, unsigned* last) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  // The index under a false mask may be uninitialised.
+  if (i >= count || (mask != nullptr && !mask[i])) return;
+  if (!in_range(indices[i], table_rows)) return refuse();
+  atomicMax(last + indices[i], static_cast<unsigned>(i + 1));
+}
+
+// blockIdx.y: the table.
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const __grid_constant__ Copies copies, const int64_t* indices, const bool* mask, int64_t count,
-                   int64_t table_rows, int rows_per_block) {
-  __shared__ int64_t own[kMaxRows];
-  __shared__ int left_out[kMaxRows];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(rows_per_block), count - first));
-  if (threadIdx.x < rows) {
-    const bool written = mask == nullptr || mask[first + threadIdx.x];
-    own[threadIdx.x] =
-        written ? indices[first + threadIdx.x] : -1;  // the index under a false mask may be uninitialised
-    left_out[threadIdx.x] = !written;
-  }
-  __syncthreads();
-  bool all_in_range = true;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    if (mask != nullptr && !mask[i]) continue;
-    const int64_t index = indices[i];
-    all_in_range = all_in_range && in_range(index, table_rows);
-    for (int row = 0; row < rows; ++row) {
-      if (index == own[row] && i > first + row) atomicOr(&left_out[row], 1);
-    }
-  }
-  if (!__syncthreads_and(all_in_range)) return refuse();
-  for (int row = 0; row < rows; ++row) {
-    if (left_out[row] == 0) copy_row(copies.table[blockIdx.y], first + row, own[row]);
-  }
+                   const unsigned* last) {
+  const Copy& copy = copies.table[blockIdx.y];
+  const Lane lane(copy);
+  if (lane.row >= count || (mask != nullptr && !mask[lane.row])) return;
+  const int64_t index = indices[lane.row];
+  if (last[index] == lane.row + 1) copy_row(copy, lane.row, index, lane.number);
 }
 
 // Ages -----------------------------------------------------------------------------------------------------------
 
-constexpr int kAgeThreads = 1024, kAgeWarps = kAgeThreads / kWarp;
-constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
+constexpr int kRankThreads = 1024, kRankWarps = kRankThreads / kWarp;
 
 struct AgeTask {
   int32_t* age;
@@ -118,7 +123,6 @@ struct AgeTask {
   const int64_t* refreshed;
   const bool* refreshed_mask;
   int64_t refreshed_count;
-  bool use_lru;  // refreshed slots become the youngest
   const bool* new_mask;
   int64_t new_count;
   int64_t wanted;         // number of oldest slots to find, at most the number of slots
@@ -128,16 +132,12 @@ struct AgeTask {
   int64_t* places;        // (new_count,) the slots of the new items
 };
 
-struct AgeShared {
-  unsigned warp[kAgeWarps], total;
-  int32_t largest[kAgeWarps], smallest[kAgeWarps];
-  unsigned long long histogram[kBins];
-  int digit;
-  int64_t remaining;
+struct RankShared {
+  unsigned warp[kRankWarps], total;
 };
 
 // Number of threads before this one in the block with a true argument; total: number in the whole block.
-__device__ unsigned rank_in_block(AgeShared& shared, bool is_counted, unsigned& total) {
+__device__ unsigned rank_in_block(RankShared& shared, bool is_counted, unsigned& total) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const unsigned ballot = __ballot_sync(kAllLanes, is_counted);
   __syncthreads();  // all threads have read the results of the last call
@@ -158,12 +158,13 @@ __device__ unsigned rank_in_block(AgeShared& shared, bool is_counted, unsigned& 
   return shared.warp[warp] + __popc(ballot & ((1u << lane) - 1));
 }
 
-// The m-th new item that is not masked gets rank m.
-__device__ void rank_new_items(AgeShared& shared, const AgeTask& task) {
-  for (int64_t rank = threadIdx.x; rank < task.wanted; rank += kAgeThreads) task.item_of_rank[rank] = -1;
+// The m-th new item that is not masked gets rank m. One block.
+__global__ void __launch_bounds__(kRankThreads) rank_items_kernel(const AgeTask task) {
+  __shared__ RankShared shared;
+  for (int64_t rank = threadIdx.x; rank < task.wanted; rank += kRankThreads) task.item_of_rank[rank] = -1;
   __syncthreads();
   int64_t before = 0;
-  for (int64_t tile = 0; tile < task.new_count; tile += kAgeThreads) {
+  for (int64_t tile = 0; tile < task.new_count; tile += kRankThreads) {
     const int64_t item = tile + threadIdx.x;
     const bool added = item < task.new_count && (task.new_mask == nullptr || task.new_mask[item]);
     unsigned total = 0;
@@ -174,111 +175,48 @@ __device__ void rank_new_items(AgeShared& shared, const AgeTask& task) {
   }
 }
 
-// The largest and the smallest age.
-__device__ void age_range(AgeShared& shared, const AgeTask& task, int32_t& largest, int32_t& smallest) {
-  largest = INT32_MIN;
-  smallest = INT32_MAX;
-  for (int64_t slot = threadIdx.x; slot < task.slots; slot += kAgeThreads) {
-    largest = max(largest, task.age[slot]);
-    smallest = min(smallest, task.age[slot]);
-  }
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-    smallest = min(smallest, __shfl_xor_sync(kAllLanes, smallest, step));
-  }
-  if (threadIdx.x % kWarp == 0) {
-    shared.largest[threadIdx.x / kWarp] = largest;
-    shared.smallest[threadIdx.x / kWarp] = smallest;
-  }
-  __syncthreads();
-  for (int warp = 0; warp < kAgeWarps; ++warp) {
-    largest = max(largest, shared.largest[warp]);
-    smallest = min(smallest, shared.smallest[warp]);
-  }
+// Makes the refreshed slots the youngest.
+__global__ void __launch_bounds__(kThreads) refresh_kernel(const AgeTask task) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= task.refreshed_count || (task.refreshed_mask != nullptr && !task.refreshed_mask[i])) return;
+  atomicExch(task.age + task.refreshed[i], -1);
 }
 
-struct AgeCut {
-  unsigned youth;   // difference of age between the oldest slot and the wanted-th oldest
-  int64_t of_them;  // number of wanted slots with that difference
+// Slots and their ages.
+struct Slots {
+  int32_t* age;
+  int64_t* number;  // -1: none; null: slot i has the number i
+  int64_t count;
 };
 
-// Finds the difference digit by digit, from the highest digit that differs.
-__device__ AgeCut select_oldest(AgeShared& shared, const AgeTask& task, int32_t largest, int32_t smallest) {
-  const int lane = threadIdx.x % kWarp;
-  const unsigned range = static_cast<unsigned>(largest) - static_cast<unsigned>(smallest);
-  const int digits = (kWarp - __clz(static_cast<int>(range)) + kDigitBits - 1) / kDigitBits;
-  unsigned prefix = 0;
-  int64_t remaining = task.wanted;
-  for (int shift = (digits - 1) * kDigitBits; shift >= 0; shift -= kDigitBits) {
-    for (int bin = threadIdx.x; bin < kBins; bin += kAgeThreads) shared.histogram[bin] = 0;
-    __syncthreads();
-    const unsigned known = prefix >> shift >> kDigitBits;  // in two steps: a shift by all bits is undefined
-    for (int64_t tile = 0; tile < task.slots; tile += kAgeThreads) {
-      const int64_t slot = tile + threadIdx.x;
-      unsigned youth = 0;
-      if (slot < task.slots) youth = static_cast<unsigned>(largest) - static_cast<unsigned>(task.age[slot]);
-      const bool is_counted = slot < task.slots && youth >> shift >> kDigitBits == known;
-      const int digit = is_counted ? static_cast<int>(youth >> shift) & (kBins - 1) : kBins;
-      // Most neighbouring slots have the same age: one atomic serves all lanes that agree.
-      const unsigned peers = __match_any_sync(kAllLanes, digit);
-      if (is_counted && lane == __ffs(static_cast<int>(peers)) - 1) {
-        atomicAdd(&shared.histogram[digit], static_cast<unsigned long long>(__popc(peers)));
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = 0;
-      const auto of_digit = [&] { return static_cast<int64_t>(shared.histogram[digit]); };
-      for (; of_digit() < remaining; ++digit) remaining -= of_digit();
-      shared.digit = digit;
-      shared.remaining = remaining;
-    }
-    __syncthreads();
-    prefix |= static_cast<unsigned>(shared.digit) << shift;
-    remaining = shared.remaining;
+// A block selects the `wanted` oldest of its part of the slots, of equal ages the first, in order.
+__global__ void __launch_bounds__(selection::kThreads)
+    oldest_kernel(const Slots slots, int64_t per_block, int wanted, const Slots oldest) {
+  using Ages = double;  // keys of 64 bits, since none of 32 bits is left for a missing slot
+  using Key = OrderedKey<Ages>;
+  __shared__ selection::Shared<Ages> shared;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * per_block, row = static_cast<int64_t>(blockIdx.x) * wanted;
+  const int count = static_cast<int>(min(per_block, slots.count - first));
+  const auto key = [&](int i) {
+    const bool is_missing = slots.number != nullptr && slots.number[first + i] < 0;
+    const Key age = (static_cast<uint32_t>(slots.age[first + i]) ^ 0x80000000u) + Key(1);
+    return is_missing ? Key(0) : age;
+  };
+  const int found = selection::select_largest<Ages>(
+      shared, count, wanted, Key(0), key, [](Key) { return Key(0); },
+      [&](int i, int place) {
+        oldest.age[row + place] = slots.age[first + i];
+        oldest.number[row + place] = slots.number != nullptr ? slots.number[first + i] : first + i;
+      });
+  for (int place = found + static_cast<int>(threadIdx.x); place < wanted; place += selection::kThreads) {
+    oldest.age[row + place] = 0;
+    oldest.number[row + place] = -1;
   }
-  return {prefix, remaining};
 }
 
-// One block, so its threads see what it wrote before.
-__global__ void __launch_bounds__(kAgeThreads, 1) age_kernel(const AgeTask task) {
-  __shared__ AgeShared shared;
-  bool all_in_range = true;
-  for (int64_t i = threadIdx.x; i < task.refreshed_count; i += kAgeThreads) {
-    if (task.refreshed_mask != nullptr && !task.refreshed_mask[i]) continue;
-    all_in_range = all_in_range && in_range(task.refreshed[i], task.slots);
-  }
-  if (!__syncthreads_and(all_in_range)) return refuse();
-  for (int64_t i = threadIdx.x; task.use_lru && i < task.refreshed_count; i += kAgeThreads) {
-    if (task.refreshed_mask == nullptr || task.refreshed_mask[i]) task.age[task.refreshed[i]] = -1;
-  }
-  rank_new_items(shared, task);
-  __syncthreads();
-  int32_t largest = 0, smallest = 0;
-  AgeCut cut{0, 0};
-  if (task.wanted > 0) {
-    age_range(shared, task, largest, smallest);
-    cut = select_oldest(shared, task, largest, smallest);
-  }
-  int64_t certain = 0, ties = 0;
-  for (int64_t tile = 0; tile < task.slots; tile += kAgeThreads) {
-    const int64_t slot = tile + threadIdx.x;
-    const int32_t age = slot < task.slots ? task.age[slot] : 0;
-    if (slot < task.slots) task.age[slot] = static_cast<int32_t>(static_cast<unsigned>(age) + 1);
-    if (certain + ties >= task.wanted) continue;  // the same for all threads
-    const unsigned youth = static_cast<unsigned>(largest) - static_cast<unsigned>(age);
-    unsigned new_certain = 0, new_ties = 0;
-    const bool is_certain = slot < task.slots && youth < cut.youth, is_tie = slot < task.slots && youth == cut.youth;
-    const int64_t certain_before = certain + rank_in_block(shared, is_certain, new_certain);
-    const int64_t ties_before = ties + rank_in_block(shared, is_tie, new_ties);
-    if (is_certain || (is_tie && ties_before < cut.of_them)) {
-      const int64_t place = certain_before + min(ties_before, cut.of_them);
-      task.found[place] = slot;
-      task.found_age[place] = age;
-    }
-    certain += new_certain;
-    ties = min(ties + new_ties, cut.of_them);
-  }
+__global__ void __launch_bounds__(kThreads) age_kernel(int32_t* age, int64_t slots) {
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (slot < slots) age[slot] = static_cast<int32_t>(static_cast<uint32_t>(age[slot]) + 1);
 }
 
 // A thread for each found slot: its rank is the number of older slots, and of slots of the same age in front of it.
@@ -321,20 +259,33 @@ uint8_t* device_address(const Tensor& table, const Tensor& indices, const char* 
   return static_cast<uint8_t*>(attributes.devicePointer);
 }
 
-// launch(copies) for every kMaxTables tables that have bytes to copy.
+// The fewest bits for a thread to each access of a row, or a block.
+int lane_bits(const Copy& copy) {
+  int bits = 0;
+  while (bits < kThreadBits && (copy.width << bits) < copy.bytes) ++bits;
+  return bits;
+}
+
+// launch(copies, grid) for every kMaxTables tables that have bytes to copy, with threads for `count` rows of each.
 template <typename Launch>
-void for_each_launch(const std::vector<Copy>& all, Launch launch) {
+void for_each_launch(const std::vector<Copy>& all, int64_t count, Launch launch) {
   Copies copies{};
+  int most_bits = 0;
+  const auto launch_collected = [&] {
+    launch(copies, grid_size(ceil_div(count, kThreads >> most_bits), copies.count));
+    copies.count = 0;
+    most_bits = 0;
+  };
   for (const Copy& copy : all) {
     if (copy.bytes == 0) continue;
-    copies.table[copies.count] = copy;
-    copies.table[copies.count].width = access_width(copy);
-    if (++copies.count == kMaxTables) {
-      launch(copies);
-      copies.count = 0;
-    }
+    Copy& added = copies.table[copies.count];
+    added = copy;
+    added.width = access_width(added);
+    added.lane_bits = lane_bits(added);
+    most_bits = std::max(most_bits, added.lane_bits);
+    if (++copies.count == kMaxTables) launch_collected();
   }
-  if (copies.count > 0) launch(copies);
+  if (copies.count > 0) launch_collected();
 }
 
 Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
@@ -354,12 +305,11 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
     shape[0] = count;
     gathered.push_back(new_tensor(indices, shape, source.scalar_type()));
     copies.push_back({device_address(source, indices, op), mutable_data<uint8_t>(gathered.back()),
-                      row_stride_bytes(source), row_bytes(source), row_bytes(source), 0});
+                      row_stride_bytes(source), row_bytes(source), row_bytes(source), 0, 0});
   }
   if (count == 0) return gathered;
-  for_each_launch(copies, [&](const Copies& some) {
-    gather_kernel<<<grid_size(count, some.count), kThreads, 0, device.stream()>>>(some, const_data<int64_t>(places),
-                                                                                  table_rows);
+  for_each_launch(copies, count, [&](const Copies& some, dim3 grid) {
+    gather_kernel<<<grid, kThreads, 0, device.stream()>>>(some, const_data<int64_t>(places), count, table_rows);
     check_launch(op);
   });
   HostTables::keep(tables, device, op);
@@ -371,17 +321,21 @@ void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensor
                     const std::optional<Tensor>& mask, int64_t table_rows, const char* op) {
   const int64_t count = places.size(0);
   if (count == 0) return;
+  STD_TORCH_CHECK(count < UINT32_MAX, "indices must be fewer than 2^32 - 1, got ", count);
   std::vector<Copy> copies;
   for (size_t t = 0; t < sources.size(); ++t) {
     copies.push_back({const_data<uint8_t>(sources[t]), device_address(tables[t], places, op), row_bytes(tables[t]),
-                      row_stride_bytes(tables[t]), row_bytes(tables[t]), 0});
+                      row_stride_bytes(tables[t]), row_bytes(tables[t]), 0, 0});
   }
-  const int64_t rows_per_block = std::min<int64_t>(ceil_div(count, kBlocks), kMaxRows);
-  const int64_t blocks = ceil_div(count, rows_per_block);
-  for_each_launch(copies, [&](const Copies& some) {
-    scatter_kernel<<<grid_size(blocks, some.count), kThreads, 0, device.stream()>>>(
-        some, const_data<int64_t>(places), mask ? const_data<bool>(*mask) : nullptr, count, table_rows,
-        static_cast<int>(rows_per_block));
+  const int64_t* indices = const_data<int64_t>(places);
+  const bool* flags = mask ? const_data<bool>(*mask) : nullptr;
+  const Tensor last_writes = new_zeros_tensor(places, std::vector<int64_t>{table_rows}, ScalarType::Int);
+  unsigned* last = reinterpret_cast<unsigned*>(mutable_data<int32_t>(last_writes));
+  last_write_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, device.stream()>>>(indices, flags, count,
+                                                                                            table_rows, last);
+  check_launch(op);
+  for_each_launch(copies, count, [&](const Copies& some, dim3 grid) {
+    scatter_kernel<<<grid, kThreads, 0, device.stream()>>>(some, indices, flags, count, last);
     check_launch(op);
   });
 }
@@ -392,9 +346,30 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
   const int64_t table_rows = check_scatter(tables, indices, rows, mask);
   STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
   const OnDevice device(indices, op);
+  if (tables.empty()) return;
   launch_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices), contiguous_or_none(mask),
                  table_rows, op);
   HostTables::keep(tables, device, op);
+}
+
+// Finds the wanted oldest slots, ascending, and their ages.
+void launch_oldest(const OnDevice& device, const AgeTask& task, const Tensor& like, const char* op) {
+  const auto launch = [&](const Slots& slots, int64_t blocks, int64_t per_block, const Slots& oldest) {
+    oldest_kernel<<<grid_size(blocks), selection::kThreads, 0, device.stream()>>>(
+        slots, per_block, static_cast<int>(task.wanted), oldest);
+    check_launch(op);
+  };
+  const Slots all{task.age, nullptr, task.slots}, found{task.found_age, task.found, task.wanted};
+  // Parts that are much larger than what is kept of them.
+  const int64_t least = std::max(4 * task.wanted, kMinPart);
+  const int64_t parts = std::min(task.slots / least, device.multiprocessors());
+  if (parts < 2) return launch(all, 1, task.slots, found);
+  const int64_t per_part = ceil_div(task.slots, parts), blocks = ceil_div(task.slots, per_part);
+  const std::vector<int64_t> shape{blocks * task.wanted};
+  const Tensor age = new_tensor(like, shape), number = new_tensor(like, shape, ScalarType::Long);
+  const Slots of_parts{mutable_data<int32_t>(age), mutable_data<int64_t>(number), shape[0]};
+  launch(all, blocks, per_part, of_parts);
+  launch(of_parts, 1, of_parts.count, found);
 }
 
 void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
@@ -408,6 +383,8 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   const int64_t slots = update.slots(), new_count = update.new_count();
   const OnDevice device(age, op);
   if (slots == 0) return;
+  STD_TORCH_CHECK(slots < INT32_MAX - selection::kTile<double>, "age must have fewer than 2^31 slots on a GPU, got ",
+                  slots);
   const Tensors written = update.written();
   for (const Tensor& table : tables) device_address(table, age, op);  // raise before anything is written
   const Tensors refreshed_sources = contiguous_sources(refreshed_rows, written);
@@ -425,7 +402,6 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   task.age = mutable_data<int32_t>(age);
   task.valid = mutable_data<bool>(valid);
   task.slots = slots;
-  task.use_lru = use_lru;
   if (places) {
     task.refreshed = const_data<int64_t>(*places);
     task.refreshed_mask = mask_of_refreshed ? const_data<bool>(*mask_of_refreshed) : nullptr;
@@ -437,10 +413,20 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   task.item_of_rank = task.found + task.wanted;
   task.found_age = mutable_data<int32_t>(found_age);
   task.places = mutable_data<int64_t>(new_places);
-  age_kernel<<<1, kAgeThreads, 0, device.stream()>>>(task);
+  const auto blocks_of = [](int64_t count) { return grid_size(ceil_div(count, kThreads)); };
+  if (use_lru && task.refreshed_count > 0) {
+    refresh_kernel<<<blocks_of(task.refreshed_count), kThreads, 0, device.stream()>>>(task);
+    check_launch(op);
+  }
+  if (task.wanted > 0) {
+    rank_items_kernel<<<1, kRankThreads, 0, device.stream()>>>(task);
+    check_launch(op);
+    launch_oldest(device, task, age, op);
+  }
+  age_kernel<<<blocks_of(slots), kThreads, 0, device.stream()>>>(task.age, slots);
   check_launch(op);
   if (task.wanted > 0) {
-    rank_kernel<<<grid_size(ceil_div(task.wanted, kThreads)), kThreads, 0, device.stream()>>>(task);
+    rank_kernel<<<blocks_of(task.wanted), kThreads, 0, device.stream()>>>(task);
     check_launch(op);
     launch_scatter(device, new_sources, tables, new_places, mask_of_new, slots, op);
   }

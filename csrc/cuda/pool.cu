@@ -68,6 +68,66 @@ struct ColumnState {
   }
 };
 
+// The running maximum of the columns of one thread in types of two bytes: two columns to an instruction. It covers few
+// enough rows for positions of 16 bits.
+template <typename T>
+struct PairOf {};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+
+template <typename T, int kVec>
+struct PackedMaximum {
+  using Pair = typename PairOf<T>::type;
+  static constexpr int kMaxRows = 1 << 15;
+
+  struct Pairs {
+    Pair pair[kVec / 2];
+  };
+  Pairs value;
+  uint32_t position[kVec / 2];
+
+  __device__ PackedMaximum() {
+    const T lowest = from_acc<T>(-INFINITY);
+#pragma unroll
+    for (int p = 0; p < kVec / 2; ++p) {
+      value.pair[p] = Pair{lowest, lowest};
+      position[p] = 0;
+    }
+  }
+
+  // Of equal values the earlier row stays. NaN stays too, but its row is not noted.
+  __device__ void add(const Vector<T, kVec>& logits, int row) {
+    const Pairs candidate = bit_cast<Pairs>(logits);
+    const uint32_t rows = static_cast<uint32_t>(row) * 0x10001u;
+#pragma unroll
+    for (int p = 0; p < kVec / 2; ++p) {
+      const uint32_t better = __hgt2_mask(candidate.pair[p], value.pair[p]);
+      position[p] = (position[p] & ~better) | (rows & better);
+      value.pair[p] = __hmax2_nan(candidate.pair[p], value.pair[p]);
+    }
+  }
+
+  // Merges the maxima into those of earlier rows. find_nan(i) returns the row of the first NaN of column i.
+  template <typename State, typename FindNan>
+  __device__ void merge_into(State& state, int32_t first_position, const FindNan& find_nan) const {
+    const Vector<T, kVec> values = bit_cast<Vector<T, kVec>>(value);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float candidate = to_acc(values.element[i]);
+      if (!beats(candidate, state.value[i])) continue;
+      const int row = candidate == candidate ? static_cast<int>(position[i / 2] >> 16 * (i % 2) & 0xffff) : find_nan(i);
+      state.value[i] = candidate;
+      state.position[i] = first_position + row;
+    }
+  }
+};
+
 // Stores a finished entry.
 template <typename T, Pooling kPooling>
 __device__ void store_result(const PoolTask& task, int64_t b, int64_t column, Accumulator<T> value, int32_t position,
@@ -112,20 +172,42 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(const PoolTask task, int
     const T* source =
         static_cast<const T*>(task.logits) + offset + (first_position - task.first_row) * task.row_stride + column;
     const bool* mask = task.mask != nullptr ? task.mask + from : nullptr;
-    for (int row = 0; row < rows; row += kUnroll, source += kUnroll * task.row_stride) {
-      bool is_real[kUnroll];
-      Vector<T, kVec> logits[kUnroll];
+    // Calls use(logits, row) for the real rows [first_row, stop).
+    const auto for_each_row = [&](int first_row, int stop, const auto& use) {
+      const T* from = source + first_row * task.row_stride;
+      for (int row = first_row; row < stop; row += kUnroll, from += kUnroll * task.row_stride) {
+        bool is_real[kUnroll];
+        Vector<T, kVec> logits[kUnroll];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) is_real[i] = row + i < rows && (mask == nullptr || mask[row + i]);
+        for (int i = 0; i < kUnroll; ++i) is_real[i] = row + i < stop && (mask == nullptr || mask[row + i]);
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (is_real[i]) logits[i] = load_vector<kVec>(source + i * task.row_stride);
+        for (int i = 0; i < kUnroll; ++i) {
+          if (is_real[i]) logits[i] = load_vector<kVec>(from + i * task.row_stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) {
+          if (is_real[i]) use(logits[i], row + i);
+          has_real_row |= is_real[i];
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (is_real[i]) state.add(logits[i], first_position + row + i, task.activation);
-        has_real_row |= is_real[i];
+    };
+    if constexpr (kMax && sizeof(T) == 2 && kVec % 2 == 0) {
+      using Maximum = PackedMaximum<T, kVec>;
+      for (int first_row = 0; first_row < rows; first_row += Maximum::kMaxRows) {
+        Maximum maximum;
+        for_each_row(first_row, min(rows, first_row + Maximum::kMaxRows),
+                     [&](const Vector<T, kVec>& logits, int row) { maximum.add(logits, row - first_row); });
+        maximum.merge_into(state, first_position + first_row, [&](int i) {
+          int row = first_row;
+          const auto is_nan = [&](float value) { return value != value; };
+          while ((mask != nullptr && !mask[row]) || !is_nan(to_acc(source[row * task.row_stride + i]))) ++row;
+          return row - first_row;
+        });
       }
+    } else {
+      for_each_row(0, rows, [&](const Vector<T, kVec>& logits, int row) {
+        state.add(logits, first_position + row, task.activation);
+      });
     }
   }
 

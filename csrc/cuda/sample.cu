@@ -6,17 +6,18 @@
 // earlier tiles. Nothing depends on the order in which blocks run. Tiles follow each other on the stream, so the draws
 // of earlier tiles are a bound that spares most slots of later tiles the logarithms of their noise.
 //
-// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile; exact top_k keeps the highest scores,
-// which are the first draws without noise. Both draw from the kept scores at the end.
+// Grouped top_k keeps the maxima of the groups (queries, top_k) tile by tile; exact top_k keeps the highest scores, by
+// the selection of prune over those kept so far and the tile. Both draw from the kept scores at the end.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <limits>
 #include <tuple>
 
 #include "common/sample.h"
 #include "common/torch_ops.h"
 #include "cuda/score.h"
-#include "cuda/warp.cuh"
+#include "cuda/selection.cuh"
 
 namespace splade_fast::cuda {
 namespace {
@@ -113,17 +114,80 @@ struct Tile {
   const bool *valid, *exclude;  // rows of all slots, a stride apart; null: none
   int64_t valid_stride, exclude_stride;
 
-  __device__ Accumulator<T> score(int64_t query, int64_t column) const {
+  bool has_quads;  // whether four neighbouring columns of scores and masks can be read at once
+
+  // Whether a column is masked. The loads do not wait for each other.
+  __device__ bool is_out(int64_t query, int64_t column) const {
     const int64_t slot = first + column;
-    if (valid != nullptr && !valid[query * valid_stride + slot]) return negative_infinity<Accumulator<T>>();
-    if (exclude != nullptr && exclude[query * exclude_stride + slot]) return negative_infinity<Accumulator<T>>();
-    return philox::multiply(to_acc(scores[query * columns + column]), scale);
+    const bool is_invalid = valid != nullptr && !valid[query * valid_stride + slot];
+    const bool is_excluded = exclude != nullptr && exclude[query * exclude_stride + slot];
+    return is_invalid || is_excluded;
+  }
+
+  __device__ Accumulator<T> score(int64_t query, int64_t column) const {
+    const Accumulator<T> score = philox::multiply(to_acc(scores[query * columns + column]), scale);
+    return is_out(query, column) ? negative_infinity<Accumulator<T>>() : score;
   }
 
   __device__ int64_t slot(int64_t query, int64_t column) const {
     return slots != nullptr ? slots[query * columns + column] : first + column;
   }
 };
+
+// The columns of a thread: kQuads times four, which lie 4 * kThreads apart.
+struct Columns {
+  int64_t first, count;  // count: of the tile
+
+  __device__ int64_t quad(int q) const { return first + q * (4 * kThreads); }
+  __device__ int64_t at(int i) const { return quad(i / 4) + i % 4; }
+  __device__ bool is_inside(int i) const { return at(i) >= 0 && at(i) < count; }
+  // The nearest column of the tile, so that loads are unconditional and in flight together.
+  __device__ int64_t clamped(int i) const { return min(max(at(i), int64_t{0}), count - 1); }
+  __device__ int64_t clamped_quad(int q) const { return min(quad(q), count - 4); }
+};
+
+template <typename T>
+__device__ void load_columns(const T* row, const Columns& columns, bool has_quads, T (&values)[kPerThread]) {
+  constexpr int kVec = kMaxVector<T> < 4 ? kMaxVector<T> : 4;
+  if (has_quads) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; i += kVec) {
+      const Vector<T, kVec> vector = load_vector<kVec>(row + columns.clamped_quad(i / 4) + i % 4);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) values[i + j] = vector.element[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) values[i] = row[columns.clamped(i)];
+  }
+}
+
+// The scores of a thread; -inf outside of the tile.
+template <typename T>
+__device__ void load_scores(const Tile<T>& tile, int64_t query, const Columns& columns,
+                            Accumulator<T> (&score)[kPerThread]) {
+  T values[kPerThread];
+  uint8_t flags[kPerThread];
+  unsigned is_out = 0;  // a bit for each column
+  load_columns(tile.scores + query * tile.columns, columns, tile.has_quads, values);
+  if (tile.valid != nullptr) {
+    const bool* row = tile.valid + query * tile.valid_stride + tile.first;
+    load_columns(reinterpret_cast<const uint8_t*>(row), columns, tile.has_quads, flags);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) is_out |= static_cast<unsigned>(flags[i] == 0) << i;
+  }
+  if (tile.exclude != nullptr) {
+    const bool* row = tile.exclude + query * tile.exclude_stride + tile.first;
+    load_columns(reinterpret_cast<const uint8_t*>(row), columns, tile.has_quads, flags);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) is_out |= static_cast<unsigned>(flags[i] != 0) << i;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const bool counts = columns.is_inside(i) && (is_out >> i & 1) == 0;
+    score[i] = counts ? philox::multiply(to_acc(values[i]), tile.scale) : negative_infinity<Accumulator<T>>();
+  }
+}
 
 template <typename Acc>
 struct Drawing {
@@ -200,9 +264,8 @@ __device__ void write_draws(const Accumulator<T> (&perturbed)[kPerThread], const
 
 // The source of the noise of a score.
 enum class Noise {
-  kOfColumns,     // consecutive slots: a Philox block serves four
-  kOfGivenSlots,  // each slot has a number of its own
-  kNone           // the first draws are the highest scores
+  kOfColumns,    // consecutive slots: a Philox block serves four
+  kOfGivenSlots  // each slot has a number of its own
 };
 
 // Kernels --------------------------------------------------------------------------------------------------------
@@ -224,13 +287,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_column = part * kPartSlots + 4 * static_cast<int64_t>(threadIdx.x) - phase;
 
   Acc score[kPerThread], perturbed[kPerThread];
+  load_scores(tile, query, Columns{first_column, tile.columns}, score);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t column = first_column + (i / 4) * (4 * kThreads) + i % 4;
-    const bool inside = column >= 0 && column < tile.columns;
-    score[i] = inside ? tile.score(query, column) : negative_infinity<Acc>();
-    perturbed[i] = negative_infinity<Acc>();
-  }
+  for (int i = 0; i < kPerThread; ++i) perturbed[i] = negative_infinity<Acc>();
   write_logsumexp(score, parts, blockIdx.x, sums);
 
   Acc bound = perturbed_so_far[(query + 1) * drawing.num_samples - 1];
@@ -251,10 +310,7 @@ __global__ void __launch_bounds__(kThreads)
       const Acc value = score[4 * quad + j];
       if (value == negative_infinity<Acc>()) continue;
       Acc sum;
-      if constexpr (kNoise == Noise::kNone) {
-        if (value <= bound) continue;  // of equal scores the earlier slot is drawn
-        sum = value;
-      } else if constexpr (kNoise == Noise::kOfGivenSlots) {
+      if constexpr (kNoise == Noise::kOfGivenSlots) {
         const uint64_t number = static_cast<uint64_t>(drawing.slot_offset + tile.slot(query, start + j));
         sum = philox::perturb(value, drawing.inv_temp, philox::gumbel_at_slot(state, query_number, number));
       } else {
@@ -273,12 +329,14 @@ __global__ void __launch_bounds__(kThreads)
   write_draws(perturbed, score, tile, query, first_column, parts, blockIdx.x, draws_of_warps);
 }
 
-// A block per query. A thread holds the draws of a part, or the draws so far; the first of all threads goes next.
+// A block per query. A thread holds the draws of a part, or the draws so far; the first of all threads goes next. It
+// also holds that part of the logsumexp, and the block adds them in a fixed order.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const TileDraws<Acc> parts, int64_t num_samples, const Draws<Acc> before_tile,
                  const Draws<Acc> after_tile, Acc* maximum, double* sum, Acc* logsumexp) {
   __shared__ Draw<Acc> draws_of_warps[kWarps];
+  __shared__ double sums_of_warps[kWarps];
   const int64_t query = blockIdx.x, row = query * num_samples;
   const int64_t list = threadIdx.x;
   const bool is_part = list < parts.count, is_so_far = list == parts.count;
@@ -304,18 +362,15 @@ __global__ void __launch_bounds__(kThreads)
       after_tile.indices[row + i] = none ? -1 : first.slot;
     }
   }
-  if (threadIdx.x != 0) return;
   // A part with a sum of 0 has no scores, hence no maximum.
-  double total = sum[query], reference = total != 0 ? static_cast<double>(finite_or_zero(maximum[query])) : 0.0;
-  for (int64_t part = 0; part < parts.count; ++part) {
-    const double part_sum = parts.sum[query * parts.count + part];
-    if (part_sum == 0) continue;
-    const double part_maximum = finite_or_zero(parts.maximum[query * parts.count + part]);
-    const double larger = total != 0 ? ::fmax(reference, part_maximum) : part_maximum;
-    total = (total != 0 ? scaled_sum(total, reference - larger) : 0.0) + scaled_sum(part_sum, part_maximum - larger);
-    reference = larger;
-  }
-  maximum[query] = static_cast<Acc>(reference);
+  const double own_sum = is_part ? parts.sum[place] : is_so_far ? sum[query] : 0.0;
+  const double own_maximum = is_part ? finite_or_zero(parts.maximum[place]) : finite_or_zero(maximum[query]);
+  const double reference = reduce_block(own_sum != 0 ? own_maximum : negative_infinity<double>(), sums_of_warps,
+                                        [](double a, double b) { return ::fmax(a, b); });
+  const double total = reduce_block(own_sum != 0 ? scaled_sum(own_sum, own_maximum - reference) : 0.0, sums_of_warps,
+                                    [](double a, double b) { return a + b; });
+  if (threadIdx.x != 0) return;
+  maximum[query] = total != 0 ? static_cast<Acc>(reference) : Acc(0);
   sum[query] = total;
   logsumexp[query] = total != 0 ? static_cast<Acc>(reference + ::log(total)) : negative_infinity<Acc>();
 }
@@ -340,6 +395,41 @@ __global__ void group_kernel(const Tile<Acc> tile, int64_t first_group, int64_t 
   if (begin != start && !before(first, {kept_scores[place], kept_scores[place], kept_slots[place]})) return;
   kept_scores[place] = first.score;
   kept_slots[place] = first.slot;
+}
+
+// The highest scores of every query so far, in the order of their slots. -inf: none.
+template <typename Acc>
+struct Kept {
+  Acc* scores;     // (queries, count)
+  int64_t* slots;  // (queries, count)
+};
+
+// A block per query selects among the scores kept of earlier tiles, which have the lower slots, and those of the tile.
+template <typename Acc>
+__global__ void __launch_bounds__(selection::kThreads)
+    keep_kernel(const Tile<Acc> tile, int count, const Kept<Acc> before_tile, const Kept<Acc> after_tile) {
+  using Key = OrderedKey<Acc>;
+  __shared__ selection::Shared<Acc> shared;
+  const int64_t query = blockIdx.x, row = query * count;
+  // Both kinds of score by the same instructions, so that the loads of several are in flight together.
+  const auto score = [&](int i) {
+    const bool is_kept = i < count;
+    const int64_t column = max(i - count, 0);
+    const Acc value = is_kept ? before_tile.scores[row + i] : tile.scores[query * tile.columns + column];
+    const Acc scaled = philox::multiply(value, is_kept ? Acc(1) : tile.scale);
+    return !is_kept && tile.is_out(query, column) ? negative_infinity<Acc>() : scaled;
+  };
+  const int found = selection::select_largest<Acc>(
+      shared, count + static_cast<int>(tile.columns), count, to_key(negative_infinity<Acc>()),
+      [&](int i) { return to_key(score(i)); }, [](Key) { return Key(0); },
+      [&](int i, int place) {
+        after_tile.scores[row + place] = score(i);
+        after_tile.slots[row + place] = i < count ? before_tile.slots[row + i] : tile.first + (i - count);
+      });
+  for (int place = found + static_cast<int>(threadIdx.x); place < count; place += selection::kThreads) {
+    after_tile.scores[row + place] = negative_infinity<Acc>();
+    after_tile.slots[row + place] = -1;
+  }
 }
 
 template <typename Acc>
@@ -375,6 +465,16 @@ int64_t tile_slots(int64_t queries, int64_t element_bytes) {
   return std::min(std::max(fit / kPartSlots, int64_t{1}), kMaxParts - 1) * kPartSlots;
 }
 
+// Whether every fourth column of scores and masks, in every row, begins at an address of four columns.
+template <typename T>
+bool has_quads(const Tile<T>& tile) {
+  const auto address = [](const void* data) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)); };
+  int64_t all = tile.columns;
+  if (tile.valid != nullptr) all |= (address(tile.valid) + tile.first) | tile.valid_stride;
+  if (tile.exclude != nullptr) all |= (address(tile.exclude) + tile.first) | tile.exclude_stride;
+  return all % 4 == 0 && address(tile.scores) % std::min<int64_t>(4 * sizeof(T), kVectorBytes) == 0;
+}
+
 // Collects the draws of all queries, tile by tile. Two sets of outputs take turns: a merge reads one, writes the other.
 template <typename Acc>
 class Sampler {
@@ -400,10 +500,11 @@ class Sampler {
   }
 
   template <typename T>
-  void add(const Tile<T>& tile) {
+  void add(Tile<T> tile) {
     if (queries_ == 0 || tile.columns == 0) return;
     const bool of_columns = noise_ == Noise::kOfColumns;
     const int64_t phase = of_columns ? (drawing_.slot_offset + tile.first) % philox::kSlotsPerBlock : 0;
+    tile.has_quads = phase == 0 && has_quads(tile);
     const int64_t count = ceil_div(tile.columns + phase, kPartSlots), room = std::min(drawing_.num_samples, kPartSlots);
     const Tensor scores = matrix(like_, queries_ * count, room, kScalarType<Acc>);
     const Tensor perturbed = matrix(like_, queries_ * count, room, kScalarType<Acc>);
@@ -431,9 +532,6 @@ class Sampler {
         break;
       case Noise::kOfGivenSlots:
         draw(std::integral_constant<Noise, Noise::kOfGivenSlots>{});
-        break;
-      case Noise::kNone:
-        draw(std::integral_constant<Noise, Noise::kNone>{});
         break;
     }
     merge_kernel<Acc><<<grid_size(queries_), kThreads, 0, device_.stream()>>>(
@@ -470,8 +568,8 @@ Samples sample_kept(const SampleOptions& options, const Tensor& state, const Ten
     const int64_t count = std::min(kMaxParts * kPartSlots, columns - first);
     const Tensor part = as_contiguous(narrowed(scores, 1, first, count));
     const Tensor numbers = as_contiguous(narrowed(slots, 1, first, count));
-    sampler.add(
-        Tile<Acc>{const_data<Acc>(part), count, 0, const_data<int64_t>(numbers), Acc(1), nullptr, nullptr, 0, 0});
+    sampler.add(Tile<Acc>{const_data<Acc>(part), count, 0, const_data<int64_t>(numbers), Acc(1), nullptr, nullptr, 0, 0,
+                          false});
   }
   return sampler.result();
 }
@@ -500,7 +598,7 @@ void for_each_tile(const SampleOptions& options, const SampleMasks& masks, int64
     const int64_t count = std::min(most, slots - first);
     const Tensor scores = products(first, count);
     Tile<Acc> tile{
-        const_data<Acc>(scores), count, first, nullptr, static_cast<Acc>(options.scale), nullptr, nullptr, 0, 0};
+        const_data<Acc>(scores), count, first, nullptr, static_cast<Acc>(options.scale), nullptr, nullptr, 0, 0, false};
     set_masks(tile, masks);
     if (masks.exclude && masks.exclude->scalar_type() == ScalarType::Long && masks.exclude->size(1) > 0) {
       const int64_t width = masks.exclude->size(1);
@@ -530,6 +628,27 @@ Samples sample_groups(const SampleOptions& options, const Tensor& state, const T
   return sample_kept<Acc>(options, state, scores, kept, device);
 }
 
+template <typename Acc, typename ForEachTile>
+Samples sample_highest(const SampleOptions& options, const Tensor& state, const Tensor& like, int64_t queries,
+                       const OnDevice& device, const ForEachTile& for_each) {
+  const int64_t count = *options.top_k;
+  STD_TORCH_CHECK(count <= INT32_MAX / 2, "top_k must be at most 2^30 on a GPU, got ", count);
+  std::array<Tensor, 2> scores{matrix(like, queries, count, kScalarType<Acc>),
+                               matrix(like, queries, count, kScalarType<Acc>)};
+  std::array<Tensor, 2> slots{matrix(like, queries, count, ScalarType::Long),
+                              matrix(like, queries, count, ScalarType::Long)};
+  torch::stable::fill_(scores[0], -std::numeric_limits<double>::infinity());
+  torch::stable::fill_(slots[0], -1.0);
+  const auto kept = [&](int i) { return Kept<Acc>{mutable_data<Acc>(scores[i]), mutable_data<int64_t>(slots[i])}; };
+  for_each([&](const Tile<Acc>& tile) {
+    keep_kernel<Acc><<<grid_size(queries), selection::kThreads, 0, device.stream()>>>(tile, static_cast<int>(count),
+                                                                                      kept(0), kept(1));
+    std::swap(scores[0], scores[1]);
+    std::swap(slots[0], slots[1]);
+  });
+  return sample_kept<Acc>(options, state, scores[0], slots[0], device);
+}
+
 using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename Acc, typename Products>
@@ -539,15 +658,14 @@ SampleResult sample_by_tiles(const SampleOptions& options, const SampleMasks& ma
   const auto for_each = [&](const auto& body) {
     for_each_tile<Acc>(options, masks, queries, slots, device, products, body);
   };
-  const bool keeps_some = options.top_k && *options.top_k < slots;
-  if (keeps_some && !options.exact) {
-    return sample_groups<Acc>(options, state, like, queries, slots, device, for_each).tuple();
+  if (options.top_k && *options.top_k < slots) {
+    return (options.exact ? sample_highest<Acc>(options, state, like, queries, device, for_each)
+                          : sample_groups<Acc>(options, state, like, queries, slots, device, for_each))
+        .tuple();
   }
-  const int64_t draws = keeps_some ? *options.top_k : options.num_samples;
-  Sampler<Acc> sampler(options, draws, keeps_some ? Noise::kNone : Noise::kOfColumns, state, like, queries, device);
+  Sampler<Acc> sampler(options, options.num_samples, Noise::kOfColumns, state, like, queries, device);
   for_each([&](const Tile<Acc>& tile) { sampler.add(tile); });
-  const Samples& found = sampler.result();
-  return (keeps_some ? sample_kept<Acc>(options, state, found.scores, found.indices, device) : found).tuple();
+  return sampler.result().tuple();
 }
 
 // Host functions -------------------------------------------------------------------------------------------------
@@ -637,7 +755,7 @@ SampleResult sample_scores(const Tensor& scores, const Tensor& state, int64_t nu
     for (int64_t first = 0; first < columns; first += most) {
       const int64_t count = std::min(most, columns - first);
       const Tensor part = as_contiguous(narrowed(scores, 1, first, count));
-      Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0};
+      Tile<T> tile{const_data<T>(part), count, first, nullptr, Acc(1), nullptr, nullptr, 0, 0, false};
       set_masks(tile, masks);
       sampler.add(tile);
     }

@@ -43,12 +43,14 @@ MISTAKES = {
 # Mistakes that show in results at few orders of the threads, if at any. The race detector finds
 # them in each order.
 RACES = {
-    "prune_without_barrier": Mistake("cuda/prune.cu", "__syncthreads()", behind=".certain;\n  "),
+    "prune_without_barrier": Mistake(
+        "cuda/selection.cuh", "__syncthreads()", behind="tile += kTile<Acc>;\n  }\n  "
+    ),
     "head_backward_without_warp_barrier": Mistake(
         "cuda/head/backward.cu", "__syncwarp()", behind="offsets[i] = 0;\n    "
     ),
     "head_without_last_wait": Mistake(_PRODUCT, "wgmma_wait<0>()"),
-    "scatter_by_several_blocks": Mistake("cuda/gather.cu", "left_out[row] == 0", "true"),
+    "scatter_by_several_blocks": Mistake("cuda/gather.cu", "last[index] == lane.row + 1", "true"),
 }
 
 # Mistakes that read or write outside of memory, or at an address that the access does not allow.
@@ -57,10 +59,10 @@ MEMORY = {
         "cuda/gather.cu",
         "i < count",
         "i <= count",
-        behind="#pragma unroll 4\n  for (int64_t i = threadIdx.x; ",
+        behind="#pragma unroll 4\n  for (int64_t i = lane; ",
     ),
     "gather_by_the_widest_access": Mistake(
         "cuda/gather.cu", "all % static_cast<uintptr_t>(width) != 0", "false"
     ),
-    "prune_beyond_the_buffer": Mistake("cuda/prune.cu", "before.certain < kCapacity<Acc>", "true"),
+    "prune_beyond_the_buffer": Mistake("cuda/selection.cuh", "place >= kCapacity<Acc>", "false"),
 }

@@ -58,6 +58,9 @@ REPLACEMENTS = [
     # Blocks of several queries store the same byte in one place: a race, but which comes last does
     # not matter.
     Replacement("cuda/score.cu", "used[column] = 1;", "atomicStore(&used[column], 1);", 2),
+    # Small tiles and parts, so that a few slots take several.
+    Replacement("cuda/sample.cu", "kTileBytes = int64_t{16} << 20", "kTileBytes = 1"),
+    Replacement("cuda/gather.cu", "kMinPart = 8192", "kMinPart = 64"),
     Replacement(
         "cuda/head/sm90/product.cuh",
         "extern __shared__ uint8_t dynamic[];",
@@ -67,7 +70,8 @@ REPLACEMENTS = [
 
 LAUNCH = re.compile(r"(?P<kernel>\w+(?:<[^<>;]*>)?)\s*<<<(?P<configuration>[^;]*?)>>>")
 SHARED = re.compile(
-    r"__shared__ (?:alignas\(\d+\) )?(?P<type>\w+(?:<[^<>;]*>)?) (?P<name>\w+)(?P<sizes>[^;]*);"
+    r"__shared__ (?:alignas\(\d+\) )?"
+    r"(?P<type>(?:\w+::)*\w+(?:<[^<>;]*>)?) (?P<name>\w+)(?P<sizes>[^;]*);"
 )
 
 

@@ -32,7 +32,7 @@ def compare(emulator, name, arguments):
 
 @pytest.fixture
 def sizes(draw):
-    return draw.choice([1, 2, 5]), draw.choice([1, 3, 50, 4096, 4097, 5000])
+    return draw.choice([1, 2, 5]), draw.choice([1, 3, 50, 4096, 4097, 5000, 9000])
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def drawing(draw, sizes, state):
         draw.choice([1, 1, 2, 5, 20]),
         draw.choice([1.0, 0.5, -2.0]),  # scale
         draw.choice([1.0, 0.0, 2.5, 1e-3]),  # inverse temperature
-        draw.choice([None, None, 1, 2, 7, 100, slots + 1]),  # top_k
+        draw.choice([None, None, 1, 2, 7, 100, 2000, slots + 1]),  # top_k
         draw.random() < 0.5,  # exact
         draw.choice(valid),
         draw.choice(exclude),

@@ -49,10 +49,67 @@ struct Pairs {
     const Acc logit = max_logits[index];
     if (logit <= Acc(0)) return {Acc(0), 0};  // most pairs of a trained model
     const Acc gradient = load_either<T>(grad, grad_in_acc, index);
-    const int32_t position = load_position(positions, position_bytes, index);
+    return pair(logit, gradient, load_position(positions, position_bytes, index), span);
+  }
+
+  // The pairs of the entries first + kWarp * g + lane < end, by a whole warp. Loads are in flight together: they read
+  // the last entry behind the end, and an entry whose logit is not positive only where another one's is.
+  template <int kGroups>
+  __device__ void load_groups(int64_t b, int64_t first, int64_t end, const Span& span,
+                              Pair<Acc> (&loaded)[kGroups]) const {
+    const int64_t row = b * vocabulary;
+    int64_t index[kGroups];
+    Acc logit[kGroups], gradient[kGroups];
+    int32_t position[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      index[g] = row + min(first + g * kWarp + threadIdx.x % kWarp, end - 1);
+      logit[g] = max_logits[index[g]];
+    }
+    bool is_active = false;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      loaded[g] = {Acc(0), 0};
+      is_active |= !(logit[g] <= Acc(0));
+    }
+    if (!__any_sync(kAllLanes, is_active)) return;
+    const auto load_all = [&](const auto* data, auto& target) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) target[g] = to_acc_or_int(data[index[g]]);
+    };
+    if (grad_in_acc) {
+      load_all(static_cast<const Acc*>(grad), gradient);
+    } else {
+      load_all(static_cast<const T*>(grad), gradient);
+    }
+    if (position_bytes == 1) {
+      load_all(static_cast<const uint8_t*>(positions), position);
+    } else if (position_bytes == 2) {
+      load_all(static_cast<const int16_t*>(positions), position);
+    } else {
+      load_all(static_cast<const int32_t*>(positions), position);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const bool inside = first + g * kWarp + threadIdx.x % kWarp < end;
+      if (inside) loaded[g] = pair(logit[g], gradient[g], position[g], span);
+    }
+  }
+
+ private:
+  __device__ Pair<Acc> pair(Acc logit, Acc gradient, int32_t position, const Span& span) const {
     // A position of other cu_seqlens than the forward's must not reach outside of the sequence.
     const bool inside = position >= 0 && position < span.stop - span.start;
     return {inside ? coefficient(gradient, logit, activation) : Acc(0), position};
+  }
+
+  template <typename Value>
+  __device__ static auto to_acc_or_int(Value value) {
+    if constexpr (std::is_integral_v<Value>) {
+      return static_cast<int32_t>(value);
+    } else {
+      return to_acc(value);
+    }
   }
 };
 
@@ -227,7 +284,7 @@ struct Buckets {
 template <typename T, bool kPlace>
 __global__ void __launch_bounds__(kThreads) bucket_kernel(const Pairs<T> pairs, const Buckets<Accumulator<T>> buckets) {
   using Acc = Accumulator<T>;
-  constexpr int kGroups = 2;  // of kWarp entries, loaded together
+  constexpr int kGroups = 4;  // of kWarp entries, loaded together
   const int lane = threadIdx.x % kWarp;
   const int64_t work = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (work >= buckets.num_sequences * buckets.slices) return;
@@ -243,11 +300,7 @@ __global__ void __launch_bounds__(kThreads) bucket_kernel(const Pairs<T> pairs, 
   const int64_t end = min(begin + buckets.slice_entries, pairs.vocabulary);
   for (int64_t first = begin; first < end; first += kGroups * kWarp) {
     Pair<Acc> loaded[kGroups];
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const int64_t v = first + g * kWarp + lane;
-      loaded[g] = v < end ? pairs.load(b, v, span) : Pair<Acc>{Acc(0), 0};
-    }
+    pairs.load_groups(b, first, end, span, loaded);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const Pair<Acc> pair = loaded[g];

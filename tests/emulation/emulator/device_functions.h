@@ -67,6 +67,11 @@ inline int atomicOr(int* target, int value) {
   return __atomic_fetch_or(target, value, __ATOMIC_RELAXED);
 }
 
+inline int atomicExch(int* target, int value) {
+  emulation::act_alone();
+  return __atomic_exchange_n(target, value, __ATOMIC_RELAXED);
+}
+
 // In the place of a store that races with stores of the same value.
 template <typename T, typename V>
 void atomicStore(T* target, V value) {
