@@ -157,6 +157,19 @@ def test_a_collapsed_model_finds_nothing_and_is_warned_of(files, collapsed):
     assert result.stderr.endswith(f"{warning}\n")
 
 
+@pytest.mark.parametrize("weight", [float("nan"), 3e38])
+def test_a_model_with_damaged_weights_is_refused(files, tmp_path, weight):
+    model = make_model(masked_lm_configs()["bert"])
+    model.get_output_embeddings().weight.data[7] = weight
+    model.save_pretrained(tmp_path / "damaged")
+    make_tokenizer().save_pretrained(tmp_path / "damaged")
+    index = files / "index"
+    result = invoke("encode", files / "corpus.tsv", index, "--model", tmp_path / "damaged")
+    assert result.exit_code == 2, result.output
+    assert "BertForMaskedLM must have finite logits, got NaN or infinity" in result.stderr
+    assert not index.exists()
+
+
 @pytest.mark.parametrize("source", ["index", "corpus"])
 def test_evaluate_without_the_document_of_the_query(index, files, model, source):
     """The queries are the documents: of each, the next best document is relevant."""

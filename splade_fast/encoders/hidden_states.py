@@ -219,7 +219,8 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
     a model that soft-caps its logits, for example, hardly changes small ones.
 
     Raises:
-        ValueError: the model computes other logits from the decoder's input.
+        ValueError: the model computes other logits from the decoder's input, or logits that are
+            not finite.
     """
     decoder = find_decoder(model)
     token_ids = torch.arange(min(4, decoder.out_features), device=decoder.weight.device)[None]
@@ -227,6 +228,11 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
     with evaluation_mode(model), torch.inference_mode():
         hidden = hidden_before_decoder(model, **inputs)
         largest = linear(hidden, decoder.weight).abs().max()
+        if not largest.isfinite():
+            raise ValueError(
+                f"{type(model).__name__} must have finite logits, got NaN or infinity; its weights "
+                f"are damaged or too large for {decoder.weight.dtype}"
+            )
         hidden = hidden * (32 / largest)
         expected = linear(hidden, decoder.weight, decoder.bias)
         caller = get_ident()  # other threads may use the model

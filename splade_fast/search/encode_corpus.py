@@ -22,13 +22,10 @@ from splade_fast._checks import check_count
 from splade_fast._distributed import Ranks, fail_together, world_size
 from splade_fast.encoders.pretrained import refuse_index
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.fingerprint import Fingerprint
-from splade_fast.search.index import (
-    IndexMeta,
-    join_index,
-    resolve_model,
-)
+from splade_fast.search.index import IndexMeta, join_index, resolve_model
 from splade_fast.search.lines import check_rereadable
 from splade_fast.search.texts import DataError, iterate_checked_texts, iterate_texts
 
@@ -93,8 +90,8 @@ def encode_corpus(
 
     Raises:
         TypeError: a number is not an integer.
-        ValueError: an argument is out of range, the corpus is damaged, or the finished chunks
-            belong to another corpus, encoder or setting.
+        ValueError: an argument is out of range, the corpus is damaged, the finished chunks belong
+            to another corpus, encoder or setting, or a vector holds NaN or infinity.
         FileExistsError: `index` exists.
         OSError: the file system failed, or the ranks do not share one.
         RuntimeError: another rank raised one of these errors.
@@ -171,6 +168,7 @@ def encode_corpus(
                     rows = encoder.encode_batches(
                         texts, prompt, meta.k, batch_size, meta.max_length, after_batch
                     )
+                    _check_finite(rows, number * chunk_size)
                     rows.save(chunks.file(number))
             checked.check_end(read, corpus)
 
@@ -188,6 +186,22 @@ def check_vocabularies(encoder: TextEncoder, query_encoder: TextEncoder) -> None
         raise ValueError(
             f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
             f"got {query_encoder.vocab_size}"
+        )
+
+
+def _check_finite(rows: SparseRows, start: int) -> None:
+    """Raise ValueError for a vector with NaN or infinities, which would rank nonsense.
+
+    Args:
+        rows: vectors of consecutive texts.
+        start: number of the first one in the corpus.
+    """
+    bad_mask = ~rows.values.isfinite().all(1)
+    if bad_mask.any():
+        row = int(bad_mask.nonzero()[0])
+        raise ValueError(
+            f"the encoder must give finite weights, got NaN or infinity for text {start + row + 1} "
+            f"of the corpus with weights in {str(rows.dtype).removeprefix('torch.')}"
         )
 
 

@@ -145,6 +145,23 @@ def test_arguments_out_of_range(tmp_path, name):
         )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_are_refused(tmp_path, value):
+    class DamagedEncoder(LengthEncoder):
+        def sparse_rows(self, inputs, k):
+            rows = super().sparse_rows(inputs, k)
+            rows.values[inputs["lengths"][:, 0] == 7, -1] = value
+            return rows
+
+    corpus = write_corpus(
+        tmp_path / "corpus.tsv", {f"d{i}": "fox" + "x" * (i == 9) * 4 for i in range(12)}
+    )
+    message = "must give finite weights, got NaN or infinity for text 10 of the corpus"
+    with pytest.raises(ValueError, match=message):
+        sf.encode_corpus(DamagedEncoder(), corpus, tmp_path / "index", chunk_size=6, **OPTIONS)
+    assert not (tmp_path / "index").exists()
+
+
 def test_an_index_that_exists_is_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(2))
     (tmp_path / "index").mkdir()
