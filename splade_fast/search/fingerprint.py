@@ -49,7 +49,7 @@ class Fingerprint:
     ) -> Fingerprint:
         """Compute the fingerprint of an encoder for texts of a role.
 
-        Every number of the weights is read, in about the time of a copy.
+        Every number of the weights is read twice, in about the time of two copies.
 
         Args:
             encoder: the encoder, on any device.
@@ -110,14 +110,18 @@ def _digest_weights(encoder: TextEncoder, dtype: torch.dtype) -> str:
 
 
 def _digest_tensor(tensor: Tensor, dtype: torch.dtype) -> str:
-    """Return a digest of the shape and of sums of the numbers' bits, which no rounding affects."""
+    """Return a digest of the shape and of sums of the numbers' bits, which no rounding affects.
+
+    The numbers are summed along both sides of a matrix, since one sum stays where two are swapped.
+    """
     sums = []
     for part in tensor.detach().reshape(-1).split(_NUMBERS_AT_A_TIME):
         numbers = (part.to(dtype) if part.is_floating_point() else part).contiguous()
         bits = numbers.view(_INTEGERS[numbers.element_size()])
         whole = len(bits) - len(bits) % _NUMBERS_PER_SUM
-        sums.append(bits[:whole].view(-1, _NUMBERS_PER_SUM).sum(1, dtype=torch.int64))
-        sums.append(bits[whole:].sum(dtype=torch.int64).view(1))
+        matrix = bits[:whole].view(-1, _NUMBERS_PER_SUM)
+        sums += [matrix.sum(side, dtype=torch.int64) for side in (0, 1)]
+        sums.append(bits[whole:].long())
     content = torch.cat(sums).cpu().numpy().astype("<i8").tobytes()
     return _digest(repr(tuple(tensor.shape)).encode() + content)
 

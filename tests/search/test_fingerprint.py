@@ -46,7 +46,7 @@ def test_known_digests():
     encoder.anchor = torch.nn.Parameter(torch.arange(2000) / 7)
     assert asdict(fingerprint(encoder)) == {
         "dtype": "float32",
-        "weights": "25763d222c98151e9a46baf364116041",
+        "weights": "a47cf210b7af80bdbbdff33ae86139b7",
         "vocabulary": "604424d3fc98ab736dc1ff188d1afdcc",
         "settings": "ad3faae27ad980791f77ae1f8712a5cf",
     }
@@ -75,6 +75,25 @@ def test_every_number_of_a_vector_counts(size, monkeypatch):
         encoder.anchor.data[number] += 1e-6
         assert fingerprint(encoder) != before
         before = fingerprint(encoder)
+
+
+@pytest.mark.parametrize(
+    ("size", "one", "other"), [(20, 3, 7), (1024, 3, 7), (5000, 3, 7), (5000, 3, 1027)]
+)
+def test_the_places_of_numbers_count(size, one, other):
+    encoder = LengthEncoder()
+    encoder.anchor = torch.nn.Parameter(torch.rand(size))
+    before = fingerprint(encoder)
+    encoder.anchor.data[[one, other]] = encoder.anchor.data[[other, one]]
+    assert fingerprint(encoder).differences(before) == ["weights"]
+
+
+def test_a_transposed_matrix_is_another():
+    encoder = LengthEncoder()
+    encoder.anchor = torch.nn.Parameter(torch.rand(16, 16))
+    before = fingerprint(encoder)
+    encoder.anchor.data = encoder.anchor.data.T.contiguous()
+    assert fingerprint(encoder).differences(before) == ["weights"]
 
 
 def test_a_pooling_layer_does_not_count(encoder):
