@@ -80,31 +80,32 @@ def encode(
 
     Several processes share the work under torchrun: torchrun -m splade_fast encode ...
     """
-    with _exit_with_2_on_bad_input(), _clean_up_on_sigterm(), join_torchrun() as rank:
-        with fail_together("loading the model"):
-            if index.exists():
-                raise FileExistsError(f"{index} must not exist yet")
-            encoder = load_document_encoder(model).to(_select_device(device))
-            queries = load_own_query_encoder(model, query_model)
-        with _advise_to_resume(index, is_first=rank == 0, should_resume=resume):
-            count = encode_corpus(
-                encoder,
-                corpus,
-                index,
-                model=model,
-                k=k,
-                batch_size=batch_size,
-                max_length=max_length,
-                chunk_size=chunk_size,
-                resume=resume,
-                query_model=queries[0] if queries is not None else None,
-                query_encoder=queries[1] if queries is not None else None,
-            )
-    if rank == 0:
-        size = sum(file.stat().st_size for file in index.iterdir())
-        empty = count_empty_vectors(Index.load(index).rows)
-        note = f", {empty} of them with empty vectors" if empty else ""
-        typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB{note}")
+    with _exit_with_2_on_bad_input():
+        with _clean_up_on_sigterm(), join_torchrun() as rank:
+            with fail_together("loading the model"):
+                if index.exists():
+                    raise FileExistsError(f"{index} must not exist yet")
+                encoder = load_document_encoder(model).to(_select_device(device))
+                queries = load_own_query_encoder(model, query_model)
+            with _advise_to_resume(index, is_first=rank == 0, should_resume=resume):
+                count = encode_corpus(
+                    encoder,
+                    corpus,
+                    index,
+                    model=model,
+                    k=k,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                    chunk_size=chunk_size,
+                    resume=resume,
+                    query_model=queries[0] if queries is not None else None,
+                    query_encoder=queries[1] if queries is not None else None,
+                )
+        if rank == 0:
+            size = sum(file.stat().st_size for file in index.iterdir())
+            empty = count_empty_vectors(Index.load(index).rows)
+            note = f", {empty} of them with empty vectors" if empty else ""
+            typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB{note}")
 
 
 @app.command()
@@ -135,13 +136,13 @@ def search(
         listed = list_hits(*sparse_search(vectors, loaded.rows, hits))
         for document in {document for found in listed for document, _ in found}:
             parse_id(loaded.ids[document])  # an index of other programs may hold any text
-    expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(texts)
-    for query_id, expansion, found in zip(texts.ids, expansions, listed, strict=True):
-        if expansion:
-            shown = " ".join(f"{term}:{weight:.3f}" for term, weight in expansion.items())
-            typer.echo(f"# {query_id}\t{shown}")
-        for rank, (document, score) in enumerate(found, start=1):
-            typer.echo(f"{query_id}\t{rank}\t{loaded.ids[document]}\t{score:.6f}")
+        expansions = encoder.top_terms(vectors, terms) if terms else [{}] * len(texts)
+        for query_id, expansion, found in zip(texts.ids, expansions, listed, strict=True):
+            if expansion:
+                shown = " ".join(f"{term}:{weight:.3f}" for term, weight in expansion.items())
+                typer.echo(f"# {query_id}\t{shown}")
+            for rank, (document, score) in enumerate(found, start=1):
+                typer.echo(f"{query_id}\t{rank}\t{loaded.ids[document]}\t{score:.6f}")
 
 
 @app.command()
@@ -154,7 +155,10 @@ def evaluate(
     query_model: QueryModel = None,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
-    max_length: MaxLength = 256,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of tokens kept of each text; default: 256."),
+    ] = None,
     ignore_identical_ids: Annotated[
         bool,
         typer.Option(
@@ -169,6 +173,8 @@ def evaluate(
     with _exit_with_2_on_bad_input():
         if (index is None) == (corpus is None):
             raise DataError("give either --index or --corpus")
+        if index is not None and (k is not None or max_length is not None):
+            raise DataError("give --k and --max-length with --corpus; an index has its own")
         judgements = read_qrels(qrels)
         judged = select_judged(read_texts(queries), judgements)
         if index is not None:
@@ -184,7 +190,7 @@ def evaluate(
             queries_of_model = load_own_query_encoder(model, query_model)
             encoder = documents if queries_of_model is None else queries_of_model[1]
             check_vocabularies(documents, encoder)
-            searched = _build_index(documents, texts, model, k, batch_size, max_length)
+            searched = _build_index(documents, texts, model, k, batch_size, max_length or 256)
         vectors = _encode_queries(encoder, judged, searched.meta.max_length, batch_size)
         measures = evaluate_vectors(
             judgements,
@@ -194,8 +200,8 @@ def evaluate(
             searched.rows,
             ignore_identical_ids=ignore_identical_ids,
         )
-    for name, value in measures.items():
-        typer.echo(f"{name}\t{value:.4f}")
+        for name, value in measures.items():
+            typer.echo(f"{name}\t{value:.4f}")
 
 
 @app.command(
@@ -222,14 +228,17 @@ def export(
         typer.Option(help="Source of token names; default: the index's model."),
     ] = None,
     empty: Annotated[EmptyDocuments, typer.Option(help="Documents without entries.")] = "keep",
-    scale: Annotated[float, typer.Option(help="anserini: impact = round(scale * weight).")] = 100.0,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="anserini: impact = round(scale * weight); default: 100."),
+    ] = None,
 ) -> None:
     """Write an index in the format of a search engine, vector store or library."""
     with _exit_with_2_on_bad_input():
         if out.exists():
             raise FileExistsError(f"{out} must not exist yet")
         count = export_index(Index.load(index), out, file_format, model, empty, scale)
-    typer.echo(f"{out}: {count} documents")
+        typer.echo(f"{out}: {count} documents")
 
 
 @app.command()
@@ -278,6 +287,8 @@ def _exit_with_2_on_bad_input() -> Iterator[None]:
     try:
         with _one_line_for_each_warning_of_data():
             yield
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        raise
     except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

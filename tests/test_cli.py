@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from splade_fast.cli import _select_device, app
@@ -264,11 +265,44 @@ def test_missing_and_contradictory_arguments_exit_with_2(files, index, model):
         (["search", index], "give either QUERY or --queries"),
         (["search", index, "fox", "--queries", missing], "give either QUERY or --queries"),
         (["evaluate", "--queries", missing, "--qrels", missing], "give either --index or"),
+        (["encode", files / "corpus.tsv", files / "new", "--model", ""], "got an empty name"),
     ]:
         result = invoke(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.output
     assert not (files / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--k", "--max-length"])
+def test_settings_of_the_documents_are_those_of_an_index(index, files, option):
+    """Evaluating an index with others would print the measures of the old settings."""
+    arguments = ["--queries", files / "queries.jsonl", "--qrels", files / "qrels.tsv"]
+    result = invoke("evaluate", *arguments, "--index", index, option, 8)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "give --k and --max-length with --corpus; an index has its own" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),  # `head` has seen enough
+        (UnicodeEncodeError("ascii", "狐", 0, 1, "not in range"), 2, "Error: 'ascii' codec can't"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "Error: [Errno 28] No space left"),
+    ],
+)
+def test_output_that_cannot_be_written(index, monkeypatch, error, code, message):
+    echo = typer.echo
+
+    def fail(text, err=False):
+        if not err:
+            raise error
+        echo(text, err=True)
+
+    monkeypatch.setattr("splade_fast.cli.typer.echo", fail)
+    result = invoke("search", index, "fox")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert ("Error: " in result.stderr) == bool(message)
 
 
 def test_a_query_of_undecodable_bytes_exits_with_2(index):

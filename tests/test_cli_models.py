@@ -99,6 +99,13 @@ def train(folder):
     encoder.save_pretrained(folder)
 
 
+def test_a_model_that_is_named_in_two_ways_is_one(files, model, monkeypatch):
+    (files / "link").symlink_to(model)
+    monkeypatch.chdir(files)
+    meta = Index.load(encode(files, "link/", "--query-model", "./model")).meta
+    assert (meta.model, meta.query_model, meta.query_fingerprint) == (str(model), None, None)
+
+
 def test_a_model_whose_weights_changed_is_refused(files, model):
     index = encode(files, model)
     judged = ["--queries", files / "queries.tsv", "--qrels", files / "qrels.tsv"]

@@ -149,6 +149,8 @@ def check_exists(name_or_path: str) -> None:
         ValueError: the folder is an index.
     """
     path = Path(name_or_path)
+    if not name_or_path:  # Path takes it for the working directory
+        raise FileNotFoundError("the model must be a folder or a hub name, got an empty name")
     if path.is_dir():
         refuse_index("the checkpoint", path)
         return

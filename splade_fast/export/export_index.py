@@ -44,7 +44,7 @@ def export_index(
     file_format: ExportFormat,
     model: str | os.PathLike[str] | None = None,
     empty: EmptyDocuments = "keep",
-    scale: float = 100.0,
+    scale: float | None = None,
 ) -> int:
     """Write an index with the function of `splade_fast.export` for a format.
 
@@ -52,21 +52,27 @@ def export_index(
         index: the index.
         path: folder to write; must not exist.
         file_format: name of the format.
-        model: model whose tokenizer names the columns; by default the index's model.
+        model: model whose tokenizer names the columns; by default the index's model. None for
+            formats without names, npz and qdrant.
         empty: "keep", "skip" or "error" for documents without entries.
-        scale: factor of Anserini's impacts.
+        scale: factor of Anserini's impacts, 100 by default; None for all other formats.
 
     Returns:
         Number of documents written.
 
     Raises:
         DataError: the index's own model has another vocabulary than when the index was made.
-        OSError, ValueError: see the function of the format; or there is no such model.
+        OSError, TypeError, ValueError: see the function of the format; or there is no such model,
+            or the format knows no `model` or `scale`.
     """
+    if model is not None and file_format in _WITHOUT_TOKENS:
+        raise ValueError(f"model must not be given for {file_format}, which names no columns")
+    if scale is not None and file_format != "anserini":
+        raise ValueError(f"scale must be given for anserini alone, got {scale} for {file_format}")
     options: dict[str, Any] = {"empty": empty}
     if file_format not in _WITHOUT_TOKENS:
         options["id_to_token"] = _read_tokens(index.meta, model)
-    if file_format == "anserini":
+    if scale is not None:
         options["scale"] = scale
     return _WRITERS[file_format](index.rows, path, index.ids, **options)
 

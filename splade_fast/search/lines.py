@@ -114,14 +114,14 @@ def parse_id(value: Any) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"expected text or a whole number as id, got {value!r}")
-    found = str(value).strip(" ")
+    found = str(value)
     if not found.strip() or any(character in found for character in _BAD_IN_IDS):
         raise DataError(
             f"expected an id that is not blank and holds no tab, line end or NUL, "
             f"got {quote_start(found)}"
         )
     check_unicode("the id", found)
-    return found
+    return found.strip(" ")
 
 
 def check_ids(name: str, ids: Iterable[str]) -> None:

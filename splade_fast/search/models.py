@@ -13,7 +13,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder, has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.fingerprint import Fingerprint
-from splade_fast.search.index import Index, IndexMeta, is_model_folder
+from splade_fast.search.index import Index, IndexMeta, is_model_folder, resolve_model
 from splade_fast.search.lines import DataError, DataWarning
 
 QUERY_FOLDER = "query"  # in the folder of a model that was trained with another for queries
@@ -61,7 +61,7 @@ def load_own_query_encoder(
         ImportError, OSError, ValueError: see `load_query_encoder`.
     """
     name = find_query_model(model) if query_model is None else os.fspath(query_model)
-    if name == os.fspath(model) and not _has_query_route(name):
+    if resolve_model(name) == resolve_model(model) and not _has_query_route(name):
         return None
     return name, load_query_encoder(name)
 

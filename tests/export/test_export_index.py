@@ -112,6 +112,8 @@ def test_bad_input_exits_with_2(index, tmp_path):
         ([index, out, "--format", "npz", "--empty", "drop"], "Invalid value for '--empty'"),
         ([index, out, "--format", "npz", "--empty", "error"], "got an empty row 2"),
         ([index, out, "--format", "anserini", "--scale", "-1"], "scale must be finite and above 0"),
+        ([index, out, "--format", "qdrant", "--scale", "7"], "scale must be given for anserini"),
+        ([index, out, "--format", "npz", "--model", "x"], "model must not be given for npz"),
         ([index, index, "--format", "npz"], "must not exist yet"),
         ([index, out], "Missing option '--format'"),
     ]:
