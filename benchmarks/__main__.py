@@ -16,6 +16,7 @@ import torch
 from benchmarks import cases, studies
 from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.compare import compare
+from benchmarks.harness.instruction_sets import LEVELS, restart_with
 from benchmarks.harness.machine import Machine
 from benchmarks.harness.results import RESULTS, to_rows, update_csv
 from benchmarks.harness.run_case import CONTENDERS, Options, run_case
@@ -52,6 +53,7 @@ def _run_cases(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     _check_names(parser, "case", options.cases, cases.names())
+    restart_with(options.isa, arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     machine = _start(options.threads, options.device)
@@ -63,7 +65,7 @@ def _run_cases(arguments: Sequence[str]) -> int:
         has_memory="memory" not in options.skip,
     )
     dtypes = [getattr(torch, name) for name in options.dtype or DTYPES[options.device]]
-    suffix = "-quick" if options.quick else ""
+    suffix = _suffix(options.isa) + ("-quick" if options.quick else "")
     is_complete = True
     for name in options.cases or cases.names():
         path = options.out / f"{name}-{options.device}{suffix}.csv"
@@ -87,6 +89,7 @@ def _run_study(arguments: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the measurements")
     options = parser.parse_args(arguments)
     _check_names(parser, "study", [options.name], studies.names())
+    restart_with(options.isa, ["study", *arguments])
     rounds = Rounds(options.rounds or studies.ROUNDS, options.seconds)
     measurements = studies.load(options.name, rounds)
     chosen = [name for name in measurements if all(text in name for text in options.texts)]
@@ -97,7 +100,7 @@ def _run_study(arguments: Sequence[str]) -> int:
         return 0
     device = studies.device(options.name)
     machine = _start(options.threads, device)
-    path = options.out / f"{options.name}-{device}.csv"
+    path = options.out / f"{options.name}-{device}{_suffix(options.isa)}.csv"
     is_complete = True
     for name in chosen:
         try:
@@ -142,10 +145,15 @@ def _measuring_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--isa", choices=LEVELS, help="hold all contenders to a CPU's lesser set")
     parser.add_argument("--rounds", type=int, help="rounds of a measurement")
     parser.add_argument("--seconds", type=float, default=60, help="end the rounds after this")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
     return parser
+
+
+def _suffix(isa: str | None) -> str:
+    return f"-{isa}" if isa is not None else ""
 
 
 def _check_names(

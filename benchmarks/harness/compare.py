@@ -40,7 +40,7 @@ def times_the_floor(results: Path) -> dict[tuple[str, ...], float]:
     for path in sorted(results.glob("*.csv")):
         for row in read_csv(path):
             if row.quantity == TIME and row.p25 is not None:
-                times.setdefault(_case(row), {})[row.contender] = row.p25
+                times.setdefault(_case(path, row), {})[row.contender] = row.p25
     return {case: _ratio(found) for case, found in times.items() if {"ours", FLOOR} <= {*found}}
 
 
@@ -48,5 +48,5 @@ def _ratio(times: Mapping[str, float]) -> float:
     return times["ours"] / times[FLOOR]
 
 
-def _case(row: Row) -> tuple[str, ...]:
-    return row.study, row.subject, f"{row.axis} {row.size}", row.dtype, row.device, row.part
+def _case(path: Path, row: Row) -> tuple[str, ...]:
+    return path.stem, row.subject, f"{row.axis} {row.size}", row.dtype, row.device, row.part

@@ -102,6 +102,22 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert "nosuchop" in capsys.readouterr().err
 
 
+def test_an_instruction_set_holds_for_all_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        started.append((command, environment))
+        raise SystemExit
+
+    monkeypatch.setattr("os.execve", execve)
+    with pytest.raises(SystemExit):
+        main(["score", "--isa", "avx2", "--quick"])
+    [(command, environment)] = started
+    assert command[1:] == ["-m", "benchmarks", "score", "--isa", "avx2", "--quick"]
+    names = ("SPLADE_FAST_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    assert {environment[name].lower() for name in names} == {"avx2"}
+
+
 def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return PoolCase.eager(logits, attention_mask) * 1.01
@@ -244,7 +260,7 @@ def test_slower_ratios_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["compare", str(old), str(newest)]) == 1
     out = capsys.readouterr().out
     flagged = [line for line in out.splitlines() if "SLOWER" in line]
-    assert [line.partition("SLOWER")[2].split()[:2] for line in flagged] == [["pool", "a"]]
+    assert [line.partition("SLOWER")[2].split()[:2] for line in flagged] == [["pool-cpu", "a"]]
     assert main(["compare", str(old), str(newest), "--limit", "1.4"]) == 0
     with pytest.raises(FileNotFoundError, match="must have a case in common, got none"):
         main(["compare", str(old), str(tmp_path / "nothing")])
