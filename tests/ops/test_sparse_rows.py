@@ -215,6 +215,30 @@ def test_from_dicts_refuses(dicts, token_to_id, message):
         SparseRows.from_dicts(dicts, 3, token_to_id)
 
 
+@pytest.mark.parametrize(
+    ("dicts", "message"),
+    [
+        ({0: 1.0}, "dicts must be a list of dicts, got one dict"),
+        ([{0: 1.0}, [(0, 1.0)]], r"dicts\[1\] must be a dict, got list"),
+        ([None], r"dicts\[0\] must be a dict, got NoneType"),
+        ([{}, {1: "2.0"}], r"dicts\[1\] must have numbers as values, got str for 1"),
+        ([{1: None}], r"dicts\[0\] must have numbers as values, got NoneType for 1"),
+        ([{1: np.ones(1)}], r"dicts\[0\] must have numbers as values, got ndarray for 1"),
+        ([{1: torch.ones(1)}], r"dicts\[0\] must have numbers as values, got Tensor for 1"),
+    ],
+)
+def test_from_dicts_refuses_other_types(dicts, message):
+    with pytest.raises(TypeError, match=message):
+        SparseRows.from_dicts(dicts, 3)
+
+
+@pytest.mark.parametrize(
+    "number", [2, np.float32(2), np.int64(2), np.float16(2), torch.tensor(2.0)]
+)
+def test_from_dicts_takes_numbers_of_every_kind(number):
+    assert SparseRows.from_dicts([{1: number}], 3).to_dicts() == [{1: 2.0}]
+
+
 def test_from_dicts_in_any_order():
     assert SparseRows.from_dicts(({4: 1.5, 0: -1}, {}), 5).indices.tolist() == [[0, 4], [-1, -1]]
     assert SparseRows.from_dicts([], 5).shape == (0, 5)
@@ -347,11 +371,13 @@ def test_gradient_reaches_only_kept_entries():
         torch.tensor([True, False, True, False, True, False, True]),
         [3, 1],
         [],
+        np.array([4, 0]),
+        np.array([True, False, True, False, True, False, True]),
     ],
 )
 def test_indexing_is_that_of_the_dense_rows(selection):
     x = random_dense().clamp(min=0)
-    expected = x[selection] if selection != [] else x[:0]
+    expected = x[:0] if isinstance(selection, list) and not selection else x[selection]
     assert torch.equal(SparseRows.from_dense(x)[selection].to_dense(), expected)
 
 
@@ -359,6 +385,32 @@ def test_indexing_is_that_of_the_dense_rows(selection):
 def test_one_integer_is_refused(row):
     with pytest.raises(TypeError, match=r"got the int 3; .*rows\[i : i \+ 1\]"):
         SparseRows.from_dense(random_dense())[row]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, np.uint8, np.uint16])
+def test_integers_of_every_kind_are_row_numbers(kind):
+    rows = SparseRows.from_dense(random_dense())
+    numbers = [1, 0, 1]
+    given = torch.tensor(numbers, dtype=kind) if kind in (torch.uint8, torch.int32) else None
+    found = rows[np.array(numbers, kind) if given is None else given]
+    assert found.equal(rows[numbers])
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ((0, 1), TypeError, "rows must be a slice, list or tensor, got tuple"),
+        (None, TypeError, "rows must be a slice, list or tensor, got NoneType"),
+        (0.5, TypeError, "rows must be a slice, list or tensor, got float"),
+        ([0.5], TypeError, "rows must be integers or a mask, got torch.float32"),
+        ([True], ValueError, "a mask must have one bool per row, 7, got 1"),
+        ([[0]], ValueError, r"rows must have one dimension, got shape \(1, 1\)"),
+        ([7], IndexError, "out of"),
+    ],
+)
+def test_what_names_no_rows_is_refused(index, error, message):
+    with pytest.raises(error, match=message):
+        SparseRows.from_dense(random_dense())[index]
 
 
 def test_cat_pads_to_the_widest():
@@ -412,6 +464,8 @@ LENGTHS = torch.tensor([2, 1], dtype=torch.int32)
         ((INDICES.long(), VALUES, LENGTHS, 3), TypeError, "indices must be int32, got torch.int64"),
         ((INDICES, VALUES.int(), LENGTHS, 3), TypeError, "values must be floating point"),
         ((INDICES, VALUES, LENGTHS.long(), 3), TypeError, "lengths must be int32"),
+        ((INDICES.numpy(), VALUES, LENGTHS, 3), TypeError, "indices must be a tensor, got ndarray"),
+        ((INDICES, VALUES, [2, 1], 3), TypeError, "lengths must be a tensor, got list"),
         ((INDICES[0], VALUES, LENGTHS, 3), ValueError, r"indices must be \(rows, slots\)"),
         ((INDICES, VALUES[:1], LENGTHS, 3), ValueError, r"values .* \(2, 2\), got \(1, 2\)"),
         ((INDICES, VALUES, LENGTHS[:1], 3), ValueError, r"lengths .* \(2,\), got \(1,\)"),
@@ -436,6 +490,8 @@ def test_layout_is_checked_at_once(arguments, error, message):
 def test_from_dense_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         SparseRows.from_dense(*arguments)
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        SparseRows.from_dense(np.ones((2, 2)))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
+from splade_fast._checks import check_tensor
+
 _MAX_COLS = 2**31 - 2  # limit of the ops
 _ENTRIES_AT_ONCE = 2**20  # bounds the memory that checking needs
 
 
 def check_layout(indices: Tensor, values: Tensor, lengths: Tensor, num_cols: int) -> None:
-    """Raise if dtypes, shapes or devices are not those of sparse rows."""
+    """Raise if types, dtypes, shapes or devices are not those of sparse rows."""
+    for name, tensor in (("indices", indices), ("values", values), ("lengths", lengths)):
+        check_tensor(name, tensor)
     if indices.dtype != torch.int32:
         raise TypeError(f"indices must be int32, got {indices.dtype}")
     if lengths.dtype != torch.int32:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ def entries_from_dicts(
     dtype: torch.dtype,
 ) -> Entries:
     """Return the entries of dicts {column: value} or {token: value}, sorted by column."""
+    if isinstance(dicts, Mapping):
+        raise TypeError(f"dicts must be a list of dicts, got one {type(dicts).__name__}")
     lengths: list[int] = []
     columns: list[int] = []
     values: list[float] = []
@@ -92,7 +95,9 @@ def entries_from_dicts(
 def _weights_by_column(
     row: int, weights: Mapping[Any, float], num_cols: int, token_to_id: Mapping[Any, int] | None
 ) -> dict[int, float]:
-    """Return {column: value} for a row. Raise ValueError for a bad or repeated column."""
+    """Return {column: value} for a row. Raise for a bad or repeated column or no number."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"dicts[{row}] must be a dict, got {type(weights).__name__}")
     by_column: dict[int, float] = {}
     for name, value in weights.items():
         key = name if token_to_id is None else token_to_id.get(name, number_in_name(name))
@@ -105,5 +110,13 @@ def _weights_by_column(
             )
         if column in by_column:
             raise ValueError(f"dicts[{row}] must have one value a column, got two for {column}")
+        if not _is_number(value):
+            got = type(value).__name__
+            raise TypeError(f"dicts[{row}] must have numbers as values, got {got} for {name!r}")
         by_column[column] = value
     return by_column
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number of Python or NumPy, or a tensor of one."""
+    return isinstance(value, float | Real) or (isinstance(value, Tensor) and value.dim() == 0)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from splade_fast._checks import check_count
+from splade_fast._checks import check_count, check_tensor
 from splade_fast.ops.prune import dense_rows, prune_rows
 from splade_fast.ops.sparse_rows.checks import check_contents, check_layout
 from splade_fast.ops.sparse_rows.columns import TokenNames, name_columns
@@ -101,6 +102,7 @@ class SparseRows:
             >>> sf.SparseRows.from_dense(x, k=1).to_dicts()
             [{1: 3.0}, {0: 2.0}]
         """
+        check_tensor("x", x)
         if x.dim() != 2:
             raise ValueError(f"x must be (rows, columns), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -175,6 +177,7 @@ class SparseRows:
             dtype: dtype of the values.
 
         Raises:
+            TypeError: the rows are not a list of dicts, or a value is not a number.
             ValueError: a token has no column, a column is not an integer in [0, num_cols), or two
                 tokens have the same column. The message names the row.
 
@@ -258,19 +261,38 @@ class SparseRows:
         )
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int] | Sequence[bool]) -> SparseRows:
-        """Return the rows of a slice, of an integer tensor (also repeated) or of a bool tensor."""
+        """Return the rows of a slice, of integers (also repeated) or of a mask.
+
+        Raises:
+            IndexError: a row does not exist.
+            TypeError: rows are one integer, a tuple, or no integers.
+            ValueError: rows have two dimensions, or are a mask of another length.
+        """
         if isinstance(rows, Integral):  # also NumPy's
             raise TypeError(
                 f"rows must be a slice, an integer tensor or a bool tensor, got the int {rows}; "
                 "for one row write rows[i : i + 1]"
             )
         if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows, device=self.device)
-            if rows.numel() == 0 and rows.dtype != torch.bool:
-                rows = rows.long()  # as_tensor makes an empty list floating point
-            if rows.dim() != 1:
-                raise ValueError(f"rows must have one dimension, got shape {tuple(rows.shape)}")
+            rows = self._row_index(rows)
         return SparseRows(self.indices[rows], self.values[rows], self.lengths[rows], self.num_cols)
+
+    def _row_index(self, rows: Tensor | Sequence[int] | Sequence[bool]) -> Tensor:
+        # rows[i, j] passes a tuple, which means a row and a column elsewhere.
+        if isinstance(rows, tuple) or not isinstance(rows, Tensor | np.ndarray | Sequence):
+            raise TypeError(f"rows must be a slice, list or tensor, got {type(rows).__name__}")
+        index = torch.as_tensor(rows, device=self.device)
+        if index.dim() != 1:
+            raise ValueError(f"rows must have one dimension, got shape {tuple(index.shape)}")
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                raise ValueError(
+                    f"a mask must have one bool per row, {len(self)}, got {len(index)}"
+                )
+            return index
+        if index.numel() and (index.is_floating_point() or index.is_complex()):
+            raise TypeError(f"rows must be integers or a mask, got {index.dtype}")
+        return index.long()  # torch takes uint8 for a mask, and an empty list for floating point
 
     def equal(self, other: SparseRows) -> bool:
         """Return whether both hold the same vectors in the same dtype.
