@@ -167,6 +167,7 @@ void run_blocks(Dim3 first, int blocks, int threads, const std::function<void()>
     run_fibers();
   } catch (...) {
     scheduler.contexts.clear();  // some stand amid a body
+    scheduler.grid_ends.acquire();
     throw;
   }
   if (scheduler.engine != nullptr) scheduler.engine->end();
