@@ -20,12 +20,14 @@ from splade_fast.encoders.pretrained import (
     errors_as_value_errors,
     find_file,
     load_config,
+    reachable,
     read_json,
     write_json_files,
 )
 from splade_fast.encoders.weights import readable_weights
 
 _CONFIG_FILE = "adapter_config.json"
+_NO_FOLDER = "no-adapters"
 _WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -58,7 +60,7 @@ class BaseModel:
         source: folder or hub name that led to the checkpoint, such as that of adapters.
         name_or_path: a folder or a hub name.
         hub: where its files come from: subfolder, revision, token, cache_dir and the like.
-        has_adapters: whether adapters from another folder belong into the model.
+        has_adapters: whether the adapters of `source` belong into the model.
         loaded_later: names of modules whose weights come with the adapters.
     """
 
@@ -77,7 +79,7 @@ class BaseModel:
         try:
             return load_config(self.name_or_path, self.hub)
         except OSError as error:
-            if not self.has_adapters:
+            if self.name_or_path == self.source:
                 raise
             raise OSError(
                 f"{_CONFIG_FILE} of {self.source} must name the checkpoint of the model in "
@@ -85,11 +87,19 @@ class BaseModel:
                 "on the hub"
             ) from error
 
+    def load_arguments(self) -> dict[str, Any]:
+        """Return the arguments by which transformers loads the model without any adapters."""
+        if self.has_adapters and self.name_or_path == self.source:
+            # transformers would load the adapters too, and report which of them are missing in
+            # place of the model's own weights.
+            return self.hub | {"adapter_kwargs": {"subfolder": _NO_FOLDER}}
+        return self.hub
+
 
 def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
     """Return the checkpoint that holds the model's own weights.
 
-    A folder of adapters names another checkpoint; every other folder holds these weights itself.
+    A folder of adapters alone names another checkpoint; other folders hold these weights.
     The name of a folder is relative to the working directory or to the folder of adapters.
 
     Args:
@@ -101,10 +111,13 @@ def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
         ValueError: the folder of adapters names no checkpoint.
     """
     adapters = read_json(name_or_path, _CONFIG_FILE, hub)
-    # transformers itself loads a folder that holds both the model and its adapters.
-    if adapters is None or Path(name_or_path, hub["subfolder"], "config.json").exists():
+    if adapters is None:
         return BaseModel(name_or_path, name_or_path, hub)
-    base = adapters.get("base_model_name_or_path") if isinstance(adapters, dict) else None
+    options = adapters if isinstance(adapters, dict) else {}
+    modules_to_save = options.get("modules_to_save") or ()
+    if Path(name_or_path, hub["subfolder"], "config.json").exists():
+        return BaseModel(name_or_path, name_or_path, hub, True, modules_to_save)
+    base = options.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise ValueError(
             f"{_CONFIG_FILE} of {name_or_path} must name the checkpoint of the model in "
@@ -120,8 +133,8 @@ def find_base_model(name_or_path: str, hub: dict[str, Any]) -> BaseModel:
             f"{_CONFIG_FILE} of {name_or_path} must name the checkpoint of the model in "
             f"base_model_name_or_path, but {error}"
         ) from error
-    base_hub = hub | {"revision": adapters.get("revision") or "main", "subfolder": ""}
-    return BaseModel(name_or_path, base, base_hub, True, adapters.get("modules_to_save") or ())
+    base_hub = hub | {"revision": options.get("revision") or "main", "subfolder": ""}
+    return BaseModel(name_or_path, base, base_hub, True, modules_to_save)
 
 
 def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]) -> Any:
@@ -139,8 +152,10 @@ def load_adapters(model: PreTrainedModel, name_or_path: str, hub: dict[str, Any]
             weights, or the weights do not fit the model.
     """
     peft = _import_peft()
+    hub = reachable(name_or_path, hub)
     with errors_as_value_errors(f"{_CONFIG_FILE} of {name_or_path} must describe adapters"):
         config = peft.PeftConfig.from_pretrained(name_or_path, **hub)
+    config.base_model_name_or_path = model.name_or_path  # where it was found
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_type of {name_or_path} must be one of adapters in layers, such as LORA, "

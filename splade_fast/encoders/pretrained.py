@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tokenizers import normalizers
@@ -27,6 +33,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _INDEX_FILES = ("vectors.safetensors", "meta.json")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_SECONDS = 60  # for which the hub is taken to be as reachable as before
 # Given explicitly, since transformers would otherwise ask the user on the terminal.
 _TRUST_REMOTE_CODE = False
 
@@ -51,6 +58,32 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
 
 
+def reachable(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return hub, with local_files_only where a hub name would be looked up without a network.
+
+    huggingface_hub tries five times to find each file, in half a minute.
+
+    Args:
+        name_or_path: a folder or a hub name.
+        hub: `revision`, `token`, `cache_dir` and other arguments of the hub.
+    """
+    if Path(name_or_path).exists() or _is_hub_reachable(int(time.monotonic()) // _SECONDS):
+        return hub
+    return hub | {"local_files_only": True}
+
+
+@lru_cache(maxsize=1)
+def _is_hub_reachable(period: int) -> bool:
+    """Return whether the hub has an address, or a proxy looks for it."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
 def load_config(name_or_path: str, hub: dict[str, Any]) -> PreTrainedConfig:
     """Load the configuration of a checkpoint without running code from the checkpoint.
 
@@ -61,7 +94,9 @@ def load_config(name_or_path: str, hub: dict[str, Any]) -> PreTrainedConfig:
     check_exists(name_or_path)
     with errors_as_value_errors(f"config.json of {name_or_path} must describe a model"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+            name_or_path,
+            trust_remote_code=_TRUST_REMOTE_CODE,
+            **reachable(name_or_path, hub),
         )
     return config
 
@@ -86,7 +121,7 @@ def load_model(
         ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file is
             damaged, or weights are missing or have other shapes than config.json says.
     """
-    kwargs = kwargs | {
+    kwargs = reachable(name_or_path, kwargs) | {
         "trust_remote_code": _TRUST_REMOTE_CODE,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # for a message that names the weights
@@ -113,7 +148,9 @@ def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenize
     try:
         with errors_as_value_errors(f"the tokenizer of {name_or_path} cannot be read"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=_TRUST_REMOTE_CODE, **hub
+                name_or_path,
+                trust_remote_code=_TRUST_REMOTE_CODE,
+                **reachable(name_or_path, hub),
             )
     except ValueError:
         for file in _TOKENIZER_FILES:
@@ -186,7 +223,7 @@ def find_file(name_or_path: str, file: str, hub: dict[str, Any]) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=True,
         _raise_exceptions_for_connection_errors=False,
-        **hub,
+        **reachable(name_or_path, hub),
     )
     return path
 

@@ -113,9 +113,14 @@ class SpladeEncoder(TextEncoder):
         base = find_base_model(name, hub)
         config = base.load_config()
         model = load_model(
-            _auto_class(config), base.name_or_path, config, kwargs | base.hub, base.loaded_later
+            _auto_class(config),
+            base.name_or_path,
+            config,
+            kwargs | base.load_arguments(),
+            base.loaded_later,
         )
-        if base.has_adapters:
+        # Older versions of transformers load adapters that lie beside the model all the same.
+        if base.has_adapters and not getattr(model, "_hf_peft_config_loaded", False):
             model = load_adapters(model, name, hub)
         tokenizer = load_tokenizer(name, hub)
         if settings.lower_case:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from splade_fast.encoders.splade import SpladeEncoder
 from tests.adapters import IS_PEFT_REFUSED, lora, with_adapters
@@ -119,6 +120,26 @@ def test_a_base_that_looks_like_a_hub_name_is_named(adapters, monkeypatch):
         SpladeEncoder.from_pretrained(adapters[0])
 
 
+def test_a_folder_may_hold_a_model_and_its_adapters(base, adapters, tmp_path):
+    folder, expected = adapters
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    encoder = SpladeEncoder.from_pretrained(folder)
+    assert torch.equal(vectors(encoder), expected)
+    shutil.rmtree(base)
+    encoder.save_pretrained(tmp_path / "again")  # adapters of the model in `folder`
+    assert torch.equal(vectors(SpladeEncoder.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_a_head_that_is_missing_beside_adapters_is_named(base, adapters):
+    folder, _ = adapters
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "transform" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"predictions\.transform\.dense\.weight is missing"):
+        SpladeEncoder.from_pretrained(folder)
+
+
 def test_a_head_among_the_adapters_is_not_missing(base, tmp_path):
     """Adapters may hold whole modules, such as the transform of the head."""
     encoder = SpladeEncoder.from_pretrained(base)
@@ -177,8 +198,9 @@ def test_peft_misses_a_class_of_transformers(adapters, monkeypatch, tmp_path):
 
 def test_transformers_refuses_to_save_adapters(base, adapters, monkeypatch, tmp_path):
     folder, expected = adapters
-    shutil.copytree(base, folder, dirs_exist_ok=True)  # transformers loads a whole model itself
-    encoder = SpladeEncoder.from_pretrained(folder)
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    encoder = SpladeEncoder(model, AutoTokenizer.from_pretrained(folder))
     torch.testing.assert_close(vectors(encoder), expected)
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "999.0")
     with pytest.raises(ImportError, match=rf"{VERSIONS} \(transformers asks for peft >= 999.0\)"):

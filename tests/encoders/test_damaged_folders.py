@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from splade_fast.cli import app
+from splade_fast.encoders import pretrained
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.query_encoder import load_query_encoder
 from splade_fast.encoders.splade import SpladeEncoder
@@ -235,3 +237,22 @@ def test_other_files_of_weights_that_end_early(bert, tmp_path):
     cut(tmp_path / "bge" / "sparse_linear.pt")
     with pytest.raises(ValueError, match=r"sparse_linear\.pt is damaged: "):
         TermWeightEncoder.from_pretrained(tmp_path / "bge")
+
+
+def test_a_name_without_a_network_is_looked_up_in_the_cache_alone(monkeypatch):
+    """huggingface_hub would try five times to find each file, in half a minute."""
+
+    def no_address(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr(pretrained, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", pytest.fail)
+    pretrained._is_hub_reachable.cache_clear()
+    try:
+        for load in (SpladeEncoder.from_pretrained, load_query_encoder):
+            with pytest.raises(OSError, match="gone/model|cached files"):
+                load("gone/model")
+    finally:
+        pretrained._is_hub_reachable.cache_clear()
