@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_WORDS = 4  # of 64 bits
+WORDS = 4  # of 64 bits
 
 
 def text_ids(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -24,9 +24,9 @@ def text_ids(inputs: Mapping[str, Tensor]) -> Tensor:
     mask = inputs.get("attention_mask", torch.ones_like(tokens)) != 0
     generator = torch.Generator().manual_seed(0)
     # Rows of factors are drawn in order, so a text has the same ones at any padded length.
-    factors = torch.randint(-(2**63), 2**63 - 1, (tokens.shape[1], _WORDS), generator=generator).to(
+    factors = torch.randint(-(2**63), 2**63 - 1, (tokens.shape[1], WORDS), generator=generator).to(
         tokens.device
     )
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     terms = torch.where(mask, tokens + 1, 0)  # padding adds nothing, and the token 0 does
-    return torch.stack([(factors[positions, w] * terms).sum(1) for w in range(_WORDS)], 1)
+    return torch.stack([(factors[positions, w] * terms).sum(1) for w in range(WORDS)], 1)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from splade_fast._checks import check_choice, check_count
 from splade_fast._distributed import Ranks
 from splade_fast.negative_cache.features import Tables, Value, as_dense, select
-from splade_fast.negative_cache.matching import matches
+from splade_fast.negative_cache.matching import matches_any
 from splade_fast.negative_cache.negative_cache import CacheData, NegativeCache
 from splade_fast.negative_cache.retrieval import JoinedCache, TopK, Transform, tile_scores
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.negative_cache.sources import (
+    Groups,
     LocalCaches,
     ShardedCaches,
     Source,
@@ -116,6 +117,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         num_negatives: int = 1,
         in_batch: bool = False,
         exclude: str | Sequence[str] | None = None,
+        exclude_any: str | Sequence[str] | None = None,
         top_k_method: str = "grouped",
         count_empty_slots: bool = False,
         retrieval_fn: Callable[[Tensor], Tensor] | None = None,
@@ -135,6 +137,8 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
                 be drawn.
             exclude: names of one or several features, e.g. an id. A document is left out if all of
                 these features equal those of the query's positive, bit for bit.
+            exclude_any: names of features, e.g. an id of the query. A document is left out as well
+                if one of these features equals that of the query's positive.
             top_k_method: "grouped" keeps the highest score of each of top_k contiguous groups of
                 slots; "exact" keeps the top_k highest scores.
             count_empty_slots: whether slots without an item count as documents of zeros.
@@ -154,7 +158,8 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         self.reducer = reducer
         self.num_negatives = check_count("num_negatives", num_negatives, 1)
         self.in_batch = in_batch
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+        self.exclude = _names(exclude)
+        self.exclude_any = _names(exclude_any)
         self.top_k_method = top_k_method
         self.count_empty_slots = count_empty_slots
         setattr(self, "retrieval_fn", retrieval_fn or GumbelMaxRetrievalFn())  # noqa: B010
@@ -224,10 +229,13 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         source, items, hard_items = self._source(
             cache, queries.detach(), positives.detach(), pos_features, hard, return_topk
         )
+        groups = self._exclude_groups(next(iter(cache.values())).data)
         candidates = self._candidates(positives, hard)
         with torch.no_grad():
             with source.fail_together("score_transform"):
-                candidate_scores = self._candidate_scores(queries, candidates, items, hard_items)
+                candidate_scores = self._candidate_scores(
+                    queries, candidates, items, hard_items, groups
+                )
             found, weights = self._draw(source, candidate_scores)
             drawn = found.indices[:, : weights.shape[1]]
         schema = next(iter(cache.values())).data
@@ -338,8 +346,9 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         candidates: Tensor | None,
         items: Tables | None,
         hard_items: Tables | None,
+        groups: Groups,
     ) -> Tensor | None:
-        """Return scores (B, candidates), -inf where a candidate equals the query's positive."""
+        """Return scores (B, candidates), -inf where a candidate is excluded."""
         if candidates is None:
             return None
         scores = tile_scores(queries, candidates, self.score_transform)
@@ -351,7 +360,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             if hard_items is not None:
                 parts.append(hard_items)
             candidate_items = {name: torch.cat([part[name] for part in parts]) for name in items}
-            positive_mask |= matches(items, candidate_items)
+            positive_mask |= matches_any(groups, items, candidate_items)
         return scores.masked_fill(positive_mask, -torch.inf)
 
     def _network_input(
@@ -400,11 +409,22 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
             for start in range(0, slots.numel(), max(per_query, 1))
         ]
 
+    @property
+    def _exclude_keys(self) -> tuple[str, ...]:
+        """Names of all features that exclude a document."""
+        return tuple(dict.fromkeys((*self.exclude, *self.exclude_any)))
+
+    def _exclude_groups(self, schema: CacheData) -> Groups:
+        """Return the names of the tables of `exclude`, and of each feature of `exclude_any`."""
+        keys = [self.exclude] if self.exclude else []
+        keys += [(name,) for name in self.exclude_any]
+        return [tuple(schema.tables(group)) for group in keys]
+
     def _positive_items(
         self, schema: CacheData, pos_features: Features | None, batch: int, device: torch.device
     ) -> Tables | None:
         """Return the `exclude` tables of the positives."""
-        if not self.exclude:
+        if not self._exclude_keys:
             return None
         return self._exclude_tables("pos_features", pos_features, schema, batch, device)
 
@@ -420,7 +440,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
                 f"hard_negatives must be (documents, {queries.shape[1]}) as the queries, "
                 f"got {shape}"
             )
-        if not self.exclude:
+        if not self._exclude_keys:
             return None
         return self._exclude_tables(
             "hard_features", hard.features, schema, shape[0], queries.device
@@ -434,10 +454,11 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
         count: int,
         device: torch.device,
     ) -> Tables:
-        """Return the tables of the features in `exclude` for `count` documents."""
+        """Return the tables of the excluding features for `count` documents."""
+        keys = self._exclude_keys
         if features is None:
-            raise ValueError(f"{name} must hold {', '.join(self.exclude)} for exclude, got None")
-        items = schema.rows(name, select(name, features, self.exclude), device)
+            raise ValueError(f"{name} must hold {', '.join(keys)} for exclude, got None")
+        items = schema.rows(name, select(name, features, keys), device)
         counts = {len(table) for table in items.values()}
         if counts != {count}:
             raise ValueError(f"{name} must be ({count}, ...), got {sorted(counts)} items")
@@ -455,7 +476,7 @@ class AbstractCacheClassificationLoss(nn.Module, metaclass=abc.ABCMeta):
                 f"{tuple(queries.shape)} and {tuple(positives.shape)}"
             )
         for name, one in cache.items():
-            for key in (self.embedding_key, *self.data_keys, *self.exclude):
+            for key in (self.embedding_key, *self.data_keys, *self._exclude_keys):
                 if key not in one.data:
                     raise KeyError(f"cache[{name!r}] must have {key!r}, got {sorted(one.data)}")
             if one.device != queries.device:
@@ -504,7 +525,8 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         items = self._positive_items(schema, features, len(queries), queries.device)
         hard_items = self._hard_items(schema, hard, queries)
         with torch.no_grad():
-            source = LocalCaches(joined, queries, self.score_transform, items)
+            groups = self._exclude_groups(schema)
+            source = LocalCaches(joined, queries, self.score_transform, items, groups)
         return source, items, hard_items
 
 
@@ -560,7 +582,15 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
         sizes, batches, state = exchange_sizes(ranks, joined.size, len(queries), settings, state)
         with torch.no_grad():
             source = ShardedCaches(
-                ranks, sizes, batches, joined, queries, self.score_transform, items, state
+                ranks,
+                sizes,
+                batches,
+                joined,
+                queries,
+                self.score_transform,
+                items,
+                self._exclude_groups(schema),
+                state,
             )
         return source, items, hard_items
 
@@ -576,6 +606,7 @@ class DistributedCacheClassificationLoss(AbstractCacheClassificationLoss):
             self.top_k_method,
             self.num_negatives,
             self.exclude,
+            self.exclude_any,
             return_topk,
             type(self.retrieval_fn).__name__,
         )
@@ -591,6 +622,10 @@ class _Function(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         return self.function(scores)
+
+
+def _names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _staleness(cached: Tensor, fresh: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -42,6 +43,20 @@ def matches(items: Tables, stored: Tables) -> Tensor:
         equal_mask &= (_integers(table)[n] == theirs).all(1)
     match_mask = torch.zeros(len(agree), len(first[1]), dtype=torch.bool, device=device)
     return match_mask.index_put((n, near[c]), equal_mask)
+
+
+def matches_any(groups: Sequence[Iterable[str]], items: Tables, stored: Tables) -> Tensor:
+    """Return (N, C) bool, True where item n and row c are equal in all tables of a group.
+
+    Args:
+        groups: names of tables, at least one group.
+        items, stored: as in `matches`.
+    """
+    masks = [
+        matches({name: items[name] for name in group}, {name: stored[name] for name in group})
+        for group in groups
+    ]
+    return torch.stack(masks).any(0)
 
 
 def _first_entries(tables: Tables) -> Tables:

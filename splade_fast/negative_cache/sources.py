@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from splade_fast._distributed import Ranks, is_distributed, pad_rows
 from splade_fast.negative_cache.features import Tables, Value
-from splade_fast.negative_cache.matching import matches
+from splade_fast.negative_cache.matching import matches_any
 from splade_fast.negative_cache.retrieval import (
     Draw,
     JoinedCache,
@@ -32,6 +33,7 @@ from splade_fast.negative_cache.retrieval import (
 from splade_fast.negative_cache.retrieval_fns import GumbelMaxRetrievalFn
 from splade_fast.ops.sample import NegativeSamples
 
+Groups = Sequence[Iterable[str]]  # of names of tables, see `matches_any`
 Updates = dict[str, tuple[dict[str, Value], Tensor, Tensor]]
 
 # Ranks may share a seed. Their queries get different numbers, and so different noise.
@@ -84,9 +86,10 @@ class LocalCaches:
         queries: Tensor,
         transform: Transform | None,
         items: Tables | None,
+        groups: Groups,
     ) -> None:
         self._cache = cache
-        self._scored = (queries, cache, transform, _exclude_mask(cache, items))
+        self._scored = (queries, cache, transform, _exclude_mask(cache, items, groups))
         self.total = cache.size
         rank = torch.distributed.get_rank() if is_distributed() else 0
         self._first_query = rank * _QUERIES_PER_RANK
@@ -143,6 +146,7 @@ class ShardedCaches:
         queries: Tensor,
         transform: Transform | None,
         items: Tables | None,
+        groups: Groups,
         rng_state: Tensor,
     ) -> None:
         self._ranks = ranks
@@ -159,7 +163,7 @@ class ShardedCaches:
         whole = [self._drop_padding(tensor) for tensor in gathered]
         everyone = dict(zip(sent, whole, strict=True))
         all_queries = everyone.pop("")
-        exclude_mask = _exclude_mask(cache, everyone if items is not None else None)
+        exclude_mask = _exclude_mask(cache, everyone if items is not None else None, groups)
         self._scored = (all_queries, cache, transform, exclude_mask)
 
     def draw(
@@ -346,14 +350,13 @@ def _with_in_batch(
     return merge_draws([found, draw_from_scores(in_batch, first, settings)])
 
 
-def _exclude_mask(cache: JoinedCache, items: Tables | None) -> Tensor | None:
-    """Return (B, C) bool, True where a slot holds the positive of the query."""
+def _exclude_mask(cache: JoinedCache, items: Tables | None, groups: Groups) -> Tensor | None:
+    """Return (B, C) bool, True where a slot equals the query's positive in a group of tables."""
     if items is None:
         return None
     parts = []
     for one in cache.caches:
-        tables = one.data.tables()
-        parts.append(matches(items, {name: tables[name] for name in items}))
+        parts.append(matches_any(groups, items, one.data.tables()))
     return torch.cat(parts, 1)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splade_fast._distributed import mean_over_ranks, world_size
 from splade_fast.encoders.batching import without_padding
+from splade_fast.encoders.text_ids import WORDS, text_ids
 from splade_fast.negative_cache.features import Feature, FixedLenFeature, SparseFeature, Value
 from splade_fast.negative_cache.handlers import CacheLossHandler
 from splade_fast.negative_cache.losses import (
@@ -26,6 +27,7 @@ from splade_fast.training.objective_arguments import ObjectiveArguments
 Network = Callable[[dict[str, Tensor]], Tensor]
 
 _EMBEDDING = "embedding"
+_QUERY = "query"  # ids of the tokens of the query whose positive a document is
 _IDS, _MASK = "input_ids", "attention_mask"
 _DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # other inputs are int32
 
@@ -64,6 +66,7 @@ class DocumentCacheHandler(CacheLossHandler):
             num_negatives=arguments.cache_negatives,
             in_batch=arguments.cache_in_batch,
             exclude=_IDS if arguments.cache_exclude else None,
+            exclude_any=_QUERY if arguments.cache_exclude else None,
             retrieval_fn=GumbelMaxRetrievalFn(seed=seed),
             reducer=None,
         )
@@ -102,6 +105,7 @@ class DocumentCacheHandler(CacheLossHandler):
         queries: Tensor,
         documents: Tensor,
         inputs: Mapping[str, Tensor],
+        query_inputs: Mapping[str, Tensor] | None = None,
     ) -> CacheLossReturn:
         """Compute the loss of a batch over the cache, then update the cache with its positives.
 
@@ -111,6 +115,8 @@ class DocumentCacheHandler(CacheLossHandler):
             documents: vectors of the documents, (m * B, V): the positive of each query, then hard
                 negatives. Hard negatives are candidates of every query and are not cached.
             inputs: tokenized documents, (m * B, L) by name, see `check_inputs`.
+            query_inputs: tokenized queries, (B, L) by name, by which the positives of a query's
+                copies are found; None: all queries differ.
 
         Returns:
             The results of the loss. Its three losses are means over all ranks.
@@ -127,13 +133,18 @@ class DocumentCacheHandler(CacheLossHandler):
         features = _align_left(inputs) if self._is_left_padded else inputs
         batch = len(queries)
         has_hard = len(documents) > batch
+        positives = {name: tensor[:batch] for name, tensor in features.items()}
+        # Queries of unknown tokens are told apart by their documents.
+        query_ids = text_ids(positives if query_inputs is None else query_inputs)
+        no_query = query_ids.new_zeros(len(documents) - batch, WORDS)
         result = self.step(
             encode,
             queries,
             documents[:batch],
-            {name: tensor[:batch] for name, tensor in features.items()},
+            positives | {_QUERY: query_ids},
             hard_negatives=documents[batch:] if has_hard else None,
-            hard_features={name: tensor[batch:] for name, tensor in features.items()},
+            hard_features={name: tensor[batch:] for name, tensor in features.items()}
+            | {_QUERY: no_query},
         )
         # The means are taken after the step, because a rank whose network fails never gets here.
         return result._replace(
@@ -158,6 +169,8 @@ def _specs(
         name: FixedLenFeature([length], _DTYPES.get(name, torch.int32), default_value=padding)
         for name, padding in paddings.items()
     }
+    if arguments.cache_exclude:
+        specs[_QUERY] = FixedLenFeature([WORDS], torch.int64)
     dtype: torch.dtype = getattr(torch, arguments.cache_dtype)
     if arguments.cache_embeddings == "sparse":
         k = min(arguments.cache_k, vocab_size)

@@ -107,8 +107,8 @@ class Objective(nn.Module):
             network: function from tokenized documents to vectors; required by a cache.
             inputs: tokenized documents of the batch by name; required by a cache. With them,
                 in_batch and pairwise do not take copies of a query's positive for negatives.
-            query_inputs: tokenized queries of the batch by name. With them, in_batch does not take
-                the positives of a query's copies for negatives.
+            query_inputs: tokenized queries of the batch by name. With them, in_batch and
+                negative_cache do not take the positives of a query's copies for negatives.
 
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
@@ -128,7 +128,7 @@ class Objective(nn.Module):
         if self.handler is not None and self.training:
             if network is None or inputs is None:
                 raise ValueError("network and inputs must be given for the loss negative_cache")
-            cache_step = self.handler.step_batch(network, queries, documents, inputs)
+            cache_step = self.handler.step_batch(network, queries, documents, inputs, query_inputs)
         # Scores of many terms need more precision than autocast would give them.
         with torch.autocast(queries.device.type, enabled=False):
             if cache_step is not None:

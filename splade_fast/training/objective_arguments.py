@@ -106,7 +106,8 @@ class ObjectiveArguments:
         "Whether the rank's other positives are candidates. Hard negatives always are.",
     )
     cache_exclude: bool = _option(
-        True, "Whether to exclude a query's own positive from its negatives."
+        True,
+        "Whether to exclude a query's own positive, and those of its copies, from its negatives.",
     )
     cache_document_length: int = _option(256, "Maximum number of tokens of a cached document.")
     cache_sharing: str = _option(

@@ -164,6 +164,25 @@ def test_sparse_caches_train_as_dense_ones(options):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_positives_of_an_equal_query_are_no_negatives():
+    """Neither those of the batch nor those of earlier steps; hard negatives always are."""
+    queries = ["fox", "old tree", "fox"]
+    earlier = ["a quick fox", "under an old tree", "brown fox jumps"]
+    later = ["the quick brown fox", "tree", "fox jumps over", "dog", "dog sleeps", "dog and fox"]
+    model = cache_model(cache_k=VOCAB_SIZE, **NO_PENALTY)
+    name = "cache/interpretable_prediction_loss"
+    encode = model.encoder.tokenize
+    found = [model(encode(queries), encode(texts))["metrics"][name] for texts in (earlier, later)]
+    with torch.no_grad():
+        scores = model.encoder(**encode(queries)) @ model.encoder(**encode(earlier + later)).T / 5
+    # Columns of the negatives of the three queries, in each of the two steps.
+    columns = [[[1], [0, 2], [1]], [[1, 4, 6, 7, 8], [0, 2, 3, 5, 6, 7, 8], [1, 4, 6, 7, 8]]]
+    for first, entropy, negatives in zip((0, 3), found, columns, strict=True):
+        rows = [scores[i, [first + i, *others]] for i, others in enumerate(negatives)]
+        expected = torch.stack([row.logsumexp(0) - row[0] for row in rows]).mean()
+        torch.testing.assert_close(entropy, expected)
+
+
 def test_draws_follow_the_seed():
     assert torch.equal(trained(cache_model(seed=1)), trained(cache_model(seed=1)))
     assert not torch.equal(trained(cache_model(seed=1)), trained(cache_model(seed=2)))
@@ -273,7 +292,7 @@ def test_further_inputs_of_the_tokenizer_are_stored():
         encoder.tokenizer.model_input_names = names
         arguments = ObjectiveArguments(**CACHE, temperature=5.0)
         model = TrainingModel(encoder, arguments)
-        assert set(model.objective.handler.cache.data) == {*names, "embedding"}
+        assert set(model.objective.handler.cache.data) == {*names, "query", "embedding"}
         model_of_type[len(names)] = trained(model)
     torch.testing.assert_close(model_of_type[3], model_of_type[2])  # all of type 0
 
