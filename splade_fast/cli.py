@@ -306,6 +306,8 @@ def _advise_to_resume(index: Path, *, is_first: bool, should_resume: bool) -> It
         )
     try:
         yield
+    except DataError:  # of the corpus, or of chunks that this run cannot go on with
+        raise
     except BaseException:
         if is_first and chunks.has_finished():
             typer.echo(

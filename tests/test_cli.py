@@ -404,6 +404,10 @@ def test_an_interrupted_encode_goes_on(files, model, monkeypatch, error, code):
         result = invoke(*[*arguments[:1], files / "missing.tsv", *arguments[2:]])
     assert result.exit_code == 2
     assert "--resume would go on with it" in result.stderr
+    result = invoke(*arguments, "--resume", "--k", 3)
+    assert result.exit_code == 2
+    assert "Error: resume must go on with the k of the chunks" in result.stderr
+    assert "--resume goes on with it" not in result.stderr
     fail_after(2, AssertionError("encoded a chunk again"), monkeypatch)
     result = invoke(*arguments, "--resume")
     assert result.exit_code == 0, result.output

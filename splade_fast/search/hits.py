@@ -30,8 +30,8 @@ def list_hits(scores: Tensor, found: Tensor) -> list[list[Hit]]:
         >>> list_hits(torch.tensor([[2.0, 0.0]]), torch.tensor([[7, 3]]))
         [[(7, 2.0)]]
     """
-    if scores.isnan().any():
-        count = int(scores.isnan().any(1).sum())
+    count = int(scores.isnan().any(1).sum())
+    if count:
         warn_of_data(
             f"{count} of {len(scores)} queries have scores that are NaN, which do not count"
         )

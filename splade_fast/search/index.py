@@ -14,6 +14,7 @@ from splade_fast._checks import check_count
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.join_files import find_joined, join_files
+from splade_fast.search.lines import check_ids
 
 _FORMAT_VERSION = 1
 _META_TYPES = {
@@ -79,13 +80,11 @@ class Index:
             FileExistsError: `path` exists.
             OSError: the file system failed.
             TypeError: an id is not a str.
-            ValueError: there is not one id for each vector.
+            ValueError: there is not one id for each vector, or an id is repeated.
         """
         if len(self.ids) != len(self.rows):
             raise ValueError(f"ids must be one per row, {len(self.rows)}, got {len(self.ids)}")
-        for position, doc_id in enumerate(self.ids):
-            if not isinstance(doc_id, str):
-                raise TypeError(f"ids[{position}] must be a str, got {type(doc_id).__name__}")
+        check_ids("ids", self.ids)
         with new_folder(path) as folder:
             self.rows.save(folder / _VECTORS)
             _write_description(folder, self.ids, self.meta)

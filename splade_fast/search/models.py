@@ -144,6 +144,8 @@ def _find_differences(meta: IndexMeta, encoder: TextEncoder, name: str, is_own: 
     if meta.fingerprint is None:
         return []
     differences = _compare(meta.fingerprint, encoder, "document", meta)
+    # An encoder of queries alone differs from that of the documents in all but the vocabulary. The
+    # index does not know one that came to its model later.
     if differences and (
         isinstance(encoder, BagOfWordsQueryEncoder)
         or (is_own and (name != meta.model or _has_same_documents(meta.fingerprint, name, meta)))

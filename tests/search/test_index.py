@@ -79,6 +79,7 @@ def test_settings_that_cannot_be(arguments, error, message):
     ("ids", "error", "message"),
     [
         (["a", "b"], ValueError, "ids must be one per row, 3, got 2"),
+        (["a", "b", "a"], ValueError, "ids must be unique, got 'a' twice"),
         (["a", 2, "c"], TypeError, r"ids\[1\] must be a str, got int"),
     ],
 )
