@@ -62,7 +62,7 @@ void Context::go(Place& from, Place& to) {
     setcontext(&to.context);
   }
 #if defined(EMULATION_MEMORY)
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(from.fake_stack, &to.stack, &to.stack_bytes);  // of whichever thread entered
 #endif
 }
 
