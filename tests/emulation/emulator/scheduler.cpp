@@ -109,6 +109,15 @@ bool resume(int number) {
 
 bool step_engine() { return scheduler.engine != nullptr && scheduler.engine->step(); }
 
+// After a failure, when some stand amid a body.
+void abandon_threads() {
+  scheduler.contexts.clear();
+  for (const race::Agent& agent : scheduler.agents[scheduler.agent_set]) {
+    const race::Turn turn(agent);
+    scheduler.grid_ends.release();
+  }
+}
+
 int64_t count_ended() {
   return std::count_if(scheduler.fibers.begin(), scheduler.fibers.end(), [](const Fiber& f) { return f.ended; });
 }
@@ -166,8 +175,7 @@ void run_blocks(Dim3 first, int blocks, int threads, const std::function<void()>
   try {
     run_fibers();
   } catch (...) {
-    scheduler.contexts.clear();  // some stand amid a body
-    scheduler.grid_ends.acquire();
+    abandon_threads();
     throw;
   }
   if (scheduler.engine != nullptr) scheduler.engine->end();
@@ -183,6 +191,9 @@ void run_grid(Dim3 grid, Dim3 block, int blocks_at_a_time, const std::function<v
   blockDim = block;
   const race::Unseen unseen;  // but for the turns of the agents
   scheduler.grid_begins.release();
+  struct End {
+    ~End() { scheduler.grid_ends.acquire(); }
+  } const end;
   std::vector<uint64_t> order(static_cast<uint64_t>(grid.x / step) * grid.y);
   std::iota(order.begin(), order.end(), uint64_t{0});
   std::shuffle(order.begin(), order.end(), scheduler.random);
@@ -190,7 +201,6 @@ void run_grid(Dim3 grid, Dim3 block, int blocks_at_a_time, const std::function<v
     const unsigned x = static_cast<unsigned>(i % (grid.x / step)), y = static_cast<unsigned>(i / (grid.x / step));
     run_blocks(Dim3(x * step, y, 0), blocks_at_a_time, static_cast<int>(block.x), body);
   }
-  scheduler.grid_ends.acquire();
 }
 
 // For the tests, by ctypes: the order of threads and copies, and the size of the GPU.
