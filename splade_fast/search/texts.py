@@ -36,7 +36,7 @@ _ID_NAMES = (
     *("id", "_id", "docid", "doc_id", "document_id", "pid", "passage_id", "corpus_id"),
     *("query_id", "qid"),
 )
-_TEXT_NAMES = ("text", "contents", "query", "question", "passage", "document")
+_TEXT_NAMES = ("text", "contents", "content", "query", "question", "passage", "document")
 _PARTS = {
     **dict.fromkeys(_ID_NAMES, "id"),
     **dict.fromkeys(_TEXT_NAMES, "text"),
@@ -74,7 +74,7 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
 
     - an id, text or an integer, under `id`, `_id`, `docid`, `doc_id`, `document_id`, `pid`,
       `passage_id`, `corpus_id`, `query_id` or `qid`;
-    - a text under `text`, `contents`, `query`, `question`, `passage` or `document`;
+    - a text under `text`, `contents`, `content`, `query`, `question`, `passage` or `document`;
     - optionally `title`, which is put before the text. It is not put before `contents`, which
       holds all that Anserini indexes.
 
@@ -156,7 +156,7 @@ def _parse_header(line: str) -> tuple[str | None, ...] | None:
     """Return the part that each column holds, or None for a line that is no header.
 
     Raises:
-        DataError: all columns have known names, which are not those of texts.
+        DataError: the first or all columns have known names, which are not those of texts.
     """
     fields = line.split("\t") if "\t" in line else line.split()
     parts = tuple(_PARTS.get(field.strip().lower().replace("-", "_")) for field in fields)
@@ -164,8 +164,11 @@ def _parse_header(line: str) -> tuple[str | None, ...] | None:
     has_texts = parts.count("id") == parts.count("text") == 1 and parts.count("title") <= 1
     if has_texts and "other" not in parts and (is_all_known or "\t" in line):
         return parts
-    if is_all_known:
-        raise DataError(f"expected the columns id, text and perhaps title, got {quote_start(line)}")
+    if is_all_known or ("\t" in line and parts[0] == "id"):
+        raise DataError(
+            f"expected the columns id, text ({', '.join(_TEXT_NAMES)}) and perhaps title, "
+            f"got {quote_start(line)}"
+        )
     return None
 
 
