@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from splade_fast._checks import check_count
 from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.objective_arguments import check_choices
 
@@ -29,6 +32,14 @@ _UNSUPPORTED: dict[str, Any] = {
     "deepspeed": None,
     "enable_jit_checkpoint": False,
 }
+# Fields of TrainingArguments whose errors would not name them, or come late.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
+_FINITE = ("learning_rate", "weight_decay", "num_train_epochs")
 
 
 @dataclass
@@ -84,8 +95,16 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_choices(self, ModelArguments)
+        for name in ("model_name_or_path", "query_encoder"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"{name} must be a folder or a hub name, got {getattr(self, name)!r}"
+                )
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be greater than 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}"
@@ -140,6 +159,12 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         retrieval = ("eval_queries", "eval_corpus", "eval_qrels")
+        for name in ("train_queries", "train_corpus", *retrieval):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        self.train_data = [os.path.expanduser(source) for source in self.train_data]
+        if self.eval_data is not None:
+            self.eval_data = [os.path.expanduser(source) for source in self.eval_data]
         missing = [name for name in retrieval if getattr(self, name) is None]
         if missing and len(missing) < len(retrieval):
             raise ValueError(
@@ -209,6 +234,13 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
                 "training needs the package accelerate: pip install splade_fast[train]"
             )
         self.check_objective()
+        for name, least in _LEAST.items():
+            check_count(name, getattr(self, name), least)
+        for name in _FINITE:
+            if not math.isfinite(float(getattr(self, name))):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if isinstance(self.resume_from_checkpoint, str):
+            self.resume_from_checkpoint = os.path.expanduser(self.resume_from_checkpoint)
         for name, only in _UNSUPPORTED.items():
             if getattr(self, name, only) != only:
                 raise ValueError(f"{name} must be {only} here, got {getattr(self, name)!r}")

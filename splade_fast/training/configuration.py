@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -146,13 +146,17 @@ def _read_flags(path: Path) -> list[str]:
             "--config needs the package pyyaml: pip install splade_fast[train]"
         ) from error
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
         content = yaml.safe_load(text)
         written = yaml.BaseLoader(text).get_single_data()  # the same with strings for all scalars
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    keys = [key.value for key, _ in yaml.compose(text).value]
+    repeated = [key for key in keys if keys.count(key) > 1]
+    if repeated:
+        raise ConfigError(f"{path} must hold each key once, got {repeated[0]!r} twice")
     hints = _type_hints()
     flags: list[str] = []
     for key, value in content.items():
@@ -161,6 +165,8 @@ def _read_flags(path: Path) -> list[str]:
             raise ConfigError(f"{path}: unknown key {key!r}{_suggest_names(name)}")
         if value is None:
             raise ConfigError(f"{path}: {name} must have a value; leave it out for the default")
+        if isinstance(value, list) and not _holds_list(hints[name]):
+            raise ConfigError(f"{path}: {name} must be one value, got {value!r}")
         if _holds_text(hints[name]) and not isinstance(value, dict):
             # YAML 1.1 reads no as false and 1.10 as 1.1.
             value = written.get(key, value)
@@ -178,6 +184,11 @@ def _holds_text(hint: Any) -> bool:
     if members:
         return any(_holds_text(member) for member in members)
     return isinstance(hint, type) and issubclass(hint, str | enum.Enum)
+
+
+def _holds_list(hint: Any) -> bool:
+    """Return whether a type is a list, or a union with one."""
+    return get_origin(hint) is list or any(_holds_list(member) for member in get_args(hint))
 
 
 def _make_flag(name: str, value: Any) -> list[str]:

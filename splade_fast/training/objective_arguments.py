@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from splade_fast._checks import check_count
@@ -33,7 +34,7 @@ class ObjectiveArguments:
     The metadata of each field holds its description.
 
     Raises:
-        TypeError: a count is not an integer.
+        TypeError: a field has a wrong type, such as a count that is not an integer.
         ValueError: a field is out of range, or two fields contradict each other.
 
     Example::
@@ -137,6 +138,10 @@ class ObjectiveArguments:
     def check_objective(self) -> None:
         """Raise if a field is out of range, or two contradict each other. Counts become ints."""
         check_choices(self, ObjectiveArguments)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         for name in ("lambda_query", "lambda_document", "lambda_anti_zero"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
@@ -171,6 +176,10 @@ class ObjectiveArguments:
             )
 
 
+_NUMBERS = (
+    *("lambda_query", "lambda_document", "lambda_anti_zero", "temperature"),
+    *("df_alpha", "df_beta", "df_momentum"),
+)
 _MINIMUM = {
     "regularizer_steps": 0,
     "flops_threshold_query": 0,
@@ -194,8 +203,11 @@ def regularizer_terms(name: str, joined: str) -> tuple[str, ...]:
         joined: terms joined by +.
 
     Raises:
+        TypeError: joined is not a str.
         ValueError: a term is unknown or occurs twice.
     """
+    if not isinstance(joined, str):
+        raise TypeError(f"{name} must be a str, got {type(joined).__name__}")
     if joined == "none":
         return ()
     terms = tuple(term.strip() for term in joined.split("+"))

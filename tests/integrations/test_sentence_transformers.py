@@ -5,6 +5,7 @@ import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -450,3 +451,9 @@ def test_lone_surrogates_are_refused_by_name(tmp_path):
             model.encode(texts)
     with pytest.raises(ValueError, match=r"inputs\[0\] must be Unicode text"):
         model.encode_query("a \udfff")
+
+
+def test_a_batch_size_may_be_of_numpy(tmp_path):
+    model = accelerate(splade(tmp_path))
+    vectors = model.encode(TEXTS, batch_size=np.int32(2)).to_dense()
+    assert torch.equal(vectors, model.encode(TEXTS, batch_size=2).to_dense())

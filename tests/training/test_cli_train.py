@@ -262,6 +262,25 @@ def test_a_file_means_what_it_says(files):
     assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
+def test_keys_are_given_once(files):
+    with (files / "config.yaml").open("a") as file:
+        file.write("loss: in_batch\nloss: kl\n")
+    assert "config.yaml must hold each key once, got 'loss' twice" in refused(files)
+
+
+def test_paths_may_start_at_home(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    names = ("model_name_or_path", "query_encoder", "train_queries", "eval_queries")
+    configure(files, **dict.fromkeys([*names, "eval_corpus", "eval_qrels"], "~/x"))
+    configure(files, train_data=["~/x"], eval_data=["~/x"], resume_from_checkpoint="~/x")
+    (files / "config.yaml").write_text((files / "config.yaml").read_text(), encoding="utf-8-sig")
+    found = parse_configuration(["--config", "~/config.yaml"])
+    assert {getattr(found.model, name) for name in names[:2]} == {str(files / "x")}
+    assert {getattr(found.data, name) for name in names[2:]} == {str(files / "x")}
+    assert found.data.train_data == found.data.eval_data == [str(files / "x")]
+    assert found.training.resume_from_checkpoint == str(files / "x")
+
+
 def test_words_that_an_option_does_not_have_are_named_as_written(files):
     with (files / "config.yaml").open("a") as file:
         file.write("eval_strategy: off\n")
@@ -310,6 +329,21 @@ def test_help_is_readable(files):
         ({"resume_from_checkpoint": "no/checkpoint-1"}, [], "no/checkpoint-1: no such folder"),
         ({"num_train_epochs": "x"}, [], "invalid float value: 'x'"),
         ({"learning_rate": 0}, [], "learning_rate must be greater than 0, got 0.0"),
+        ({"learning_rate": float("inf")}, [], "learning_rate must be finite, got inf"),
+        ({"weight_decay": float("nan")}, [], "weight_decay must be finite, got nan"),
+        (
+            {"per_device_train_batch_size": 0},
+            [],
+            "per_device_train_batch_size must be at least 1, got 0",
+        ),
+        (
+            {"gradient_accumulation_steps": 0},
+            [],
+            "gradient_accumulation_steps must be at least 1, got 0",
+        ),
+        ({"lora_rank": 2, "lora_alpha": -4}, [], "lora_alpha must be greater than 0, got -4"),
+        ({"query_encoder": ""}, [], "query_encoder must be a folder or a hub name, got ''"),
+        ({"lambda_query": [1, 2]}, [], "config.yaml: lambda_query must be one value, got [1, 2]"),
         ({"max_steps": 0}, [], "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
         (
             {"max_steps": ..., "num_train_epochs": 0},

@@ -269,6 +269,20 @@ def test_bad_arguments_are_refused_at_construction(arguments, message):
         ObjectiveArguments(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "0.5"}, "temperature must be a number, got str"),
+        ({"lambda_query": None}, "lambda_query must be a number, got NoneType"),
+        ({"lambda_document": True}, "lambda_document must be a number, got bool"),
+        ({"query_regularizer": None}, "query_regularizer must be a str, got NoneType"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ObjectiveArguments(**arguments)
+
+
 def test_counts_are_integers_of_any_kind():
     arguments = ObjectiveArguments(
         loss="negative_cache", cache_size=np.int64(8), query_top_k=torch.tensor(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class _Encoder(Role):
                 check_unicode(f"inputs[{position}]", text)
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
+        batch_size = operator.index(batch_size)  # torch takes no counts of numpy
         model.eval()
         options = kwargs | ({"max_active_dims": max_active_dims} if max_active_dims else {})
         should_return_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
