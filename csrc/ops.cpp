@@ -81,6 +81,17 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
       "Tensor doc_indices, Tensor doc_values, Tensor doc_lengths, int num_cols, int k) "
       "-> (Tensor scores, Tensor ids)");
 
+  // Pruned index of rows that are finite and at least 0, for searches on the CPU. index: its tensors, see
+  // csrc/cpu/index/index.h. order: int32 (rows,), every row once, neighbours alike.
+  m.def("index_build(Tensor indices, Tensor values, Tensor lengths, int num_cols, Tensor order) -> Tensor[] index");
+  // Raise an error if an index that comes from a file is not one that index_build returns.
+  m.def("index_check(Tensor[] index) -> ()");
+  // Results are those of sparse_search among the documents that `allowed`, bool (rows,), and min_score leave. Places
+  // that remain have id -1 and score -inf.
+  m.def(
+      "index_search(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, Tensor[] index, int k, "
+      "float min_score, Tensor? allowed) -> (Tensor scores, Tensor ids)");
+
   // tables: any dtype and shape (rows, ...), all with the same number of rows. indices: int64 (count,).
   // With CUDA indices the tables may lie in pinned host memory. The rows are returned on the device of the indices.
   m.def("gather_rows(Tensor[] tables, Tensor indices) -> Tensor[]");

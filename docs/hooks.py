@@ -9,7 +9,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "splade_fast"
 
 # Other pages stand between these two groups, by name.
-FIRST = ("index.md", "concepts.md", "sparse_rows.md", "training.md", "negative_cache.md")
+FIRST = (
+    "index.md",
+    "concepts.md",
+    "sparse_rows.md",
+    "search.md",
+    "training.md",
+    "negative_cache.md",
+)
 LAST = (
     "kernels.md",
     "screening.md",

@@ -40,10 +40,12 @@ if TYPE_CHECKING:
     from splade_fast.encoders.term_weights import TermWeightEncoder
     from splade_fast.integrations.transformers import accelerate, restore
     from splade_fast.search.encode_corpus import encode_corpus
+    from splade_fast.search.sparse_index import SparseIndex
 
-# These need transformers, whose import takes seconds: they are imported when they are first used.
+# Most of these need transformers, whose import takes seconds: they are imported when first used.
 _LAZY = {
     "BagOfWordsQueryEncoder": "encoders.bag_of_words",
+    "SparseIndex": "search.sparse_index",
     "SpladeEncoder": "encoders.splade",
     "TermWeightEncoder": "encoders.term_weights",
     "accelerate": "integrations.transformers",
@@ -57,6 +59,7 @@ __all__ = [
     "NegativeSamples",
     "Philox",
     "QuadraticSchedule",
+    "SparseIndex",
     "SparseRows",
     "SpladeEncoder",
     "SpladeHead",

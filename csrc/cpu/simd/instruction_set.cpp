@@ -12,6 +12,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/simd/index.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/screen.h"
 
@@ -35,6 +36,7 @@ struct InstructionSet {
   bool is_supported;
   const AllKernels& (*kernels)();
   const Screen& (*screen)();
+  const IndexKernels& (*index)();
 };
 
 // Return the best set that this machine supports, or the one that SPLADE_FAST_ISA names.
@@ -46,21 +48,23 @@ InstructionSet choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx512vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
   const InstructionSet sets[] = {
-      {"amx", has_avx512vnni && __builtin_cpu_supports("avx512bf16") && has_amx_int8(), kernels_avx512bf16, screen_amx},
-      {"avx512bf16", has_avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni},
-      {"avx512vnni", has_avx512vnni, kernels_avx512, screen_avx512vnni},
-      {"avx512", has_avx512, kernels_avx512, screen_avx512},
-      {"avxvnni", has_avx2 && __builtin_cpu_supports("avxvnni"), kernels_avx2, screen_avxvnni},
-      {"avx2", has_avx2, kernels_avx2, screen_avx2},
-      {"portable", true, kernels_portable, screen_portable},
+      {"amx", has_avx512vnni && __builtin_cpu_supports("avx512bf16") && has_amx_int8(), kernels_avx512bf16, screen_amx,
+       index_avx512},
+      {"avx512bf16", has_avx512vnni && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16, screen_avx512vnni,
+       index_avx512},
+      {"avx512vnni", has_avx512vnni, kernels_avx512, screen_avx512vnni, index_avx512},
+      {"avx512", has_avx512, kernels_avx512, screen_avx512, index_avx512},
+      {"avxvnni", has_avx2 && __builtin_cpu_supports("avxvnni"), kernels_avx2, screen_avxvnni, index_avx2},
+      {"avx2", has_avx2, kernels_avx2, screen_avx2, index_avx2},
+      {"portable", true, kernels_portable, screen_portable, index_portable},
   };
 #elif defined(__aarch64__)
   const InstructionSet sets[] = {
-      {"dotprod", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, kernels_portable, screen_dotprod},
-      {"portable", true, kernels_portable, screen_portable},
+      {"dotprod", (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, kernels_portable, screen_dotprod, index_portable},
+      {"portable", true, kernels_portable, screen_portable, index_portable},
   };
 #else
-  const InstructionSet sets[] = {{"portable", true, kernels_portable, screen_portable}};
+  const InstructionSet sets[] = {{"portable", true, kernels_portable, screen_portable, index_portable}};
 #endif
   const char* wanted = std::getenv("SPLADE_FAST_ISA");
   for (const InstructionSet& set : sets) {
@@ -84,6 +88,11 @@ const AllKernels& all_kernels() {
 
 const Screen& screen() {
   static const Screen& kernels = chosen().screen();
+  return kernels;
+}
+
+const IndexKernels& index_kernels() {
+  static const IndexKernels& kernels = chosen().index();
   return kernels;
 }
 

@@ -1,7 +1,8 @@
-"""Files of SparseRows: safetensors with a JSON header."""
+"""Files of tensors over columns, such as SparseRows: safetensors with a JSON header."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,27 +11,56 @@ from torch import Tensor
 
 from splade_fast._atomic_files import whole_file
 
-_FORMAT = "splade_fast.SparseRows"
-_FORMAT_VERSION = 1
-_TENSORS = {"indices", "values", "lengths"}
+
+@dataclass(frozen=True)
+class FileKind:
+    """Kind of a file: its name, version and tensors.
+
+    Args:
+        content: content of such a file, as error messages name it.
+        header: name of the JSON text in the metadata.
+        format: name of the format in the header.
+        version: version of the format.
+        tensors: names of the tensors.
+    """
+
+    content: str
+    header: str
+    format: str
+    version: int
+    tensors: frozenset[str]
 
 
-def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], num_cols: int) -> None:
+ROWS = FileKind(
+    "saved SparseRows",
+    "sparse_rows",
+    "splade_fast.SparseRows",
+    1,
+    frozenset({"indices", "values", "lengths"}),
+)
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    num_cols: int,
+    kind: FileKind = ROWS,
+) -> None:
     """Write a file, which replaces an existing one only when it is complete.
 
     Raises:
         OSError: the file system failed, for example because it is full.
     """
-    header = {"format": _FORMAT, "version": _FORMAT_VERSION, "num_cols": num_cols}
+    header = {"format": kind.format, "version": kind.version, "num_cols": num_cols}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         try:
-            save_file(stored, temporary, metadata={"sparse_rows": json.dumps(header)})
+            save_file(stored, temporary, metadata={kind.header: json.dumps(header)})
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int]:
+def read_file(path: str | os.PathLike[str], kind: FileKind = ROWS) -> tuple[dict[str, Tensor], int]:
     """Return the tensors of a file, mapped into memory, and num_cols.
 
     Raises:
@@ -41,27 +71,27 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("sparse_rows", "")
+            header = (file.metadata() or {}).get(kind.header, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    num_cols = _parse_header(path, header)
-    if set(tensors) != _TENSORS:
-        raise ValueError(f"{path} must hold saved SparseRows, got tensors {sorted(tensors)}")
+    num_cols = _parse_header(path, header, kind)
+    if set(tensors) != kind.tensors:
+        raise ValueError(f"{path} must hold {kind.content}, got tensors {sorted(tensors)}")
     return tensors, num_cols
 
 
-def _parse_header(path: str | os.PathLike[str], header: str) -> int:
+def _parse_header(path: str | os.PathLike[str], header: str, kind: FileKind) -> int:
     """Return num_cols. Raise ValueError if the header has another format or version."""
     try:
         facts = json.loads(header)
     except (ValueError, RecursionError):
         facts = None
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-        raise ValueError(f"{path} must hold saved SparseRows, got the header {header[:60]!r}")
+    if not isinstance(facts, dict) or facts.get("format") != kind.format:
+        raise ValueError(f"{path} must hold {kind.content}, got the header {header[:60]!r}")
     version, num_cols = facts.get("version"), facts.get("num_cols")
-    if version != _FORMAT_VERSION:
-        raise ValueError(f"{path} must have format version {_FORMAT_VERSION}, got {version}")
+    if version != kind.version:
+        raise ValueError(f"{path} must have format version {kind.version}, got {version}")
     if not isinstance(num_cols, int) or isinstance(num_cols, bool):
         raise ValueError(f"{path} is damaged: num_cols must be a whole number, got {num_cols!r}")
     return num_cols

@@ -1,0 +1,221 @@
+// Search in a pruned index. For each query, all blocks get an upper bound; groups are then scored, those with the
+// highest bound of a block first, until no bound reaches the score of the k-th best document.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstring>
+#include <tuple>
+
+#include "cpu/index/bounds.h"
+#include "cpu/index/ranking.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+constexpr int kRounds = 64;  // ranges of bounds that are visited one after another
+
+struct Filter {
+  double least;         // a document must score at least as much
+  const bool* allowed;  // (documents,) by id, or nullptr for all
+  bool admits(int64_t id) const { return !allowed || allowed[id]; }
+};
+
+// Scratch memory of one thread, and the search of one query after another. A function that returns false has read a
+// number out of range, from an index that index_build has not made.
+template <typename T, typename Acc>
+class Searcher {
+ public:
+  Searcher(const PrunedIndex<T>& index, const Filter& filter, int64_t k)
+      : index_(index),
+        filter_(filter),
+        ranking_(k, smallest_at_least(filter.least)),
+        bounds_(index.groups() * kGroupBlocks),
+        group_bounds_(index.groups() + kMaxLanes),
+        found_groups_(index.groups() + kMaxLanes) {}
+
+  bool search(const QueryTerm<Acc>* terms, int64_t count) {
+    ranking_.clear();
+    known_.clear();
+    for (int64_t t = 0; t < count; ++t) {
+      if (index_.step[terms[t].column] > 0) known_.push_back(terms[t]);
+    }
+    const Bounds<Acc> bounds(index_, known_.data(), known_.size());
+    return read_terms(bounds) && visit_groups(bounds);
+  }
+
+  // The documents with positive scores that the search has found, best first.
+  const std::vector<typename Ranking<Acc>::Word>& ranked() { return ranking_.sort(); }
+
+ private:
+  // The smallest number that is at least `least` and positive.
+  static Acc smallest_at_least(double least) {
+    Acc number = static_cast<Acc>(std::max<double>(least, std::numeric_limits<Acc>::denorm_min()));
+    if (number < least) number = std::nextafter(number, std::numeric_limits<Acc>::infinity());
+    return number;
+  }
+
+  bool read_terms(const Bounds<Acc>& bounds) {
+    const int64_t count = known_.size(), groups = index_.groups();
+    entry_.assign(count * groups, -1);
+    weight_.resize(count);
+    postings_of_term_.resize(count + 1);
+    std::fill(bounds_.begin(), bounds_.end(), 0.0f);
+    for (int64_t t = 0; t < count; ++t) {
+      weight_[t] = known_[t].weight;
+      const int64_t column = known_[t].column;
+      const TermEntries entries{index_.group, index_.maximum, index_.term_start[column], index_.term_start[column + 1]};
+      if (entries.begin < 0 || entries.end > index_.entries) return false;
+      int32_t* const entry = entry_.data() + t * groups;
+      if (!index_kernels().add_bounds(entries, bounds.weight(t), groups, bounds_.data(), entry)) return false;
+    }
+    return true;
+  }
+
+  // A group is scored as a whole if a document of it may be ranked, which costs no more than to score single blocks.
+  bool visit_groups(const Bounds<Acc>& bounds) {
+    index_kernels().group_bounds(bounds_.data(), index_.groups(), group_bounds_.data());
+    const float largest = *std::max_element(group_bounds_.begin(), group_bounds_.end());
+    float limit = std::numeric_limits<float>::infinity();
+    for (int round = kRounds - 1; round >= 0 && bounds.score(limit) >= ranking_.threshold(); --round) {
+      // Groups without a term of the query have bound 0, and are never visited.
+      const float least = std::max(largest * round / kRounds, std::numeric_limits<float>::denorm_min());
+      const int64_t count =
+          index_kernels().find_bounds(group_bounds_.data(), index_.groups(), least, limit, found_groups_.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const bool may_rank = bounds.score(group_bounds_[found_groups_[i]]) >= ranking_.threshold();
+        if (may_rank && !rank_group(found_groups_[i])) return false;
+      }
+      limit = least;
+    }
+    return true;
+  }
+
+  bool rank_group(int64_t group) {
+    const PostingsQuery<T, Acc> query{static_cast<int64_t>(known_.size()),
+                                      weight_.data(),
+                                      entry_.data(),
+                                      index_.groups(),
+                                      index_.start,
+                                      index_.document,
+                                      index_.value,
+                                      index_.postings,
+                                      postings_of_term_.data(),
+                                      scores_,
+                                      found_};
+    const int64_t count = score_group<T, Acc>()(query, group, ranking_.threshold());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t place = group * kGroupDocuments + found_[i];
+      const int64_t id = place < index_.documents ? index_.id[place] : -1;
+      if (id < 0 || id >= index_.documents) return false;
+      if (filter_.admits(id)) ranking_.add(scores_[found_[i]], static_cast<int32_t>(id));
+    }
+    return count >= 0;
+  }
+
+  const PrunedIndex<T>& index_;
+  const Filter& filter_;
+  Ranking<Acc> ranking_;
+  std::vector<QueryTerm<Acc>> known_;  // terms of the query that the index has
+  std::vector<Acc> weight_;
+  std::vector<float> bounds_, group_bounds_;  // of blocks, and the largest one of each group
+  std::vector<int32_t> entry_, found_groups_;
+  std::vector<FoundPostings<Acc>> postings_of_term_;
+  alignas(64) Acc scores_[kGroupDocuments];
+  int32_t found_[kGroupDocuments];
+};
+
+// Fill the places after the ranked documents: with documents that score 0, by ascending id, and then with id -1 and
+// score -inf.
+template <typename Acc>
+void fill_places(const Filter& filter, int64_t documents, int64_t ranked, int64_t k, Acc* scores, int64_t* ids) {
+  int64_t place = ranked;
+  if (filter.least <= 0) {
+    std::vector<int64_t> taken(ids, ids + ranked);
+    std::sort(taken.begin(), taken.end());
+    auto next = taken.begin();
+    for (int64_t id = 0; id < documents && place < k; ++id) {
+      if (next != taken.end() && *next == id) {
+        ++next;
+      } else if (filter.admits(id)) {
+        scores[place] = 0;
+        ids[place++] = id;
+      }
+    }
+  }
+  for (; place < k; ++place) {
+    scores[place] = -std::numeric_limits<Acc>::infinity();
+    ids[place] = -1;
+  }
+}
+
+template <typename T, typename Acc, typename Result>
+void search_all(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, const Filter& filter, int64_t k,
+                Result* scores, int64_t* ids) {
+  const int64_t count = static_cast<int64_t>(queries.start.size()) - 1;
+  std::atomic<bool> is_damaged{false};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    Searcher<T, Acc> searcher(index, filter, k);
+    std::vector<Acc> ranked(k);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t first = queries.start[q];
+      if (!searcher.search(queries.terms.data() + first, queries.start[q + 1] - first)) {
+        is_damaged = true;
+        return;
+      }
+      const auto& words = searcher.ranked();
+      int64_t* const own_ids = ids + q * k;
+      for (size_t i = 0; i < words.size(); ++i) {
+        ranked[i] = RankedWord<Acc>::score(words[i]);
+        own_ids[i] = RankedWord<Acc>::id(words[i]);
+      }
+      fill_places(filter, index.documents, words.size(), k, ranked.data(), own_ids);
+      kernels<Result>().store(scores + q * k, ranked.data(), k);
+    }
+  });
+  STD_TORCH_CHECK(!is_damaged, "index must be one that index_build returns, got places out of range");
+}
+
+std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indices, const Tensor& query_values,
+                                        const std::optional<Tensor>& query_lengths, const std::vector<Tensor>& tensors,
+                                        int64_t k, double min_score, const std::optional<Tensor>& allowed) {
+  std::optional<std::tuple<Tensor, Tensor>> result;
+  with_index(tensors, [&](const auto& index) {
+    check_rows("query_", query_indices, query_values, query_lengths, index.num_cols);
+    STD_TORCH_CHECK(query_values.is_cpu(), "query_values must be on the CPU");
+    STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+    STD_TORCH_CHECK(!std::isnan(min_score), "min_score must be a number, got nan");
+    STD_TORCH_CHECK(!allowed || (allowed->scalar_type() == ScalarType::Bool && allowed->dim() == 1 &&
+                                 allowed->size(0) == index.documents && allowed->is_contiguous()),
+                    "allowed must be contiguous bool (", index.documents, ",), got ", describe(*allowed));
+    const Filter filter{min_score, allowed ? const_data<bool>(*allowed) : nullptr};
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(index.value)>>;
+    const ScalarType stored = tensors[IndexTensors::kValue].scalar_type();
+    const ScalarType dtype = promote_types(query_values.scalar_type(), stored);
+    const int64_t taken = std::min(k, index.documents);
+    const std::vector<int64_t> shape{query_values.size(0), taken};
+    result = {new_tensor(query_values, shape, dtype), new_tensor(query_values, shape, ScalarType::Long)};
+    auto& [scores, ids] = *result;
+    const auto run = [&](auto acc, auto rounded) {
+      using Acc = typename decltype(acc)::type;
+      using Result = typename decltype(rounded)::type;
+      const QueryTerms<Acc> queries = collect_terms<Acc>(query_indices, query_values, query_lengths, index.num_cols);
+      if (taken == 0) return;
+      search_all<T, Acc>(index, queries, filter, taken, mutable_data<Result>(scores), mutable_data<int64_t>(ids));
+    };
+    if (dtype == ScalarType::Double) {
+      run(Type<double>{}, Type<double>{});
+    } else if constexpr (!std::is_same_v<T, double>) {
+      if (dtype == stored) {
+        run(Type<float>{}, Type<T>{});
+      } else {
+        run(Type<float>{}, Type<float>{});
+      }
+    }
+  });
+  return *result;
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) { m.impl("index_search", TORCH_BOX(&splade_fast::cpu::index_search)); }

@@ -1,0 +1,99 @@
+// Kernels of the pruned index: upper bounds of all blocks of documents for a query, and scores of a group of blocks.
+// The layout of the index is described in cpu/index/index.h.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd/dtypes.h"
+
+namespace splade_fast::cpu {
+
+constexpr int64_t kBlockDocuments = 8;
+constexpr int64_t kGroupBlocks = 32;
+constexpr int64_t kGroupDocuments = kBlockDocuments * kGroupBlocks;  // places in a group take one byte
+
+// An entry with so many postings has a bit for each document of the group, in the first bytes that others use for a
+// list of places. A vector of documents is then scored at once.
+constexpr int64_t kBitmapBytes = kGroupDocuments / 8;
+
+// Entries [begin, end) of a term. An entry has the postings of the term in one group.
+struct TermEntries {
+  const int32_t* group;  // of each entry of the index
+  // (entries, kGroupBlocks), the largest value in each block, rounded up to a multiple of a step
+  const uint8_t* maximum;
+  int64_t begin, end;
+};
+
+// Postings [start, end) of a term of a query.
+template <typename Acc>
+struct FoundPostings {
+  int64_t start, end;
+  Acc weight;
+};
+
+// A query as it reads the postings, and scratch memory.
+template <typename T, typename Acc>
+struct PostingsQuery {
+  int64_t terms;
+  const Acc* weight;     // (terms,), by ascending column
+  const int32_t* entry;  // (terms, groups) entry of a term in a group, -1 if it has none
+  int64_t groups;
+  const int64_t* start;     // (entries + 1,) first posting of an entry
+  const uint8_t* document;  // (postings,) ascending places in the group, or bits
+  const T* value;           // (postings,)
+  int64_t postings;
+  FoundPostings<Acc>* postings_of_term;  // (terms + 1,)
+  Acc* scores;                           // (kGroupDocuments,)
+  int32_t* found;                        // (kGroupDocuments,)
+};
+
+// Compute the scores of a group, with the bits that score_rows computes. Find the places that score at least `least`,
+// and return their number, or -1 if a posting is out of range.
+template <typename T, typename Acc>
+using ScoreGroup = int64_t (*)(const PostingsQuery<T, Acc>& query, int64_t group, Acc least);
+
+struct IndexKernels {
+  // Add weight * maximum to the bounds (groups, kGroupBlocks) of the blocks of a term, and store the entry of each
+  // group in `entry` (groups,). Return false if a group is out of range.
+  bool (*add_bounds)(const TermEntries& entries, float weight, int64_t groups, float* bounds, int32_t* entry);
+  // largest[g] = the largest of the bounds of group g.
+  void (*group_bounds)(const float* bounds, int64_t groups, float* largest);
+  // Find the places with least <= bound < limit, and return their number. There is room to read whole vectors.
+  int64_t (*find_bounds)(const float* bounds, int64_t count, float least, float limit, int32_t* found);
+  ScoreGroup<float, float> score_f32;
+  ScoreGroup<bfloat16, float> score_bf16;
+  ScoreGroup<float16, float> score_f16;
+  // Scores in float64.
+  ScoreGroup<double, double> score_f64;
+  ScoreGroup<float, double> score_wide_f32;
+  ScoreGroup<bfloat16, double> score_wide_bf16;
+  ScoreGroup<float16, double> score_wide_f16;
+};
+
+// Tables of all instruction sets of the build. This machine may not support all of them.
+const IndexKernels& index_portable();
+#if defined(__x86_64__)
+const IndexKernels& index_avx2();
+const IndexKernels& index_avx512();
+#endif
+
+// Table of the instruction set that instruction_set.cpp has chosen.
+const IndexKernels& index_kernels();
+
+template <typename T, typename Acc>
+ScoreGroup<T, Acc> score_group() {
+  const IndexKernels& all = index_kernels();
+  if constexpr (std::is_same_v<Acc, float>) {
+    if constexpr (std::is_same_v<T, float>) return all.score_f32;
+    if constexpr (std::is_same_v<T, bfloat16>) return all.score_bf16;
+    if constexpr (std::is_same_v<T, float16>) return all.score_f16;
+  } else {
+    if constexpr (std::is_same_v<T, double>) return all.score_f64;
+    if constexpr (std::is_same_v<T, float>) return all.score_wide_f32;
+    if constexpr (std::is_same_v<T, bfloat16>) return all.score_wide_bf16;
+    if constexpr (std::is_same_v<T, float16>) return all.score_wide_f16;
+  }
+}
+
+}  // namespace splade_fast::cpu

@@ -1,0 +1,194 @@
+// Kernels of the pruned index, see index.h.
+#pragma once
+
+#include "cpu/simd/index.h"
+#include "cpu/simd/isa.h"
+
+namespace splade_fast::cpu {
+namespace {
+
+inline Vec<float> load_bytes(const uint8_t* source) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)))));
+#else
+  typedef uint8_t Narrow __attribute__((vector_size(kLanes<float>)));
+  return __builtin_convertvector(__builtin_convertvector(load_bits<Narrow>(source), Mask<float>), Vec<float>);
+#endif
+}
+
+bool add_bounds(const TermEntries& entries, float weight, int64_t groups, float* bounds, int32_t* entry) {
+  const Vec<float> weights = broadcast<Vec<float>>(weight);
+  for (int64_t i = entries.begin; i < entries.end; ++i) {
+    const uint32_t group = static_cast<uint32_t>(entries.group[i]);
+    if (group >= static_cast<uint64_t>(groups)) return false;
+    entry[group] = static_cast<int32_t>(i);
+    float* const target = bounds + group * kGroupBlocks;
+    const uint8_t* const maximum = entries.maximum + i * kGroupBlocks;
+    for (int j = 0; j < kGroupBlocks; j += kLanes<float>) {
+      store_bits(target + j, load_bits<Vec<float>>(target + j) + weights * load_bytes(maximum + j));
+    }
+  }
+  return true;
+}
+
+void group_bounds(const float* bounds, int64_t groups, float* largest) {
+  for (int64_t g = 0; g < groups; ++g, bounds += kGroupBlocks) {
+    Vec<float> most = load_bits<Vec<float>>(bounds);
+    for (int j = kLanes<float>; j < kGroupBlocks; j += kLanes<float>) {
+      const Vec<float> other = load_bits<Vec<float>>(bounds + j);
+      most = most < other ? other : most;
+    }
+    float result = most[0];
+    for (int lane = 1; lane < kLanes<float>; ++lane) result = result < most[lane] ? most[lane] : result;
+    largest[g] = result;
+  }
+}
+
+int64_t find_bounds(const float* bounds, int64_t count, float least, float limit, int32_t* found) {
+  int64_t number = 0;
+  for (int64_t i = 0; i < count; i += kLanes<float>) {
+    const Vec<float> bound = load_bits<Vec<float>>(bounds + i);
+    const Mask<float> inside = (bound >= least) & (bound < limit);
+    for (unsigned bits = lane_bits<float>(inside); bits; bits &= bits - 1) {
+      found[number++] = static_cast<int32_t>(i + __builtin_ctz(bits));
+    }
+  }
+  while (number > 0 && found[number - 1] >= count) --number;
+  return number;
+}
+
+// Find the postings of a query in a group, and fetch them from memory together: the branches that follow cannot be
+// predicted, and would wait for the postings of one term after another. Return the number of terms that have any, or -1
+// if a posting is out of range.
+template <typename T, typename Acc>
+inline int64_t fetch_postings(const PostingsQuery<T, Acc>& query, int64_t group) {
+  FoundPostings<Acc>* const found = query.postings_of_term;
+  int64_t count = 0;
+  for (int64_t t = 0; t < query.terms; ++t) {
+    const int64_t entry = query.entry[t * query.groups + group];
+    found[count] = {entry, 0, query.weight[t]};
+    if (entry < 0) continue;
+    __builtin_prefetch(query.start + entry);
+    ++count;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = query.start[found[i].start], end = query.start[found[i].start + 1];
+    if (start < 0 || start > end || end > query.postings) return -1;
+    __builtin_prefetch(query.document + start);
+    __builtin_prefetch(query.value + start);
+    found[i].start = start;
+    found[i].end = end;
+  }
+  return count;
+}
+
+// Bits of eight documents of a group.
+inline unsigned bits_at(const uint8_t* bitmap, int64_t byte) { return bitmap[byte]; }
+
+#if defined(__AVX512F__)
+// Put the first lanes of a vector to the lanes that are set in `bits`, in order, and zero to the others.
+inline Vec<float> expand(Vec<float> packed, unsigned bits) {
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), reinterpret_cast<__m512>(packed)));
+}
+inline Vec<double> expand(Vec<double> packed, unsigned bits) {
+  return reinterpret_cast<Vec<double>>(
+      _mm512_maskz_expand_pd(static_cast<__mmask8>(bits), reinterpret_cast<__m512d>(packed)));
+}
+#endif
+
+// Load kLanes<Acc> values as Acc.
+template <typename Acc, typename T>
+inline Vec<Acc> load_as(const T* source) {
+  if constexpr (std::is_same_v<Acc, Accumulator<T>>) {
+    return load_vec(source);
+  } else {
+    Vec<Acc> values;
+    for (int i = 0; i < kLanes<Acc>; ++i) values[i] = static_cast<Acc>(to_acc(source[i]));
+    return values;
+  }
+}
+
+// Add weight * value for the documents of a bitmap. `readable` values may be read, of which those of the bitmap are the
+// first.
+template <typename T, typename Acc>
+inline void add_bitmap(const uint8_t* bitmap, const T* value, int64_t readable, Acc weight, Acc* scores) {
+#if defined(__AVX512F__)
+  const Vec<Acc> weights = broadcast<Vec<Acc>>(weight);
+  const T* const last = value + readable - kLanes<Acc>;
+  for (int64_t first = 0; first < kGroupDocuments; first += kLanes<Acc>) {
+    unsigned bits = bits_at(bitmap, first / 8);
+    if constexpr (kLanes<Acc> == 16) bits |= bits_at(bitmap, first / 8 + 1) << 8;
+    Vec<Acc> values;
+    if (value <= last) {
+      values = load_as<Acc>(value);
+    } else {
+      T padded[kLanes<Acc>] = {};
+      std::memcpy(padded, value, (last + kLanes<Acc> - value) * sizeof(T));
+      values = load_as<Acc>(padded);
+    }
+    store_bits(scores + first, load_bits<Vec<Acc>>(scores + first) + expand(values, bits) * weights);
+    value += __builtin_popcount(bits);
+  }
+#else
+  (void)readable;
+  for (int64_t first = 0; first < kGroupDocuments; first += 8) {
+    for (unsigned bits = bits_at(bitmap, first / 8); bits; bits &= bits - 1) {
+      scores[first + __builtin_ctz(bits)] += static_cast<Acc>(to_acc(*value++)) * weight;
+    }
+  }
+#endif
+}
+
+template <typename T, typename Acc>
+int64_t score_group(const PostingsQuery<T, Acc>& query, int64_t group, Acc least) {
+  Acc* const scores = query.scores;
+  for (int64_t i = 0; i < kGroupDocuments; ++i) scores[i] = 0;
+  const int64_t terms = fetch_postings(query, group);
+  for (int64_t t = 0; t < terms; ++t) {
+    const FoundPostings<Acc> found = query.postings_of_term[t];
+    const int64_t count = found.end - found.start;
+    const uint8_t* const document = query.document + found.start;
+    const T* const value = query.value + found.start;
+    if (count < kBitmapBytes) {
+      for (int64_t i = 0; i < count; ++i) {
+        scores[document[i]] += static_cast<Acc>(to_acc(value[i])) * found.weight;
+      }
+    } else {
+      int64_t bits = 0;
+      for (int64_t i = 0; i < kBitmapBytes; i += 8) bits += __builtin_popcountll(load_bits<uint64_t>(document + i));
+      if (bits != count) return -1;
+      add_bitmap(document, value, query.postings - found.start, found.weight, scores);
+    }
+  }
+  if (terms < 0) return -1;
+  int64_t number = 0;
+  for (int64_t i = 0; i < kGroupDocuments; i += kLanes<Acc>) {
+    const Mask<Acc> above = load_bits<Vec<Acc>>(scores + i) >= least;
+    if (!has_set_lane(above)) continue;
+    for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+      if (above[lane]) query.found[number++] = static_cast<int32_t>(i + lane);
+    }
+  }
+  return number;
+}
+
+constexpr IndexKernels make_index(const char*) {
+  return {add_bounds,
+          group_bounds,
+          find_bounds,
+          score_group<float, float>,
+          score_group<bfloat16, float>,
+          score_group<float16, float>,
+          score_group<double, double>,
+          score_group<float, double>,
+          score_group<bfloat16, double>,
+          score_group<float16, double>};
+}
+
+}  // namespace
+}  // namespace splade_fast::cpu

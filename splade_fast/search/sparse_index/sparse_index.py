@@ -1,0 +1,234 @@
+"""SparseIndex: documents sorted by terms, with bounds of the scores of neighbouring documents."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from splade_fast import _library
+from splade_fast._checks import check_count
+from splade_fast.ops.score import check_same_space
+from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows.file import FileKind, read_file, write_file
+from splade_fast.search.sparse_index.order import order_by_similarity
+
+# Tensors in the order in which the ops take and return them, see csrc/cpu/index/index.h.
+_TENSORS = (
+    "term_start",
+    "step",
+    "group",
+    "start",
+    "maximum",
+    "document",
+    "value",
+    "id",
+)
+_FILE = FileKind(
+    "a saved SparseIndex", "sparse_index", "splade_fast.SparseIndex", 1, frozenset(_TENSORS)
+)
+
+
+class SparseIndex:
+    """Index of N documents for exact searches on the CPU.
+
+    `search` returns what `sparse_search` returns, to the bit, and reads only the documents whose
+    scores may be among the k highest. Values must be finite and at least 0, as those of SPLADE are.
+    `build` and `load` make an index.
+
+    Example::
+
+        >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> sf.SparseIndex.build(docs, show_progress=False).search(torch.tensor([[3.0, 1.0]]), k=1)
+        (tensor([[3.]]), tensor([[1]]))
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+
+    @classmethod
+    def build(cls, rows: SparseRows, *, show_progress: bool = True) -> SparseIndex:
+        """Build an index, which is held in memory.
+
+        Args:
+            rows: SparseRows of N documents on the CPU, which may be mapped from a file. They are
+                read three times and not needed afterwards.
+            show_progress: draw a progress bar.
+
+        Raises:
+            TypeError, ValueError: `rows` are not SparseRows on the CPU.
+            RuntimeError: a value is negative, infinite or NaN, a row has a wrong length or columns
+                that do not ascend, or splade_fast has no compiled kernels.
+
+        Example::
+
+            >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+            >>> sf.SparseIndex.build(docs, show_progress=False)
+            SparseIndex(2 documents, num_cols=2, dtype=torch.float32)
+        """
+        if not isinstance(rows, SparseRows):
+            raise TypeError(f"rows must be SparseRows, got {type(rows).__name__}")
+        if rows.device.type != "cpu":
+            raise ValueError(f"rows must be on the CPU, got {rows.device}")
+        _require_kernels()
+        with (
+            torch.no_grad(),
+            tqdm(total=len(rows), unit="document", disable=not show_progress) as progress,
+        ):
+            order = order_by_similarity(rows, progress)
+            tensors = torch.ops.splade_fast.index_build(
+                rows.indices, rows.values.detach(), rows.lengths, rows.num_cols, order
+            )
+        return cls(tensors)
+
+    @torch.no_grad()
+    def search(
+        self,
+        queries: SparseRows | Tensor,
+        k: int,
+        *,
+        min_score: float | None = None,
+        allowed: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the k documents with the highest `sparse_scores` for each query.
+
+        The result is that of `sparse_search`, among the documents that `min_score` and `allowed`
+        leave. Queries are searched by several threads, each by one thread.
+
+        Args:
+            queries: SparseRows of Q rows, or dense (Q, V), finite and at least 0. Columns that no
+                document uses add nothing.
+            k: number of documents for each query; all N if k ≥ N.
+            min_score: least score of a document, before it is rounded to the output dtype; None
+                for no limit.
+            allowed: documents that may be found: a mask (N,) of bool, or ids in any order.
+
+        Returns:
+            scores (Q, min(k, N)), highest first, and ids of documents (Q, min(k, N)) int64. Equal
+            scores are ordered by ascending id. Documents that score 0 fill the remaining places.
+            Where min_score and allowed leave fewer documents than places, the last places have
+            score -inf and id -1.
+
+        Raises:
+            TypeError, ValueError: queries have other columns than the documents or are not on the
+                CPU, k is not an integer ≥ 1, or min_score or allowed is not as described.
+            RuntimeError: a query has a negative, infinite or NaN value, or a column out of range.
+
+        Example::
+
+            >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+            >>> index = sf.SparseIndex.build(docs, show_progress=False)
+            >>> index.search(torch.tensor([[3.0, 1.0]]), k=2, min_score=2.5)
+            (tensor([[3., -inf]]), tensor([[ 1, -1]]))
+        """
+        self._check_queries(queries)
+        k = check_count("k", k, 1)
+        least = -math.inf if min_score is None else float(min_score)
+        if math.isnan(least):
+            raise ValueError("min_score must be a number, got nan")
+        operands = (
+            (queries.indices, queries.values, queries.lengths)
+            if isinstance(queries, SparseRows)
+            else (None, queries, None)
+        )
+        allowed_mask = None if allowed is None else self._mask(allowed)
+        result: tuple[Tensor, Tensor] = torch.ops.splade_fast.index_search(
+            *operands, self._tensors, k, least, allowed_mask
+        )
+        return result
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; an existing file is replaced only by a complete one.
+
+        Raises:
+            OSError: the file system failed.
+
+        Example::
+
+            >>> docs = sf.SparseRows.from_dense(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+            >>> sf.SparseIndex.build(docs, show_progress=False).save("docs.index")
+            >>> len(sf.SparseIndex.load("docs.index"))
+            2
+        """
+        write_file(path, dict(zip(_TENSORS, self._tensors, strict=True)), self.num_cols, _FILE)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseIndex:
+        """Read a file that `save` wrote, map it into memory, and check its contents.
+
+        The file may be larger than memory. It may be replaced by `save`, but must not be
+        overwritten in place.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not complete, not consistent or not of this format.
+            RuntimeError: splade_fast has no compiled kernels.
+        """
+        _require_kernels()
+        tensors, num_cols = read_file(path, _FILE)
+        index = cls([tensors[name] for name in _TENSORS])
+        try:
+            torch.ops.splade_fast.index_check(index._tensors)
+        except RuntimeError as error:
+            message = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is damaged: {message}") from error
+        if num_cols != index.num_cols:
+            raise ValueError(
+                f"{path} is damaged: num_cols must be {index.num_cols}, got {num_cols}"
+            )
+        return index
+
+    @property
+    def num_cols(self) -> int:
+        """Number of columns, V."""
+        return len(self._tensors[_TENSORS.index("step")])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self._tensors[_TENSORS.index("value")].dtype
+
+    def __len__(self) -> int:
+        return len(self._tensors[_TENSORS.index("id")])
+
+    def __repr__(self) -> str:
+        return f"SparseIndex({len(self)} documents, num_cols={self.num_cols}, dtype={self.dtype})"
+
+    def _check_queries(self, queries: SparseRows | Tensor) -> None:
+        no_rows = torch.empty(0, 1, dtype=torch.int32)
+        documents = SparseRows(no_rows, no_rows.to(self.dtype), no_rows[:, 0], self.num_cols)
+        check_same_space(queries, documents, docs_name="index")
+
+    def _mask(self, allowed: Tensor | Sequence[int]) -> Tensor:
+        """Return `allowed` as a mask (N,)."""
+        chosen = torch.as_tensor(allowed, device="cpu")
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(
+                    f"allowed must be a mask ({len(self)},), got shape {tuple(chosen.shape)}"
+                )
+            return chosen.contiguous()
+        if chosen.numel() == 0:
+            return torch.zeros(len(self), dtype=torch.bool)
+        if chosen.dim() != 1 or chosen.is_floating_point() or chosen.is_complex():
+            raise TypeError(
+                f"allowed must be a mask of bool or a list of ids, got {chosen.dtype} "
+                f"{tuple(chosen.shape)}"
+            )
+        lowest, highest = int(chosen.min()), int(chosen.max())
+        if lowest < 0 or highest >= len(self):
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"allowed must hold ids from 0 to {len(self) - 1}, got {wrong}")
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[chosen.long()] = True
+        return mask
+
+
+def _require_kernels() -> None:
+    if not _library.is_cpu_library_loaded():
+        reason = _library.build_info()["cpu"]["why_not"]
+        raise RuntimeError(f"SparseIndex needs the compiled kernels of splade_fast: {reason}")

@@ -1,0 +1,308 @@
+"""SparseIndex finds what sparse_search finds, to the bit."""
+
+import contextlib
+import random
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import splade_fast as sf
+from splade_fast.ops.sparse_rows.file import read_file, write_file
+from splade_fast.search.sparse_index.sparse_index import _FILE
+from tests.ops.inputs import DTYPES
+from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
+
+ISAS = ("portable", "avx2")  # have kernels of the index; other tests run with those of AVX-512
+KINDS = ("plain", "equal", "huge", "tiny", "wide")
+
+
+def draw_rows(generator, count, cols, dtype, kind):
+    """Return rows of any density, some with zero weights, as `kind` of values says."""
+    shape = (count, cols)
+    dense = torch.rand(shape, generator=generator, dtype=torch.float64)
+    dense *= torch.rand(shape, generator=generator) < torch.rand(1, generator=generator)
+    if kind == "equal":
+        dense = (dense * 3).ceil()
+    elif kind == "huge":
+        dense *= torch.finfo(dtype).max
+    elif kind == "tiny":
+        dense *= torch.finfo(dtype).tiny  # most are denormal
+    elif kind == "wide":
+        dense *= 2.0 ** torch.randint(-20, 15, shape, generator=generator)
+    dense = dense.to(dtype).nan_to_num(posinf=torch.finfo(dtype).max)
+    rows = sf.SparseRows.from_dense(dense)
+    rows.values[torch.rand(rows.values.shape, generator=generator) < 0.1] = 0
+    return rows
+
+
+def draw_case(seed):
+    """Return queries, documents and k; few columns give documents that are equal."""
+    draws, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    count = draws.choice([0, 1, 2, 5, 31, 32, 33, 100, 513, 1100])
+    cols = draws.choice([1, 2, 5] if count > 33 else [1, 5, 40])
+    docs, queries = (
+        draw_rows(generator, rows, cols, draws.choice(DTYPES), draws.choice(KINDS))
+        for rows in (count, draws.choice([0, 1, 3]))
+    )
+    is_dense = draws.random() < 0.3
+    k = draws.choice([1, 2, 10, max(count // 2, 1), count + 1])
+    return queries.to_dense() if is_dense else queries, docs, k
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def build(docs):
+    return sf.SparseIndex.build(docs, show_progress=False)
+
+
+def filtered_search(queries, docs, k, min_score, allowed):
+    """Return what a filtered search has to return, from a full ranking in the score's dtype."""
+    scores, ids = sf.sparse_search(queries, docs, max(len(docs), 1))
+    places = min(k, len(docs))
+    kept_scores = torch.full((len(ids), places), -torch.inf, dtype=scores.dtype)
+    kept_ids = torch.full((len(ids), places), -1)
+    for row in range(len(ids)):
+        kept = torch.isin(ids[row], allowed) & (scores[row] >= min_score)
+        count = min(int(kept.sum()), places)
+        kept_scores[row, :count] = scores[row][kept][:count]
+        kept_ids[row, :count] = ids[row][kept][:count]
+    return kept_scores, kept_ids
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(100), range(100, 700), range(700, 1300)], ids=["few", "many", "more"]
+)
+def test_random_corpora(seeds):
+    for seed in seeds:
+        queries, docs, k = draw_case(seed)
+        assert_same(build(docs).search(queries, k), sf.sparse_search(queries, docs, k))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-44, 3e38])
+def test_many_equal_documents(weight):
+    """They have no order of similarity, and scores of 0 or inf are ties."""
+    docs = sf.SparseRows.from_dicts([{0: weight, 2: weight}] * 600, num_cols=3)
+    queries = torch.tensor([[1.0, 0.0, 1.0], [3e38, 0.0, 1.0]])
+    assert_same(build(docs).search(queries, 20), sf.sparse_search(queries, docs, 20))
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in instruction_sets_here()])
+def test_lesser_instruction_sets(isa):
+    assert_pass_with(isa, __file__, "test_random_corpora and few")
+
+
+def test_filters():
+    for seed in range(300):
+        queries, docs, k = draw_case(seed)
+        # Filters compare scores before rounding, so documents and scores share a dtype here.
+        queries, docs = queries.to(dtype=torch.float64), docs.to(dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(len(docs), generator=generator) < torch.rand(1, generator=generator)
+        ids = mask.nonzero().flatten()
+        some_score = sf.sparse_scores(queries, docs).flatten()[:1]
+        min_score = float(some_score) if len(some_score) else 0.0
+        everything, no_limit = torch.arange(len(docs)), -torch.inf
+        index = build(docs)
+        for arguments, expected in (
+            ({"allowed": mask}, (no_limit, ids)),
+            ({"allowed": ids.flip(0).tolist()}, (no_limit, ids)),
+            ({"min_score": min_score}, (min_score, everything)),
+            ({"min_score": min_score, "allowed": ids}, (min_score, ids)),
+        ):
+            found = index.search(queries, k, **arguments)
+            assert_same(found, filtered_search(queries, docs, k, *expected))
+
+
+def test_a_large_corpus_is_pruned():
+    """Groups, blocks and rounds of bounds take part; equal documents are far from each other."""
+    generator = torch.Generator().manual_seed(0)
+    topics = torch.rand(50, 300, generator=generator).pow(20)
+    docs = topics[torch.randint(50, (6000,), generator=generator)]
+    docs = docs * (torch.rand(docs.shape, generator=generator) < 0.2)
+    docs[3000:] = docs[:3000]
+    docs, queries = sf.SparseRows.from_dense(docs), sf.SparseRows.from_dense(topics[:9], k=20)
+    index = build(docs)
+    for k in (1, 10, 1000, 6000):
+        assert_same(index.search(queries, k), sf.sparse_search(queries, docs, k))
+
+
+def test_threads():
+    queries, docs, _ = (
+        draw_rows(torch.Generator().manual_seed(n), n, 30, torch.float32, "plain")
+        for n in (40, 700, 1)
+    )
+    index, before = build(docs), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = index.search(queries, 7)
+        torch.set_num_threads(3)
+        assert_same(index.search(queries, 7), alone)
+    finally:
+        torch.set_num_threads(before)
+    assert_same(alone, sf.sparse_search(queries, docs, 7))
+    assert_same(index.search(queries[5:6], 7), (alone[0][5:6], alone[1][5:6]))
+
+
+def test_repeated_columns_of_a_query_add_up():
+    docs = sf.SparseRows.from_dicts([{0: 1.5, 2: 2.0}, {2: 3.0}], num_cols=3)
+    columns = torch.tensor([[2, 0, 2]], dtype=torch.int32)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    queries = sf.SparseRows(columns, torch.tensor([[1.0, 4.0, 0.5]]), lengths, 3)
+    assert_same(build(docs).search(queries, 2), sf.sparse_search(queries, docs, 2))
+
+
+@pytest.fixture
+def docs():
+    return sf.SparseRows.from_dicts([{0: 1.0, 2: 2.0}, {}, {1: 3.0}, {0: 0.5}], num_cols=4)
+
+
+def test_description(docs):
+    index = build(docs)
+    assert (len(index), index.num_cols) == (4, 4)
+    assert repr(index) == "SparseIndex(4 documents, num_cols=4, dtype=torch.float32)"
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
+def test_values_without_bounds_are_refused(docs, value):
+    index = build(docs)
+    queries = torch.tensor([[0.0, value, 0.0, 1.0]])
+    with pytest.raises(
+        RuntimeError, match="queries must be finite and at least 0, got .* in row 0"
+    ):
+        index.search(queries, 1)
+    docs.values[2, 0] = value
+    with pytest.raises(RuntimeError, match="values must be finite and at least 0, got .* in row 2"):
+        build(docs)
+
+
+def test_rows_that_are_not_sparse_rows_are_refused(docs):
+    with pytest.raises(TypeError, match="rows must be SparseRows, got Tensor"):
+        sf.SparseIndex.build(docs.to_dense())
+    docs.indices[0, 1] = 0
+    with pytest.raises(RuntimeError, match="indices must ascend .* got 0 after 0 in row 0"):
+        build(docs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+        ({"k": 1, "min_score": float("nan")}, ValueError, "min_score must be a number, got nan"),
+        ({"k": 1, "allowed": [4]}, ValueError, "allowed must hold ids from 0 to 3, got 4"),
+        ({"k": 1, "allowed": [-1]}, ValueError, "allowed must hold ids from 0 to 3, got -1"),
+        ({"k": 1, "allowed": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask \(4,\), got"),
+        ({"k": 1, "allowed": [0.5]}, TypeError, "allowed must be a mask of bool or a list of ids"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(docs, arguments, error, message):
+    with pytest.raises(error, match=message):
+        build(docs).search(docs, **arguments)
+
+
+def test_queries_of_other_columns_are_refused(docs):
+    with pytest.raises(ValueError, match=r"queries must have index.num_cols = 4 columns, got 3"):
+        build(docs).search(torch.ones(1, 3), 1)
+
+
+def test_no_document_is_allowed(docs):
+    scores, ids = build(docs).search(docs, 2, allowed=[])
+    assert scores.eq(-torch.inf).all()
+    assert ids.eq(-1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files(tmp_path, docs, dtype):
+    docs = docs.to(dtype=dtype)
+    path = tmp_path / "docs.index"
+    build(docs).save(path)
+    assert list(tmp_path.iterdir()) == [path]
+    loaded = sf.SparseIndex.load(path)
+    assert loaded.dtype == dtype
+    assert_same(loaded.search(docs, 4), sf.sparse_search(docs, docs, 4))
+    loaded.save(path)  # over the file that is mapped
+    assert_same(loaded.search(docs, 4), sf.sparse_search(docs, docs, 4))
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, docs, monkeypatch):
+    path = tmp_path / "docs.index"
+    build(docs).save(path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(docs[:1]).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def cut(path, docs):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def write_rows(path, docs):
+    docs.save(path)
+
+
+def write_other_tensors(path, docs):
+    save_file({"weight": torch.ones(2)}, path)
+
+
+def write_more_columns(path, docs):
+    tensors, _ = read_file(path, _FILE)
+    write_file(path, {name: tensor.clone() for name, tensor in tensors.items()}, 5, _FILE)
+
+
+@pytest.mark.parametrize("damage", [cut, write_rows, write_other_tensors, write_more_columns])
+def test_other_files_are_refused(tmp_path, docs, damage):
+    path = tmp_path / "docs.index"
+    build(docs).save(path)
+    damage(path, docs)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        sf.SparseIndex.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        sf.SparseIndex.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("change", [-1, 1, 100])
+@pytest.mark.parametrize("name", ["term_start", "group", "start", "id", "value", "maximum"])
+def test_changed_numbers_are_refused(tmp_path, name, change):
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "docs.index"
+    build(draw_rows(generator, 40, 6, torch.float32, "plain")).save(path)
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] += change
+    write_file(path, tensors, 6, _FILE)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: ")):
+        sf.SparseIndex.load(path)
+
+
+def test_search_never_reads_outside_a_damaged_index():
+    """The op checks every place that it reads, because any tensors may reach it."""
+    generator = torch.Generator().manual_seed(0)
+    docs = draw_rows(generator, 600, 6, torch.float32, "plain")
+    queries = docs[:2]
+    operands = (queries.indices, queries.values, queries.lengths)
+    whole = build(docs)._tensors
+    for place in range(len(whole)):
+        for seed in range(20):
+            damaged = [tensor.clone() for tensor in whole]
+            flat = damaged[place].view(-1).view(torch.uint8)
+            chosen = torch.randint(len(flat), (8,), generator=generator.manual_seed(seed))
+            flat[chosen] = torch.randint(256, (8,), generator=generator, dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                torch.ops.splade_fast.index_search(*operands, damaged, 5, -torch.inf, None)
+
+
+def test_no_kernels(docs, monkeypatch):
+    monkeypatch.setattr("splade_fast._library._STATE.cpu_reason", "it was not built")
+    with pytest.raises(RuntimeError, match="needs the compiled kernels of splade_fast: it was not"):
+        build(docs)
