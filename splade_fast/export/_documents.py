@@ -52,7 +52,9 @@ POSITIVE_NORMAL_FLOAT32 = WeightRange(
     most=float(_FLOAT32.max),
 )
 LUCENE_QUERY = WeightRange(
-    "above 0 and at most 64 in a query", above=POSITIVE_NORMAL_FLOAT32.above, most=64.0
+    "above 0 and at most 64 in a query, as normal float32 numbers,",
+    above=POSITIVE_NORMAL_FLOAT32.above,
+    most=64.0,
 )
 POSITIVE_FLOAT16 = WeightRange(
     "finite and above 0 as float16 numbers (up to 65504)",
