@@ -58,6 +58,18 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
 
 
+def refuse_subfolder(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if arguments of `from_pretrained` name a subfolder, which would be ignored.
+
+    The files of the folder tell where its transformer lies.
+    """
+    if kwargs.get("subfolder"):
+        raise ValueError(
+            f"subfolder must be left out, got {kwargs['subfolder']!r}; name_or_path may be a "
+            "folder inside a model"
+        )
+
+
 def reachable(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
     """Return hub, with local_files_only where a hub name would be looked up without a network.
 
@@ -142,7 +154,8 @@ def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenize
 
     Raises:
         OSError: the checkpoint holds no tokenizer.
-        ValueError: the tokenizer's files are damaged, or it needs the checkpoint's own code.
+        ValueError: the tokenizer's files are damaged, it has neither token, or it needs the
+            checkpoint's own code.
     """
     check_exists(name_or_path)
     try:
@@ -160,6 +173,11 @@ def load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenize
     if tokenizer.vocab_files_names:  # those of bytes need no files
         _check_has_vocabulary(tokenizer.vocab_files_names.values(), name_or_path, hub)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {name_or_path} must have a padding token or an end-of-sequence "
+                "token, got neither"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

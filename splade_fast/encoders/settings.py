@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from splade_fast._checks import check_count
 from splade_fast.encoders.modules_list import (
     STATIC_EMBEDDING,
     is_static_embedding,
@@ -34,6 +35,10 @@ class EncoderSettings:
         default_prompt_name: name of the prompt that is used where none is named.
         lower_case: lowercase texts before the tokenizer's own normalisation.
         subfolder: folder of the transformer inside the model folder.
+
+    Raises:
+        TypeError: max_length is not an integer, or prompts are not texts by name.
+        ValueError: max_length is less than 1, or default_prompt_name is the name of no prompt.
     """
 
     pooling: str = "max"
@@ -43,6 +48,19 @@ class EncoderSettings:
     default_prompt_name: str | None = None
     lower_case: bool = False
     subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None:
+            self.max_length = check_count("max_length", self.max_length, 1)
+        if not isinstance(self.prompts, dict) or not all(
+            isinstance(text, str) for pair in self.prompts.items() for text in pair
+        ):
+            raise TypeError(f"prompts must be texts by name, got {self.prompts!r}")
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(
+                f"default_prompt_name must be one of {sorted(self.prompts)}, "
+                f"got {self.default_prompt_name!r}"
+            )
 
     def prompt_for(self, role: str) -> str | None:
         """Return the prompt name for a role ("query" or "document"), else the default name."""
@@ -207,7 +225,13 @@ def _read_prompts(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"prompts in {file} of {name_or_path} must be texts by name, got {prompts!r}"
         )
+    default = config.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise ValueError(
+            f"default_prompt_name in {file} of {name_or_path} must be one of {sorted(prompts)}, "
+            f"got {default!r}"
+        )
     return {
         "prompts": {name: text or "" for name, text in prompts.items()},
-        "default_prompt_name": config.get("default_prompt_name"),
+        "default_prompt_name": default,
     }

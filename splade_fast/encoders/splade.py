@@ -35,6 +35,7 @@ from splade_fast.encoders.pretrained import (
     load_model,
     load_tokenizer,
     lower_case_inputs,
+    refuse_subfolder,
     write_json_files,
 )
 from splade_fast.encoders.settings import EncoderSettings, read_settings, sparse_encoder_files
@@ -97,12 +98,13 @@ class SpladeEncoder(TextEncoder):
             ImportError: the checkpoint holds adapters, and peft is missing or does not work with
                 the installed transformers.
             OSError: no checkpoint of that name was found, or it holds no tokenizer.
-            ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file
-                is damaged, weights are missing (such as those of the language-modelling head), or
-                the folder describes another kind of model.
+            ValueError: kwargs hold a subfolder, the checkpoint needs its own code, a pickle holds
+                more than weights, a file is damaged, weights are missing (such as those of the
+                language-modelling head), or the folder describes another kind of model.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
+        refuse_subfolder(kwargs)
         settings = read_settings(name, hub, task)
         hub["subfolder"] = settings.subfolder
         if has_term_weights(name, hub):

@@ -27,6 +27,7 @@ from splade_fast.encoders.pretrained import (
     load_model,
     load_tokenizer,
     read_json_object,
+    refuse_subfolder,
     write_json_files,
 )
 from splade_fast.encoders.settings import EncoderSettings, find_transformer
@@ -110,14 +111,16 @@ class TermWeightEncoder(TextEncoder):
 
         Raises:
             OSError: no checkpoint of that name was found, or it holds no tokenizer.
-            ValueError: the checkpoint needs its own code, a pickle holds more than weights, a file
-                is damaged, weights are missing, or the files do not fit together.
+            ValueError: kwargs hold a subfolder, the checkpoint needs its own code, a pickle holds
+                more than weights, a file is damaged, weights are missing, or the files do not fit
+                together.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
+        refuse_subfolder(kwargs)
         try:
             settings = EncoderSettings(**read_json_object(name, _SETTINGS_FILE, hub))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{_SETTINGS_FILE} of {name} must hold settings: {error}") from error
         weights = find_file(name, _WEIGHTS_FILE, hub)
         if weights is None and (weights := find_file(name, _BGE_M3_FILE, hub)) is not None:

@@ -54,14 +54,24 @@ def empty_forward(
 def refuse_forward_mode(function: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError for dual tensors, whose tangents the ops would drop.
 
+    Tensors of torch.func.grad are refused too: torch's error would not name the function.
+
     Args:
         function: name of the public function.
         tensors: its differentiable arguments.
     """
-    if any(has_tangent(tensor) for tensor in tensors if tensor is not None):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(has_tangent(tensor) for tensor in given):
         raise RuntimeError(
             f"{function} has no forward-mode derivative, which torch.func.jvp or forward_ad asks "
             "for. Use splade_fast.reference for it."
+        )
+    if not torch.compiler.is_compiling() and any(
+        torch._C._functorch.is_gradtrackingtensor(tensor) for tensor in given
+    ):
+        raise RuntimeError(
+            f"{function} has no derivative under torch.func.grad, vjp and jacrev. Use "
+            "torch.autograd.grad or splade_fast.reference for it."
         )
 
 

@@ -256,3 +256,38 @@ def test_a_name_without_a_network_is_looked_up_in_the_cache_alone(monkeypatch):
                 load("gone/model")
     finally:
         pretrained._is_hub_reachable.cache_clear()
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    folder = save_checkpoint(CONFIGS["llama"], tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="must have a padding token or an end-of-sequence token"):
+        SpladeEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [SpladeEncoder, TermWeightEncoder])
+def test_a_subfolder_is_not_ignored(kind, tmp_path):
+    folder = save_checkpoint(CONFIGS["bert"], tmp_path / "model")
+    with pytest.raises(ValueError, match="subfolder must be left out, got 'other'"):
+        kind.from_pretrained(folder, subfolder="other")
+
+
+def test_a_default_prompt_that_is_missing_is_named(tmp_path):
+    folder = save_checkpoint(CONFIGS["bert"], tmp_path / "model")
+    SpladeEncoder.from_pretrained(folder).save_pretrained(folder)
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"default_prompt_name": "no"}))
+    with pytest.raises(
+        ValueError, match=r"default_prompt_name in config_s.* one of \[\], got 'no'"
+    ):
+        SpladeEncoder.from_pretrained(folder)
+
+
+def test_settings_of_other_types_are_named(tmp_path):
+    folder = save_checkpoint(CONFIGS["bert"], tmp_path / "model")
+    TermWeightEncoder.from_pretrained(folder).save_pretrained(folder)
+    (folder / "term_weights.json").write_text('{"max_length": "12"}')
+    with pytest.raises(ValueError, match=r"term_weights\.json .* max_length must be an integer"):
+        TermWeightEncoder.from_pretrained(folder)

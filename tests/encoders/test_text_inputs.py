@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from tests.tiny_models import make_model, make_tokenizer, masked_lm_configs
@@ -63,3 +64,29 @@ def test_a_token_that_the_model_lacks_is_named(encoder, kind):
     encoder.tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match="the 20 tokens of the model, got the token 'zebra' with"):
         encoder.encode(["a zebra"], show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"max_length": "12"}, TypeError, "max_length must be an integer, got str"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+        ({"prompts": ["a"]}, TypeError, r"prompts must be texts by name, got \['a'\]"),
+        ({"prompts": {"q": None}}, TypeError, "prompts must be texts by name, got {'q': None}"),
+        ({"default_prompt_name": "q"}, ValueError, r"default_prompt_name .* one of \[\], got 'q'"),
+    ],
+)
+def test_settings_are_checked(settings, error, message):
+    with pytest.raises(error, match=message):
+        EncoderSettings(**settings)
+
+
+def test_functional_derivatives_name_the_op(encoder):
+    inputs = encoder.tokenize(TEXTS)
+    weights = {name: weight.detach() for name, weight in encoder.named_parameters()}
+
+    def total(weights):
+        return torch.func.functional_call(encoder, weights, kwargs=inputs).sum()
+
+    with pytest.raises(RuntimeError, match="splade_head has no derivative under torch.func.grad"):
+        torch.func.grad(total)(weights)
