@@ -22,7 +22,6 @@ from tests.emulation.prepare import LIBRARY
 
 ROOT = Path(__file__).parents[2]
 SANITIZER = os.environ.get("EMULATION_SANITIZER", "")  # sanitized.py sets it: address or thread
-BUILD = ROOT / "build" / "-".join(filter(None, ["emulation", SANITIZER]))
 
 
 def ops_with_kernels() -> list[str]:
@@ -31,37 +30,43 @@ def ops_with_kernels() -> list[str]:
     return re.findall(r'm\.impl\("(\w+)"', "".join(sources))
 
 
+def build_folder(sanitizer: str) -> Path:
+    return ROOT / "build" / "-".join(filter(None, ["emulation", sanitizer]))
+
+
 def run(*command: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
 
 
-def build() -> None:
-    """Build the library where it is out of date."""
+def build(sanitizer: str = "") -> None:
+    """Build the library where it is out of date, for a sanitizer or for none."""
     chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     compilers = chosen or ["c++", "g++", "clang++"]  # where CMake looks
     if not any(map(shutil.which, compilers)):
         pytest.skip(f"the emulation needs a C++ compiler, and there is no {' or '.join(compilers)}")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    folder = build_folder(sanitizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several workers builds
-        if not (BUILD / "build.ninja").exists():  # from then on the build looks after it
+        if not (folder / "build.ninja").exists():  # from then on the build looks after it
             run(
-                *("cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+                *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
                 *("-DSPLADE_FAST_EMULATION=ON", "-DSPLADE_FAST_CUDA=0"),
-                f"-DSPLADE_FAST_SANITIZE={SANITIZER}",
+                f"-DSPLADE_FAST_SANITIZE={sanitizer}",
                 f"-DPython_EXECUTABLE={sys.executable}",
             )
         jobs = len(os.sched_getaffinity(0))
-        run("cmake", "--build", str(BUILD), "--target", "emulation", "--parallel", str(jobs))
+        run("cmake", "--build", str(folder), "--target", "emulation", "--parallel", str(jobs))
 
 
 class Emulator:
     """The emulated ops."""
 
     def __init__(self) -> None:
-        build()
-        path = BUILD / f"{LIBRARY}.so"
+        if not SANITIZER:  # sanitized.py builds: compilers can hang under a preloaded sanitizer
+            build()
+        path = build_folder(SANITIZER) / f"{LIBRARY}.so"
         torch.ops.load_library(path)
         self.ops = getattr(torch.ops, LIBRARY)
         self._library = ctypes.CDLL(str(path))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation.library import ROOT
+from tests.emulation.library import ROOT, build
 
 FIXED_PLACES = ["setarch", "--addr-no-randomize"]  # ThreadSanitizer cannot cope with random ones
 RUNTIMES = {"thread": "libtsan.so", "address": "libasan.so"}
@@ -43,6 +43,7 @@ def skip_unless_possible() -> None:
 
 def run(sanitizer: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run pytest. Its output goes where that of this process goes."""
+    build(sanitizer)
     # The C++ library is loaded early, for the sanitizer to see its exceptions.
     preloaded = map(library_of_compiler, (RUNTIMES[sanitizer], "libstdc++.so.6"))
     return subprocess.run(
