@@ -31,18 +31,30 @@ _DRAWS_PER_TERM = 2  # enough for as many different terms, but in a few rows in 
 _ROWS_AT_ONCE = 1 << 14
 
 
-def encoded_sample(k: int, cache: Path | None = None) -> tuple[SparseRows, SparseRows]:
+def encoded_sample(
+    k: int | None,
+    cache: Path | None = None,
+    *,
+    limit: int | None = _DOCUMENTS,
+    num_queries: int = _QUERIES,
+) -> tuple[SparseRows, SparseRows]:
     """Return really encoded queries, and documents with their k largest entries.
+
+    Args:
+        k: number of entries kept of a document; None keeps all.
+        cache: folder of the vectors; by default that of the user.
+        limit: number of documents; None takes all docstrings.
+        num_queries: number of queries.
 
     Raises:
         CheckpointError: the demo's checkpoint cannot be fetched.
     """
-    settings = f"{_DOCUMENTS} {_QUERIES} {_MAX_LENGTH} {k}"
+    settings = f"{limit} {num_queries} {_MAX_LENGTH} {k}"
     folder = cache_folder("encoded", DEMO.requirement, settings, cache)
     queries, documents = folder / "queries.safetensors", folder / "documents.safetensors"
     if not documents.exists():
         encoder = SpladeEncoder.from_pretrained(str(DEMO.fetch()))
-        task = docstring_task(docstring_pairs(), _DOCUMENTS, _QUERIES)
+        task = docstring_task(docstring_pairs(), limit, num_queries)
         assert task.queries is not None
         folder.mkdir(parents=True, exist_ok=True)
         encoder.encode(task.queries.texts, max_length=_MAX_LENGTH, show_progress=False).save(

@@ -32,6 +32,8 @@ def order_by_similarity(rows: SparseRows, progress: tqdm | None = None) -> Tenso
         progress: bar that is advanced by the number of rows.
     """
     if len(rows) <= _GROUP_ROWS or rows.width == 0:
+        if progress is not None:
+            progress.update(len(rows))
         return torch.arange(len(rows), dtype=torch.int32)
     points = _project(rows, progress)
     levels = math.ceil(math.log2(len(rows) / _LEAF_ROWS))
