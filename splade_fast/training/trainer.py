@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import SchedulerType
 from transformers.trainer_callback import TrainerCallback
 
 from splade_fast._distributed import world_size
@@ -137,6 +138,21 @@ class SpladeTrainer(CheckpointingTrainer):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._warn_of_symptoms(self._train_metrics.compute_and_reset(self.args.device))
         return result
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the schedule of the learning rate, as transformers' Trainer does.
+
+        Raises:
+            ValueError: lr_scheduler_kwargs do not fit lr_scheduler_type.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            kind = SchedulerType(self.args.lr_scheduler_type).value
+            raise ValueError(
+                f"lr_scheduler_kwargs must fit lr_scheduler_type, {kind}, "
+                f"got {self.args.lr_scheduler_kwargs}: {error}"
+            ) from error
 
     def compute_loss(
         self,

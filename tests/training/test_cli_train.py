@@ -341,6 +341,11 @@ def test_help_is_readable(files):
             [],
             "gradient_accumulation_steps must be at least 1, got 0",
         ),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": 2}},
+            [],
+            "lr_scheduler_kwargs must fit lr_scheduler_type, linear, got {'num_cycles': 2}",
+        ),
         ({"lora_rank": 2, "lora_alpha": -4}, [], "lora_alpha must be greater than 0, got -4"),
         ({"query_encoder": ""}, [], "query_encoder must be a folder or a hub name, got ''"),
         ({"lambda_query": [1, 2]}, [], "config.yaml: lambda_query must be one value, got [1, 2]"),

@@ -153,3 +153,10 @@ def test_tokens_that_the_model_lacks_are_named():
     encoder.tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match="the 20 tokens of the model, got the token 'zebra' with"):
         TrainingCollator(encoder)([{"query": "zebra", "document": "fox"}])
+
+
+def test_a_prompt_leaves_room_for_texts():
+    encoder = make_encoder(EncoderSettings(prompts={"query": "a quick brown "}))
+    TrainingCollator(encoder, max_query_length=6)
+    with pytest.raises(ValueError, match=r"max_query_length must be more than .*'a quick brown '"):
+        TrainingCollator(encoder, max_query_length=5)

@@ -34,8 +34,8 @@ class TrainingCollator:
             which all examples of a batch must have equally many.
 
     Raises:
-        TypeError, ValueError: a length or number is not an integer of at least 1, or a model lacks
-            the prompt.
+        TypeError, ValueError: a length or number is not an integer of at least 1, a model lacks
+            the prompt, or the prompt leaves no room for a text.
 
     Example::
 
@@ -184,13 +184,26 @@ class _SideTokenizer:
     ) -> _SideTokenizer:
         """Return the tokenizer of an encoder for its role, "query" or "document"."""
         name = prompt_name if prompt_name is not None else encoder.settings.prompt_for(role)
-        return cls(
+        made = cls(
             encoder.tokenizer,
             encoder.prompt_text(name),
             encoder.length_limit(max_length),
             encoder.has_special_tokens,
             encoder.vocab_size,
         )
+        made._check_room(f"max_{role}_length")
+        return made
+
+    def _check_room(self, argument: str) -> None:
+        """Raise ValueError if the prompt takes all tokens, which would make all texts equal."""
+        if not self.prompt:
+            return
+        without, with_text = (self([text])["input_ids"].tolist() for text in ("", "text"))
+        if without == with_text:
+            raise ValueError(
+                f"{argument} must be more than the tokens of the prompt {self.prompt!r}, "
+                f"got {self.max_length}"
+            )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self.prompt:
