@@ -33,8 +33,10 @@ $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 packages: $(VENV)/.environment
 	SPLADE_FAST_BUILD=0 $(INSTALL) --no-build-isolation -e ".[demo,test,bench,docs,dev]"
 
+# Ninja uses all cores. It warns of a jobserver that it cannot use.
+NINJA_ALONE := env -u MAKEFLAGS
 libraries: $(VENV)/.environment
-	python setup.py --quiet build_ext --inplace
+	$(NINJA_ALONE) python setup.py --quiet build_ext --inplace
 
 demo: build
 	python -m examples.docstrings $(ARGS)
@@ -52,18 +54,18 @@ test-all: test
 # In the folder of make build, so that nothing is compiled twice.
 test-cpp: build
 	cmake -S . -B build/editable -DSPLADE_FAST_PYTHON=OFF -DSPLADE_FAST_TESTS=ON
-	cmake --build build/editable
+	$(NINJA_ALONE) cmake --build build/editable
 	ctest --test-dir build/editable --output-on-failure
 	cmake --install build/editable --prefix build/cpp-installed
 	cmake -S examples/cpp -B build/example -G Ninja \
 		-DCMAKE_PREFIX_PATH="$(CURDIR)/build/cpp-installed;$$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
-	cmake --build build/example
+	$(NINJA_ALONE) cmake --build build/example
 	ctest --test-dir build/example --output-on-failure
 
 # One worker for each core, and one thread in each worker: the tests are many and small.
 WORKERS ?= $(shell nproc)
 test-python: build
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(NINJA_ALONE) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The Python tests in a new environment with the newest versions of all packages.
 test-latest:

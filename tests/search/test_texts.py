@@ -120,7 +120,7 @@ def test_bad_json_names_the_line(tmp_path, line, message):
         ("d1\tfox\n".encode("utf-16-be"), "bad.tsv must be UTF-8, got UTF-16 or UTF-32"),
         ("d1\tfox\n".encode("utf-16-le"), "bad.tsv must be UTF-8, got UTF-16 or UTF-32"),
         ("d1\tfox\n".encode("utf-32"), "bad.tsv must be UTF-8, got UTF-16 or UTF-32"),
-        (gzip.compress(b"d1\tfox\n"), "bad.tsv must have a name that ends in .gz"),
+        (gzip.compress(b"d1\tfox\n", mtime=0), "bad.tsv must have a name that ends in .gz"),
         ("id\ttext\ttitle\nd1\tfox\n", "line 2: expected 3 columns, as in the header, got 2"),
         ("id\ttext\ttitle\nd1\ta\tb\tc\n", "line 2: expected 3 columns, as in the header, got 4"),
         ("query\tdocument\nfox\tquick fox\n", "line 1: expected the columns id, text \\("),
