@@ -68,7 +68,7 @@ fi
 ctest --test-dir "$build" --output-on-failure
 cd "$tree"
 if [ "$#" = 0 ]; then
-  set -- tests/ops tests/fuzz
+  set -- tests/ops tests/fuzz tests/search/test_sparse_index.py
 fi
 run() {
   sanitized_python -m pytest -s -p no:cacheprovider "$@"

@@ -29,6 +29,11 @@ def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return none(count, 0, dtype=torch.int32), none(count, 0), huge(count, dtype=torch.int32)
 
 
+def small_index() -> list[Tensor]:
+    index: list[Tensor] = OPS.index_build(*rows(2), 5, torch.arange(2, dtype=torch.int32))
+    return index
+
+
 def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return huge(*shape, dtype=dtype)
 
@@ -113,6 +118,21 @@ REFUSED = {
     ),
     "sparse_search, too many documents": lambda: OPS.sparse_search(*rows(2), *rows(HUGE), 5, 9),
     "sparse_search, result too large": lambda: OPS.sparse_search(*rows(HUGE), *rows(3), 5, 3),
+    "index_build, too many documents": lambda: OPS.index_build(
+        *rows(HUGE), 5, integers(HUGE, dtype=torch.int32)
+    ),
+    "index_build, too many columns": lambda: OPS.index_build(
+        *rows(2), 2**31 - 2, torch.arange(2, dtype=torch.int32)
+    ),
+    "index_check, columns too large": lambda: OPS.index_check([huge(HUGE), *small_index()[1:]]),
+    "index_search, k -2^63": lambda: OPS.index_search(*rows(2), small_index(), -(2**63), 0.0, None),
+    "index_search, result too large": lambda: OPS.index_search(
+        *rows(HUGE), small_index(), 2, 0.0, None
+    ),
+    "index_search, tensors of no index": lambda: OPS.index_search(*rows(2), [ONES], 2, 0.0, None),
+    "index_search, columns too large": lambda: OPS.index_search(
+        *rows(2), [huge(HUGE), *small_index()[1:]], 2, 0.0, None
+    ),
     "sparse_search, k -2^63": lambda: OPS.sparse_search(*rows(2), *rows(3), 5, -(2**63)),
     "gather_rows, indices too large": lambda: OPS.gather_rows([ONES], integers(HUGE)),
     "gather_rows, result overflows": lambda: OPS.gather_rows([huge(5, 2**60)], integers(8)),

@@ -11,6 +11,8 @@
 namespace splade_fast::cpu {
 namespace {
 
+constexpr int64_t kMaxCols = 1 << 24;  // bounds the memory for the terms
+
 template <typename T>
 struct Rows {
   const int32_t* indices;
@@ -153,6 +155,7 @@ std::vector<Tensor> index_build(const Tensor& indices, const Tensor& values, con
                                 const Tensor& order) {
   check_sparse_rows("", indices, values, lengths, num_cols);
   const int64_t count = values.size(0);
+  STD_TORCH_CHECK(num_cols <= kMaxCols, "num_cols must be at most ", kMaxCols, " for an index, got ", num_cols);
   STD_TORCH_CHECK(count < INT32_MAX - kGroupDocuments, "values must have fewer than ", INT32_MAX - kGroupDocuments,
                   " rows, got ", count);
   STD_TORCH_CHECK(order.scalar_type() == ScalarType::Int && order.dim() == 1 && order.size(0) == count,

@@ -86,11 +86,11 @@ inline int64_t fetch_postings(const PostingsQuery<T, Acc>& query, int64_t group)
   return count;
 }
 
-// Bits of eight documents of a group.
-inline unsigned bits_at(const uint8_t* bitmap, int64_t byte) { return bitmap[byte]; }
-
-#if defined(__AVX512F__)
 // Put the first lanes of a vector to the lanes that are set in `bits`, in order, and zero to the others.
+#if defined(__AVX512F__)
+template <typename Acc>
+constexpr bool kCanExpand = true;
+
 inline Vec<float> expand(Vec<float> packed, unsigned bits) {
   return reinterpret_cast<Vec<float>>(
       _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), reinterpret_cast<__m512>(packed)));
@@ -99,6 +99,31 @@ inline Vec<double> expand(Vec<double> packed, unsigned bits) {
   return reinterpret_cast<Vec<double>>(
       _mm512_maskz_expand_pd(static_cast<__mmask8>(bits), reinterpret_cast<__m512d>(packed)));
 }
+#elif defined(__AVX2__)
+template <typename Acc>
+constexpr bool kCanExpand = std::is_same_v<Acc, float>;
+
+// Lane of the packed vector for each lane of the expanded one. For a lane that is not set the number does not matter.
+struct ExpandTable {
+  alignas(32) int32_t lanes[256][8] = {};
+  constexpr ExpandTable() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int lane = 0, packed = 0; lane < 8; packed += bits >> lane++ & 1) lanes[bits][lane] = packed;
+    }
+  }
+};
+constexpr ExpandTable kExpandTable;
+
+inline Vec<float> expand(Vec<float> packed, unsigned bits) {
+  const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpandTable.lanes[bits]));
+  const Mask<float> lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  const Mask<float> is_set = (lane_bit & static_cast<int32_t>(bits)) != 0;
+  const __m256 expanded = _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(packed), lanes);
+  return is_set ? reinterpret_cast<Vec<float>>(expanded) : Vec<float>{};
+}
+#else
+template <typename Acc>
+constexpr bool kCanExpand = false;
 #endif
 
 // Load kLanes<Acc> values as Acc.
@@ -117,31 +142,29 @@ inline Vec<Acc> load_as(const T* source) {
 // first.
 template <typename T, typename Acc>
 inline void add_bitmap(const uint8_t* bitmap, const T* value, int64_t readable, Acc weight, Acc* scores) {
-#if defined(__AVX512F__)
-  const Vec<Acc> weights = broadcast<Vec<Acc>>(weight);
-  const T* const last = value + readable - kLanes<Acc>;
-  for (int64_t first = 0; first < kGroupDocuments; first += kLanes<Acc>) {
-    unsigned bits = bits_at(bitmap, first / 8);
-    if constexpr (kLanes<Acc> == 16) bits |= bits_at(bitmap, first / 8 + 1) << 8;
-    Vec<Acc> values;
-    if (value <= last) {
-      values = load_as<Acc>(value);
-    } else {
+  if constexpr (kCanExpand<Acc>) {
+    const Vec<Acc> weights = broadcast<Vec<Acc>>(weight);
+    const T* const end = value + readable;
+    for (int64_t first = 0; first < kGroupDocuments; first += kLanes<Acc>) {
+      unsigned bits = bitmap[first / 8];
+      if constexpr (kLanes<Acc> == 16) bits |= static_cast<unsigned>(bitmap[first / 8 + 1]) << 8;
       T padded[kLanes<Acc>] = {};
-      std::memcpy(padded, value, (last + kLanes<Acc> - value) * sizeof(T));
-      values = load_as<Acc>(padded);
+      const T* source = value;
+      if (end - value < kLanes<Acc>) {
+        std::memcpy(padded, value, (end - value) * sizeof(T));
+        source = padded;
+      }
+      const Vec<Acc> sum = load_bits<Vec<Acc>>(scores + first);
+      store_bits(scores + first, sum + expand(load_as<Acc>(source), bits) * weights);
+      value += __builtin_popcount(bits);
     }
-    store_bits(scores + first, load_bits<Vec<Acc>>(scores + first) + expand(values, bits) * weights);
-    value += __builtin_popcount(bits);
-  }
-#else
-  (void)readable;
-  for (int64_t first = 0; first < kGroupDocuments; first += 8) {
-    for (unsigned bits = bits_at(bitmap, first / 8); bits; bits &= bits - 1) {
-      scores[first + __builtin_ctz(bits)] += static_cast<Acc>(to_acc(*value++)) * weight;
+  } else {
+    for (int64_t first = 0; first < kGroupDocuments; first += 8) {
+      for (unsigned bits = bitmap[first / 8]; bits; bits &= bits - 1) {
+        scores[first + __builtin_ctz(bits)] += static_cast<Acc>(to_acc(*value++)) * weight;
+      }
     }
   }
-#endif
 }
 
 template <typename T, typename Acc>

@@ -55,14 +55,15 @@ class SparseIndex:
         """Build an index, which is held in memory.
 
         Args:
-            rows: SparseRows of N documents on the CPU, which may be mapped from a file. They are
-                read three times and not needed afterwards.
+            rows: SparseRows of N documents on the CPU, with at most 2**24 columns. They may be
+                mapped from a file, are read several times, and are not needed afterwards.
             show_progress: draw a progress bar.
 
         Raises:
             TypeError, ValueError: `rows` are not SparseRows on the CPU.
             RuntimeError: a value is negative, infinite or NaN, a row has a wrong length or columns
-                that do not ascend, or splade_fast has no compiled kernels.
+                that do not ascend, there are too many columns, or splade_fast has no compiled
+                kernels.
 
         Example::
 
