@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 from splade_fast.ops.sparse_rows import SparseRows
 
-_DIMS = 64  # of the points that stand for the rows
+_DIMS = 32  # of the points that stand for the rows
 _MAX_COLS = 2**16  # further columns share the directions of the first ones
 _SAMPLED_ROWS = 4096  # from which the directions are learned
 _ROWS_AT_ONCE = 2**15  # bounds the memory that their entries need
 _LEAF_ROWS = 8  # halving goes on while a part has more rows
 _GROUP_ROWS = 256  # are scored together, in any order
-_POWER_STEPS = 6
+_POWER_STEPS = 4
 
 
 def order_by_similarity(rows: SparseRows, progress: tqdm | None = None) -> Tensor:
