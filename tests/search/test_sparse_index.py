@@ -149,6 +149,19 @@ def test_threads():
     assert_same(index.search(queries[5:6], 7), (alone[0][5:6], alone[1][5:6]))
 
 
+def test_denormal_numbers_that_count_as_zero():
+    docs = sf.SparseRows.from_dicts([{0: 1.0}, {1: 1e-40}, {1: 2.0}] * 3, num_cols=2)
+    queries = torch.tensor([[1e-3, 1.0]])
+    index = build(docs)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = index.search(queries, 9)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found[1].tolist() == [[2, 5, 8, 0, 3, 6, 1, 4, 7]]
+    assert_same(index.search(queries, 9), sf.sparse_search(queries, docs, 9))
+
+
 def test_repeated_columns_of_a_query_add_up():
     docs = sf.SparseRows.from_dicts([{0: 1.5, 2: 2.0}, {2: 3.0}], num_cols=3)
     columns = torch.tensor([[2, 0, 2]], dtype=torch.int32)

@@ -60,7 +60,7 @@ class Bounds {
     const double above = number * (1 + 0x1p-51);
     float rounded = static_cast<float>(above);
     if (rounded < above) rounded = std::nextafter(rounded, std::numeric_limits<float>::infinity());
-    return std::max(rounded, std::numeric_limits<float>::denorm_min());
+    return std::max(rounded, std::numeric_limits<float>::min());  // the processor may take smaller ones for 0
   }
 
   std::vector<float> weights_;

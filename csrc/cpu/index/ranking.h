@@ -21,12 +21,11 @@ class Ranking {
 
   // A document that scores less is not among the best.
   Acc threshold() const { return threshold_; }
+  SortKey<Acc> threshold_key() const { return to_key(threshold_); }
 
   void add(Acc score, int32_t id) {
-    if (score < threshold_) return;
-    SortKey<Acc> key;
-    std::memcpy(&key, &score, sizeof(key));  // numbers from 0 on sort as their bits do
-    words_.push_back(RankedWord<Acc>::pack(key, id));
+    if (to_key(score) < threshold_key()) return;
+    words_.push_back(RankedWord<Acc>::pack(to_key(score), id));
     if (static_cast<int64_t>(words_.size()) >= k_ + k_ / 2 + kSpare) cut();
   }
 
@@ -39,6 +38,13 @@ class Ranking {
 
  private:
   static constexpr int64_t kSpare = 8;
+
+  // Numbers from 0 on sort as their bits do.
+  static SortKey<Acc> to_key(Acc score) {
+    SortKey<Acc> key;
+    std::memcpy(&key, &score, sizeof(key));
+    return key;
+  }
 
   // Keep the k best.
   void cut() {

@@ -49,7 +49,8 @@ class Searcher {
  private:
   // The smallest number that is at least `least` and positive.
   static Acc smallest_at_least(double least) {
-    Acc number = static_cast<Acc>(std::max<double>(least, std::numeric_limits<Acc>::denorm_min()));
+    Acc number = static_cast<Acc>(least);
+    if (!(number > 0)) number = std::numeric_limits<Acc>::denorm_min();
     if (number < least) number = std::nextafter(number, std::numeric_limits<Acc>::infinity());
     return number;
   }
@@ -78,7 +79,7 @@ class Searcher {
     float limit = std::numeric_limits<float>::infinity();
     for (int round = kRounds - 1; round >= 0 && bounds.score(limit) >= ranking_.threshold(); --round) {
       // Groups without a term of the query have bound 0, and are never visited.
-      const float least = std::max(largest * round / kRounds, std::numeric_limits<float>::denorm_min());
+      const float least = std::max(largest * round / kRounds, std::numeric_limits<float>::min());
       const int64_t count =
           index_kernels().find_bounds(group_bounds_.data(), index_.groups(), least, limit, found_groups_.data());
       for (int64_t i = 0; i < count; ++i) {
@@ -102,7 +103,7 @@ class Searcher {
                                       postings_of_term_.data(),
                                       scores_,
                                       found_};
-    const int64_t count = score_group<T, Acc>()(query, group, ranking_.threshold());
+    const int64_t count = score_group<T, Acc>()(query, group, ranking_.threshold_key());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = group * kGroupDocuments + found_[i];
       const int64_t id = place < index_.documents ? index_.id[place] : -1;

@@ -48,10 +48,11 @@ struct PostingsQuery {
   int32_t* found;                        // (kGroupDocuments,)
 };
 
-// Compute the scores of a group, with the bits that score_rows computes. Find the places that score at least `least`,
-// and return their number, or -1 if a posting is out of range.
+// Compute the scores of a group, with the bits that score_rows computes. Find the places whose scores have at least the
+// sort key `least`, and return their number, or -1 if a posting is out of range. Keys compare well where the processor
+// takes denormal numbers for zero.
 template <typename T, typename Acc>
-using ScoreGroup = int64_t (*)(const PostingsQuery<T, Acc>& query, int64_t group, Acc least);
+using ScoreGroup = int64_t (*)(const PostingsQuery<T, Acc>& query, int64_t group, SortKey<Acc> least);
 
 struct IndexKernels {
   // Add weight * maximum to the bounds (groups, kGroupBlocks) of the blocks of a term, and store the entry of each

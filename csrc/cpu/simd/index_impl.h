@@ -168,7 +168,7 @@ inline void add_bitmap(const uint8_t* bitmap, const T* value, int64_t readable, 
 }
 
 template <typename T, typename Acc>
-int64_t score_group(const PostingsQuery<T, Acc>& query, int64_t group, Acc least) {
+int64_t score_group(const PostingsQuery<T, Acc>& query, int64_t group, SortKey<Acc> least) {
   Acc* const scores = query.scores;
   for (int64_t i = 0; i < kGroupDocuments; ++i) scores[i] = 0;
   const int64_t terms = fetch_postings(query, group);
@@ -191,7 +191,7 @@ int64_t score_group(const PostingsQuery<T, Acc>& query, int64_t group, Acc least
   if (terms < 0) return -1;
   int64_t number = 0;
   for (int64_t i = 0; i < kGroupDocuments; i += kLanes<Acc>) {
-    const Mask<Acc> above = load_bits<Vec<Acc>>(scores + i) >= least;
+    const Mask<Acc> above = load_bits<Mask<Acc>>(scores + i) >= least;  // numbers from 0 on sort as their bits do
     if (!has_set_lane(above)) continue;
     for (int lane = 0; lane < kLanes<Acc>; ++lane) {
       if (above[lane]) query.found[number++] = static_cast<int32_t>(i + lane);
