@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-import ir_measures
 from torch import Tensor
 
 from splade_fast.ops.score import sparse_search
@@ -112,6 +111,8 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
         0.5
     """
     qrels = plain_qrels(qrels)
+    import ir_measures  # here, since the benchmarks on another machine do without
+
     measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
     ranked = {query_id: _replace_scores_by_ranks(query_id, hits) for query_id, hits in run.items()}
     results = ir_measures.calc_aggregate(measures, qrels, ranked)
