@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 CALLS = ("chunked", "fused", "screened")
-_SECONDS = 30
+_SECONDS = {"cuda": 30, "cpu": 600}
 # batch, length, dim, vocabulary
 _SIZES = {"cuda": (32, 128, 768, 30522), "cpu": (2, 16, 64, 500)}
 
@@ -30,8 +30,9 @@ def main(names: list[str]) -> int:
 
 def _run(name: str) -> int:
     command = [sys.executable, "-m", "benchmarks.window.first_calls", name]
+    seconds = _SECONDS[_device()]
     try:
-        status = subprocess.run(command, timeout=_SECONDS, check=False).returncode
+        status = subprocess.run(command, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
         status = 124
     print(f"{name}: exit {status}", flush=True)
@@ -44,7 +45,7 @@ def _call(name: str) -> None:
     from benchmarks.window.heads import run_head
     from splade_fast import reference
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     generator = torch.Generator(device).manual_seed(0)
     batch, length, dim, vocabulary = _SIZES[device]
     options: dict[str, Any] = {"device": device, "generator": generator, "dtype": torch.bfloat16}
@@ -61,6 +62,10 @@ def _call(name: str) -> None:
     print(f"{name}: relative error {error:.1e}", flush=True)
     if error > limit:
         sys.exit(f"{name}: the relative error must be at most {limit:.1e}, got {error:.1e}")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
         >>> evaluate_run({"q1": {"d2": 1}}, {"q1": {"d1": 3.0, "d2": 3.0}})["MRR@10"]
         0.5
     """
-    qrels = plain_qrels(qrels)
     import ir_measures  # here, since the benchmarks on another machine do without
 
+    qrels = plain_qrels(qrels)
     measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
     ranked = {query_id: _replace_scores_by_ranks(query_id, hits) for query_id, hits in run.items()}
     results = ir_measures.calc_aggregate(measures, qrels, ranked)
