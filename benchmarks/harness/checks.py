@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ class Check:
     error: float
     tolerance: float
     active: float  # share of positive pooled entries
+
+    def as_error(self) -> dict[str, Any]:
+        """Return the arguments of a Measurement of the error."""
+        return {
+            "quantity": "relative error",
+            "value": self.error,
+            "at_most": self.tolerance,
+            "note": self.tensor,
+        }
 
 
 def check(case: Case, workload: Workload) -> Check:

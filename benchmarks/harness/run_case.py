@@ -40,12 +40,7 @@ def run_case(case: Case, options: Options) -> list[Measurement]:
         # One digit: the share varies with the inputs, and cases are told apart by it.
         size=float(f"{outcome.active:.1g}"),
     )
-    error = measurement(
-        quantity="relative error",
-        value=outcome.error,
-        at_most=outcome.tolerance,
-        note=outcome.tensor,
-    )
+    error = measurement(**outcome.as_error())
     if not outcome.is_correct:
         print(f"WRONG: {outcome.tensor} of {case.title}; not timed", flush=True)
         return [error]

@@ -99,12 +99,7 @@ def _measure_op(case: Case, rounds: Rounds) -> list[Measurement]:
     workload = case.build()
     outcome = check(case, workload)
     measurement = _measurement(case, case.op)
-    error = measurement(
-        quantity="relative error",
-        value=outcome.error,
-        at_most=outcome.tolerance,
-        note=outcome.tensor,
-    )
+    error = measurement(**outcome.as_error())
     if not outcome.is_correct:
         return [error]
 

@@ -78,6 +78,8 @@ class SpladeEncoder(TextEncoder):
         check_decoder_is_last(model)
         self.model = model
         self._has_key_value_cache = has_key_value_cache(model)
+        # Found once: each tokenization reads it, and the search walks the modules.
+        self._position_limit = find_position_limit(model)
         self.train(model.training)  # `encode` restores the mode of the encoder and of the model
 
     @classmethod
@@ -142,7 +144,7 @@ class SpladeEncoder(TextEncoder):
     @property
     def position_limit(self) -> int | None:
         """Largest number of tokens that the model takes; None if it takes any number."""
-        return find_position_limit(self.model)
+        return self._position_limit
 
     def forward(
         self,

@@ -92,6 +92,8 @@ class TermWeightEncoder(TextEncoder):
         self.model = model
         self.projection = projection
         self._has_key_value_cache = has_key_value_cache(model)
+        # Found once: each tokenization reads it, and the search walks the modules.
+        self._position_limit = find_position_limit(model)
         self.train(model.training)  # `encode` restores the mode of the encoder and of the model
         special_ids = [i for i in tokenizer.all_special_ids if i < self.vocab_size]
         term_mask = torch.ones(self.vocab_size, dtype=torch.bool)  # False for special tokens
@@ -154,7 +156,7 @@ class TermWeightEncoder(TextEncoder):
     @property
     def position_limit(self) -> int | None:
         """Largest number of tokens that the model takes; None if it takes any number."""
-        return find_position_limit(self.model)
+        return self._position_limit
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

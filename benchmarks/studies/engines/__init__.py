@@ -7,9 +7,9 @@ in float64, and MRR@10 is that of held-out summaries among all docstrings of the
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.harness.results import Measurement
-from benchmarks.harness.timing import Rounds, median_times
+from benchmarks.harness.timing import Contender, Rounds, median_times, time_in_turns
 from benchmarks.inputs.trained_states import fetched
 from benchmarks.studies.engines.contenders import (
     CONTENDERS,
@@ -74,16 +74,11 @@ def _measure_queries(rounds: Rounds) -> list[Measurement]:
     short = [text for text in summaries if len(tokenizer(text)["input_ids"]) <= _QUERY_TOKENS]
     queries = list(spread(short, QUERIES))
     contenders = _contenders()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for encode in contenders.values():
-        for query in queries[:20]:
-            encode([query], 1)
-    for number, query in enumerate(queries * rounds.rounds):
-        names = list(contenders)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
-            contenders[name]([query], 1)
-            times[name].append((time.perf_counter() - start) * 1e3)
+    runs = {
+        name: Contender(partial(_encode_next, encode, cycle(queries)))
+        for name, encode in contenders.items()
+    }
+    times = time_in_turns(runs, Rounds(len(queries) * rounds.rounds, rounds.seconds))
     found = []
     for name, milliseconds in times.items():
         measurement = partial(
@@ -99,6 +94,10 @@ def _measure_queries(rounds: Rounds) -> list[Measurement]:
         found.append(measurement(quantity="p50", value=statistics.median(milliseconds)))
         found.append(measurement(quantity="p99", value=percentiles[98]))
     return found
+
+
+def _encode_next(encode: Encode, queries: Iterator[str]) -> None:
+    encode([next(queries)], 1)
 
 
 def held_out_pairs() -> list[Pair]:
