@@ -60,24 +60,32 @@ def train(arguments: Sequence[str]) -> str | None:
     for flag in ("--help", "--help-all"):
         if flag in arguments:
             return format_help(should_list_all=flag == "--help-all")
+    configuration = parse_configuration(arguments)
     with _safetensors_errors_as_os_errors():
-        configuration = parse_configuration(arguments)
-        training = configuration.training
-        try:
-            trainer = make_trainer(configuration)
-        except OtherRankError as error:
-            raise SystemExit(2) from error  # the other process prints its error
-        trainer.train(resume_from_checkpoint=_find_checkpoint_to_resume(configuration))
-        if training.eval_strategy == "no" and trainer.eval_dataset is not None:
-            trainer.evaluate()
-        trainer.save_model()
-        if training.should_save:
-            trainer.state.save_to_json(str(configuration.output_dir / "trainer_state.json"))
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if training.process_index != 0:
+        steps = _train(configuration)
+    # Only now that no DistributedDataParallel is left: it holds the group and would wait for the
+    # group's threads without releasing the GIL, for which such a thread may wait in turn.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if configuration.training.process_index != 0:
         return None
-    return f"{configuration.output_dir}: trained for {trainer.state.global_step} steps"
+    return f"{configuration.output_dir}: trained for {steps} steps"
+
+
+def _train(configuration: Configuration) -> int:
+    """Train, evaluate and save; return the number of optimizer steps."""
+    training = configuration.training
+    try:
+        trainer = make_trainer(configuration)
+    except OtherRankError as error:
+        raise SystemExit(2) from error  # the other process prints its error
+    trainer.train(resume_from_checkpoint=_find_checkpoint_to_resume(configuration))
+    if training.eval_strategy == "no" and trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    if training.should_save:
+        trainer.state.save_to_json(str(configuration.output_dir / "trainer_state.json"))
+    return trainer.state.global_step
 
 
 def make_trainer(configuration: Configuration) -> SpladeTrainer:

@@ -7,6 +7,7 @@ and gradients are the same but for rounding; SGD keeps a rounding error a roundi
 would make a whole step of a gradient of nearly 0. There is no dropout.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from splade_fast.training import command, load_training_data
 from splade_fast.training.configuration import parse_configuration
@@ -107,6 +110,7 @@ def test_torchrun(checkpoint, pairs, alone, tmp_path):
 def _run_rank(rank, count, checkpoint, pairs, folder):
     be_rank(rank, count, folder)
     fail_on_one_rank(rank, checkpoint, pairs, folder)
+    free_before_the_group(checkpoint, pairs, folder)
     half = {"per_device_train_batch_size": 4}
     train_alone(checkpoint, pairs, folder / "streamed", streaming=True, **half)
     train_alone(checkpoint, pairs, folder / "mini-batches", mini_batch_size=2, **half)
@@ -128,6 +132,31 @@ def fail_on_one_rank(rank, checkpoint, pairs, folder):
         command.train(missing)
     trainer = command.make_trainer(parse_configuration(flags(checkpoint, "there")))
     assert trainer.args.process_index == rank
+
+
+def free_before_the_group(checkpoint, pairs, folder):
+    """The command destroys the process group when no DistributedDataParallel is left.
+
+    One that outlives the group joins the group's threads while it holds the GIL, and hangs where
+    such a thread still waits for the GIL.
+    """
+    alive = []
+
+    def list_parallel():
+        alive.append([o for o in gc.get_objects() if type(o) is DistributedDataParallel])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", list_parallel)
+        command.train(
+            [
+                f"--model_name_or_path={checkpoint}",
+                f"--train_data={pairs}",
+                f"--output_dir={folder / 'freed'}",
+                "--report_to=none",
+                "--max_steps=1",
+            ]
+        )
+    assert alive == [[]]
 
 
 def test_two_ranks(checkpoint, pairs, alone, tmp_path):
