@@ -8,7 +8,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from splade_fast.cli import _select_device, app
+from splade_fast.cli import app
+from splade_fast.cli.options import select_device
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.index import Index
@@ -298,7 +299,7 @@ def test_output_that_cannot_be_written(index, monkeypatch, error, code, message)
             raise error
         echo(text, err=True)
 
-    monkeypatch.setattr("splade_fast.cli.typer.echo", fail)
+    monkeypatch.setattr("typer.echo", fail)
     result = invoke("search", index, "fox")
     assert result.exit_code == code
     assert message in result.stderr
@@ -343,8 +344,8 @@ def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for number, device in (("0", "cuda:0"), ("1", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", number)
-        assert _select_device("cuda") == torch.device(device)
-    assert _select_device("cpu") == torch.device("cpu")
+        assert select_device("cuda") == torch.device(device)
+    assert select_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "2")
     arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
     result = invoke(*arguments, "--device", "cuda")
