@@ -31,7 +31,10 @@ LAST = (
 # Packages whose modules have a page each. Any other package has one page.
 SPLIT = ("encoders", "integrations", "search")
 # Modules without a page: they serve other modules, or the command line.
-INTERNAL = {"batching", "cli", "hidden_states", "join_files", "pretrained", "text_encoder"}
+INTERNAL = {
+    *("batching", "claim_folder", "cli", "hidden_states", "join_files", "pretrained"),
+    "text_encoder",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

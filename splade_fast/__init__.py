@@ -34,7 +34,7 @@ from splade_fast.regularizers import (
 )
 
 if TYPE_CHECKING:
-    from splade_fast import export, negative_cache
+    from splade_fast import export, negative_cache, recipe
     from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
     from splade_fast.encoders.splade import SpladeEncoder
     from splade_fast.encoders.term_weights import TermWeightEncoder
@@ -81,6 +81,7 @@ __all__ = [
     "losses",
     "negative_cache",
     "prune_topk",
+    "recipe",
     "reference",
     "restore",
     "sample_negatives",
@@ -96,6 +97,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"splade_fast.{_LAZY[name]}"), name)
-    if name in ("export", "negative_cache"):
+    if name in ("export", "negative_cache", "recipe"):
         return import_module(f"splade_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ LAYERS = [
     {"losses", "modules", "regularizers", "selftest"},
     {"encoders", "export", "integrations", "negative_cache", "search"},
     {"training"},
+    {"recipe"},
     {"cli", "__main__"},
 ]
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -19,6 +19,7 @@ PACKAGES = [
     "splade_fast.integrations.sentence_transformers",
     "splade_fast.losses",
     "splade_fast.negative_cache",
+    "splade_fast.recipe",
     "splade_fast.training",
 ]
 

@@ -5,21 +5,44 @@ import typer
 from splade_fast.cli.encode import encode
 from splade_fast.cli.evaluate import evaluate
 from splade_fast.cli.export import export
+from splade_fast.cli.merge import merge
+from splade_fast.cli.mine import mine
+from splade_fast.cli.score import score
 from splade_fast.cli.search import search
 from splade_fast.cli.selftest import info, selftest
 from splade_fast.cli.train import train
+
+__all__ = [
+    "app",
+    "encode",
+    "evaluate",
+    "export",
+    "info",
+    "merge",
+    "mine",
+    "score",
+    "search",
+    "selftest",
+    "train",
+]
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="Learned sparse retrieval: encode, search, evaluate and train with SPLADE models.",
 )
-for command in (encode, search, evaluate):
-    app.command()(command)
+
+app.command()(encode)
+app.command()(search)
+app.command()(evaluate)
 # The command parses its own flags, which are the fields of several dataclasses.
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )(train)
-for command in (export, info, selftest):
-    app.command()(command)
+app.command()(mine)
+app.command()(score)
+app.command()(merge)
+app.command()(export)
+app.command()(info)
+app.command()(selftest)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from splade_fast._distributed import fail_together, join_torchrun
-from splade_fast.cli.errors import clean_up_on_sigterm, exit_with_2_on_bad_input
+from splade_fast.cli.errors import advise_to_resume, clean_up_on_sigterm, exit_with_2_on_bad_input
 from splade_fast.cli.options import (
     BatchSize,
     Device,
@@ -18,6 +16,7 @@ from splade_fast.cli.options import (
     MaxLength,
     Model,
     QueryModel,
+    Resume,
     select_device,
 )
 from splade_fast.search.chunk_folder import ChunkFolder
@@ -25,7 +24,6 @@ from splade_fast.search.encode_corpus import encode_corpus
 from splade_fast.search.hits import count_empty_vectors
 from splade_fast.search.index import Index
 from splade_fast.search.models import load_document_encoder, load_own_query_encoder
-from splade_fast.search.texts import DataError
 
 
 def encode(
@@ -37,9 +35,7 @@ def encode(
     max_length: MaxLength = 256,
     chunk_size: Annotated[int, typer.Option(min=1, help="Documents encoded at a time.")] = 4096,
     device: Annotated[Device, typer.Option(help="cuda: one GPU for each process.")] = "cpu",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an interrupted run has encoded.")
-    ] = False,
+    resume: Resume = False,
     query_model: QueryModel = None,
 ) -> None:
     """Encode a corpus into an index folder.
@@ -55,7 +51,9 @@ def encode(
                     raise FileExistsError(f"{index} must not exist yet")
                 encoder = load_document_encoder(model).to(select_device(device))
                 queries = load_own_query_encoder(model, query_model)
-            with _advise_to_resume(index, is_first=rank == 0, should_resume=resume):
+            with advise_to_resume(
+                ChunkFolder.beside(index), "encoded", is_first=rank == 0, should_resume=resume
+            ):
                 count = encode_corpus(
                     encoder,
                     corpus,
@@ -74,28 +72,3 @@ def encode(
             empty = count_empty_vectors(Index.load(index).rows)
             note = f", {empty} of them with empty vectors" if empty else ""
             typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB{note}")
-
-
-@contextmanager
-@contextmanager
-def _advise_to_resume(index: Path, *, is_first: bool, should_resume: bool) -> Iterator[None]:
-    """Print how an encoding can go on after an error or a signal, earlier or inside the block."""
-    chunks = ChunkFolder.beside(index)
-    if is_first and not should_resume and chunks.has_finished():
-        typer.echo(
-            f"{chunks.path} holds what an interrupted run has encoded, which this run replaces; "
-            "--resume would go on with it",
-            err=True,
-        )
-    try:
-        yield
-    except DataError:  # of the corpus, or of chunks that this run cannot go on with
-        raise
-    except BaseException:
-        if is_first and chunks.has_finished():
-            typer.echo(
-                f"{chunks.path} keeps what is encoded: --resume goes on with it, and a run "
-                "without --resume starts again",
-                err=True,
-            )
-        raise

@@ -6,16 +6,16 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 
 from splade_fast._distributed import OtherRankError
-from splade_fast.search.lines import DataWarning
+from splade_fast.search.lines import DataError, DataWarning
 
 
-@contextmanager
 @contextmanager
 def exit_with_2_on_bad_input() -> Iterator[None]:
     try:
@@ -28,7 +28,48 @@ def exit_with_2_on_bad_input() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+class FinishedWork(Protocol):
+    """Folder with what an interrupted run has finished."""
+
+    path: Path
+
+    def has_finished(self) -> bool:
+        """Return whether a run can go on with its content."""
+        ...
+
+
 @contextmanager
+def advise_to_resume(
+    work: FinishedWork, done: str, *, should_resume: bool, is_first: bool = True
+) -> Iterator[None]:
+    """Print how a run can go on after an error or a signal, earlier or inside the block.
+
+    Args:
+        work: folder of the run's finished work.
+        done: participle for what is finished, such as "encoded".
+        should_resume: whether this run goes on with an earlier one.
+        is_first: whether this is the first of several processes, which alone prints.
+    """
+    if is_first and not should_resume and work.has_finished():
+        typer.echo(
+            f"{work.path} holds what an interrupted run has {done}, which this run replaces; "
+            "--resume would go on with it",
+            err=True,
+        )
+    try:
+        yield
+    except DataError:  # of the data, or of chunks that this run cannot go on with
+        raise
+    except BaseException:
+        if is_first and work.has_finished():
+            typer.echo(
+                f"{work.path} keeps what is {done}: --resume goes on with it, and a run "
+                "without --resume starts again",
+                err=True,
+            )
+        raise
+
+
 @contextmanager
 def clean_up_on_sigterm() -> Iterator[None]:
     """Raise SystemExit on SIGTERM, so that the program removes its unfinished files.
@@ -47,7 +88,6 @@ def clean_up_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
 @contextmanager
 def _one_line_for_each_warning_of_data() -> Iterator[None]:
     with warnings.catch_warnings():

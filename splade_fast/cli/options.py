@@ -22,6 +22,10 @@ KeptEntries = Annotated[
     int | None, typer.Option("--k", min=1, help="Keep the k largest entries of a vector.")
 ]
 
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what an interrupted run has finished.")
+]
+
 Device = Literal["cpu", "cuda"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,13 +14,10 @@ from splade_fast._atomic_files import (
     flush_folder,
     partial_folder,
     remove_folder,
-    whole_file,
 )
 from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.claim_folder import claim_folder
 from splade_fast.search.index import find_joined_parts
-from splade_fast.search.texts import DataError
-
-_SETTINGS = "settings.json"
 
 
 class AnotherRankFailedError(Exception):
@@ -76,24 +72,7 @@ class ChunkFolder:
         Raises:
             DataError: a chunk was made with other settings, or the file of settings is damaged.
         """
-        file = self.path / _SETTINGS
-        if not (should_keep and file.exists()):
-            remove_folder(self.path)
-            self.path.mkdir()
-            with whole_file(file) as temporary:
-                temporary.write_text(json.dumps(settings), encoding="utf-8")
-            return
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            theirs = {name: stored[name] for name in settings}
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"{file} is damaged: {error}") from error
-        for name, value in settings.items():
-            if theirs[name] != value:
-                raise DataError(
-                    f"resume must go on with the {name} of the chunks in {self.path}, "
-                    f"{theirs[name]}, got {value}; encode without it to start again"
-                )
+        claim_folder(self.path, settings, should_keep=should_keep, verb="encode")
 
     def find_finished(self, sizes: Sequence[int]) -> list[bool]:
         """Return whether each chunk is finished, and remove what can no longer be used.

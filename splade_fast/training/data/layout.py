@@ -81,6 +81,23 @@ def infer_layout(
     Raises:
         DataError: the columns make up no kind, or two columns hold the same part.
     """
+    names = list(names)
+    parts = infer_parts(names, renamed=renamed, lookups=lookups)
+    kind = _infer_kind_of_parts(set(parts))
+    if kind is None:
+        expected = "; or ".join(", ".join(columns) for columns in COLUMNS.values())
+        raise DataError(f"expected the columns {expected} (or synonyms), got {join_names(names)}")
+    return Layout(kind, parts)
+
+
+def infer_parts(
+    names: Iterable[str], *, renamed: Mapping[str, str] | None, lookups: TextLookups
+) -> dict[str, tuple[str, ...]]:
+    """Return the columns of each part of an example; see `infer_layout`.
+
+    Raises:
+        DataError: two columns hold the same part, or `renamed` names unknown columns or parts.
+    """
     names, renamed = list(names), dict(renamed or {})
     for name, part in renamed.items():
         if name not in names:
@@ -98,11 +115,12 @@ def infer_layout(
             raise DataError(
                 f"expected one column for {part}, got {join_names(found)}; see columns="
             )
-    kind = _infer_kind_of_parts(set(parts))
-    if kind is None:
-        expected = "; or ".join(", ".join(columns) for columns in COLUMNS.values())
-        raise DataError(f"expected the columns {expected} (or synonyms), got {join_names(names)}")
-    return Layout(kind, parts)
+    return parts
+
+
+def find_id_name(part: str, names: Iterable[str]) -> str | None:
+    """Return the column that holds the ids of a part, or None."""
+    return next((name for name in names if name.strip().lower() in _IDS[part]), None)
 
 
 def infer_part(name: str, lookups: TextLookups) -> str | None:

@@ -34,7 +34,7 @@ def convert_row(record: Mapping[str, Any], layout: Layout, lookups: TextLookups)
         if part in NUMBERS:
             values[part] = parse_numbers(found[0], part)
         else:
-            values[part] = _parse_texts(found, part, lookups.for_part(part))
+            values[part] = parse_texts(found, part, lookups.for_part(part))
     row: dict[str, Any] = {"query": values["query"][0]}
     if layout.kind == "scored lists":
         return row | _make_scored_list(values)
@@ -75,8 +75,17 @@ def parse_label(numbers: list[float]) -> float:
     return numbers[0]
 
 
-def _parse_texts(found: list[Any], part: str, texts_by_id: Mapping[str, str] | None) -> list[str]:
-    """Return all texts of a part; query and document use the first."""
+def parse_texts(found: list[Any], part: str, texts_by_id: Mapping[str, str] | None) -> list[str]:
+    """Return all texts of a part; query and document use the first.
+
+    Args:
+        found: texts, passages {title, text} or ids, and lists of them.
+        part: name of the part, for messages.
+        texts_by_id: texts of the ids; None if there are texts.
+
+    Raises:
+        DataError: there is none, one is empty or no text, or an id is unknown.
+    """
     values = [v for value in found for v in (value if isinstance(value, list | tuple) else [value])]
     if not values:
         raise DataError(f"{part} must hold at least one text, got none")
