@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from splade_fast._checks import check_count, check_integer, check_texts
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
+from splade_fast.encoders.whole_weights import is_sharded, run_sharded
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -169,7 +171,6 @@ class TextEncoder(nn.Module):
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
             return self.encode_batches(texts, prompt, k, batch_size, max_length, progress.update)
 
-    @torch.inference_mode()
     def encode_batches(
         self,
         texts: Sequence[str],
@@ -188,7 +189,7 @@ class TextEncoder(nn.Module):
         """
         order: list[Tensor] = []
         parts: list[SparseRows] = []
-        with evaluation_mode(self):
+        with evaluation_mode(self), _without_gradients(self):
             if len(texts) == 1:  # nothing to sort, and a query should not wait for it
                 rows = self.sparse_rows(self.tokenize([prompt + texts[0]], max_length), k)
                 after_batch(1)
@@ -260,3 +261,14 @@ class TextEncoder(nn.Module):
                 f"prompt_name must be one of {sorted(self.settings.prompts)}, got {name!r}"
             )
         return self.settings.prompts[name]
+
+
+def _without_gradients(encoder: TextEncoder) -> AbstractContextManager[None]:
+    """Return the context of encoding.
+
+    Weights that FSDP2 gathers in inference mode could not be trained later.
+    """
+    if not is_sharded(encoder):
+        return torch.inference_mode()
+    run_sharded(encoder, "sparse_rows")
+    return torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from splade_fast._checks import check_count
 from splade_fast.training.objective import ObjectiveArguments
@@ -243,9 +244,10 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
             self.resume_from_checkpoint = os.path.expanduser(self.resume_from_checkpoint)
         for name, only in _UNSUPPORTED.items():
             if getattr(self, name, only) != only:
-                raise ValueError(f"{name} must be {only} here, got {getattr(self, name)!r}")
-        if self.fsdp:
-            raise ValueError(f"fsdp must be off here, got {self.fsdp!r}; torchrun starts plain DDP")
+                advice = "; fsdp: true shards the weights (FSDP2)" if name == "deepspeed" else ""
+                raise ValueError(f"{name} must be {only} here, got {getattr(self, name)!r}{advice}")
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false", ""):
+            self.fsdp = self.fsdp.lower() == "true" or None  # as a file or a flag gives it
         if self.save_only_model and self.load_best_model_at_end:
             raise ValueError("save_only_model must be False with load_best_model_at_end, got True")
         if self.ddp_broadcast_buffers:
@@ -262,9 +264,39 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         # Slices of a batch that rank 0 reads would be wrong: its tensors have unequal row counts.
         accelerator: Any = self.accelerator_config
         accelerator.dispatch_batches = False
+        if self.uses_fsdp:
+            self._check_fsdp()
+            if accelerator.gradient_accumulation_kwargs is None:
+                # Gradients of a whole model would otherwise wait for the last batch of a step.
+                accelerator.gradient_accumulation_kwargs = {"sync_each_batch": True}
         if self.n_gpu > 1:
             logger.warning("training on one of %d GPUs; torchrun uses all", self.n_gpu)
             self._n_gpu = 1
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP2 shards the model: by the argument fsdp, or by `accelerate launch`."""
+        from accelerate.utils import parse_flag_from_env
+
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    def _check_fsdp(self) -> None:
+        """Raise ValueError where FSDP2 cannot work; `prepare_plugin` checks its options."""
+        from accelerate.utils import parse_flag_from_env
+
+        # Checked before transformers loads empty weights into all processes but the first.
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise ValueError(
+                "cpu_ram_efficient_loading must be false with fsdp, because each process has "
+                "buffers of its own, got true"
+            )
+        if self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "fsdp must be off without torchrun or accelerate launch, which start its "
+                f"processes, got {self.fsdp!r}"
+            )
+        if self.use_cpu and torch.accelerator.is_available():
+            raise ValueError("use_cpu must be False with fsdp where there are accelerators")
 
     def objective_arguments(self) -> ObjectiveArguments:
         """Return the fields that TrainingModel takes."""

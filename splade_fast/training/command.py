@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -66,6 +67,7 @@ def train(arguments: Sequence[str]) -> str | None:
     # Only now that no DistributedDataParallel is left: it holds the group and would wait for the
     # group's threads without releasing the GIL, for which such a thread may wait in turn.
     if dist.is_initialized():
+        gc.collect()  # modules of FSDP2 hold the group too, and each other
         dist.destroy_process_group()
     if configuration.training.process_index != 0:
         return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splade_fast._checks import check_count
 from splade_fast.encoders.batching import cut_columns
+from splade_fast.encoders.whole_weights import is_sharded
 
 Inputs = dict[str, Tensor]
 
@@ -61,7 +62,12 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
     parts = _mini_batches(inputs, mini_batch_size)
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and trainable:
-        vectors = _CachedEncode.apply(encoder, parts, *trainable)
+        if is_sharded(encoder):
+            # Has the backward run.
+            anchor = torch.zeros((), device=parts[0].rows.device, requires_grad=True)
+            vectors = _CachedEncodeOfShards.apply(encoder, parts, anchor)
+        else:
+            vectors = _CachedEncode.apply(encoder, parts, *trainable)
     else:
         vectors = _join_vectors(parts, [encoder(**part.inputs) for part in parts])
     return vectors
@@ -107,6 +113,72 @@ class _CachedEncode(torch.autograd.Function):
                 grads = torch.autograd.grad(vectors, parameters, upstream, allow_unused=True)
                 total = [_accumulate(*pair) for pair in zip(total, grads, strict=True)]
         return None, None, *total
+
+
+class _CachedEncodeOfShards(torch.autograd.Function):
+    """Encode by mini-batches with an encoder that FSDP2 shards.
+
+    Each mini-batch has a backward pass of its own after the one that gave the gradient of the
+    vectors: FSDP2 gathers weights and reduces gradients once in a backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, encoder: nn.Module, parts: Sequence[_MiniBatch], anchor: Tensor
+    ) -> Tensor:
+        ctx.encoder, ctx.parts, ctx.states = encoder, parts, []
+        vectors = []
+        for part in parts:
+            state = _ForwardState(part.rows.device)
+            ctx.states.append(state)
+            with state.autocast():
+                vectors.append(encoder(**part.inputs))
+        return _join_vectors(parts, vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("cached_encode is differentiable once, got create_graph=True")
+
+        def encode_again() -> None:
+            for part, state in zip(ctx.parts, ctx.states, strict=True):
+                with (
+                    torch.enable_grad(),
+                    state.random_numbers(),
+                    state.autocast(),
+                    _freed_after_forward(ctx.encoder),
+                ):
+                    vectors = ctx.encoder(**part.inputs)
+                if vectors.requires_grad:
+                    vectors.backward(grad[part.rows])
+
+        # FSDP2 ends the present backward pass in a callback, which must run before.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(encode_again))
+        return None, None, None
+
+
+@contextmanager
+def _freed_after_forward(encoder: nn.Module) -> Iterator[None]:
+    """Free the gathered weights of each layer after its forward, as in a usual forward pass.
+
+    In a backward pass FSDP2 takes a forward for a recomputation, and leaves them gathered.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    def free(layer: nn.Module, args: Any, output: Tensor) -> None:
+        layer.reshard()  # type: ignore[operator]
+
+    handles = [
+        part.register_forward_hook(free)
+        for part in encoder.modules()
+        if isinstance(part, FSDPModule) and part is not encoder
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _ForwardState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -107,6 +107,13 @@ class TrainingModel(nn.Module):
             query_inputs=queries,
         )
         return result
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return function(*args, **kwargs) of a function that runs the encoders.
+
+        Under FSDP2 the weights outside of layers are whole while the function runs.
+        """
+        return function(*args, **kwargs)
 
     def cache_state(self) -> dict[str, Tensor]:
         """Return the tensors that the objective of this rank keeps from step to step.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import SchedulerType
 from transformers.trainer_callback import TrainerCallback
 
@@ -16,6 +18,7 @@ from splade_fast._distributed import world_size
 from splade_fast.encoders.settings import sparse_encoder_files
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.whole_weights import is_sharded
 from splade_fast.training.arguments import SpladeTrainingArguments
 from splade_fast.training.checkpoints.random_state import preserved_random_state
 from splade_fast.training.checkpoints.trainer import CheckpointingTrainer
@@ -23,6 +26,12 @@ from splade_fast.training.checks import check_training
 from splade_fast.training.data import TrainingCollator
 from splade_fast.training.data.endless import EndlessStream
 from splade_fast.training.evaluator import RetrievalEvaluator
+from splade_fast.training.fsdp import (
+    broadcast_weights,
+    fsdp_of_this_trainer_alone,
+    prepare_plugin,
+    shard_on_cpus,
+)
 from splade_fast.training.metrics import MetricAverages
 from splade_fast.training.model import TrainingModel
 from splade_fast.training.symptoms import Symptoms
@@ -114,6 +123,8 @@ class SpladeTrainer(CheckpointingTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled:
+            prepare_plugin(self.accelerator.state.fsdp_plugin, args, model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -135,9 +146,18 @@ class SpladeTrainer(CheckpointingTrainer):
         self._check_training()
         if self.args.activation_checkpointing:
             self._enable_activation_checkpointing_of_encoders()
+        self._shard_model()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._warn_of_symptoms(self._train_metrics.compute_and_reset(self.args.device))
         return result
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator as transformers' Trainer does, with FSDP2 also on CPUs."""
+        with fsdp_of_this_trainer_alone():
+            super().create_accelerator_and_postprocess()
+        if self.args.uses_fsdp and not self.is_fsdp_enabled:
+            shard_on_cpus(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Make the schedule of the learning rate, as transformers' Trainer does.
@@ -163,7 +183,9 @@ class SpladeTrainer(CheckpointingTrainer):
     ) -> Any:
         """Return the mean loss of a batch, and keep its metrics for the log."""
         self.model.step = self.state.global_step
-        outputs = model(**inputs)
+        # With FSDP2 accelerate leaves autocast to the caller.
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            outputs = model(**inputs)
         if self.model.training:
             self._train_metrics.add(outputs["metrics"])
         else:
@@ -199,6 +221,7 @@ class SpladeTrainer(CheckpointingTrainer):
         Returns:
             {name: value}.
         """
+        self._shard_model()
         with preserved_random_state(self.args.device):
             if eval_dataset is not None or self.eval_dataset or self.evaluator is None:
                 metrics: dict[str, float] = super().evaluate(
@@ -241,6 +264,16 @@ class SpladeTrainer(CheckpointingTrainer):
             logs = logs | averages
         super().log(logs, start_time)
 
+    def _shard_model(self) -> None:
+        """Shard the model by FSDP2 if the arguments ask for it."""
+        if not self.is_fsdp_enabled or is_sharded(self.model):
+            return
+        broadcast_weights(self.model)
+        self.create_optimizer()
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.model
+        register_fsdp_forward_method(self.model, "call")
+
     def _check_training(self) -> None:
         """Raise ValueError if the training would make no step, or change no weight."""
         check_training(self.model, self.args, self.train_dataset, self.data_collator)
@@ -258,7 +291,7 @@ class SpladeTrainer(CheckpointingTrainer):
         assert self.evaluator is not None
         is_shared = self.model.query_encoder is self.model.encoder
         queries = None if is_shared else self.model.query_encoder
-        metrics = self.evaluator(self.model.encoder, queries, prefix=f"{prefix}_")
+        metrics = self.model.call(self.evaluator, self.model.encoder, queries, prefix=f"{prefix}_")
         if world_size() > 1:
             values = torch.tensor(list(metrics.values()), dtype=torch.float64)
             values = values.to(self.args.device)

@@ -7,6 +7,7 @@ The algorithm changes the time of a call, never its result.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from splade_fast import _library
+from splade_fast._distributed import is_distributed
 from splade_fast.ops.head.screening_basis import MAX_BASIS_DIM, Basis, Moments, balanced_basis
 
 ALGORITHMS = {"auto": 0, "dense": 1, "screened": 2}
@@ -204,12 +206,24 @@ def _find_version(weight: Tensor) -> object:
     """Return a value that is equal for two calls only if the weight did not change between them.
 
     torch counts changes in place, except those through `.data`. A sample of the entries detects
-    such changes if they affect more than a few entries.
+    such changes if they affect more than a few entries. FSDP2 gathers changed weights into the same
+    tensor without counting, so where it may run the bits of all entries are added up.
     """
     if weight.is_inference():
         return object()  # torch does not count changes of inference tensors
+    if is_distributed():
+        return weight._version, _add_bits(weight)
     flat = weight.detach().reshape(-1)
     step = flat.numel() // _SAMPLED_ENTRIES | 1  # odd, so that it visits all dimensions
     # A tensor of one entry is contiguous with any stride, which view refuses: clone sets it to 1.
     sample = flat[::step].clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return weight._version, sample.numpy().tobytes()
+
+
+def _add_bits(weight: Tensor) -> bytes:
+    """Return the sum of the bits of each row (V, D), as integers modulo 2^64."""
+    rows = weight.detach().contiguous()
+    size = math.gcd(rows.shape[1] * rows.element_size(), 8)
+    integers = rows.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[size])
+    sums: bytes = integers.sum(1, dtype=torch.int64).numpy().tobytes()
+    return sums

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splade_fast import _library
 from splade_fast._checks import POOLINGS
+from splade_fast._distributed import is_distributed
 from splade_fast.ops.head.screening import (
     MAX_DIM,
     MEAN_TOKENS,
@@ -74,9 +75,10 @@ def _find_version(source: Tensor) -> object:
     """Return a value that is equal only while a prepared weight is valid; None: not to be kept.
 
     It includes the stream, as the prepared weight may not be ready on another one. A CUDA graph
-    prepares its own weight, since it would read a kept one after that has been replaced.
+    prepares its own weight, since it would read a kept one after that has been replaced. FSDP2
+    gathers changed weights into the same tensor without counting, so where it may run none is kept.
     """
-    if source.is_inference() or torch.cuda.is_current_stream_capturing():
+    if source.is_inference() or is_distributed() or torch.cuda.is_current_stream_capturing():
         return None
     return source._version, torch.cuda.current_stream(source.device).cuda_stream
 

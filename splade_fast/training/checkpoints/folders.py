@@ -132,19 +132,34 @@ def delete_surplus_checkpoints(
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def check_checkpoint(folder: str | os.PathLike[str], ranks: int) -> None:
-    """Raise CheckpointError unless the folder is complete and `ranks` processes wrote it."""
+def check_checkpoint(
+    folder: str | os.PathLike[str], ranks: int, *, is_for_any_number: bool = False
+) -> None:
+    """Raise CheckpointError unless the folder is complete and `ranks` processes can resume it.
+
+    Args:
+        folder: the checkpoint.
+        ranks: number of processes of the run that resumes it.
+        is_for_any_number: whether the number of processes that wrote it may be another one.
+    """
     path = Path(folder)
     if (defect := _find_defect(path)) is not None:
         raise CheckpointError(f"cannot read the checkpoint {path}: {defect}")
     if not (path / OPTIMIZER_FILE).is_file():
         raise CheckpointError(f"{path} must hold the state of a training run, got the model alone")
-    if not (path / rank_file(0, ranks)).is_file():
-        written = sorted(file.stem for file in path.glob("rank-*"))
+    written = count_writers(path)
+    if written == 0 or (written != ranks and not is_for_any_number):
         raise CheckpointError(
             f"the checkpoint {path} must be resumed by as many processes as wrote it, "
-            f"{int(written[0].rpartition('-')[2]) if written else 'none'}, got {ranks}"
+            f"{written or 'none'}, got {ranks}"
         )
+
+
+def count_writers(folder: str | os.PathLike[str]) -> int:
+    """Return the number of processes that wrote a checkpoint, 0 if none wrote its state."""
+    for file in Path(folder).glob("rank-*"):
+        return int(file.stem.rpartition("-")[2])
+    return 0
 
 
 def _hidden_path(folder: Path, state: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from splade_fast.encoders.whole_weights import copy_into_shard, is_shard
 from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.search.models import QUERY_FOLDER
 from splade_fast.training.checkpoints.folders import CheckpointError
@@ -18,7 +19,7 @@ from splade_fast.training.checkpoints.trees import open_safetensors
 if TYPE_CHECKING:
     from splade_fast.training.model import TrainingModel
 
-_MODEL_FILE = "training_state.safetensors"
+MODEL_FILE = "training_state.safetensors"
 
 
 def save_model_state(model: TrainingModel, folder: Path, rank_tensors: set[str]) -> None:
@@ -36,7 +37,7 @@ def save_model_state(model: TrainingModel, folder: Path, rank_tensors: set[str])
             saved = _load_encoder_tensor(model, name, folder)
             if saved is None or saved.dtype != value.dtype or not torch.equal(saved, value):
                 tensors[name] = value
-    save_file(tensors, folder / _MODEL_FILE, {"format": "pt"})
+    save_file(tensors, folder / MODEL_FILE, {"format": "pt"})
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def load_model_state(model: TrainingModel, folder: Path, rank_tensors: set[str])
     Raises:
         CheckpointError: a file cannot be read, or a tensor is missing or has another shape.
     """
-    with open_safetensors(folder / _MODEL_FILE) as file:
+    with open_safetensors(folder / MODEL_FILE) as file:
         names = set(file.keys())
         for name, tensor in _changing_tensors(model):
             if name in names:
@@ -74,7 +75,10 @@ def copy_into(tensor: Tensor, saved: Tensor | None, name: str, folder: Path) -> 
             f"{name} of the checkpoint {folder} must be {tuple(tensor.shape)} {tensor.dtype} as in "
             f"the model, got {tuple(saved.shape)} {saved.dtype}"
         )
-    tensor.copy_(saved)
+    if is_shard(tensor):
+        copy_into_shard(tensor, saved)
+    else:
+        tensor.copy_(saved)
 
 
 def find_rank_tensors(model: TrainingModel, *, are_caches_equal: bool) -> set[str]:
@@ -84,11 +88,17 @@ def find_rank_tensors(model: TrainingModel, *, are_caches_equal: bool) -> set[st
         model: the model.
         are_caches_equal: whether all processes hold the same caches.
     """
-    names = set(_distinct_tensors(model)) - {name for name, _ in model.named_parameters()}
+    tensors = _distinct_tensors(model)
+    names = {name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
     if are_caches_equal:
         caches = [name for name, part in model.named_modules() if isinstance(part, NegativeCache)]
         names = {name for name in names if not any(name.startswith(f"{c}.") for c in caches)}
     return names
+
+
+def changing_shards(model: nn.Module) -> dict[str, Tensor]:
+    """Return the sharded weights that training changes, by name."""
+    return {name: tensor for name, tensor in _changing_tensors(model) if is_shard(tensor)}
 
 
 def _changing_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +112,11 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the state, each tied one only under its first name."""
     seen, distinct = set(), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        identity = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name
+        identity: object = name
+        if is_shard(tensor):
+            identity = id(tensor)
+        elif tensor.numel():
+            identity = (tensor.data_ptr(), tensor.shape, tensor.dtype)
         if identity not in seen:
             seen.add(identity)
             distinct[name] = tensor

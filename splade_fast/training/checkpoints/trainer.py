@@ -12,12 +12,14 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from splade_fast._atomic_files import remove_folder
+from splade_fast.encoders.whole_weights import is_sharded, reshard, whole_weights
 from splade_fast.search.index import is_model_folder
 from splade_fast.search.models import QUERY_FOLDER
 from splade_fast.training.checkpoints.folders import (
     OPTIMIZER_FILE,
     CheckpointError,
     check_checkpoint,
+    count_writers,
     delete_surplus_checkpoints,
     find_last_checkpoint,
     new_checkpoint,
@@ -25,12 +27,19 @@ from splade_fast.training.checkpoints.folders import (
     remove_leftovers,
 )
 from splade_fast.training.checkpoints.model_state import (
+    MODEL_FILE,
+    changing_shards,
     copy_into,
     find_rank_tensors,
     load_model_state,
     save_model_state,
 )
 from splade_fast.training.checkpoints.random_state import get_random_state, set_random_state
+from splade_fast.training.checkpoints.shards import (
+    cut_tree,
+    gather_tree,
+    shard_optimizer_state,
+)
 from splade_fast.training.checkpoints.trees import load_tree, save_tree
 
 logger = logging.getLogger(__name__)
@@ -74,8 +83,9 @@ class CheckpointingTrainer(Trainer):
         Args:
             output_dir: the folder; by default args.output_dir.
         """
-        if self.args.should_save:
-            self._save_encoders(Path(output_dir or self.args.output_dir))
+        with whole_weights(self.model) as has_weights:
+            if self.args.should_save and has_weights:
+                self._save_encoders(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -96,8 +106,9 @@ class CheckpointingTrainer(Trainer):
             if best == folder or best.is_dir():
                 state.best_model_checkpoint = str(best)
         with new_checkpoint(folder, is_writer=args.should_save) as partial:
+            if not self._should_save_shards:
+                self._save_whole_weights(partial)
             if args.should_save:
-                self._save_encoders(partial)
                 self._export_callbacks()
                 state.save_to_json(str(partial / _STATE_FILE))
             if not args.save_only_model:
@@ -108,15 +119,34 @@ class CheckpointingTrainer(Trainer):
             best_checkpoint = state.best_model_checkpoint
             delete_surplus_checkpoints(folder.parent, args.save_total_limit, best_checkpoint)
 
-    def _save_training_state(self, folder: Path) -> None:
+    @property
+    def _should_save_shards(self) -> bool:
+        """Whether each process saves its part of sharded weights, instead of the first one all."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+    def _save_whole_weights(self, folder: Path) -> None:
         rank_tensors = self._find_rank_tensors()
+        with whole_weights(self.model) as has_weights:
+            if self.args.should_save and has_weights:
+                self._save_encoders(folder)
+                if not self.args.save_only_model:
+                    save_model_state(self.model, folder, rank_tensors)
+
+    def _save_training_state(self, folder: Path) -> None:
+        optimizer = self.optimizer.state_dict()
+        shards: dict[str, Any] = {}
+        if self._should_save_shards:
+            shards = cut_tree({"weights": changing_shards(self.model), "optimizer": optimizer})
+            optimizer = None
+        else:
+            optimizer = gather_tree(optimizer, is_kept=self.args.should_save)
         if self.args.should_save:
-            save_model_state(self.model, folder, rank_tensors)
             scaler = getattr(self.accelerator, "scaler", None)
             save_tree(
                 folder / OPTIMIZER_FILE,
                 {
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "scheduler": self.lr_scheduler.state_dict(),
                     "scaler": None if scaler is None else scaler.state_dict(),
                 },
@@ -126,7 +156,8 @@ class CheckpointingTrainer(Trainer):
             folder / rank_file(self.args.process_index, self.args.world_size),
             {
                 "random": get_random_state(self.args.device),
-                "buffers": {name: tensors[name] for name in sorted(rank_tensors)},
+                "buffers": {name: tensors[name] for name in sorted(self._find_rank_tensors())},
+                **shards,
             },
         )
 
@@ -147,7 +178,15 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        check_checkpoint(folder, self.args.world_size)
+        arguments = self.args.objective_arguments()
+        has_own_caches = arguments.loss == "negative_cache" and arguments.cache_sharing == "shards"
+        check_checkpoint(
+            folder,
+            self.args.world_size,
+            is_for_any_number=_has_whole_weights(folder) and not has_own_caches,
+        )
+        if not _has_whole_weights(folder) and not is_sharded(self.model):
+            raise CheckpointError(f"{folder} holds sharded weights and must be resumed with fsdp")
         logger.info("resuming from %s", folder)
         self._load_model(folder)
 
@@ -157,21 +196,34 @@ class CheckpointingTrainer(Trainer):
         self._load_model(best)
 
     def _load_model(self, folder: Path) -> None:
-        load_model_state(self.model, folder, self._find_rank_tensors())
-        buffers = self._load_rank_state(folder)["buffers"]
+        reshard(self.model)
+        state = self._load_rank_state(folder)
+        own = dict(state["buffers"])
+        if _has_whole_weights(folder):
+            load_model_state(self.model, folder, self._find_rank_tensors())
+        else:
+            own |= state["weights"]
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if name in buffers:
-                copy_into(tensor, buffers[name], name, folder)
+            if name in own:
+                copy_into(cut_tree(tensor.detach()), own[name], name, folder)
 
     def _load_rank_state(self, folder: str | Path) -> Any:
-        return load_tree(Path(folder) / rank_file(self.args.process_index, self.args.world_size))
+        """Return the state of this process, or of another one if fewer wrote the checkpoint."""
+        written = count_writers(folder)
+        return load_tree(Path(folder) / rank_file(self.args.process_index % written, written))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         state = load_tree(Path(checkpoint) / OPTIMIZER_FILE)
+        is_whole = _has_whole_weights(checkpoint)
+        optimizer = (
+            state["optimizer"] if is_whole else self._load_rank_state(checkpoint)["optimizer"]
+        )
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(
+                shard_optimizer_state(optimizer, self.optimizer.param_groups, is_cut=not is_whole)
+            )
         except ValueError as error:
             raise CheckpointError(
                 f"the optimizer must be the one of {checkpoint}, got another: {error}"
@@ -187,3 +239,8 @@ class CheckpointingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             set_random_state(self._load_rank_state(checkpoint)["random"], self.args.device)
+
+
+def _has_whole_weights(folder: str | Path) -> bool:
+    """Return whether the first process wrote the weights of a checkpoint, not each its part."""
+    return (Path(folder) / MODEL_FILE).is_file()

@@ -1,0 +1,113 @@
+"""Whole weights of modules that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from splade_fast._distributed import is_distributed
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was applied to the module or to one inside."""
+    if not is_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether a tensor is the part of this rank of a sharded tensor."""
+    if not is_distributed():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the whole weights that FSDP2 left gathered in the module and in those inside."""
+    if not is_distributed():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def run_sharded(module: nn.Module, method: str) -> None:
+    """Have FSDP2 gather the weights of a module for a method of it as for its forward."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if method not in module.__dict__:
+        register_fsdp_forward_method(module, method)  # does nothing for other modules
+
+
+def gather(shard: Tensor, *, is_kept: bool) -> Tensor | None:
+    """Return the whole tensor of a shard in host memory, or None on ranks that do not keep it.
+
+    All ranks must call it.
+    """
+    tensor: Tensor = shard.detach().full_tensor()  # type: ignore[attr-defined]
+    return tensor.cpu() if is_kept else None
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[bool]:
+    """Put whole weights in host memory in the place of sharded ones, on the first rank.
+
+    All ranks must enter the block with a sharded module. Others are left as they are.
+
+    Args:
+        module: the module, sharded or not.
+
+    Yields:
+        Whether this rank has the whole weights.
+    """
+    reshard(module)
+    places = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None and is_shard(parameter)
+    ]
+    is_kept = not places or dist.get_rank() == 0
+    shards = {id(shard): shard for _, _, shard in places}  # tied weights are gathered once
+    try:
+        whole = {key: _gather_parameter(shard, is_kept) for key, shard in shards.items()}
+        for part, name, shard in places:
+            part._parameters[name] = whole[id(shard)] if is_kept else shard
+        yield is_kept
+    finally:
+        for part, name, shard in places:
+            part._parameters[name] = shard
+
+
+def _gather_parameter(shard: nn.Parameter, is_kept: bool) -> nn.Parameter | None:
+    tensor = gather(shard, is_kept=is_kept)
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=shard.requires_grad)
+
+
+@torch.no_grad()
+def copy_into_shard(shard: Tensor, whole: Tensor) -> None:
+    """Copy the part of this rank of a whole tensor into a shard."""
+    local: Tensor = shard.to_local()  # type: ignore[attr-defined]
+    local.copy_(shard_like(whole, shard).to_local())  # type: ignore[attr-defined]
+
+
+def shard_like(whole: Tensor, shard: Tensor) -> Tensor:
+    """Return the part of this rank of a whole tensor, cut as a shard is.
+
+    Every rank has the whole tensor, so nothing is sent.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(shard, DTensor)
+    mesh, placements = shard.device_mesh, shard.placements
+    return distribute_tensor(whole.to(shard.device), mesh, placements, src_data_rank=None)
