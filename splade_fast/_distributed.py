@@ -29,6 +29,15 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether a tensor is sharded, such as a weight that FSDP2 has not gathered."""
+    if not is_distributed():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 class OtherRankError(RuntimeError):
     """Error on a rank whose own part succeeded, while the same action failed on another rank."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from splade_fast.encoders.settings import (
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.encoders.threads import tokenizer_lock
 from splade_fast.encoders.weights import read_weights
+from splade_fast.encoders.whole_weights import whole_weights
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -185,19 +187,25 @@ class BagOfWordsQueryEncoder(TextEncoder):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder for `from_pretrained` and for sentence-transformers' SparseEncoder.
 
-        The folder appears complete or not at all.
+        The folder appears complete or not at all. Of an encoder that FSDP2 has sharded, all ranks
+        call it and the first one writes.
 
         Args:
             path: the folder; existing files of the same names are replaced.
         """
+        with whole_weights(self) as has_weights:
+            if has_weights:
+                with whole_folder(path) as folder:
+                    self._write_files(folder)
+
+    def _write_files(self, folder: Path) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)
         if self.settings.max_length is not None:  # only the tokenizer's files can store it
             tokenizer.model_max_length = self.length_limit(self.settings.max_length)
         frozen = not self.weight.requires_grad
-        with whole_folder(path) as folder:
-            tokenizer.save_pretrained(folder)
-            save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
-            write_json_files(folder, static_embedding_files(self.settings, frozen))
+        tokenizer.save_pretrained(folder)
+        save_file({"weight": self.weight.detach()}, folder / _WEIGHTS_FILE, {"format": "pt"})
+        write_json_files(folder, static_embedding_files(self.settings, frozen))
 
     def _term_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return (B, V), true for the tokens that a query contains."""

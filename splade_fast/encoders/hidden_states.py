@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from splade_fast._checks import check_mask
 from splade_fast.encoders.threads import evaluation_mode
+from splade_fast.encoders.whole_weights import is_sharded
 
 _adding_hook = Lock()
 
@@ -220,8 +221,13 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: the model computes other logits from the decoder's input, or logits that are
-            not finite.
+            not finite, or FSDP2 has sharded it.
     """
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} must be whole, got one that FSDP2 has sharded: accelerate it, "
+            "or make its encoder, before fully_shard"
+        )
     decoder = find_decoder(model)
     token_ids = torch.arange(min(4, decoder.out_features), device=decoder.weight.device)[None]
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from splade_fast.encoders.pretrained import (
 from splade_fast.encoders.settings import EncoderSettings, read_settings, sparse_encoder_files
 from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.whole_weights import whole_weights
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
 from splade_fast.ops.sparse_rows import SparseRows
@@ -187,7 +189,8 @@ class SpladeEncoder(TextEncoder):
 
         sentence-transformers' SparseEncoder does not load causal LMs. For a model with PEFT
         adapters, only the adapters and the name of the base model are written. The folder appears
-        complete or not at all.
+        complete or not at all. Of an encoder that FSDP2 has sharded, all ranks call it and the
+        first one writes.
 
         Args:
             path: the folder; existing files of the same names are replaced.
@@ -199,12 +202,18 @@ class SpladeEncoder(TextEncoder):
         """
         check_saves_adapters(self.model)
         settings_files = sparse_encoder_files(self.settings)
-        with whole_folder(path) as folder:
-            self.model.save_pretrained(folder)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
-            make_base_absolute(folder)
-            self.tokenizer.save_pretrained(folder)
-            write_json_files(folder, settings_files)
+        with whole_weights(self) as has_weights:
+            if has_weights:
+                with whole_folder(path) as folder:
+                    self._write_files(folder)
+                    write_json_files(folder, settings_files)
+
+    def _write_files(self, folder: Path) -> None:
+        """Write model and tokenizer."""
+        self.model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
+        make_base_absolute(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _head_inputs(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from splade_fast.encoders.pretrained import (
 from splade_fast.encoders.settings import EncoderSettings, find_transformer
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.encoders.weights import read_weights
+from splade_fast.encoders.whole_weights import whole_weights
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "term_weights.safetensors"
@@ -199,16 +201,22 @@ class TermWeightEncoder(TextEncoder):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder for `from_pretrained`; transformers loads the encoder from it as well.
 
-        The folder appears complete or not at all.
+        The folder appears complete or not at all. Of an encoder that FSDP2 has sharded, all ranks
+        call it and the first one writes.
 
         Args:
             path: the folder; existing files of the same names are replaced.
         """
-        with whole_folder(path) as folder:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            save_file(self.projection.state_dict(), folder / _WEIGHTS_FILE, {"format": "pt"})
-            write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
+        with whole_weights(self) as has_weights:
+            if has_weights:
+                with whole_folder(path) as folder:
+                    self._write_files(folder)
+
+    def _write_files(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(self.projection.state_dict(), folder / _WEIGHTS_FILE, {"format": "pt"})
+        write_json_files(folder, {_SETTINGS_FILE: dataclasses.asdict(self.settings)})
 
 
 def has_term_weights(name_or_path: str, hub: dict[str, Any]) -> bool:

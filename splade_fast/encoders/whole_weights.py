@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from splade_fast._distributed import is_distributed
+from splade_fast._distributed import is_distributed, is_shard
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -19,15 +19,6 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Return whether a tensor is the part of this rank of a sharded tensor."""
-    if not is_distributed():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def reshard(module: nn.Module) -> None:

@@ -33,6 +33,7 @@ _ONLY_VALUES = {
     "bf16_full_eval": (False, ""),
     "torch_compile": (False, ""),
     "auto_find_batch_size": (False, ""),
+    "save_on_each_node": (False, ""),
 }
 
 

@@ -15,6 +15,7 @@ from splade_fast._checks import (
     check_like,
     check_mask,
 )
+from splade_fast._distributed import is_shard
 from splade_fast.ops.autograd import (
     argmax_dtype,
     empty_forward,
@@ -150,6 +151,11 @@ def _check_screened(hidden: Tensor) -> None:
 
 def _check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise if the decoder does not fit hidden."""
+    if not torch.compiler.is_compiling() and is_shard(weight):
+        raise ValueError(
+            "weight must be whole, got a shard: FSDP2 gathers it in the forward of the module that "
+            "fully_shard was applied to"
+        )
     check_floating("weight", weight)
     check_like("weight", weight, "hidden", hidden)
     if weight.ndim != 2 or hidden.ndim == 0 or weight.shape[1] != hidden.shape[-1]:
