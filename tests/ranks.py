@@ -1,5 +1,6 @@
 """Function runner for several processes in a gloo group, with a time limit."""
 
+import gc
 import os
 import time
 import traceback
@@ -70,6 +71,7 @@ def _run(
 ) -> None:
     try:
         torch.set_num_threads(1)
+        gc.freeze()  # accelerate collects garbage at each training
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
