@@ -247,7 +247,8 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
                 advice = "; fsdp: true shards the weights (FSDP2)" if name == "deepspeed" else ""
                 raise ValueError(f"{name} must be {only} here, got {getattr(self, name)!r}{advice}")
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false", ""):
-            self.fsdp = self.fsdp.lower() == "true" or None  # as a file or a flag gives it
+            fsdp: Any = self.fsdp.lower() == "true" or None  # as a file or a flag gives it
+            self.fsdp = fsdp
         if self.save_only_model and self.load_best_model_at_end:
             raise ValueError("save_only_model must be False with load_best_model_at_end, got True")
         if self.ddp_broadcast_buffers:

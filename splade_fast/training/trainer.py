@@ -291,7 +291,9 @@ class SpladeTrainer(CheckpointingTrainer):
         assert self.evaluator is not None
         is_shared = self.model.query_encoder is self.model.encoder
         queries = None if is_shared else self.model.query_encoder
-        metrics = self.model.call(self.evaluator, self.model.encoder, queries, prefix=f"{prefix}_")
+        metrics: dict[str, float] = self.model.call(
+            self.evaluator, self.model.encoder, queries, prefix=f"{prefix}_"
+        )
         if world_size() > 1:
             values = torch.tensor(list(metrics.values()), dtype=torch.float64)
             values = values.to(self.args.device)
