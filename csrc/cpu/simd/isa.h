@@ -32,18 +32,22 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+  typedef mask columns;
 };
 
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t columns __attribute__((vector_size(kVectorBytes / 2)));
 };
 
 template <typename Acc>
 using Vec = typename VectorOf<Acc>::type;
 template <typename Acc>
 using Mask = typename VectorOf<Acc>::mask;  // also the vector type of positions and sort keys
+template <typename Acc>
+using Columns = typename VectorOf<Acc>::columns;  // as many numbers of columns as a vector has lanes
 template <typename Acc>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
 
@@ -192,11 +196,73 @@ inline void transpose(V (&rows)[kRows]) {
   if constexpr (kRows > 1) transpose_step<kRows / 2>(rows);
 }
 
+// Move the lanes that are set in `bits` to the front, in order. The lanes after them have any value.
+#if defined(__AVX512F__)
+constexpr bool kCanCompress = true;
+
+inline Vec<float> compress(Vec<float> x, unsigned bits) {
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), reinterpret_cast<__m512>(x)));
+}
+inline Vec<double> compress(Vec<double> x, unsigned bits) {
+  return reinterpret_cast<Vec<double>>(
+      _mm512_maskz_compress_pd(static_cast<__mmask8>(bits), reinterpret_cast<__m512d>(x)));
+}
+inline Columns<float> compress(Columns<float> x, unsigned bits) {
+  return reinterpret_cast<Columns<float>>(
+      _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), reinterpret_cast<__m512i>(x)));
+}
+inline Columns<double> compress(Columns<double> x, unsigned bits) {
+  return reinterpret_cast<Columns<double>>(
+      _mm256_maskz_compress_epi32(static_cast<__mmask8>(bits), reinterpret_cast<__m256i>(x)));
+}
+#elif defined(__AVX2__)
+constexpr bool kCanCompress = true;
+
+// The lanes that each set of bits moves to the front. A byte for each keeps the table in 2 KiB of the first-level
+// cache.
+struct CompressTable {
+  alignas(8) uint8_t lanes[256][8] = {};
+  constexpr CompressTable() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int lane = 0, kept = 0; lane < 8; ++lane) {
+        if (bits >> lane & 1) lanes[bits][kept++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+constexpr CompressTable kCompressTable;
+
+inline __m256i kept_lanes(unsigned bits) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompressTable.lanes[bits])));
+}
+
+inline Vec<float> compress(Vec<float> x, unsigned bits) {
+  return reinterpret_cast<Vec<float>>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(x), kept_lanes(bits)));
+}
+inline Columns<float> compress(Columns<float> x, unsigned bits) {
+  return reinterpret_cast<Columns<float>>(_mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(x), kept_lanes(bits)));
+}
+// A lane of 64 bits is two of 32 bits.
+inline Vec<double> compress(Vec<double> x, unsigned bits) {
+  constexpr uint8_t kTwice[16] = {0, 3, 12, 15, 48, 51, 60, 63, 192, 195, 204, 207, 240, 243, 252, 255};
+  return reinterpret_cast<Vec<double>>(compress(reinterpret_cast<Vec<float>>(x), kTwice[bits]));
+}
+inline Columns<double> compress(Columns<double> x, unsigned bits) {
+  return reinterpret_cast<Columns<double>>(
+      _mm_permutevar_ps(reinterpret_cast<__m128>(x), _mm256_castsi256_si128(kept_lanes(bits))));
+}
+#else
+constexpr bool kCanCompress = false;
+#endif
+
 // Math ----------------------------------------------------------------------------------------------------------
 
+// A vector whose lanes are all equal. Subtracting 0 changes no number, so that the compiler leaves it out; adding 0
+// would change -0.
 template <typename V, typename S>
 inline V broadcast(S value) {
-  return V{} + value;
+  return value - V{};
 }
 
 // relu that keeps NaN, as torch.relu does
