@@ -7,6 +7,14 @@
 namespace splade_fast::cpu {
 namespace {
 
+// The vector 0, 1, 2, ...
+template <typename Acc>
+inline Columns<Acc> lane_numbers() {
+  Columns<Acc> numbers;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
 // Return an integer whose bit i says whether lane i is above the threshold or NaN.
 template <typename Acc>
 inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {
@@ -24,60 +32,98 @@ inline unsigned lanes_above(Vec<Acc> x, Vec<Acc> threshold) {
 // Append the lanes whose bit is set. The buffers need room for a whole vector.
 template <typename Acc>
 inline void append(RowEntries<Acc>& found, Vec<Acc> x, int32_t column, unsigned lanes) {
-#if defined(__AVX512F__)
-  // The lanes are compressed in a register, because a compressing store is slow on some machines.
-  if constexpr (sizeof(Acc) == 4) {
-    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __mmask16 mask = static_cast<__mmask16>(lanes);
-    store_bits(found.value + found.count, _mm512_maskz_compress_ps(mask, reinterpret_cast<__m512>(x)));
-    store_bits(found.column + found.count,
-               _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(order, _mm512_set1_epi32(column))));
+  if constexpr (kCanCompress) {
+    // The lanes are compressed in a register, because a compressing store is slow on some machines.
+    store_bits(found.value + found.count, compress(x, lanes));
+    store_bits(found.column + found.count, compress(column + lane_numbers<Acc>(), lanes));
+    found.count += __builtin_popcount(lanes);
   } else {
-    const __m256i order = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __mmask8 mask = static_cast<__mmask8>(lanes);
-    store_bits(found.value + found.count, _mm512_maskz_compress_pd(mask, reinterpret_cast<__m512d>(x)));
-    store_bits(found.column + found.count,
-               _mm256_maskz_compress_epi32(mask, _mm256_add_epi32(order, _mm256_set1_epi32(column))));
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      found.value[found.count] = x[lane];
+      found.column[found.count++] = column + lane;
+    }
   }
-  found.count += __builtin_popcount(lanes);
-#else
-  for (; lanes != 0; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    found.value[found.count] = x[lane];
-    found.column[found.count++] = column + lane;
-  }
-#endif
 }
 
-// Read several vectors at a time. Most entries of a SPLADE row are not above the threshold, so one branch mostly skips
-// all of these vectors.
+constexpr int kStepVectors = 4;  // vectors that are read at a time
+template <typename Acc>
+constexpr int64_t kStepColumns = kStepVectors * kLanes<Acc>;
+
+// How many entries of a stretch are above the threshold. A branch skips the steps that have none while most have none;
+// then a branch could not be predicted, and each step writes kFew entries, of which those count that are above the
+// threshold; with many, each vector is compressed.
+enum class Density { kMostStepsHaveNone, kFew, kMany };
+
+// Append the entries of columns [column, stop) that are above the limit, and return the column after the last one read.
+template <Density kDensity, typename T>
+inline int64_t collect_stretch(const T* row, int64_t column, int64_t stop, Vec<Accumulator<T>> limit,
+                               RowEntries<Accumulator<T>>& found) {
+  using Acc = Accumulator<T>;
+  constexpr int kFew = 2;
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // farther than the hardware prefetches
+  constexpr uint64_t kLastBit = uint64_t(1) << (kStepColumns<Acc> - 1);
+  static_assert(kStepColumns<Acc> <= RowEntries<Acc>::kSlack);
+  const int64_t last = found.capacity - kStepColumns<Acc>;  // largest count at which a step surely fits
+  for (; column + kStepColumns<Acc> <= stop && found.count <= last; column += kStepColumns<Acc>) {
+    Vec<Acc> x[kStepVectors];
+    uint64_t bits = 0;
+    for (int i = 0; i < kStepVectors; ++i) {
+      __builtin_prefetch(row + column + i * kLanes<Acc> + kAhead);
+      x[i] = load_vec(row + column + i * kLanes<Acc>);
+      const unsigned lanes = lanes_above<Acc>(x[i], limit);
+      if constexpr (kDensity == Density::kMany) {
+        append<Acc>(found, x[i], static_cast<int32_t>(column) + i * kLanes<Acc>, lanes);
+      } else {
+        bits |= static_cast<uint64_t>(lanes) << (i * kLanes<Acc>);
+      }
+    }
+    if (kDensity == Density::kMostStepsHaveNone && bits == 0) continue;
+    if constexpr (kDensity != Density::kMany) {
+      const int count = __builtin_popcountll(bits);
+      for (int i = 0; i < kFew || i < count; ++i, bits &= bits - 1) {
+        const int64_t place = column + __builtin_ctzll(bits | kLastBit);
+        found.value[found.count + i] = to_acc(row[place]);
+        found.column[found.count + i] = static_cast<int32_t>(place);
+      }
+      found.count += count;
+    }
+  }
+  return column;
+}
+
+// Density of a stretch of columns in which `count` entries were found. The limits are measured.
+inline Density density(int64_t count, int64_t columns) {
+  if (count * 128 < columns) return Density::kMostStepsHaveNone;
+  return count * 16 < columns || !kCanCompress ? Density::kFew : Density::kMany;
+}
+
 template <typename T>
 int64_t collect(const T* row, int64_t first, int64_t columns, Accumulator<T> threshold,
                 RowEntries<Accumulator<T>>& entries) {
   using Acc = Accumulator<T>;
+  constexpr int64_t kStretch = 1024;
   RowEntries<Acc> found = entries;  // a copy, so that the count stays in a register
-  constexpr int kVectors = 4;
-  constexpr int64_t kStep = kVectors * kLanes<Acc>;
-  constexpr int64_t kAhead = 2048 / sizeof(T);  // farther than the hardware prefetches
-  static_assert(kStep <= RowEntries<Acc>::kSlack);
   const Vec<Acc> limit = broadcast<Vec<Acc>>(threshold);
-  const int64_t last = found.capacity - kStep;  // largest count at which a step surely fits
+  auto collect_next = collect_stretch<Density::kFew, T>;  // the next stretch is likely to be as the one before
   int64_t column = first;
-  for (; column + kStep <= columns && found.count <= last; column += kStep) {
-    Vec<Acc> x[kVectors];
-    unsigned lanes[kVectors], any = 0;
-    for (int i = 0; i < kVectors; ++i) {
-      __builtin_prefetch(row + column + i * kLanes<Acc> + kAhead);
-      x[i] = load_vec(row + column + i * kLanes<Acc>);
-      lanes[i] = lanes_above<Acc>(x[i], limit);
-      any |= lanes[i];
-    }
-    if (any == 0) continue;
-    for (int i = 0; i < kVectors; ++i) {
-      append<Acc>(found, x[i], static_cast<int32_t>(column) + i * kLanes<Acc>, lanes[i]);
+  for (int64_t start = -1; start != column;) {  // until nothing more fits
+    start = column;
+    const int64_t stop = columns - start < kStretch ? columns : start + kStretch, before = found.count;
+    column = collect_next(row, start, stop, limit, found);
+    switch (density(found.count - before, column - start)) {
+      case Density::kMostStepsHaveNone:
+        collect_next = collect_stretch<Density::kMostStepsHaveNone, T>;
+        break;
+      case Density::kFew:
+        collect_next = collect_stretch<Density::kFew, T>;
+        break;
+      case Density::kMany:
+        collect_next = collect_stretch<Density::kMany, T>;
+        break;
     }
   }
-  if (column + kStep > columns) {
+  if (column + kStepColumns<Acc> > columns) {
     for (; column < columns && found.count < found.capacity; ++column) {
       const Acc x = to_acc(row[column]);
       found.value[found.count] = x;
@@ -117,55 +163,53 @@ inline unsigned lanes_at_least(Mask<Acc> key, Mask<Acc> limit) {
 template <typename Acc>
 inline int64_t count_at_least(const RowEntries<Acc>& found, int64_t vectors, SortKey<Acc> key) {
   const Mask<Acc> limit = broadcast<Mask<Acc>>(key);
+#if defined(__AVX512F__)
   int64_t count = 0;
   for (int64_t i = 0; i < vectors; ++i) {
     count += __builtin_popcount(lanes_at_least<Acc>(load_bits<Mask<Acc>>(found.key + i * kLanes<Acc>), limit));
   }
   return count;
+#else
+  // A lane of a mask is -1 where it is set.
+  Mask<Acc> below = {};
+  for (int64_t i = 0; i < vectors; ++i) below += load_bits<Mask<Acc>>(found.key + i * kLanes<Acc>) < limit;
+  int64_t count = vectors * kLanes<Acc>;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) count += below[lane];
+  return count;
+#endif
 }
 
 // Keep the entries whose key is above the k-th key, and the first `ties` of those whose key equals it.
 template <typename Acc>
 inline void keep_above(RowEntries<Acc>& found, [[maybe_unused]] int64_t vectors, SortKey<Acc> kth, int64_t ties) {
-#if defined(__AVX512F__)
-  const Mask<Acc> limit = broadcast<Mask<Acc>>(kth);
   int64_t kept = 0;
-  for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t first = i * kLanes<Acc>;
-    const Mask<Acc> key = load_bits<Mask<Acc>>(found.key + first);
-    unsigned keep = lanes_at_least<Acc>(key, limit);
-    unsigned equal = keep & lanes_at_least<Acc>(limit, key);
-    if (equal != 0) {
-      keep &= ~equal;
-      for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) keep |= equal & -equal;
+  if constexpr (kCanCompress) {
+    const Mask<Acc> limit = broadcast<Mask<Acc>>(kth);
+    for (int64_t i = 0; i < vectors; ++i) {
+      const int64_t first = i * kLanes<Acc>;
+      const Mask<Acc> key = load_bits<Mask<Acc>>(found.key + first);
+      unsigned keep = lanes_at_least<Acc>(key, limit);
+      unsigned equal = keep & lanes_at_least<Acc>(limit, key);
+      if (equal != 0) {
+        keep &= ~equal;
+        for (; equal != 0 && ties > 0; equal &= equal - 1, --ties) keep |= equal & -equal;
+      }
+      // A whole vector is written, but no entry that has not been read yet.
+      store_bits(found.value + kept, compress(load_bits<Vec<Acc>>(found.value + first), keep));
+      store_bits(found.column + kept, compress(load_bits<Columns<Acc>>(found.column + first), keep));
+      kept += __builtin_popcount(keep);
     }
-    // A whole vector is written, but no entry that has not been read yet.
-    if constexpr (sizeof(Acc) == 4) {
-      const __mmask16 mask = static_cast<__mmask16>(keep);
-      const __m512i column = load_bits<__m512i>(found.column + first);
-      store_bits(found.value + kept, _mm512_maskz_compress_ps(mask, load_bits<__m512>(found.value + first)));
-      store_bits(found.column + kept, _mm512_maskz_compress_epi32(mask, column));
-    } else {
-      const __mmask8 mask = static_cast<__mmask8>(keep);
-      const __m256i column = load_bits<__m256i>(found.column + first);
-      store_bits(found.value + kept, _mm512_maskz_compress_pd(mask, load_bits<__m512d>(found.value + first)));
-      store_bits(found.column + kept, _mm256_maskz_compress_epi32(mask, column));
+  } else {
+    for (int64_t i = 0; i < found.count; ++i) {
+      const SortKey<Acc> key = found.key[i];
+      const bool is_kept_tie = key == kth && ties > 0;
+      ties -= is_kept_tie;
+      found.value[kept] = found.value[i];
+      found.column[kept] = found.column[i];
+      kept += key > kth || is_kept_tie;
     }
-    kept += __builtin_popcount(keep);
   }
   found.count = kept;
-#else
-  int64_t kept = 0;
-  for (int64_t i = 0; i < found.count; ++i) {
-    const SortKey<Acc> key = found.key[i];
-    const bool is_kept_tie = key == kth && ties > 0;
-    ties -= is_kept_tie;
-    found.value[kept] = found.value[i];
-    found.column[kept] = found.column[i];
-    kept += key > kth || is_kept_tie;
-  }
-  found.count = kept;
-#endif
 }
 
 // Find the key of the k-th largest entry bit by bit, by counting the keys that are at least a prefix of bits. Counting
