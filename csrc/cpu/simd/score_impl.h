@@ -73,11 +73,56 @@ inline int64_t collect_hits_by_vector(const ScoreTask<T>& task, const int32_t* i
   if (outside) return -1;
   return nonfinite ? collect_hits(task, indices, values, length, true) : hits;
 }
+#elif defined(__AVX2__)
+// The rows of the table of eight columns. Eight loads take less time than a gather on many machines.
+inline __m256i load_rows(const int32_t* rows, __m256i columns) {
+  alignas(32) uint32_t column[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(column), columns);
+  return _mm256_setr_epi32(rows[column[0]], rows[column[1]], rows[column[2]], rows[column[3]], rows[column[4]],
+                           rows[column[5]], rows[column[6]], rows[column[7]]);
+}
+
+// Reduce 8 entries at a time.
+template <typename T, typename = std::enable_if_t<sizeof(Accumulator<T>) == 4>>
+inline int64_t collect_hits_by_vector(const ScoreTask<T>& task, const int32_t* indices, const T* values,
+                                      int64_t length) {
+  const __m256i num_cols = _mm256_set1_epi32(static_cast<int>(task.num_cols));
+  __m256i outside = _mm256_setzero_si256();
+  Vec<float> nonfinite = {};  // sum of x * 0, which is 0 or NaN
+  int64_t hits = 0;
+  for (int64_t j = 0; j < length; j += 8) {
+    const int64_t rest = length - j;
+    __m256i columns;
+    Vec<float> value;
+    if (rest >= 8) {
+      columns = load_bits<__m256i>(indices + j);
+      value = load_vec(values + j);
+    } else {
+      int32_t padded[8] = {};
+      std::memcpy(padded, indices + j, rest * sizeof(int32_t));
+      columns = load_bits<__m256i>(padded);
+      value = load_partial(values + j, rest);
+    }
+    // Columns out of range become num_cols, whose row is 0.
+    columns = _mm256_min_epu32(columns, num_cols);
+    outside = _mm256_or_si256(outside, _mm256_cmpeq_epi32(columns, num_cols));
+    nonfinite += value * Vec<float>{};
+    const Mask<float> row = reinterpret_cast<Mask<float>>(load_rows(task.rows, columns));
+    unsigned hit = lane_bits<float>(row != 0);
+    if (rest < 8) hit &= (1u << rest) - 1;
+    store_bits(task.hit_rows + hits, compress(row, hit));
+    store_bits(task.hit_values + hits, compress(value, hit));
+    hits += __builtin_popcount(hit);
+  }
+  if (_mm256_movemask_epi8(outside) != 0) return -1;
+  const Mask<float> finite = nonfinite == 0;
+  return lane_bits<float>(finite) == 0xff ? hits : collect_hits(task, indices, values, length, true);
+}
 #endif
 
 template <typename T>
 inline int64_t collect_row(const ScoreTask<T>& task, const int32_t* indices, const T* values, int64_t length) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
   if constexpr (sizeof(Accumulator<T>) == 4) return collect_hits_by_vector(task, indices, values, length);
 #endif
   return collect_hits(task, indices, values, length, has_nonfinite(values, length));
