@@ -264,6 +264,16 @@ static Case make_close_case(int64_t tokens, int64_t entries, int64_t dim, int64_
   return found;
 }
 
+// All integers of a row have the largest absolute value, so that sums are as large as they can be.
+static Case make_extreme_case(int64_t tokens, int64_t entries, int64_t dim) {
+  Case found = make_case(tokens, entries, dim, 1.0f);
+  std::fill(found.mean.begin(), found.mean.end(), 0.0f);
+  std::fill(found.threshold.begin(), found.threshold.end(), 0.0f);
+  for (int64_t i = 0; i < tokens * dim; ++i) found.hidden[i] = i / dim % 2 == 0 ? 1.0f : -1.0f;
+  for (int64_t i = 0; i < entries * dim; ++i) found.weight[i] = i / dim % 3 == 0 ? 1.0f : -1.0f;
+  return found;
+}
+
 // The norms of a row and of its rounded row differ by at most the residual, since a rotation keeps norms.
 static void test_rounding(const Screen& screen, float scale) {
   const int64_t dim = 100, rows = 19;
@@ -324,6 +334,10 @@ static void test_all(const Screen& screen) {
       test_screen(screen, inputs, true, false);
       test_screen(screen, inputs, true, true);
     }
+  }
+  for (const int64_t dim : {64, 768}) {
+    const Case inputs = make_extreme_case(41, 75, dim);
+    for (const bool along_basis : {false, true}) test_screen(screen, inputs, true, along_basis);
   }
   // The kernel with token rows has no stages.
   EXPECT((early > 0) == !screen.has_token_rows, "%ld tiles settled early", static_cast<long>(early));

@@ -28,43 +28,50 @@ static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes =
 
 // Product of four int8 of each lane -------------------------------------------------------------------------------
 
+// multiply_add adds the products of kStepsAtOnce steps to a sum. Where the weight's bytes are unsigned, they have an
+// offset.
+
 // AMX multiplies whole tiles of signed bytes instead, see multiply() below.
 #if defined(SPLADE_FAST_AMX)
-constexpr int kWeightLevels = 127, kWeightOffset = 0;
+constexpr int kTokenLevels = 127, kWeightLevels = 127, kWeightOffset = 0;
 #elif (defined(__AVX512VNNI__) && defined(__AVX512F__)) || defined(__AVXVNNI__)
-constexpr int kWeightLevels = 127, kWeightOffset = 128;
-inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
+constexpr int kTokenLevels = 127, kWeightLevels = 127, kWeightOffset = 128, kStepsAtOnce = 1;
+inline Ints multiply_add(Ints sum, const Ints (&weight)[1], const Ints (&token)[1]) {
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
-  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weight),
-                                                    reinterpret_cast<__m512i>(token)));
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weight[0]), reinterpret_cast<__m512i>(token[0])));
 #else
   return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
-      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token)));
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weight[0]), reinterpret_cast<__m256i>(token[0])));
 #endif
 }
 #elif defined(__AVX512BW__)
 // Two products are added in int16, which limits the levels of the weight.
-constexpr int kWeightLevels = 63, kWeightOffset = 64;
-inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
-  const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight), reinterpret_cast<__m512i>(token));
+constexpr int kTokenLevels = 127, kWeightLevels = 63, kWeightOffset = 64, kStepsAtOnce = 1;
+inline Ints multiply_add(Ints sum, const Ints (&weight)[1], const Ints (&token)[1]) {
+  const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(weight[0]), reinterpret_cast<__m512i>(token[0]));
   return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #elif defined(__AVX2__)
-constexpr int kWeightLevels = 63, kWeightOffset = 64;
-inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
-  const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight), reinterpret_cast<__m256i>(token));
-  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Four products are added in int16, which limits the levels of both: 4 * 127 * 63 < 2^15. The sums of two steps are
+// then widened at once, which makes the product a fifth faster than sums of two products of finer tokens.
+constexpr int kTokenLevels = 63, kWeightLevels = 63, kWeightOffset = 64, kStepsAtOnce = 2;
+inline Ints multiply_add(Ints sum, const Ints (&weight)[2], const Ints (&token)[2]) {
+  const auto pairs = [&](int i) {
+    return _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weight[i]), reinterpret_cast<__m256i>(token[i]));
+  };
+  return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(_mm256_add_epi16(pairs(0), pairs(1)), _mm256_set1_epi16(1)));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int kWeightLevels = 127, kWeightOffset = 0;
-inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
-  return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weight),
-                                          reinterpret_cast<int8x16_t>(token)));
+constexpr int kTokenLevels = 127, kWeightLevels = 127, kWeightOffset = 0, kStepsAtOnce = 1;
+inline Ints multiply_add(Ints sum, const Ints (&weight)[1], const Ints (&token)[1]) {
+  return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(weight[0]),
+                                          reinterpret_cast<int8x16_t>(token[0])));
 }
 #else
-constexpr int kWeightLevels = 127, kWeightOffset = 0;
-inline Ints multiply_add(Ints sum, Ints weight, Ints token) {
-  for (int shift = 24; shift >= 0; shift -= 8) sum += ((weight << shift) >> 24) * ((token << shift) >> 24);
+constexpr int kTokenLevels = 127, kWeightLevels = 127, kWeightOffset = 0, kStepsAtOnce = 1;
+inline Ints multiply_add(Ints sum, const Ints (&weight)[1], const Ints (&token)[1]) {
+  for (int shift = 24; shift >= 0; shift -= 8) sum += ((weight[0] << shift) >> 24) * ((token[0] << shift) >> 24);
   return sum;
 }
 #endif
@@ -346,10 +353,13 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
   return groups * tokens.steps;
 }
 #else
+// Integer products of a tile so far, in registers.
+using TileSums = Ints[kScreenTokens][kScreenVectors];
+
 // Whether a product of the tile can still reach its threshold, given the sums up to the end of a stage. The rest of a
 // product is at most the product of the norms of the dimensions after the stage.
 inline bool has_open_product(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
-                             const Ints (*sum)[kScreenVectors]) {
+                             const TileSums& sum) {
   Ints largest[kScreenVectors];
   for (int j = 0; j < kScreenVectors; ++j) {
     largest[j] = sum[0][j];
@@ -368,36 +378,92 @@ inline bool has_open_product(const ScreenTokens& tokens, const ScreenPanel& pane
   return open != 0;
 }
 
+// Add the products of a stage to the sums of the tile of tokens [first, first + kScreenTokens). A stage has a multiple
+// of 4 steps.
+inline void multiply_stage(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t first, int64_t stage,
+                           int64_t begin, int64_t end, TileSums& sum) {
+  for (int t = 0; t < kScreenTokens; ++t) {
+    for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.correction[stage][first + t];
+  }
+  const uint32_t* token =
+      tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup + begin * kScreenGroup;
+  const uint32_t* weight = panel.units + begin * kScreenColumns;
+  for (int64_t step = begin; step < end; step += kStepsAtOnce, token += kStepsAtOnce * kScreenGroup) {
+    Ints entries[kScreenVectors][kStepsAtOnce];
+    for (int i = 0; i < kStepsAtOnce; ++i, weight += kScreenColumns) {
+      for (int j = 0; j < kScreenVectors; ++j) entries[j][i] = load_bits<Ints>(weight + j * kScreenLanes);
+    }
+    for (int t = 0; t < kScreenTokens; ++t) {
+      Ints units[kStepsAtOnce];
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        units[i] = broadcast<Ints>(static_cast<int32_t>(token[i * kScreenGroup + t]));
+      }
+      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
+    }
+  }
+}
+
+inline void load_sums(const float* source, TileSums& sum) {
+  for (int t = 0; t < kScreenTokens; ++t) {
+    for (int j = 0; j < kScreenVectors; ++j) {
+      sum[t][j] = load_bits<Ints>(source + (t * kScreenVectors + j) * kScreenLanes);
+    }
+  }
+}
+inline void store_sums(float* target, const TileSums& sum) {
+  for (int t = 0; t < kScreenTokens; ++t) {
+    for (int j = 0; j < kScreenVectors; ++j) store_bits(target + (t * kScreenVectors + j) * kScreenLanes, sum[t][j]);
+  }
+}
+
+// A stage is made for many tiles before the next one, and leaves a list of those that are still open. Whether a tile is
+// open cannot be predicted, and nothing branches on it. Between stages the sums stand where the products will.
 int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
                  float* state, uint8_t* settled) {
+  constexpr int64_t kTilesAtOnce = 256, kTileProducts = kScreenTokens * kScreenColumns;
   int64_t steps = 0;
-  for (int64_t first = begin; first < end; first += kScreenTokens, products += kScreenTokens * kScreenColumns) {
-    const uint32_t* token = tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup;
-    const uint32_t* weight = panel.units;
-    Ints sum[kScreenTokens][kScreenVectors];
-    for (int t = 0; t < kScreenTokens; ++t) {
-      for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = broadcast<Ints>(tokens.correction[0][first + t]);
-    }
-    bool is_open = true;
-    for (int64_t stage = 0, step = 0; stage < tokens.stages && is_open; ++stage) {
-      const int64_t stage_end = screen_stage_end(kScreenStages - tokens.stages + stage, tokens.steps);
-      steps += stage_end - step;
-      for (int t = 0; t < kScreenTokens && stage > 0; ++t) {
-        for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.correction[stage][first + t];
+  for (; begin < end; begin += kTilesAtOnce * kScreenTokens) {
+    const int64_t left = (end - begin + kScreenTokens - 1) / kScreenTokens;
+    const int64_t tiles = left < kTilesAtOnce ? left : kTilesAtOnce;
+    int32_t open[kTilesAtOnce];
+    int64_t count = tiles, step = 0;
+    for (int64_t i = 0; i < tiles; ++i) open[i] = static_cast<int32_t>(i);
+    const int64_t last_stage = tokens.stages - 1;
+    for (int64_t stage = 0; stage < last_stage; ++stage) {
+      const int64_t stage_end = screen_stage_end(stage, tokens.steps);
+      steps += count * (stage_end - step);
+      int64_t still_open = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = begin + open[i] * kScreenTokens;
+        float* const target = products + open[i] * kTileProducts;
+        TileSums sum = {};
+        if (stage > 0) load_sums(target, sum);
+        multiply_stage(tokens, panel, first, stage, step, stage_end, sum);
+        store_sums(target, sum);
+        open[still_open] = open[i];
+        still_open += has_open_product(tokens, panel, first, stage, sum);
       }
-      for (; step < stage_end; ++step, token += kScreenGroup, weight += kScreenColumns) {
-        Ints entries[kScreenVectors];
-        for (int j = 0; j < kScreenVectors; ++j) entries[j] = load_bits<Ints>(weight + j * kScreenLanes);
-        for (int t = 0; t < kScreenTokens; ++t) {
-          const Ints units = broadcast<Ints>(static_cast<int32_t>(token[t]));
-          for (int j = 0; j < kScreenVectors; ++j) sum[t][j] = multiply_add(sum[t][j], entries[j], units);
-        }
-      }
-      is_open = stage + 1 == tokens.stages || has_open_product(tokens, panel, first, stage, sum);
+      count = still_open;
+      step = stage_end;
     }
-    *settled++ = !is_open;
-    if (!is_open) continue;
-    store_products(tokens, first, first + kScreenTokens < end ? first + kScreenTokens : end, sum, products, state);
+    std::memset(settled, 1, tiles);
+    steps += count * (tokens.steps - step);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = begin + open[i] * kScreenTokens;
+      const int64_t last = first + kScreenTokens < end ? first + kScreenTokens : end;
+      float* const target = products + open[i] * kTileProducts;
+      TileSums sum = {}, sums;
+      if (last_stage > 0) load_sums(target, sum);
+      multiply_stage(tokens, panel, first, last_stage, step, tokens.steps, sum);
+      // A copy, so that the sums themselves need no memory.
+      for (int t = 0; t < kScreenTokens; ++t) {
+        for (int j = 0; j < kScreenVectors; ++j) sums[t][j] = sum[t][j];
+      }
+      store_products(tokens, first, last, sums, target, state);
+      settled[open[i]] = 0;
+    }
+    products += tiles * kTileProducts;
+    settled += tiles;
   }
   return steps;
 }
@@ -451,7 +517,7 @@ constexpr Screen make_screen(const char* name, double speed) {
           kScreenLanes,
           kScreenColumns,
           kSettledTokens,
-          127,
+          kTokenLevels,
           kWeightLevels,
           kWeightOffset,
           speed,
