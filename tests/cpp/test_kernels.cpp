@@ -357,6 +357,29 @@ static void test_pair_sizes(const Kernels<T>& kernel) {
 }
 
 template <typename T>
+static void test_combine(const Kernels<T>& kernel) {
+  using Acc = Accumulator<T>;
+  std::mt19937 random(11);
+  for (const int64_t count : {0, 1, 2, 7}) {
+    for (const int64_t dim : {1, 7, 16, 33, 128, 300}) {
+      std::vector<T> rows(7 * dim), found(dim + 1, T{});
+      for (T& x : rows) x = small_integer<T>(random);
+      std::vector<Acc> factors(count);
+      for (Acc& factor : factors) factor = static_cast<Acc>(to_double(small_integer<T>(random)));
+      std::vector<const T*> given(count);
+      for (int64_t i = 0; i < count; ++i) given[i] = rows.data() + (i * 3 % 7) * dim;
+      kernel.combine(found.data(), factors.data(), given.data(), count, dim);
+      for (int64_t d = 0; d < dim; ++d) {
+        double sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(factors[i]) * to_double(given[i][d]);
+        EXPECT(to_double(found[d]) == sum, "combine of %d rows, dim %d: element %d", (int)count, (int)dim, (int)d);
+      }
+      EXPECT(to_double(found[dim]) == 0, "combine of %d rows writes past %d", (int)count, (int)dim);
+    }
+  }
+}
+
+template <typename T>
 static void test_score_sizes(const Kernels<T>& kernel) {
   for (const int64_t queries : {1, 15, 16, 17, 48, 64, 80}) {
     for (const int64_t width : {1, 5, 16, 33, 90}) {
@@ -384,6 +407,10 @@ static void test_all(const AllKernels& kernels) {
   test_pair_sizes(kernels.f64);
   test_pair_sizes(kernels.bf16);
   test_pair_sizes(kernels.f16);
+  test_combine(kernels.f32);
+  test_combine(kernels.f64);
+  test_combine(kernels.bf16);
+  test_combine(kernels.f16);
   test_activation(kernels.f32);
   test_pool_nan(kernels.f32);
 }

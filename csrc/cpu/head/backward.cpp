@@ -17,9 +17,9 @@ namespace splade_fast::cpu {
 namespace {
 
 constexpr int64_t kColumns = 64;  // vocabulary entries whose coefficients are computed at a time
-// Slices of 1024 dimensions keep the rows of the weight whole for common D. With D = 768 and all pairs active, they and
-// accumulators of 2 MiB take 19 ms; slices of 128 dimensions and accumulators of 512 KiB take 46 ms.
-constexpr int64_t kSliceDim = 1024;
+// Slices of the dimensions. Long ones read whole stretches of the weight: with D = 768 and all pairs active, one slice
+// and accumulators of 2 MiB take 19 ms; slices of 128 dimensions and accumulators of 512 KiB take 46 ms.
+constexpr int64_t kMinSliceDim = 256, kMaxSliceDim = 1024;
 constexpr int64_t kSliceBytes = int64_t{2} << 20;
 
 // Coefficients c and argmax t of a block of vocabulary entries, for some sequences.
@@ -74,8 +74,8 @@ class Backward {
       : grad_(grad),
         max_logits_(max_logits),
         argmax_(argmax),
-        hidden_(hidden),
-        weight_(weight),
+        hidden_(const_data<T>(hidden)),
+        weight_(const_data<T>(weight)),
         sequences_(sequences),
         activation_(activation),
         batch_(static_cast<int64_t>(sequences.start.size())),
@@ -87,13 +87,14 @@ class Backward {
     const int64_t blocks = ceil_div(vocabulary_, kColumns);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Pairs<T, G> pairs(grad_, max_logits_, argmax_, activation_, sequences_, batch_, check_);
-      const Scratch<Acc> row(dim_), bias(kColumns);
+      const ActivePairs active(batch_);
+      const Scratch<Acc> bias(kColumns);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kColumns, count = std::min(kColumns, vocabulary_ - first);
         pairs.load(0, batch_, first, count);
         for (int64_t column = 0; column < count; ++column) {
           T* target = needs_weight ? mutable_data<T>(gradients.weight) + (first + column) * dim_ : nullptr;
-          bias.get()[column] = sum_column(pairs, column, row.get(), target);
+          bias.get()[column] = sum_column(pairs, column, active, target);
         }
         if (needs_bias) kernels<T>().store(mutable_data<T>(gradients.bias) + first, bias.get(), count);
       }
@@ -102,8 +103,7 @@ class Backward {
   }
 
   void hidden(const HeadGradients& gradients) {
-    const int64_t slice_dim = std::min(dim_, kSliceDim);
-    const int64_t slices = ceil_div(dim_, slice_dim);
+    const int64_t slice_dim = ceil_div(dim_, choose_slices()), slices = ceil_div(dim_, slice_dim);
     const std::vector<int64_t> groups = group_sequences(slice_dim, slices);
     const int64_t num_groups = static_cast<int64_t>(groups.size()) - 1;
     torch::stable::parallel_for(0, num_groups * slices, 1, [&](int64_t begin, int64_t end) {
@@ -116,27 +116,37 @@ class Backward {
   }
 
  private:
+  // The active pairs of a vocabulary entry.
+  struct ActivePairs {
+    explicit ActivePairs(int64_t batch) : coefficient(batch), token(batch) {}
+
+    const Scratch<Acc> coefficient;
+    const Scratch<const T*> token;  // row of hidden
+  };
+
   // Return the sum of the coefficients c of a vocabulary entry. If target is given, store the sum of c * hidden[t]
   // there.
-  Acc sum_column(const Pairs<T, G>& pairs, int64_t column, Acc* row, T* target) const {
+  Acc sum_column(const Pairs<T, G>& pairs, int64_t column, const ActivePairs& active, T* target) const {
     Acc sum = 0;
-    bool is_active = false;
+    int64_t count = 0;
     for (int64_t b = 0; b < batch_; ++b) {
       const Acc coefficient = pairs.coefficient(b, column);
       if (coefficient == 0) continue;
       sum += coefficient;
-      if (!target) continue;
-      if (!is_active) std::fill_n(row, dim_, Acc(0));
-      is_active = true;
-      const int64_t token = sequences_.start[b] + pairs.position(b, column);
-      kernels<T>().axpy(row, coefficient, const_data<T>(hidden_) + token * dim_, dim_);
+      active.coefficient.get()[count] = coefficient;
+      active.token.get()[count++] = hidden_ + (sequences_.start[b] + pairs.position(b, column)) * dim_;
     }
-    if (is_active) {
-      kernels<T>().store(target, row, dim_);
-    } else if (target) {
-      std::memset(target, 0, dim_ * sizeof(T));
-    }
+    if (target) kernels<T>().combine(target, active.coefficient.get(), active.token.get(), count, dim_);
     return sum;
+  }
+
+  // Threads that share the dimensions read parts of the weight, and those that share the sequences all of it. The
+  // number of slices divides that of the threads, so that all have work.
+  int64_t choose_slices() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t slices = std::max<int64_t>(std::min(dim_ / kMinSliceDim, threads), 1);
+    while (threads % slices != 0) --slices;
+    return std::max(slices, ceil_div(dim_, kMaxSliceDim));
   }
 
   // Return the bounds of groups of sequences. Each group reads the weight once, the accumulators of a group fit into
@@ -172,7 +182,7 @@ class Backward {
       const int64_t count = std::min(kColumns, vocabulary_ - first);
       pairs.load(first_sequence, sequences, first, count);
       for (int64_t column = 0; column < count; ++column) {
-        const T* weight = const_data<T>(weight_) + (first + column) * dim_ + slice;
+        const T* weight = weight_ + (first + column) * dim_ + slice;
         for (int64_t b = 0; b < sequences; ++b) {
           const Acc coefficient = pairs.coefficient(b, column);
           if (coefficient == 0) continue;
@@ -187,7 +197,8 @@ class Backward {
     }
   }
 
-  const Tensor &grad_, &max_logits_, &argmax_, &hidden_, &weight_;
+  const Tensor &grad_, &max_logits_, &argmax_;
+  const T *hidden_, *weight_;
   const SequenceRows& sequences_;
   const Activation activation_;
   const int64_t batch_, vocabulary_, dim_;

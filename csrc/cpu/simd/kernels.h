@@ -123,6 +123,8 @@ struct Kernels {
   void (*sum_gradient)(const T* grad, const T* logit, int64_t columns, Activation activation, T* grad_logit);
 
   void (*axpy)(Acc* y, Acc a, const T* x, int64_t n);  // y += a x
+  // target = sum of factors[i] * rows[i] over i in ascending order
+  void (*combine)(T* target, const Acc* factors, const T* const* rows, int64_t count, int64_t n);
   void (*store)(T* target, const Acc* source, int64_t n);
   void (*load)(Acc* target, const T* source, int64_t n);
 

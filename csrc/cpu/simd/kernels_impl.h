@@ -220,6 +220,37 @@ void axpy(Accumulator<T>* y, Accumulator<T> a, const T* x, int64_t n) {
   for_each_vector<Acc>(n, [&](int64_t i, auto load, auto store) { store(y + i, load(y + i) + factor * load(x + i)); });
 }
 
+// Sum some vectors of all rows in registers, so that only the rows are read and only the result is written.
+template <typename T, int kVectors>
+inline void combine_columns(T* target, const Accumulator<T>* factors, const T* const* rows, int64_t count,
+                            int64_t first) {
+  using Acc = Accumulator<T>;
+  Vec<Acc> sum[kVectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec<Acc> factor = broadcast<Vec<Acc>>(factors[i]);
+    const T* row = rows[i] + first;
+    for (int j = 0; j < kVectors; ++j) sum[j] += factor * load_vec(row + j * kLanes<Acc>);
+  }
+  for (int j = 0; j < kVectors; ++j) store_vec(target + first + j * kLanes<Acc>, sum[j]);
+}
+
+template <typename T>
+void combine(T* target, const Accumulator<T>* factors, const T* const* rows, int64_t count, int64_t n) {
+  using Acc = Accumulator<T>;
+  constexpr int kVectors = 8;
+  int64_t first = 0;
+  for (; first + kVectors * kLanes<Acc> <= n; first += kVectors * kLanes<Acc>) {
+    combine_columns<T, kVectors>(target, factors, rows, count, first);
+  }
+  for (; first + kLanes<Acc> <= n; first += kLanes<Acc>) combine_columns<T, 1>(target, factors, rows, count, first);
+  if (first == n) return;
+  Vec<Acc> sum = {};
+  for (int64_t i = 0; i < count; ++i) {
+    sum += broadcast<Vec<Acc>>(factors[i]) * load_partial(rows[i] + first, n - first);
+  }
+  store_partial(target + first, sum, n - first);
+}
+
 template <typename T>
 void store_row(T* target, const Accumulator<T>* source, int64_t n) {
   for_each_vector<Accumulator<T>>(n, [&](int64_t i, auto load, auto store) { store(target + i, load(source + i)); });
@@ -246,6 +277,7 @@ constexpr Kernels<T> make_kernels() {
           coefficients<T, Accumulator<T>>,
           coefficients<T, T>,
           axpy<T>,
+          combine<T>,
           store_row<T>,
           load_row<T>,
           collect<T>,
