@@ -115,7 +115,7 @@ class ScreeningState:
         tokens = count_tokens(hidden, attention_mask)
         old = self.prepared
         if old is not None and old.version != version:
-            old = None
+            old = self.prepared = None  # freed before another one is allocated
         if old is not None and old.basis is not None:
             return old
         can_be_kept = not is_training and not source.is_inference()
