@@ -5,6 +5,8 @@ loss of the joined batch. Its gradient, averaged over ranks by DistributedDataPa
 gradient for the joined batch. With `across_ranks=False` each rank gets the loss of its own batch.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -67,11 +69,16 @@ def in_batch_loss(
     document_ids: Tensor | None = None,
     query_ids: Tensor | None = None,
     temperature: float = 1.0,
+    hardness: float = 0.0,
     across_ranks: bool = True,
 ) -> Tensor:
     """Compute the cross-entropy of each query's document among all documents of the batch.
 
-    mean_i -log softmax_j(queries_i · d_j / temperature)[i]
+    mean_i -log softmax_j(queries_i · d_j / temperature + hardness · h_ij)[i], where h_ij is the
+    score queries_i · d_j of a negative, without a gradient, and 0 for the query's document
+
+    A hardness above 0 gives negatives with high scores more weight, as in Lan et al., "LLaVE:
+    Large Language and Vision Embedding Models with Hardness-Weighted Contrastive Learning" (2025).
 
     With `document_ids` the softmax of query i leaves out the other copies of its document, which
     are no negatives: with n copies of one document the loss could not fall below log(n). With
@@ -86,6 +93,7 @@ def in_batch_loss(
         query_ids: (B,) or (B, w) integers, whose rows are equal for copies of the same query. None:
             all queries differ.
         temperature: divisor of the scores.
+        hardness: factor of the scores of negatives that are added to their logits, at least 0.
         across_ranks: whether queries are compared with the documents and hard negatives of all
             ranks.
 
@@ -93,8 +101,8 @@ def in_batch_loss(
         A scalar.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape, or temperature is not
-            positive.
+        TypeError, ValueError: an argument has the wrong type or shape, temperature is not positive,
+            or hardness is negative.
 
     Example::
 
@@ -108,6 +116,8 @@ def in_batch_loss(
     _check_shape("documents", documents, queries)
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if not 0 <= hardness < math.inf:
+        raise ValueError(f"hardness must be at least 0 and finite, got {hardness}")
     if negatives is not None:
         check_tensor("negatives", negatives)
         if negatives.ndim != 2 or negatives.shape[1] != documents.shape[1]:
@@ -126,7 +136,12 @@ def in_batch_loss(
     first = 0  # row of the first own document among the documents of all ranks
     if across_ranks:
         documents, first = gather_rows_of_ranks(documents)
-    scores = queries @ documents.T / temperature
+    similarities = queries @ documents.T
+    scores = similarities / temperature
+    if hardness:
+        weights = hardness * similarities.detach()
+        weights.diagonal(first).zero_()  # of the query's own document
+        scores = scores + weights
     for ids in candidate_ids:
         all_ids = gather_rows_of_ranks(ids)[0] if across_ranks else ids
         relevant_mask = _equal_rows(ids[: len(queries)], all_ids)

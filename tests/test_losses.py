@@ -56,6 +56,27 @@ def test_in_batch(hard):
     check(value, formula, queries, documents, *([negatives] if hard else []))
 
 
+def test_in_batch_weighs_negatives_by_hardness():
+    """Values and gradients: the softmax p has the weights, which have no gradient themselves."""
+    queries, documents, negatives = scores(B, 7), scores(B, 7), scores(4, 7)
+    ids = torch.arange(B + 4)
+    ids[2] = ids[0]  # copies are no negatives
+    loss = losses.in_batch_loss(
+        queries, documents, negatives, document_ids=ids, temperature=0.5, hardness=0.3
+    )
+    rows = torch.cat([documents, negatives]).detach()
+    expected, gradients = 0.0, torch.zeros_like(queries)
+    for i, query in enumerate(queries.detach()):
+        logits = [float(query @ row) * (2 + (0.3 if j != i else 0)) for j, row in enumerate(rows)]
+        kept = [j for j in range(len(rows)) if j == i or ids[j] != ids[i]]
+        total = sum(math.exp(logits[j]) for j in kept)
+        expected -= (logits[i] - math.log(total)) / B
+        for j in kept:
+            gradients[i] += 2 * rows[j] * (math.exp(logits[j]) / total - (i == j)) / B
+    torch.testing.assert_close(loss.item(), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, queries)[0], gradients)
+
+
 @pytest.mark.parametrize("width", [None, 2])
 def test_in_batch_leaves_out_copies(width):
     """Documents 0 and 3 and the negative 1 are one document, as are 1 and the negative 2."""
@@ -238,6 +259,11 @@ def test_kl_distillation():
             lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0),
             ValueError,
             "temperature must be greater than 0, got 0",
+        ),
+        (
+            lambda: losses.in_batch_loss(torch.ones(2, 3), torch.ones(2, 3), hardness=-1.0),
+            ValueError,
+            "hardness must be at least 0 and finite, got -1.0",
         ),
         (
             lambda: losses.pairwise_loss(torch.ones(2, 2), torch.ones(2, 2)),

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from splade_fast._checks import check_count
+from splade_fast.training.data.sources import BATCH_SOURCES
 from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.objective_arguments import check_choices
 
@@ -223,6 +224,21 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
         default=None,
         metadata={"help": "Number of negatives to take, the first ones; by default all."},
     )
+    batch_sources: str = field(
+        default="mixed",
+        metadata={
+            "help": "Sources of a batch, if there are several. mixed: all; separate: one, the same "
+            "for all processes, so that in-batch negatives come from the query's own source.",
+            "choices": BATCH_SOURCES,
+        },
+    )
+    source_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each source in the batches; by default its number of examples, and "
+            "equal shares for streams."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false."})
     report_to: None | str | list[str] = field(  # noqa: RUF036, the order HfArgumentParser can read
         default="tensorboard",
@@ -235,6 +251,14 @@ class SpladeTrainingArguments(TrainingArguments, ObjectiveArguments):
                 "training needs the package accelerate: pip install splade_fast[train]"
             )
         self.check_objective()
+        if self.batch_sources not in BATCH_SOURCES:
+            raise ValueError(
+                f"batch_sources must be one of {', '.join(BATCH_SOURCES)}, "
+                f"got {self.batch_sources!r}"
+            )
+        for weight in self.source_weights or ():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"source_weights must be above 0 and finite, got {weight}")
         for name, least in _LEAST.items():
             check_count(name, getattr(self, name), least)
         for name in _FINITE:

@@ -40,7 +40,7 @@ def check_training(
             f"{batch}, got True"
         )
     if (
-        model.objective.arguments.loss == "in_batch"
+        "in_batch" in model.objective.arguments.loss_terms()
         and isinstance(collator, TrainingCollator)
         and set(_column_names(dataset)) == {"query", "document"}
     ):

@@ -185,7 +185,11 @@ def _load_query_encoder(
     if name == "shared":
         return None
     if name == "bag_of_words":
-        texts = [text for e in islice(examples, _IDF_EXAMPLES) for text in _list_documents(e)]
+        sources = examples.values() if isinstance(examples, dict) else [examples]
+        each = _IDF_EXAMPLES // len(sources)
+        texts = [
+            text for source in sources for e in islice(source, each) for text in _list_documents(e)
+        ]
         is_frozen = arguments.query_weights == "idf"
         return BagOfWordsQueryEncoder.from_texts(
             texts, encoder.tokenizer, encoder.vocab_size, frozen=is_frozen
@@ -238,25 +242,45 @@ def _load_all_data(data: DataArguments, training: SpladeTrainingArguments) -> tu
             f"eval_strategy must be 'no' without eval_data and eval_queries, "
             f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
         )
-    train_data = _load_data(data.train_data, data, data.train_split, data.streaming, training)
-    if data.streaming and data.shuffle_buffer:
-        train_data = train_data.shuffle(training.seed, buffer_size=data.shuffle_buffer)
+    train_data = _load_train_data(data, training)
     if data.eval_data is None:
         return train_data, None
-    return train_data, _load_data(data.eval_data, data, data.eval_split, False, training)
+    eval_parts = _load_parts(data.eval_data, data, data.eval_split, False, training)
+    return train_data, _concatenate(eval_parts)
 
 
-def _load_data(
+def _load_train_data(data: DataArguments, training: SpladeTrainingArguments) -> Any:
+    """Return the examples of one source, or of all, {name: examples} if their shares matter."""
+    parts = _load_parts(data.train_data, data, data.train_split, data.streaming, training)
+    has_shares = training.batch_sources == "separate" or training.source_weights is not None
+    if not has_shares:
+        joined = _concatenate(parts)
+        return _shuffle_stream(joined, data, training)
+    if training.batch_sources == "mixed":
+        _check_columns(parts)
+    names = [f"{source} ({number})" for number, source in enumerate(data.train_data)]
+    shuffled = [_shuffle_stream(part, data, training) for part in parts]
+    return dict(zip(names, shuffled, strict=True))
+
+
+def _shuffle_stream(examples: Any, data: DataArguments, training: SpladeTrainingArguments) -> Any:
+    if not (data.streaming and data.shuffle_buffer):
+        return examples
+    return examples.shuffle(training.seed, buffer_size=data.shuffle_buffer)
+
+
+def _load_parts(
     sources: list[str],
     data: DataArguments,
     split: str,
     streaming: bool,
     training: SpladeTrainingArguments,
-) -> Any:
+) -> list[Any]:
+    """Return the examples of each source."""
     columns: Any = data.columns
     if columns is not None and all("=" in column for column in columns):
         columns = dict(column.rsplit("=", 1) for column in columns)
-    parts = [
+    return [
         load_training_data(
             source,
             split=split,
@@ -269,13 +293,21 @@ def _load_data(
         )
         for source in sources
     ]
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    _check_columns(parts)
+    return parts[0] if len(parts) == 1 else import_datasets().concatenate_datasets(parts)
+
+
+def _check_columns(parts: list[Any]) -> None:
+    """Raise ValueError if sources are of different kinds, which a batch cannot join."""
     columns_of_parts = {tuple(sorted(part.column_names)) for part in parts}
     if len(columns_of_parts) > 1:
         raise ValueError(
             "train_data and eval_data must each be of one kind, got files with the columns "
             + " and ".join(", ".join(names) for names in sorted(columns_of_parts))
         )
-    return parts[0] if len(parts) == 1 else import_datasets().concatenate_datasets(parts)
 
 
 @contextmanager

@@ -16,7 +16,13 @@ from splade_fast.encoders.whole_weights import is_sharded
 Inputs = dict[str, Tensor]
 
 
-def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_size: int) -> Tensor:
+def cached_encode(
+    encoder: nn.Module,
+    inputs: Mapping[str, Tensor],
+    mini_batch_size: int | None = None,
+    *,
+    mini_batch_tokens: int | None = None,
+) -> Tensor:
     """Return encoder(**inputs), computed by mini-batches whose activations are not kept.
 
     The backward pass encodes each mini-batch again, with the same random numbers, and accumulates
@@ -32,14 +38,17 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
         inputs: (N, ...) tensors by name. With `attention_mask` (N, L), each mini-batch leaves out
             the columns of the (N, L, ...) tensors that are padding at the end of all its texts.
             Reading the lengths synchronises with a GPU.
-        mini_batch_size: number of texts that the encoder sees at a time.
+        mini_batch_size: number of texts that the encoder sees at a time. None: any.
+        mini_batch_tokens: number of tokens, with padding, that the encoder sees at a time: a
+            mini-batch of N texts whose longest has L tokens has N · L. A longer text is encoded
+            alone. None: any.
 
     Returns:
         (N, V), once differentiable in the parameters of the encoder that require a gradient.
 
     Raises:
-        TypeError, ValueError: mini_batch_size is not an integer of at least 1, or inputs have
-            different numbers of rows.
+        TypeError, ValueError: a size is not an integer of at least 1, or inputs have different
+            numbers of rows, or are no tokens for mini_batch_tokens.
         RuntimeError: in the backward pass: create_graph is True, gradient checkpointing is
             reentrant, or a parameter has changed since the forward pass.
 
@@ -52,14 +61,19 @@ def cached_encode(encoder: nn.Module, inputs: Mapping[str, Tensor], mini_batch_s
         >>> torch.allclose(vectors, encoder(**inputs), atol=1e-5)
         True
     """
-    mini_batch_size = check_count("mini_batch_size", mini_batch_size, 1)
+    if mini_batch_size is not None:
+        mini_batch_size = check_count("mini_batch_size", mini_batch_size, 1)
+    if mini_batch_tokens is not None:
+        mini_batch_tokens = check_count("mini_batch_tokens", mini_batch_tokens, 1)
     counts = {name: len(tensor) for name, tensor in inputs.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"inputs must have as many rows each, got {counts}")
-    if next(iter(counts.values())) <= mini_batch_size:
+    count = next(iter(counts.values()))
+    is_whole = mini_batch_tokens is None and count <= (mini_batch_size or count)
+    parts = [] if is_whole else _mini_batches(inputs, mini_batch_size, mini_batch_tokens)
+    if len(parts) < 2:
         vectors: Tensor = encoder(**inputs)
         return vectors
-    parts = _mini_batches(inputs, mini_batch_size)
     trainable = [p for p in encoder.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and trainable:
         if is_sharded(encoder):
@@ -217,18 +231,32 @@ class _ForwardState:
             yield
 
 
-def _mini_batches(inputs: Mapping[str, Tensor], size: int) -> list[_MiniBatch]:
+def _mini_batches(
+    inputs: Mapping[str, Tensor], size: int | None, tokens: int | None
+) -> list[_MiniBatch]:
     """Return mini-batches, the longest texts first, so that memory runs out at once or never."""
+    some = next(iter(inputs.values()))
+    size = len(some) if size is None else size
     attention_mask = inputs.get("attention_mask")
     if attention_mask is None:
-        some = next(iter(inputs.values()))
-        every = torch.arange(len(some), device=some.device).split(size)
+        if tokens is not None:
+            if some.ndim < 2:
+                raise ValueError(
+                    f"inputs must be (N, L, ...) for mini_batch_tokens, got {tuple(some.shape)}"
+                )
+            size = min(size, max(1, tokens // max(1, some.shape[1])))
+        every = torch.arange(len(some), device=some.device).split(max(1, size))
         return [_MiniBatch(rows, {name: x[rows] for name, x in inputs.items()}) for rows in every]
     lengths, order = _text_lengths(attention_mask).sort(descending=True, stable=True)
-    parts = []
-    for rows, longest in zip(order.split(size), lengths[::size].tolist(), strict=True):
-        columns = cut_columns(inputs, slice(max(1, longest)))
+    parts, first = [], 0
+    sorted_lengths = lengths.tolist()
+    while first < len(sorted_lengths):
+        longest = max(1, sorted_lengths[first])
+        count = size if tokens is None else min(size, max(1, tokens // longest))
+        rows = order[first : first + count]
+        columns = cut_columns(inputs, slice(longest))
         parts.append(_MiniBatch(rows, {name: x[rows] for name, x in columns.items()}))
+        first += count
     return parts
 
 

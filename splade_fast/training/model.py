@@ -164,6 +164,10 @@ class TrainingModel(nn.Module):
         self, encoder: TextEncoder, inputs: Mapping[str, Tensor], top_k: int | None
     ) -> Tensor:
         """Return the vectors (N, V) with at most top_k entries each."""
-        size = self.objective.arguments.mini_batch_size
-        vectors = cached_encode(encoder, inputs, size) if size else encoder(**inputs)
+        arguments = self.objective.arguments
+        size, tokens = arguments.mini_batch_size, arguments.mini_batch_tokens
+        if size is None and tokens is None:
+            vectors = encoder(**inputs)
+        else:
+            vectors = cached_encode(encoder, inputs, size, mini_batch_tokens=tokens)
         return vectors if top_k is None else prune_topk(vectors, top_k)

@@ -37,10 +37,13 @@ _LABELS = {
     "kl": "(batch, documents), the teacher's scores",
 }
 _SEVERAL_DOCUMENTS = ("pairwise", "margin_mse", "kl")
+_AMONG_THE_BATCH = ("in_batch", "negative_cache")  # the second in evaluation mode
 
 
 class Objective(nn.Module):
     """Compute relevance loss + regulariser of the queries + regulariser of the documents.
+
+    The relevance loss is the weighted sum of the losses of the arguments.
 
     Under torch.distributed the loss is the loss of the joined batch of all ranks; see
     `splade_fast.losses`.
@@ -77,9 +80,10 @@ class Objective(nn.Module):
         super().__init__()
         arguments.check_objective()
         self.arguments = arguments
+        self._terms = arguments.loss_terms()
         self._has_warned = False
         self.handler: DocumentCacheHandler | None = None
-        if arguments.loss == "negative_cache":
+        if "negative_cache" in self._terms:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given for the loss negative_cache, got None")
             self.handler = DocumentCacheHandler(arguments, tokenizer, vocab_size, seed)
@@ -113,7 +117,8 @@ class Objective(nn.Module):
         Returns:
             {"loss": scalar, "metrics": {name: detached scalar}}. The metrics relevance_loss,
             query_regularizer and document_regularizer add up to the loss; query_active_dims and
-            document_active_dims are means over the batch of this rank. With a cache,
+            document_active_dims are means over the batch of this rank. Several losses add
+            their values before weighting as kl_loss, margin_mse_loss and so on. With a cache,
             relevance_loss has the gradient of the cross entropy, whose value is
             cache/interpretable_prediction_loss, and cache/staleness is the staleness of the drawn
             documents.
@@ -131,10 +136,10 @@ class Objective(nn.Module):
             cache_step = self.handler.step_batch(network, queries, documents, inputs, query_inputs)
         # Scores of many terms need more precision than autocast would give them.
         with torch.autocast(queries.device.type, enabled=False):
+            losses = self._losses(queries, documents, labels, count, inputs, query_inputs)
             if cache_step is not None:
-                relevance = cache_step.training_loss
-            else:
-                relevance = self._relevance(queries, documents, labels, count, inputs, query_inputs)
+                losses["negative_cache"] = cache_step.training_loss
+            relevance = torch.stack([self._terms[name] * losses[name] for name in losses]).sum()
             query_penalty = self.query_sparsity(queries, step)
             document_penalty = self.document_sparsity(documents, step)
         metrics = {
@@ -144,6 +149,8 @@ class Objective(nn.Module):
             "query_active_dims": active_dims(queries).float().mean(),
             "document_active_dims": active_dims(documents).float().mean(),
         }
+        if len(losses) > 1:
+            metrics |= {f"{name}_loss": loss for name, loss in losses.items()}
         if cache_step is not None:
             metrics["cache/interpretable_prediction_loss"] = cache_step.interpretable_loss
             metrics["cache/staleness"] = cache_step.staleness
@@ -170,32 +177,35 @@ class Objective(nn.Module):
         Raises:
             ValueError: the numbers, the labels or the inputs do not fit the loss.
         """
-        loss = self.arguments.loss
         if queries < 1 or documents < 1 or documents % queries:
             raise ValueError(
                 f"documents must be a multiple of the queries, got {documents} and {queries}"
             )
         count = documents // queries
-        if loss == "pointwise" and count != 1:
-            raise ValueError(f"documents must be one for each query for {loss}, got {count}")
-        if loss in _SEVERAL_DOCUMENTS and count < 2:
-            raise ValueError(f"documents must be at least 2 for each query for {loss}, got {count}")
+        if "pointwise" in self._terms and count != 1:
+            raise ValueError(f"documents must be one for each query for pointwise, got {count}")
+        several = [name for name in _SEVERAL_DOCUMENTS if name in self._terms]
+        if several and count < 2:
+            raise ValueError(
+                f"documents must be at least 2 for each query for {several[0]}, got {count}"
+            )
         if self.handler is not None and self.training and inputs is not None:
             self.handler.check_inputs(inputs)
-        expected = _LABELS.get(loss)
-        if expected is None and labels is not None:
+        labelled = [name for name in _LABELS if name in self._terms]
+        if not labelled and labels is not None:
             raise ValueError(
-                f"labels must be None for the loss {loss}, which takes document 0 of a query as "
-                f"relevant, got {tuple(labels.shape)}"
+                f"labels must be None for the loss {self.arguments.loss}, which takes document 0 "
+                f"of a query as relevant, got {tuple(labels.shape)}"
             )
-        if expected is not None:
-            shape = (queries,) if loss == "pointwise" else (queries, count)
+        if labelled:
+            name = labelled[0]
+            shape = (queries,) if name == "pointwise" else (queries, count)
             if labels is None or tuple(labels.shape) != shape:
                 got = "None" if labels is None else str(tuple(labels.shape))
-                raise ValueError(f"labels must be {expected}, {shape} for {loss}, got {got}")
+                raise ValueError(f"labels must be {_LABELS[name]}, {shape} for {name}, got {got}")
         return count
 
-    def _relevance(
+    def _losses(
         self,
         queries: Tensor,
         documents: Tensor,
@@ -203,33 +213,42 @@ class Objective(nn.Module):
         count: int,
         inputs: Mapping[str, Tensor] | None,
         query_inputs: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        temperature = self.arguments.temperature
-        batch = len(queries)
-        if self.arguments.loss in ("in_batch", "negative_cache"):
-            positives, negatives = documents[:batch], documents[batch:] if count > 1 else None
-            self._warn_without_negatives(len(documents))
-            return in_batch_loss(
-                queries,
-                positives,
-                negatives,
-                document_ids=None if inputs is None else text_ids(inputs),
-                query_ids=None if query_inputs is None else text_ids(query_inputs),
-                temperature=temperature,
-            )
-        scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
-        if labels is None:
-            positive, negative = scores[:, :1], scores[:, 1:]
-            if inputs is not None:
-                ids = text_ids(inputs)
-                copy_mask = (ids[batch:].view(count - 1, batch, -1) == ids[:batch]).all(-1)
-                negative = negative.masked_fill(copy_mask.t(), -torch.inf)  # its loss is 0
-            return pairwise_loss(positive, negative)
-        if self.arguments.loss == "pointwise":
-            return pointwise_loss(scores[:, 0], labels, check_labels=not labels.is_cuda)
-        if self.arguments.loss == "margin_mse":
-            return margin_mse_loss(scores[:, :1], scores[:, 1:], labels[:, :1], labels[:, 1:])
-        return kl_distillation_loss(scores, labels, temperature=temperature)
+    ) -> dict[str, Tensor]:
+        """Return the value of each loss but that of a cache in training mode."""
+        ids = None if inputs is None else text_ids(inputs)
+        query_ids = None if query_inputs is None else text_ids(query_inputs)
+        batch, temperature = len(queries), self.arguments.temperature
+        losses: dict[str, Tensor] = {}
+        if any(name in self._terms for name in (*_SEVERAL_DOCUMENTS, "pointwise")):
+            scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
+        for name in self._terms:
+            if name == "negative_cache" and self.training:
+                continue
+            if name in _AMONG_THE_BATCH:
+                self._warn_without_negatives(len(documents))
+                losses[name] = in_batch_loss(
+                    queries,
+                    documents[:batch],
+                    documents[batch:] if count > 1 else None,
+                    document_ids=ids,
+                    query_ids=query_ids,
+                    temperature=temperature,
+                    hardness=self.arguments.hardness,
+                )
+            elif name == "pairwise":
+                losses[name] = pairwise_loss(scores[:, :1], _without_copies(scores[:, 1:], ids))
+            elif name == "pointwise":
+                assert labels is not None
+                losses[name] = pointwise_loss(scores[:, 0], labels, check_labels=not labels.is_cuda)
+            elif name == "margin_mse":
+                assert labels is not None
+                losses[name] = margin_mse_loss(
+                    scores[:, :1], scores[:, 1:], labels[:, :1], labels[:, 1:]
+                )
+            else:
+                assert labels is not None
+                losses[name] = kl_distillation_loss(scores, labels, temperature=temperature)
+        return losses
 
     def _warn_without_negatives(self, documents: int) -> None:
         """Log once that a training batch of one document has no negatives."""
@@ -241,3 +260,17 @@ class Objective(nn.Module):
             "other documents of a batch as negatives",
             self.arguments.loss,
         )
+
+
+def _without_copies(negative: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the scores (B, m - 1) of negatives, -inf for copies of the positive: a loss of 0.
+
+    Args:
+        negative: (B, m - 1), scores of the documents 1 to m - 1 of each query.
+        ids: (m · B, w), equal rows for copies of a document. None: all documents differ.
+    """
+    if ids is None:
+        return negative
+    batch, others = negative.shape
+    copy_mask = (ids[batch:].view(others, batch, -1) == ids[:batch]).all(-1)
+    return negative.masked_fill(copy_mask.t(), -torch.inf)

@@ -48,10 +48,13 @@ class ObjectiveArguments:
         "in_batch",
         "in_batch: cross entropy against all documents of the batch; pointwise: BCE of labelled "
         "pairs; pairwise: RankNet of document 0 against the others; margin_mse, kl: distillation "
-        "of scores; negative_cache: cross entropy against a cache of documents.",
-        LOSSES,
+        "of scores; negative_cache: cross entropy against a cache of documents. Or several, joined "
+        "by +, each with a weight: kl+0.05*margin_mse.",
     )
     temperature: float = _option(1.0, "Divides the scores of in_batch, negative_cache and kl.")
+    hardness: float = _option(
+        0.0, "Factor of the scores of negatives that in_batch adds to their logits."
+    )
     query_regularizer: str = _option(
         "flops", f"Regulariser of the queries: {', '.join(REGULARIZERS)}, joined by +, or none."
     )
@@ -131,6 +134,11 @@ class ObjectiveArguments:
         None,
         "Number of texts encoded at a time, and once more for the gradient; by default all texts.",
     )
+    mini_batch_tokens: int | None = _option(
+        None,
+        "Number of tokens encoded at a time, with padding, and once more for the gradient; by "
+        "default all. A longer text is encoded alone.",
+    )
 
     def __post_init__(self) -> None:
         self.check_objective()
@@ -142,7 +150,7 @@ class ObjectiveArguments:
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        for name in ("lambda_query", "lambda_document", "lambda_anti_zero"):
+        for name in ("lambda_query", "lambda_document", "lambda_anti_zero", "hardness"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 < self.temperature < math.inf:
@@ -165,19 +173,66 @@ class ObjectiveArguments:
                     f"{threshold} must be None without flops in {side}_regularizer, "
                     f"got {getattr(self, threshold)}"
                 )
-        if self.loss == "negative_cache" and self.cache_size < 1:
+        losses = self.loss_terms()
+        if self.hardness and "in_batch" not in losses:
+            raise ValueError(
+                f"hardness must be 0 without in_batch in the loss, got {self.hardness}"
+            )
+        if "negative_cache" in losses and self.cache_size < 1:
             raise ValueError(
                 f"cache_size must be at least 1 for the loss negative_cache, got {self.cache_size}"
             )
-        if self.loss != "negative_cache" and self.cache_size:
+        if "negative_cache" not in losses and self.cache_size:
             raise ValueError(
                 f"cache_size must be 0 for the loss {self.loss}, which has no cache, "
                 f"got {self.cache_size}"
             )
 
+    def loss_terms(self) -> dict[str, float]:
+        """Return the weight of each loss, {"kl": 1.0, "margin_mse": 0.05} of kl+0.05*margin_mse.
+
+        Raises:
+            TypeError: loss is not a str.
+            ValueError: a loss is unknown, occurs twice or does not go with another one, or a weight
+                is not a number above 0.
+        """
+        if not isinstance(self.loss, str):
+            raise TypeError(f"loss must be a str, got {type(self.loss).__name__}")
+        terms: dict[str, float] = {}
+        for term in self.loss.split("+"):
+            weight, star, name = term.rpartition("*")
+            name = name.strip()
+            if name not in LOSSES or name in terms:
+                raise ValueError(
+                    f"loss must be one of {', '.join(LOSSES)}, or several joined by +, each once, "
+                    f"got {self.loss!r}"
+                )
+            terms[name] = _parse_weight(weight, self.loss) if star else 1.0
+        if "pointwise" in terms and len(terms) > 1:
+            raise ValueError(
+                "loss must not join pointwise, whose pairs may be irrelevant, with others, "
+                f"got {self.loss!r}"
+            )
+        if {"in_batch", "negative_cache"} <= terms.keys():
+            raise ValueError(
+                "loss must not join in_batch and negative_cache, which compares with the batch as "
+                f"well, got {self.loss!r}"
+            )
+        return terms
+
+
+def _parse_weight(text: str, loss: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(f"loss must have weights above 0, got {text.strip()!r} in {loss!r}")
+    return weight
+
 
 _NUMBERS = (
-    *("lambda_query", "lambda_document", "lambda_anti_zero", "temperature"),
+    *("lambda_query", "lambda_document", "lambda_anti_zero", "temperature", "hardness"),
     *("df_alpha", "df_beta", "df_momentum"),
 )
 _MINIMUM = {
@@ -192,6 +247,7 @@ _MINIMUM = {
     "cache_negatives": 1,
     "cache_document_length": 1,
     "mini_batch_size": 1,
+    "mini_batch_tokens": 1,
 }
 
 

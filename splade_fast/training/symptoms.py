@@ -57,7 +57,8 @@ class Symptoms:
             active = metrics.get(f"{side}_active_dims")
             if active is not None:
                 yield from self._find_collapse(side, vectors, active, step)
-        loss = self._arguments.loss
+        terms = self._arguments.loss_terms()
+        loss = next(iter(terms)) if len(terms) == 1 else ""
         name = _COMPARISON.get(loss, "")
         # An empty cache has no negatives in the first step.
         if metrics.get(name) == 0 and (loss != "negative_cache" or step > 1):

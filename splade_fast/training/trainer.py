@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from splade_fast.training.checkpoints.trainer import CheckpointingTrainer
 from splade_fast.training.checks import check_training
 from splade_fast.training.data import TrainingCollator
 from splade_fast.training.data.endless import EndlessStream
+from splade_fast.training.data.sources import SourceSampler, join_sources
 from splade_fast.training.evaluator import RetrievalEvaluator
 from splade_fast.training.fsdp import (
     broadcast_weights,
@@ -57,7 +58,8 @@ class SpladeTrainer(CheckpointingTrainer):
     Args:
         model: an encoder, or a `TrainingModel`. For an encoder a `TrainingModel` is made from args.
         args: arguments of the training.
-        train_dataset: examples from `load_training_data`; a stream starts over at its end.
+        train_dataset: examples from `load_training_data`; a stream starts over at its end. Several
+            sources, {name: examples}, follow batch_sources and source_weights of args.
         eval_dataset: examples for the evaluation loss.
         query_encoder: encoder of the queries; None uses the encoder `model` for queries as well.
         evaluator: evaluator that measures retrieval at each evaluation.
@@ -112,11 +114,12 @@ class SpladeTrainer(CheckpointingTrainer):
         self._train_metrics = MetricAverages()
         self._eval_metrics = MetricAverages()
         self._symptoms = Symptoms(model.objective.arguments, model.encoder.vocab_size)
+        train_dataset, self._source_sampler = _join_train_dataset(train_dataset, args)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator or _make_collator(model, args),
-            train_dataset=_make_endless(train_dataset),
+            train_dataset=train_dataset,
             # Transformers requires examples, which an evaluator does not need.
             eval_dataset=[] if eval_dataset is None and evaluator is not None else eval_dataset,
             callbacks=callbacks,
@@ -274,6 +277,12 @@ class SpladeTrainer(CheckpointingTrainer):
         self.model_wrapped = self.model
         register_fsdp_forward_method(self.model, "call")
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        is_own = train_dataset is None or train_dataset is self.train_dataset
+        if self._source_sampler is not None and is_own:
+            return self._source_sampler
+        return super()._get_train_sampler(train_dataset)
+
     def _check_training(self) -> None:
         """Raise ValueError if the training would make no step, or change no weight."""
         check_training(self.model, self.args, self.train_dataset, self.data_collator)
@@ -357,6 +366,22 @@ def _has_frozen_embeddings(transformer: Any) -> bool:
     return not any(parameter.requires_grad for parameter in embeddings.parameters())
 
 
-def _make_endless(dataset: Any) -> Any:
-    """Return the dataset, or an `EndlessStream` of one without a length."""
-    return dataset if dataset is None or hasattr(dataset, "__len__") else EndlessStream(dataset)
+def _join_train_dataset(
+    dataset: Any, args: SpladeTrainingArguments
+) -> tuple[Any, SourceSampler | None]:
+    """Return a dataset, endless if it is a stream, and the sampler of several sources or None."""
+    if isinstance(dataset, Mapping):
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy must be 'random' for several sources, "
+                f"got {str(args.train_sampling_strategy)!r}"
+            )
+        is_mixed = args.batch_sources == "mixed"
+        group = 1 if is_mixed else args.train_batch_size * args.world_size
+        return join_sources(dataset, args.source_weights, group, args.data_seed or 0)
+    if args.source_weights is not None:
+        raise ValueError(
+            f"source_weights must be None for one source, got {len(args.source_weights)} weights"
+        )
+    is_finite = dataset is None or hasattr(dataset, "__len__")
+    return dataset if is_finite else EndlessStream(dataset), None

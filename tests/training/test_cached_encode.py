@@ -61,6 +61,37 @@ def test_equals_the_whole_batch(family, size):
     assert_same(encoder, size)
 
 
+class _Widths(torch.nn.Module):
+    """An encoder that notes the shapes of its inputs."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.shapes = encoder, []
+
+    def forward(self, **inputs):
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return self.encoder(**inputs)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(None, 12), (2, 12), (None, 1), (None, 1000)])
+def test_mini_batches_by_tokens(size, tokens):
+    """They are as large as the budget allows, and hold one text where it allows none."""
+    encoder = encoder_of()
+    inputs = encoder.tokenize(TEXTS)
+    expected = trained(encoder, encoder(**inputs))
+    seen = _Widths(encoder)
+    vectors = cached_encode(seen, inputs, size, mini_batch_tokens=tokens)
+    shapes = list(seen.shapes)
+    for name, gradient in trained(encoder, vectors).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    assert sum(rows for rows, _ in shapes) == len(TEXTS)
+    lengths = sorted(inputs["attention_mask"].sum(1).tolist(), reverse=True)
+    for rows, width in shapes:
+        assert width == lengths[0]
+        assert rows == min(len(lengths), max(1, tokens // width), size or len(lengths))
+        del lengths[:rows]
+
+
 def test_float32_is_as_accurate_as_the_whole_batch():
     """Over many texts, because the largest rounding error of a few depends on luck."""
     encoder = encoder_of(dtype=torch.float32)
@@ -241,6 +272,8 @@ def test_what_cannot_be_is_refused():
         cached_encode(encoder, inputs, 0)
     with pytest.raises(ValueError, match="inputs must have as many rows each, got .*: 7, "):
         cached_encode(encoder, {**inputs, "attention_mask": inputs["attention_mask"][:6]}, 2)
+    with pytest.raises(ValueError, match="mini_batch_tokens must be at least 1, got 0"):
+        cached_encode(encoder, inputs, mini_batch_tokens=0)
     vectors = cached_encode(encoder, inputs, 2)
     weight = encoder.model.get_input_embeddings().weight
     with pytest.raises(RuntimeError, match="differentiable once, got create_graph=True"):

@@ -81,6 +81,56 @@ def test_losses_end_to_end(loss, count, mini_batch_size):
     assert metrics["document_active_dims"] == (d > 0).sum(2).float().mean()
 
 
+def test_several_losses_add_up():
+    model = training_model(
+        loss="kl + 0.05*margin_mse+ 2 * in_batch + pairwise", temperature=3.0, **NO_PENALTY
+    )
+    batch = batch_of(model.encoder, B, 0, 3)
+    labels = torch.rand(B, 3, dtype=torch.float64)
+    result = model(**batch, labels=labels)
+    plain = encoder_of().model
+    q = plain_vectors(plain, batch["queries"])
+    d = plain_vectors(plain, batch["documents"]).view(3, B, -1)
+    weights = {"kl": 1, "margin_mse": 0.05, "in_batch": 2, "pairwise": 1}
+    values = {name: plain_loss(name, q, d, labels, 3.0) for name in weights}
+    expected = sum(weights[name] * value for name, value in values.items())
+    torch.testing.assert_close(result["loss"], expected)
+    for name, value in values.items():
+        torch.testing.assert_close(result["metrics"][f"{name}_loss"], value.detach())
+    assert_same_gradients(
+        gradients(model.encoder.model, result["loss"]), gradients(plain, expected)
+    )
+
+
+def test_distillation_beside_a_cache():
+    """The second step, whose cache has documents, has the gradients of both losses."""
+    options = NO_PENALTY | {"cache_size": 16, "cache_k": 30}
+    trained = {}
+    for loss in ("negative_cache", "kl", "negative_cache+0.5*kl"):
+        model = training_model(loss=loss, **(NO_PENALTY if loss == "kl" else options))
+        for seed in (0, 1):
+            labels = None if loss == "negative_cache" else torch.rand(B, 2, dtype=torch.float64)
+            if labels is not None:
+                labels = torch.linspace(0, 1, 2 * B, dtype=torch.float64).view(B, 2)
+            result = model(**batch_of(model.encoder, B, seed, 2), labels=labels)
+        trained[loss] = gradients(model.encoder.model, result["loss"])
+    expected = {
+        name: gradient + 0.5 * trained["kl"][name]
+        for name, gradient in trained["negative_cache"].items()
+    }
+    assert_same_gradients(trained["negative_cache+0.5*kl"], expected)
+    metrics = result["metrics"]
+    assert {"kl_loss", "cache/staleness"} <= metrics.keys()
+
+
+def test_hardness_reaches_the_loss():
+    model = training_model(loss="in_batch", hardness=0.2, temperature=2.0, **NO_PENALTY)
+    batch = batch_of(model.encoder, B, 0, 2)
+    q, d = (model.encoder(**batch[side]) for side in ("queries", "documents"))
+    expected = sf.losses.in_batch_loss(q, d[:B], d[B:], temperature=2.0, hardness=0.2)
+    torch.testing.assert_close(model(**batch)["loss"], expected)
+
+
 FORMULAS = {
     "flops": lambda x: x.abs().mean(0).square().sum(),
     "l1": lambda x: x.abs().sum(1).mean(),
@@ -238,6 +288,14 @@ def test_scores_of_half_precision_vectors_are_float32(dtype):
     ("arguments", "message"),
     [
         ({"loss": "bce"}, "loss must be one of in_batch, .*, got 'bce'"),
+        ({"loss": "kl+kl"}, "joined by \\+, each once, got 'kl\\+kl'"),
+        ({"loss": "kl+0*margin_mse"}, "loss must have weights above 0, got '0' in 'kl"),
+        ({"loss": "x*kl"}, "loss must have weights above 0, got 'x'"),
+        ({"loss": "kl+pointwise"}, "loss must not join pointwise, .*, got 'kl\\+pointwise'"),
+        ({"loss": "in_batch+negative_cache"}, "loss must not join in_batch and negative_cache"),
+        ({"loss": "kl", "hardness": 0.1}, "hardness must be 0 without in_batch .*, got 0.1"),
+        ({"hardness": -1.0}, "hardness must be at least 0 and finite, got -1.0"),
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
         ({"temperature": math.nan}, "temperature must be greater than 0, got nan"),
         ({"query_regularizer": "flop"}, "query_regularizer must be 'none' or some of .* 'flop'"),

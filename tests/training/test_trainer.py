@@ -1,11 +1,14 @@
 """SpladeTrainer: logs, accumulation, evaluation and saved models."""
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, EarlyStoppingCallback, TrainerCallback
+from transformers.integrations import integration_utils
 
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
@@ -479,3 +482,20 @@ def test_arguments_write_themselves_down(tmp_path):
     arguments = SpladeTrainingArguments(output_dir=str(tmp_path), loss="kl", temperature=2.0)
     assert json.loads(arguments.to_json_string())["loss"] == "kl"
     assert arguments.objective_arguments() == ObjectiveArguments(loss="kl", temperature=2.0)
+
+
+def test_other_reporters(checkpoint, pairs, tmp_path, monkeypatch):
+    """Weights & Biases, in whose place a recorder stands, gets all arguments and metrics."""
+    wandb = MagicMock()
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+        monkeypatch.setitem(sys.modules, name, wandb)
+    wandb.ConfigError = RuntimeError
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    trainer = make_trainer(checkpoint, pairs, tmp_path, report_to="wandb", max_steps=2)
+    trainer.train()
+    (arguments,), _ = wandb.config.update.call_args
+    assert json.loads(json.dumps(arguments))["lambda_document"] == 1e-3
+    logs = [call.args[0] for call in wandb.log.call_args_list]
+    steps = [log for log in logs if "train/loss" in log]
+    assert [log["train/global_step"] for log in steps] == [1, 2]
+    assert all({f"train/{name}" for name in METRICS} <= log.keys() for log in steps)
