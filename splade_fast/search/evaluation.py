@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -11,13 +10,19 @@ from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.hits import list_hits, warn_of_data, warn_of_empty_vectors
 from splade_fast.search.lines import DataError, check_ids
+from splade_fast.search.measures import Measures, Run
 from splade_fast.search.qrels import Qrels, plain_qrels
 from splade_fast.search.texts import Texts
 
-_DISPLAY_NAMES = {"RR@10": "MRR@10", "nDCG@10": "nDCG@10", "R@100": "Recall@100"}
-_HITS = 100  # the largest cutoff of the measures
-
-Run = dict[str, dict[str, float]]
+__all__ = [
+    "Run",
+    "evaluate_run",
+    "evaluate_vectors",
+    "make_run",
+    "search_judged",
+    "select_judged",
+    "select_qrels",
+]
 
 
 def select_judged(queries: Texts, qrels: Qrels) -> Texts:
@@ -89,8 +94,8 @@ def make_run(
     }
 
 
-def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
-    """Return MRR@10, nDCG@10 and Recall@100, each the mean over the judged queries.
+def evaluate_run(qrels: Qrels, run: Run, measures: Sequence[str] | None = None) -> dict[str, float]:
+    """Return MRR@10, nDCG@10 and Recall@100, or other measures, over the judged queries.
 
     A judged query without hits counts as 0. All measures rank by descending score, and hits of
     equal score in the order of the run, which in `make_run` is that of `sparse_search`: by
@@ -99,10 +104,11 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
     Args:
         qrels: {query id: {document id: relevance}}.
         run: {query id: {document id: score}}.
+        measures: names of measures; see `Measures`.
 
     Raises:
         DataError, TypeError: see `plain_qrels`.
-        ValueError: a score is NaN.
+        ValueError: a score is NaN, or there is no such measure.
 
     Example::
 
@@ -110,25 +116,7 @@ def evaluate_run(qrels: Qrels, run: Run) -> dict[str, float]:
         >>> evaluate_run({"q1": {"d2": 1}}, {"q1": {"d1": 3.0, "d2": 3.0}})["MRR@10"]
         0.5
     """
-    import ir_measures  # here, since the benchmarks on another machine do without
-
-    qrels = plain_qrels(qrels)
-    measures = [ir_measures.parse_measure(name) for name in _DISPLAY_NAMES]
-    ranked = {query_id: _replace_scores_by_ranks(query_id, hits) for query_id, hits in run.items()}
-    results = ir_measures.calc_aggregate(measures, qrels, ranked)
-    return {_DISPLAY_NAMES[str(measure)]: float(results[measure]) for measure in measures}
-
-
-def _replace_scores_by_ranks(query_id: str, hits: dict[str, float]) -> dict[str, float]:
-    """Return different scores in the same order: n, n - 1, …, 1.
-
-    The libraries behind the measures order equal scores by id, some up and some down, and compare
-    scores in float32.
-    """
-    if any(math.isnan(score) for score in hits.values()):
-        raise ValueError(f"run[{query_id!r}] must have scores that are numbers, got NaN")
-    best_first = sorted(hits, key=hits.__getitem__, reverse=True)  # stable
-    return {doc_id: float(len(hits) - rank) for rank, doc_id in enumerate(best_first)}
+    return Measures(measures).means(qrels, run)
 
 
 def evaluate_vectors(
@@ -139,6 +127,7 @@ def evaluate_vectors(
     documents: SparseRows,
     *,
     ignore_identical_ids: bool = False,
+    measures: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Search the documents for each query exactly, and return the measures of `evaluate_run`.
 
@@ -152,6 +141,7 @@ def evaluate_vectors(
         documents: (N, V).
         ignore_identical_ids: whether the document that has the id of the query is not searched, as
             in BEIR, where some queries (ArguAna, Quora) are documents themselves.
+        measures: names of measures; see `Measures`.
 
     Raises:
         TypeError: see `evaluate_run`; or an id is not a str.
@@ -169,16 +159,60 @@ def evaluate_vectors(
         >>> evaluate_vectors(qrels, ids, rows, ids, rows, ignore_identical_ids=True)["MRR@10"]
         1.0
     """
+    chosen = Measures(measures)
+    _check_vectors(query_ids, queries, doc_ids, documents)
+    judgements = _judgements_of(query_ids, qrels)
+    run = search_judged(
+        query_ids,
+        queries,
+        doc_ids,
+        documents,
+        depth=chosen.depth,
+        ignore_identical_ids=ignore_identical_ids,
+    )
+    return chosen.means(judgements, run)
+
+
+def search_judged(
+    query_ids: Sequence[str],
+    queries: SparseRows,
+    doc_ids: Sequence[str],
+    documents: SparseRows,
+    *,
+    depth: int,
+    ignore_identical_ids: bool = False,
+) -> Run:
+    """Search the documents for each query exactly, and return the hits as `make_run` does.
+
+    Vectors without entries match nothing; a warning tells their number.
+
+    Args:
+        query_ids: Q ids.
+        queries: (Q, V).
+        doc_ids: N ids.
+        documents: (N, V).
+        depth: number of hits of each query.
+        ignore_identical_ids: see `evaluate_vectors`.
+
+    Raises:
+        TypeError: an id is not a str.
+        ValueError: an id is repeated, or there is not one for each vector.
+    """
+    _check_vectors(query_ids, queries, doc_ids, documents)
+    warn_of_empty_vectors(queries, documents)
+    # One hit more, since that of the query itself is left out.
+    scores, hits = sparse_search(queries, documents, depth + int(ignore_identical_ids))
+    return make_run(query_ids, doc_ids, scores, hits, ignore_identical_ids=ignore_identical_ids)
+
+
+def _check_vectors(
+    query_ids: Sequence[str], queries: SparseRows, doc_ids: Sequence[str], documents: SparseRows
+) -> None:
+    """Raise an error unless there is a different id for each vector."""
     for name, ids, rows in (("query_ids", query_ids, queries), ("doc_ids", doc_ids, documents)):
         check_ids(name, ids)
         if len(ids) != len(rows):
             raise ValueError(f"{name} must be one per vector, {len(rows)}, got {len(ids)}")
-    judgements = _judgements_of(query_ids, qrels)
-    warn_of_empty_vectors(queries, documents)
-    # One hit more, since that of the query itself is left out.
-    scores, hits = sparse_search(queries, documents, _HITS + int(ignore_identical_ids))
-    run = make_run(query_ids, doc_ids, scores, hits, ignore_identical_ids=ignore_identical_ids)
-    return evaluate_run(judgements, run)
 
 
 def _judgements_of(query_ids: Sequence[str], qrels: Qrels) -> Qrels:

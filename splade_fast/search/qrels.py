@@ -98,9 +98,10 @@ def _check_relevance(name: str, value: SupportsIndex) -> int:
 def _parse_line(line: str) -> tuple[str, str, int] | None:
     """Return query, document and relevance of a line, or None for a header."""
     fields = _parse_json_fields(line) if line.startswith("{") else _split_fields(line)
-    query, document, relevance = fields
-    if _is_header(query, document, relevance):
-        return None
+    return None if _is_header(*fields) else _parse_fields(*fields)
+
+
+def _parse_fields(query: Any, document: Any, relevance: Any) -> tuple[str, str, int]:
     shown = str(relevance).strip()
     found = _RELEVANCE.fullmatch(shown)
     if found is None:
@@ -121,12 +122,31 @@ def _split_fields(line: str) -> tuple[str, str, str]:
 
 
 def _parse_json_fields(line: str) -> tuple[Any, Any, Any]:
-    record = {_normalise(name): value for name, value in parse_json_object(line).items()}
+    return _select_fields(parse_json_object(line), quote_start(line))
+
+
+def parse_judgement(record: Mapping[str, Any], quoted: str) -> tuple[str, str, int]:
+    """Return query, document and relevance of an object with the keys that `read_qrels` knows.
+
+    An object without a relevance judges its document relevant, with 1.
+
+    Args:
+        record: the object.
+        quoted: the object as a message shows it.
+
+    Raises:
+        DataError: a key is missing, or its value is of another type.
+    """
+    has_relevance = any(_normalise(name) in _RELEVANCE_NAMES for name in record)
+    fields = _select_fields(record if has_relevance else {**record, "score": 1}, quoted)
+    return _parse_fields(*fields)
+
+
+def _select_fields(record: Mapping[str, Any], quoted: str) -> tuple[Any, Any, Any]:
+    record = {_normalise(name): value for name, value in record.items()}
     names = [record.keys() & expected for expected in _NAMES]
     if any(len(found) != 1 for found in names):
-        raise DataError(
-            f"expected one key for each of query, document and relevance, got {quote_start(line)}"
-        )
+        raise DataError(f"expected one key for each of query, document and relevance, got {quoted}")
     query, document, relevance = (record[name] for [name] in names)
     return query, document, relevance
 

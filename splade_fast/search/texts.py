@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -189,25 +189,38 @@ def _parse_tsv_line(line: str) -> tuple[str, str]:
 
 
 def _parse_json_line(line: str) -> tuple[str, str]:
-    record = parse_json_object(line)
+    return parse_text_record(parse_json_object(line), quote_start(line))
+
+
+def parse_text_record(record: Mapping[str, Any], quoted: str) -> tuple[str, str]:
+    """Return id and text of an object with the keys that `read_texts` knows.
+
+    Args:
+        record: the object.
+        quoted: the object as a message shows it.
+
+    Raises:
+        DataError: a key is missing, or its value is of another type.
+        ValueError: a text holds a lone surrogate.
+    """
     id_name, text_name = (_find_key(record, names) for names in (_ID_NAMES, _TEXT_NAMES))
     if id_name is None or text_name is None:
         raise DataError(
             f"expected an id ({', '.join(_ID_NAMES)}) and a text ({', '.join(_TEXT_NAMES)}), "
-            f"got {quote_start(line)}"
+            f"got {quoted}"
         )
     text_id = parse_id(record[id_name])
     parts = {name: record.get(name) for name in (text_name, "title")}
     for name, value in parts.items():
         if value is not None:
             if not isinstance(value, str):
-                raise DataError(f"expected text under the key {name}, got {quote_start(line)}")
+                raise DataError(f"expected text under the key {name}, got {quoted}")
             check_unicode(name, value)
     title = None if text_name == "contents" else parts["title"]
     return text_id, _join(title, record[text_name])
 
 
-def _find_key(record: dict[str, Any], names: Sequence[str]) -> str | None:
+def _find_key(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """Return the first of the names whose value is not null."""
     return next((name for name in names if record.get(name) is not None), None)
 

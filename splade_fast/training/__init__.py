@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use, because some need packages that only the extra "train" installs.
 _MODULES = {
+    "MeanEvaluator": "evaluator",
     "Objective": "objective",
     "ObjectiveArguments": "objective",
     "RetrievalEvaluator": "evaluator",
@@ -22,6 +23,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "MeanEvaluator",
     "Objective",
     "ObjectiveArguments",
     "RetrievalEvaluator",

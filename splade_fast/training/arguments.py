@@ -154,6 +154,17 @@ class DataArguments:
     eval_qrels: str | None = field(
         default=None, metadata={"help": "Judgements, as TREC or BEIR writes them."}
     )
+    eval_sets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "BEIR folders or hub names such as NanoBEIR's, instead of the three files; "
+            "NAME:SPLIT names a split. Several give a mean."
+        },
+    )
+    eval_measures: list[str] | None = field(
+        default=None,
+        metadata={"help": "Measures of ir_measures; by default MRR@10 nDCG@10 Recall@100."},
+    )
     eval_ignore_identical_ids: bool = field(
         default=False,
         metadata={"help": "Do not search the document that has the id of the query, as in BEIR."},
@@ -167,6 +178,10 @@ class DataArguments:
         self.train_data = [os.path.expanduser(source) for source in self.train_data]
         if self.eval_data is not None:
             self.eval_data = [os.path.expanduser(source) for source in self.eval_data]
+        if self.eval_sets is not None:
+            self.eval_sets = [os.path.expanduser(source) for source in self.eval_sets]
+            if any(getattr(self, name) is not None for name in retrieval):
+                raise ValueError(f"eval_sets must be given without {', '.join(retrieval)}")
         missing = [name for name in retrieval if getattr(self, name) is None]
         if missing and len(missing) < len(retrieval):
             raise ValueError(

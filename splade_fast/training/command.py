@@ -21,6 +21,7 @@ from splade_fast.encoders.query_encoder import load_query_encoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.search.retrieval_data import read_all_retrieval_data
 from splade_fast.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -33,7 +34,7 @@ from splade_fast.training.checkpoints.folders import (
 )
 from splade_fast.training.configuration import Configuration, format_help, parse_configuration
 from splade_fast.training.data.load import import_datasets, load_training_data
-from splade_fast.training.evaluator import RetrievalEvaluator
+from splade_fast.training.evaluator import MeanEvaluator, RetrievalEvaluator
 from splade_fast.training.trainer import SpladeTrainer
 
 _LOADERS: dict[str, Callable[..., TextEncoder]] = {
@@ -213,21 +214,28 @@ def _list_documents(example: dict[str, Any]) -> list[str]:
 
 def _load_evaluator(
     data: DataArguments, training: SpladeTrainingArguments
-) -> RetrievalEvaluator | None:
+) -> RetrievalEvaluator | MeanEvaluator | None:
+    options: dict[str, Any] = {
+        "max_query_length": training.max_query_length,
+        "max_document_length": training.max_document_length,
+        "batch_size": training.per_device_eval_batch_size,
+        "document_top_k": training.document_top_k,
+        "query_top_k": training.query_top_k,
+        "query_prompt": training.query_prompt,
+        "document_prompt": training.document_prompt,
+        "ignore_identical_ids": data.eval_ignore_identical_ids,
+        "measures": data.eval_measures,
+    }
+    if data.eval_sets is not None:
+        sets = read_all_retrieval_data(data.eval_sets)
+        evaluators = {
+            name: RetrievalEvaluator.from_data(found, **options) for name, found in sets.items()
+        }
+        return MeanEvaluator(evaluators) if len(sets) > 1 else next(iter(evaluators.values()))
     if data.eval_queries is None or data.eval_corpus is None or data.eval_qrels is None:
         return None
     return RetrievalEvaluator.from_files(
-        data.eval_queries,
-        data.eval_corpus,
-        data.eval_qrels,
-        max_query_length=training.max_query_length,
-        max_document_length=training.max_document_length,
-        batch_size=training.per_device_eval_batch_size,
-        document_top_k=training.document_top_k,
-        query_top_k=training.query_top_k,
-        query_prompt=training.query_prompt,
-        document_prompt=training.document_prompt,
-        ignore_identical_ids=data.eval_ignore_identical_ids,
+        data.eval_queries, data.eval_corpus, data.eval_qrels, **options
     )
 
 
@@ -237,9 +245,10 @@ def _load_all_data(data: DataArguments, training: SpladeTrainingArguments) -> tu
         raise ValueError(
             "max_steps must be given with streaming, because the length of a stream is unknown"
         )
-    if training.eval_strategy != "no" and data.eval_data is None and data.eval_queries is None:
+    sources = (data.eval_data, data.eval_queries, data.eval_sets)
+    if training.eval_strategy != "no" and all(source is None for source in sources):
         raise ValueError(
-            f"eval_strategy must be 'no' without eval_data and eval_queries, "
+            f"eval_strategy must be 'no' without eval_data, eval_queries and eval_sets, "
             f"got {str(getattr(training.eval_strategy, 'value', ''))!r}"
         )
     train_data = _load_train_data(data, training)

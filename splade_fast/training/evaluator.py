@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.evaluation import evaluate_vectors, select_judged, select_qrels
+from splade_fast.search.evaluation import Run, search_judged, select_judged, select_qrels
+from splade_fast.search.measures import Measures
+from splade_fast.search.retrieval_data import RetrievalData, read_retrieval_data
 from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
 
@@ -28,6 +31,8 @@ class RetrievalEvaluator:
         document_prompt: name of the prompt before each document; None uses "document", likewise.
         ignore_identical_ids: whether the document that has the id of the query is not searched, as
             in BEIR, where some queries (ArguAna, Quora) are documents themselves.
+        measures: names of measures; see `splade_fast.search.measures.Measures`. By default MRR@10,
+            nDCG@10 and Recall@100.
 
     Judged queries that are not among the queries do not count, and judged documents that are not in
     the corpus count as not retrieved; a warning tells their number, and that of vectors without
@@ -36,6 +41,7 @@ class RetrievalEvaluator:
     Raises:
         DataError: none of the queries is judged.
         TypeError: the texts are no `Texts`, or the judgements are no such mapping.
+        ValueError: there is no such measure.
 
     Example::
 
@@ -62,6 +68,7 @@ class RetrievalEvaluator:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         ignore_identical_ids: bool = False,
+        measures: Sequence[str] | None = None,
     ) -> None:
         for name, texts in (("queries", queries), ("corpus", corpus)):
             if not isinstance(texts, Texts):
@@ -79,6 +86,7 @@ class RetrievalEvaluator:
         self.query_prompt = query_prompt
         self.document_prompt = document_prompt
         self.ignore_identical_ids = ignore_identical_ids
+        self.measures = Measures(measures)
 
     @classmethod
     def from_files(
@@ -102,6 +110,22 @@ class RetrievalEvaluator:
         found = read_texts(queries), read_texts(corpus), read_qrels(qrels)
         return cls(*found, **options)
 
+    @classmethod
+    def from_data(
+        cls, data: RetrievalData | str | os.PathLike[str], **options: Any
+    ) -> RetrievalEvaluator:
+        """Make an evaluator of a BEIR folder or a data set of that layout.
+
+        Args:
+            data: folder or hub name for `read_retrieval_data`, or what it returns.
+            options: further arguments of the constructor.
+
+        Raises:
+            DataError: the data cannot be read, or its content is not what the constructor takes.
+        """
+        found = data if isinstance(data, RetrievalData) else read_retrieval_data(data)
+        return cls(found.queries, found.corpus, found.qrels, **options)
+
     def __call__(
         self,
         encoder: TextEncoder,
@@ -110,7 +134,7 @@ class RetrievalEvaluator:
         prefix: str = "",
         show_progress: bool = False,
     ) -> dict[str, float]:
-        """Return MRR@10, nDCG@10, Recall@100, active dims and the size of the index.
+        """Return the measures, active dims and the size of the index.
 
         Args:
             encoder: encoder of the documents.
@@ -122,24 +146,43 @@ class RetrievalEvaluator:
             {prefix + name: value}. query_active_dims and document_active_dims are the mean numbers
             of entries other than 0; index_mib is the size of the documents' vectors in MiB.
         """
+        vectors = self.encode(encoder, query_encoder, show_progress=show_progress)
+        return {prefix + name: value for name, value in self.measure(*vectors).items()}
+
+    def encode(
+        self,
+        encoder: TextEncoder,
+        query_encoder: TextEncoder | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> tuple[SparseRows, SparseRows]:
+        """Return the vectors of the judged queries and of the corpus.
+
+        Args:
+            encoder, query_encoder, show_progress: see `__call__`.
+        """
         documents = self._encode(
             encoder, "document", self.corpus, self.max_document_length, show_progress
         )
         queries = self._encode(
             query_encoder or encoder, "query", self.queries, self.max_query_length, False
         )
-        return {prefix + name: value for name, value in self.measure(queries, documents).items()}
+        return queries, documents
 
-    def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
-        """Return the same metrics for the vectors of the judged queries and of the corpus."""
-        measures = evaluate_vectors(
-            self.qrels,
+    def search(self, queries: SparseRows, documents: SparseRows) -> Run:
+        """Return the hits of each query, {query id: {document id: score}}, best first."""
+        return search_judged(
             self.queries.ids,
             queries,
             self.corpus.ids,
             documents,
+            depth=self.measures.depth,
             ignore_identical_ids=self.ignore_identical_ids,
         )
+
+    def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:
+        """Return the same metrics for the vectors of the judged queries and of the corpus."""
+        measures = self.measures.means(self.qrels, self.search(queries, documents))
         return measures | {
             "query_active_dims": float(queries.lengths.float().mean()),
             "document_active_dims": float(documents.lengths.float().mean()),
@@ -159,3 +202,64 @@ class RetrievalEvaluator:
             show_progress=show_progress,
             prompt_name=encoder.settings.prompt_for(role) if prompt is None else prompt,
         )
+
+
+class MeanEvaluator:
+    """Measure an encoder on several sets of judged queries, each and by their mean.
+
+    Args:
+        evaluators: evaluators by the name of their set.
+
+    Raises:
+        ValueError: there is no evaluator.
+
+    Example::
+
+        >>> from splade_fast.search.texts import Texts
+        >>> from splade_fast.training import MeanEvaluator, RetrievalEvaluator
+        >>> corpus = Texts(["d1", "d2"], ["a quick fox", "the lazy dog"])
+        >>> queries = Texts(["q1"], ["fox"])
+        >>> evaluator = RetrievalEvaluator(queries, corpus, {"q1": {"d1": 1}}, measures=["R@2"])
+        >>> several = MeanEvaluator({"foxes": evaluator, "again": evaluator})
+        >>> metrics = several(sf.SpladeEncoder.from_pretrained("CHECKPOINT"))
+        >>> metrics["R@2"], metrics["foxes/R@2"]
+        (1.0, 1.0)
+    """
+
+    def __init__(self, evaluators: Mapping[str, RetrievalEvaluator]) -> None:
+        if not evaluators:
+            raise ValueError("evaluators must hold at least one evaluator, got none")
+        self.evaluators = dict(evaluators)
+
+    def __call__(
+        self,
+        encoder: TextEncoder,
+        query_encoder: TextEncoder | None = None,
+        *,
+        prefix: str = "",
+        show_progress: bool = False,
+    ) -> dict[str, float]:
+        """Return {prefix + set/name: value} for each set, and {prefix + name: mean over the sets}.
+
+        Args:
+            encoder, query_encoder, prefix, show_progress: see `RetrievalEvaluator`.
+        """
+        by_set = {
+            name: evaluator(encoder, query_encoder, show_progress=show_progress)
+            for name, evaluator in self.evaluators.items()
+        }
+        return {prefix + name: value for name, value in mean_of_sets(by_set).items()} | {
+            f"{prefix}{name}/{measure}": value
+            for name, metrics in by_set.items()
+            for measure, value in metrics.items()
+        }
+
+
+def mean_of_sets(by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over several sets, {name: mean}.
+
+    Args:
+        by_set: {set: {name: value}}, with the same names for all sets.
+    """
+    sets = list(by_set.values())
+    return {name: sum(values[name] for values in sets) / len(sets) for name in sets[0]}

@@ -26,7 +26,7 @@ from splade_fast.training.checks import check_training
 from splade_fast.training.data import TrainingCollator
 from splade_fast.training.data.endless import EndlessStream
 from splade_fast.training.data.sources import SourceSampler, join_sources
-from splade_fast.training.evaluator import RetrievalEvaluator
+from splade_fast.training.evaluator import MeanEvaluator, RetrievalEvaluator
 from splade_fast.training.fsdp import (
     broadcast_weights,
     fsdp_of_this_trainer_alone,
@@ -95,7 +95,7 @@ class SpladeTrainer(CheckpointingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         query_encoder: TextEncoder | None = None,
-        evaluator: RetrievalEvaluator | None = None,
+        evaluator: RetrievalEvaluator | MeanEvaluator | None = None,
         data_collator: Callable[[Any], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,

@@ -13,9 +13,11 @@ from splade_fast.cli import app
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
+from splade_fast.training import RetrievalEvaluator
 from splade_fast.training.checkpoints.folders import find_checkpoints
 from splade_fast.training.configuration import parse_configuration
 from tests.integrations.sparse_encoders import inference_free
+from tests.search.beir import write_beir
 from tests.training.runs import checkpoint_in, write_pairs
 
 
@@ -432,3 +434,22 @@ def test_a_full_disk(files):
     assert "File too large" in message
     assert [path.name for path in find_checkpoints(files / "run")] == ["checkpoint-1"]
     assert not list((files / "run").glob(".*"))
+
+
+def test_sets_of_the_evaluation_and_other_measures(files):
+    for name, qrels in (("first", {"q1": {"d1": 1}}), ("second", {"q2": {"d3": 1}})):
+        write_beir(files / name, qrels=qrels)
+    sets = [str(files / "first"), str(files / "second")]
+    configure(files, eval_sets=sets, eval_measures=["P@1", "AP"])
+    trained(files)
+    [metrics] = [entry for entry in log_of(files / "run") if "eval_AP" in entry]
+    encoder = SpladeEncoder.from_pretrained(files / "run")
+    for measure in ("P@1", "AP"):
+        values = [
+            RetrievalEvaluator.from_data(folder, measures=[measure])(encoder)[measure]
+            for folder in sets
+        ]
+        assert metrics[f"eval_{measure}"] == pytest.approx(sum(values) / 2)
+        assert metrics[f"eval_second/{measure}"] == pytest.approx(values[1])
+    message = refused(files, "--eval_queries", "q", "--output_dir", str(files / "other"))
+    assert "eval_sets must be given without eval_queries, eval_corpus, eval_qrels" in message
