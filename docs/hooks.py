@@ -15,6 +15,7 @@ FIRST = (
     "sparse_rows.md",
     "search.md",
     "training.md",
+    "recipe.md",
     "negative_cache.md",
 )
 LAST = (

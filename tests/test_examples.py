@@ -16,6 +16,7 @@ from tests.tiny_models import masked_lm_configs, save_checkpoint
 PACKAGES = [
     "splade_fast",
     "splade_fast.export",
+    "splade_fast.integrations.mteb",
     "splade_fast.integrations.sentence_transformers",
     "splade_fast.losses",
     "splade_fast.negative_cache",
