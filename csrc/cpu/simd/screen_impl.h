@@ -25,6 +25,7 @@ constexpr int kScreenTokens = 4, kScreenVectors = 2;
 #endif
 constexpr int64_t kScreenColumns = kScreenVectors * kScreenLanes;
 static_assert(kScreenGroup % kScreenTokens == 0 && kScreenGroup % kScreenLanes == 0);
+static_assert((kScreenGroup & (kScreenGroup - 1)) == 0);
 
 // Product of four int8 of each lane -------------------------------------------------------------------------------
 
@@ -365,7 +366,7 @@ inline bool has_open_product(const ScreenTokens& tokens, const ScreenPanel& pane
     largest[j] = sum[0][j];
     for (int t = 1; t < kScreenTokens; ++t) largest[j] = sum[t][j] > largest[j] ? sum[t][j] : largest[j];
   }
-  const ScreenTile& tile = tokens.tiles[first / kScreenTokens];
+  const ScreenTile& tile = tokens.tiles[static_cast<uint64_t>(first) / kScreenTokens];
   unsigned open = 0;
   for (int j = 0; j < kScreenVectors; ++j) {
     const int64_t column = j * kScreenLanes;
@@ -385,8 +386,8 @@ inline void multiply_stage(const ScreenTokens& tokens, const ScreenPanel& panel,
   for (int t = 0; t < kScreenTokens; ++t) {
     for (int j = 0; j < kScreenVectors; ++j) sum[t][j] += tokens.correction[stage][first + t];
   }
-  const uint32_t* token =
-      tokens.units + first / kScreenGroup * kScreenGroup * tokens.steps + first % kScreenGroup + begin * kScreenGroup;
+  const int64_t lane = first & (kScreenGroup - 1);
+  const uint32_t* token = tokens.units + (first - lane) * tokens.steps + lane + begin * kScreenGroup;
   const uint32_t* weight = panel.units + begin * kScreenColumns;
   for (int64_t step = begin; step < end; step += kStepsAtOnce, token += kStepsAtOnce * kScreenGroup) {
     Ints entries[kScreenVectors][kStepsAtOnce];
@@ -416,11 +417,24 @@ inline void store_sums(float* target, const TileSums& sum) {
   }
 }
 
+// store_products for a tile of one sequence, with the sums in registers.
+inline void store_tile(const ScreenTokens& tokens, int64_t first, const TileSums& sum, float* products, float* state) {
+  for (int j = 0; j < kScreenVectors; ++j) {
+    Floats value = load_bits<Floats>(state + j * kScreenLanes);
+    for (int t = 0; t < kScreenTokens; ++t) {
+      const Floats product = to_floats(sum[t][j]) * tokens.scale[first + t];
+      store_bits(products + t * kScreenColumns + j * kScreenLanes, product);
+      value = max_or_second(product, value);
+    }
+    store_bits(state + j * kScreenLanes, value);
+  }
+}
+
 // A stage is made for many tiles before the next one, and leaves a list of those that are still open. Whether a tile is
 // open cannot be predicted, and nothing branches on it. Between stages the sums stand where the products will.
 int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t begin, int64_t end, float* products,
                  float* state, uint8_t* settled) {
-  constexpr int64_t kTilesAtOnce = 256, kTileProducts = kScreenTokens * kScreenColumns;
+  constexpr int64_t kTilesAtOnce = 64, kTileProducts = kScreenTokens * kScreenColumns;
   int64_t steps = 0;
   for (; begin < end; begin += kTilesAtOnce * kScreenTokens) {
     const int64_t left = (end - begin + kScreenTokens - 1) / kScreenTokens;
@@ -455,12 +469,16 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
       TileSums sum = {}, sums;
       if (last_stage > 0) load_sums(target, sum);
       multiply_stage(tokens, panel, first, last_stage, step, tokens.steps, sum);
+      settled[open[i]] = 0;
+      if (last - first == kScreenTokens && tokens.sequence[first] == tokens.sequence[last - 1]) {
+        store_tile(tokens, first, sum, target, state + tokens.sequence[first] * kScreenColumns);
+        continue;
+      }
       // A copy, so that the sums themselves need no memory.
       for (int t = 0; t < kScreenTokens; ++t) {
         for (int j = 0; j < kScreenVectors; ++j) sums[t][j] = sum[t][j];
       }
       store_products(tokens, first, last, sums, target, state);
-      settled[open[i]] = 0;
     }
     products += tiles * kTileProducts;
     settled += tiles;
