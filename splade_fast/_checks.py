@@ -8,7 +8,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-POOLINGS = {"max": 0, "sum": 1}
+POOLINGS = {"max": 0, "sum": 1, "mean": 2, "last": 3}  # the kernels have the first two
 ACTIVATIONS = {"relu": 0, "log1p_relu": 1, "log1p_log1p_relu": 2}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice
 from splade_fast.ops.head.head import splade_head
+from splade_fast.ops.head.scale import check_logit_scale
 from splade_fast.ops.head.screening import ALGORITHMS
 from splade_fast.ops.pool import splade_pool
 
@@ -24,8 +25,10 @@ class SpladeHead(nn.Module):
             the weight of an embedding.
         bias: a `torch.nn.Parameter` (V,) for a decoder that is a weight; None for a Linear, whose
             own bias is used.
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
+        logit_scale: factor of the logits, a number or, to train it, a `torch.nn.Parameter` of one,
+            which becomes a parameter of the module.
         algorithm: "auto", "dense" or "screened", see `splade_head`.
 
     Raises:
@@ -48,16 +51,19 @@ class SpladeHead(nn.Module):
         *,
         pooling: str = "max",
         activation: str = "log1p_relu",
+        logit_scale: float | nn.Parameter = 1.0,
         algorithm: str = "auto",
     ) -> None:
         super().__init__()
         weight, bias = _parameters(decoder, bias)
         _check_options(pooling, activation)
         check_choice("algorithm", algorithm, ALGORITHMS)
+        check_logit_scale(logit_scale)
         self.weight = weight
         self.register_parameter("bias", bias)
         self.pooling = pooling
         self.activation = activation
+        self.logit_scale = logit_scale
         self.algorithm = algorithm
 
     def forward(
@@ -85,15 +91,17 @@ class SpladeHead(nn.Module):
             cu_seqlens=cu_seqlens,
             pooling=self.pooling,
             activation=self.activation,
+            logit_scale=self.logit_scale,
             algorithm=self.algorithm,
         )
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
         vocabulary, dim = self.weight.shape
+        scale = "trained" if isinstance(self.logit_scale, Tensor) else f"{self.logit_scale:g}"
         return (
             f"{dim}, {vocabulary}, bias={self.bias is not None}, pooling={self.pooling!r}, "
-            f"activation={self.activation!r}, algorithm={self.algorithm!r}"
+            f"activation={self.activation!r}, logit_scale={scale}, algorithm={self.algorithm!r}"
         )
 
 
@@ -103,7 +111,7 @@ class SpladePool(nn.Module):
     `SpladeHead` is faster where a model can return hidden states instead of logits.
 
     Args:
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
 
     Raises:

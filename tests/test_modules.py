@@ -108,7 +108,8 @@ def test_pool(hidden, mask, pooling, activation):
 
 def test_modules_say_what_they_are(decoder):
     assert repr(sf.SpladeHead(decoder, pooling="sum")) == (
-        f"SpladeHead({D}, {V}, bias=True, pooling='sum', activation='log1p_relu', algorithm='auto')"
+        f"SpladeHead({D}, {V}, bias=True, pooling='sum', activation='log1p_relu', logit_scale=1, "
+        "algorithm='auto')"
     )
     assert repr(sf.SpladePool()) == "SpladePool(pooling='max', activation='log1p_relu')"
 
@@ -141,7 +142,7 @@ def test_modules_say_what_they_are(decoder):
             ValueError,
             r"decoder must be \(vocabulary, dim\), got \(20,\)",
         ),
-        (lambda: sf.SpladePool("mean"), ValueError, "pooling must be one of 'max', 'sum'"),
+        (lambda: sf.SpladePool("min"), ValueError, "pooling must be one of 'max', 'sum', 'mean'"),
         (lambda: sf.SpladePool(activation="gelu"), ValueError, "activation must be one of"),
         (
             lambda: sf.SpladeHead(nn.Linear(D, V), algorithm="fast"),

@@ -22,6 +22,7 @@ from splade_fast.encoders.hidden_states import (
     remove_decoder_hook,
 )
 from splade_fast.ops.head import splade_head
+from splade_fast.ops.head.scale import check_logit_scale
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -40,14 +41,21 @@ class PooledOutput(ModelOutput):
     pooled: Tensor | None = None
 
 
-def accelerate(model: Model, *, pooling: str = "max", activation: str = "log1p_relu") -> Model:
+def accelerate(
+    model: Model,
+    *,
+    pooling: str = "max",
+    activation: str = "log1p_relu",
+    logit_scale: float | Tensor = 1.0,
+) -> Model:
     """Make `model(**inputs).pooled` the SPLADE vectors, without computing logits.
 
-    pooled[b, v] = max or sum over attended tokens l of activation(logits[b, l, v]). Vectors and
-    gradients equal those of the model's own logits; see `splade_head`. The model is changed in
-    place, but only in its forward: parameters, `state_dict`, saved files, hooks and adapters stay,
-    and autocast, `torch.compile`, gradient checkpointing and DistributedDataParallel work as
-    before. `restore` undoes the change. A second call changes the options.
+    pooled[b, v] = max, sum or mean over attended tokens l, or the value at the last such l, of
+    activation(logit_scale · logits[b, l, v]). Vectors and gradients equal those of the model's own
+    logits; see `splade_head`. The model is changed in place, but only in its forward: parameters,
+    `state_dict`, saved files, hooks and adapters stay, and autocast, `torch.compile`, gradient
+    checkpointing and DistributedDataParallel work as before. `restore` undoes the change. A second
+    call changes the options.
 
     The forward takes its own inputs and `pooling_mask`, (B, L), which is zero at positions that
     the transformer attends to but the pooling leaves out, such as tokens of a prompt. With
@@ -59,16 +67,18 @@ def accelerate(model: Model, *, pooling: str = "max", activation: str = "log1p_r
     Args:
         model: a masked or causal language model of transformers, with or without PEFT adapters,
             whose logits are `hidden · weightᵀ + bias` of its output embeddings.
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last".
         activation: "relu", "log1p_relu" or "log1p_log1p_relu".
+        logit_scale: factor of the logits, a number, or a tensor of one to train beside the model's
+            parameters.
 
     Returns:
         The model.
 
     Raises:
         TypeError: model is not a transformers language model.
-        ValueError: the model has other logits, or pooling or activation is unknown. The model is
-            unchanged.
+        ValueError: the model has other logits, pooling or activation is unknown, or logit_scale is
+            not finite. The model is unchanged.
 
     Example::
 
@@ -81,11 +91,12 @@ def accelerate(model: Model, *, pooling: str = "max", activation: str = "log1p_r
         raise TypeError(f"model must be a transformers language model, got {type(model).__name__}")
     check_choice("pooling", pooling, POOLINGS)
     check_choice("activation", activation, ACTIVATIONS)
+    check_logit_scale(logit_scale)
     if _find_accelerated(model):
         restore(model)
     check_decoder_is_last(model)
     # The instance's forward hides that of its class.
-    model.__dict__["forward"] = _PooledForward(model, pooling, activation)
+    model.__dict__["forward"] = _PooledForward(model, pooling, activation, logit_scale)
     return model
 
 
@@ -119,11 +130,14 @@ def restore(model: nn.Module) -> None:
 class _PooledForward:
     """Forward of an accelerated model; pickled and copied with the model."""
 
-    def __init__(self, model: PreTrainedModel, pooling: str, activation: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pooling: str, activation: str, logit_scale: float | Tensor
+    ) -> None:
         self._model = model
         self._replaced_forward = model.__dict__.get("forward")  # set by another library, or None
         self._pooling = pooling
         self._activation = activation
+        self._logit_scale = logit_scale
         self._input_names = tuple(forward_signature(model).parameters)
         self._has_key_value_cache = has_key_value_cache(model)
 
@@ -158,6 +172,7 @@ class _PooledForward:
             *head_inputs(self._model, inputs, pooling_mask, self._own_forward()),
             pooling=self._pooling,
             activation=self._activation,
+            logit_scale=self._logit_scale,
         )
         if is_dict is None:
             is_dict = self._model.config.return_dict

@@ -20,8 +20,9 @@ from splade_fast.ops.autograd import (
     refuse_double_backward,
     refuse_forward_mode,
 )
+from splade_fast.ops.pooling import kernel_pooling, last_of_padded, mean_of_sums
 
-MAX, SUM = POOLINGS["max"], POOLINGS["sum"]
+MAX = POOLINGS["max"]
 
 
 def splade_pool(
@@ -33,7 +34,8 @@ def splade_pool(
 ) -> Tensor:
     """Pool the logits of each sequence into one weight per vocabulary entry.
 
-    pooled[b, v] = max or sum over l with attention_mask[b, l] ≠ 0 of activation(logits[b, l, v])
+    pooled[b, v] = max, sum or mean over l with attention_mask[b, l] ≠ 0, or the value at the last
+    such l, of activation(logits[b, l, v])
 
     Follows SPLADE (Formal et al., SIGIR 2021) with the max pooling of SPLADE v2 (2021). Sums are
     accumulated in float32 (float64 for float64). Ties of the maximum go to the lowest position,
@@ -44,7 +46,7 @@ def splade_pool(
         logits: (B, L, V), float32, float64, bfloat16 or float16, with any strides.
         attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
             positions take part.
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last".
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
 
     Returns:
@@ -64,7 +66,7 @@ def splade_pool(
     check_floating("logits", logits)
     if logits.ndim != 3:
         raise ValueError(f"logits must be (batch, length, vocabulary), got {tuple(logits.shape)}")
-    pooling_code = check_choice("pooling", pooling, POOLINGS)
+    check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
     mask = None
     if attention_mask is not None:
@@ -72,10 +74,17 @@ def splade_pool(
     if not _library.has_kernels(logits.device):
         return reference.splade_pool(logits, mask, pooling=pooling, activation=activation)
     refuse_forward_mode("splade_pool", logits)
+    dtype = logits.dtype
+    if pooling == "last":
+        logits, mask = last_of_padded(logits, mask)
+    if pooling == "mean" and activation == "relu" and dtype == torch.float16:
+        logits = logits.float()  # the sum of large logits may exceed the range of float16
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.splade_fast.pool_forward(
-        logits, mask, pooling_code, activation_code, needs_gradient(logits)
+        logits, mask, kernel_pooling(pooling), activation_code, needs_gradient(logits)
     )
-    return outputs[0]
+    if pooling != "mean":
+        return outputs[0]
+    return mean_of_sums(outputs[0], logits.shape[1], mask, None).to(dtype)
 
 
 def _fake_forward(

@@ -18,9 +18,14 @@ def splade_head(
     cu_seqlens: Tensor | None = None,
     pooling: str = "max",
     activation: str = "log1p_relu",
+    logit_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """Compute splade_pool(hidden @ weight.T + bias) for (B, L, D) or packed (T, D) hidden."""
+    """Compute splade_pool(logit_scale * (hidden @ weight.T + bias)).
+
+    hidden is (B, L, D), or packed (T, D) with cu_seqlens.
+    """
     logits = linear(hidden, weight, bias)
+    logits = (logits * logit_scale).to(logits.dtype)
     if cu_seqlens is None:
         return splade_pool(logits, attention_mask, pooling=pooling, activation=activation)
     bounds = cu_seqlens.tolist()

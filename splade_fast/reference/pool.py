@@ -31,9 +31,33 @@ def splade_pool(
         weights = weights.masked_fill((attention_mask == 0).unsqueeze(-1), 0)
     if pooling == "sum":
         return weights.sum(dim=1)
-    if pooling != "max":
-        raise ValueError(f"pooling must be 'max' or 'sum', got {pooling!r}")
+    if pooling == "mean":
+        return weights.sum(dim=1) / _count_positions(logits, attention_mask).clamp(min=1)
+    if pooling not in ("max", "last"):
+        raise ValueError(f"pooling must be 'max', 'sum', 'mean' or 'last', got {pooling!r}")
     if logits.shape[1] == 0:  # no position: all weights are zero
         return weights.sum(dim=1)
+    if pooling == "last":
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        return weights[rows, _last_position(logits, attention_mask)]
     # max(dim), unlike amax, sends the gradient to one position, as SPLADE implementations do.
     return weights.max(dim=1).values
+
+
+def _count_positions(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the number of attended positions of each sequence, (B, 1)."""
+    is_attended = _is_attended(logits, attention_mask)
+    return is_attended.sum(dim=1, keepdim=True)
+
+
+def _last_position(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the last attended position of each sequence, (B,); 0 if there is none."""
+    is_attended = _is_attended(logits, attention_mask)
+    positions = torch.arange(is_attended.shape[1], device=logits.device)
+    return torch.where(is_attended, positions, 0).amax(dim=1)
+
+
+def _is_attended(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is None:
+        return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    return attention_mask != 0

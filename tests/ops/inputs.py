@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-POOLINGS = ["max", "sum"]
+POOLINGS = ["max", "sum"]  # of the kernels
+ALL_POOLINGS = [*POOLINGS, "mean", "last"]
 ACTIVATIONS = ["relu", "log1p_relu", "log1p_log1p_relu"]
 MASKS = ["none", "right", "left", "holes", "empty_rows"]
 # inductor compiles C++, which takes seconds; aot_eager traces the same graph and runs it eagerly.

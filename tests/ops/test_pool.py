@@ -8,6 +8,7 @@ import splade_fast as sf
 from splade_fast import reference
 from tests.ops.inputs import (
     ACTIVATIONS,
+    ALL_POOLINGS,
     COMPILED_POOLINGS,
     DTYPES,
     MASKS,
@@ -36,7 +37,7 @@ def compare(logits: Tensor, mask: Tensor | None, **options) -> None:
         assert_accurate(actual, exact, baseline)
 
 
-@pairwise(dtype=DTYPES, pooling=POOLINGS, activation=ACTIVATIONS, kind=MASKS)
+@pairwise(dtype=DTYPES, pooling=ALL_POOLINGS, activation=ACTIVATIONS, kind=MASKS)
 def test_matches_reference(device, dtype, pooling, activation, kind):
     logits = lattice(4, 17, 101, dtype=dtype, device=device)
     mask = attention_mask(kind, 4, 17)
@@ -44,7 +45,7 @@ def test_matches_reference(device, dtype, pooling, activation, kind):
     compare(logits, mask, pooling=pooling, activation=activation)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 @pytest.mark.parametrize(
     ("batch", "length", "vocabulary"),
     [(0, 3, 5), (2, 0, 5), (2, 3, 0), (1, 1, 1), (1, 300, 33), (3, 5, 4099), (2, 33000, 3)],
@@ -55,7 +56,7 @@ def test_sizes(device, pooling, batch, length, vocabulary):
     compare(logits, None, pooling=pooling)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 def test_strides(device, pooling):
     base = torch.randn(6, 9, 80, device=device)
     mask = attention_mask("holes", 6, 9).to(device)
@@ -104,10 +105,29 @@ def test_nan_and_inf(device, pooling, dtype):
     assert pooled[4] == 0  # NaN at a masked position is not read
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mean_of_large_logits_has_the_range_of_the_dtype(device, dtype):
+    logits = torch.full((1, 40, 3), 60000.0, dtype=dtype, device=device)
+    pooled = sf.splade_pool(logits, pooling="mean", activation="relu")
+    assert torch.equal(pooled, logits[:, 0])
+
+
+def test_the_last_position_alone_counts(device):
+    logits = torch.randn(3, 4, 6, device=device, requires_grad=True)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], device=device)
+    with torch.no_grad():
+        logits[mask == 0] = torch.nan
+    pooled = sf.splade_pool(logits, mask, pooling="last", activation="relu")
+    expected = torch.stack([logits[0, 2], torch.zeros(6).to(device), logits[2, 3]]).relu()
+    assert torch.equal(pooled, expected)
+    (gradient,) = torch.autograd.grad(pooled.sum(), logits)
+    assert gradient.abs().sum((0, 2)).tolist()[:2] == [0, 0]
+
+
 def test_gradcheck(device):
     logits = torch.randn(2, 5, 7, dtype=torch.float64, device=device, requires_grad=True)
     mask = attention_mask("holes", 2, 5).to(device)
-    for pooling in POOLINGS:
+    for pooling in ALL_POOLINGS:
         for activation in ACTIVATIONS:
             assert torch.autograd.gradcheck(
                 lambda x, p=pooling, a=activation: sf.splade_pool(x, mask, pooling=p, activation=a),
@@ -117,7 +137,7 @@ def test_gradcheck(device):
 
 def test_double_backward_is_refused(device):
     logits = torch.randn(2, 5, 7, device=device, requires_grad=True)
-    for pooling in POOLINGS:
+    for pooling in ALL_POOLINGS:
         pooled = sf.splade_pool(logits, pooling=pooling)
         (grad,) = torch.autograd.grad(pooled.sum() * 2, logits, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
@@ -175,8 +195,8 @@ def test_bad_arguments(device):
         sf.splade_pool(logits, mask.to(torch.complex64))
     with pytest.raises(ValueError, match="attention_mask must be on the device of logits"):
         sf.splade_pool(logits, mask.to("meta"))
-    with pytest.raises(ValueError, match="pooling must be one of 'max', 'sum', got 'mean'"):
-        sf.splade_pool(logits, pooling="mean")
+    with pytest.raises(ValueError, match="pooling must be one of 'max', .* 'last', got 'min'"):
+        sf.splade_pool(logits, pooling="min")
     with pytest.raises(ValueError, match="activation must be one of .* got 3"):
         sf.splade_pool(logits, activation=3)
     with pytest.raises(TypeError, match="logits must be a dense tensor"):

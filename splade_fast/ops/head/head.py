@@ -24,7 +24,14 @@ from splade_fast.ops.autograd import (
     refuse_forward_mode,
 )
 from splade_fast.ops.head.forward import HeadArguments, Outputs, forward
+from splade_fast.ops.head.scale import scale_logits
 from splade_fast.ops.head.screening import ALGORITHMS, MAX_DIM, SCREENED
+from splade_fast.ops.pooling import (
+    kernel_pooling,
+    last_of_packed,
+    last_of_padded,
+    mean_of_sums,
+)
 
 MAX = POOLINGS["max"]
 
@@ -38,20 +45,22 @@ def splade_head(
     cu_seqlens: Tensor | None = None,
     pooling: str = "max",
     activation: str = "log1p_relu",
+    logit_scale: float | Tensor = 1.0,
     algorithm: str = "auto",
 ) -> Tensor:
     """Compute the vocabulary weights of sequences from hidden states, without storing logits.
 
-    pooled[b, v] = max or sum over l with attention_mask[b, l] ≠ 0 of
-    activation(hidden[b, l] · weight[v] + bias[v])
+    pooled[b, v] = max, sum or mean over l with attention_mask[b, l] ≠ 0, or the value at the last
+    such l, of activation(logit_scale · (hidden[b, l] · weight[v] + bias[v]))
 
     Follows SPLADE (Formal et al., SIGIR 2021) with the max pooling of SPLADE v2 (2021); the product
     is fused into the pooling. Products are accumulated in float32 (float64 for float64). Ties of
     the maximum go to the lowest position, which alone gets the gradient. Gradients are bitwise
     deterministic. NaN at an attended position propagates to the output. Masked positions are not
-    read. Under autocast the product runs in the autocast dtype and the result is float32. On a GPU
-    float32 products follow `torch.set_float32_matmul_precision`, as `torch.mm` does: where TF32 is
-    permitted, each operand may lose a relative 2^-10.
+    read. The scale multiplies hidden and bias, which are rounded to their dtype once more unless it
+    is a power of two. Under autocast the product runs in the autocast dtype and the result is
+    float32. On a GPU float32 products follow `torch.set_float32_matmul_precision`, as `torch.mm`
+    does: where TF32 is permitted, each operand may lose a relative 2^-10.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens; float32, float64, bfloat16 or float16.
@@ -60,8 +69,11 @@ def splade_head(
         attention_mask: (B, L), bool, int or float; positions with 0 are left out. None: all
             positions take part.
         cu_seqlens: (B + 1,) int32, the start of each sequence in packed hidden, then T.
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last"; "last" computes logits of one position only.
         activation: "relu", "log1p_relu" (log(1 + relu)) or "log1p_log1p_relu".
+        logit_scale: factor of the logits, a finite number, or a tensor of one, which gets its
+            gradient. 1/16 keeps models with large logits, such as ModernBERT, from collapsing in
+            training (Jang et al., arXiv:2606.18811).
         algorithm: "dense" computes all logits in full precision. "screened" first proves with int8
             products which logits cannot be positive or the maximum, and computes only the others
             (docs/screening.md): several times faster for a trained model, slower where most logits
@@ -87,13 +99,14 @@ def splade_head(
         tensor([[2., 0., 3.]])
     """
     check_floating("hidden", hidden)
+    hidden, bias = scale_logits(hidden, bias, logit_scale)
     autocast = _autocast_dtype(hidden)
     source = weight
     if autocast is not None:
         check_floating("weight", weight)
         hidden, weight = hidden.to(autocast), weight.to(autocast)
         bias = bias.to(autocast) if bias is not None else None
-    pooling_code = check_choice("pooling", pooling, POOLINGS)
+    check_choice("pooling", pooling, POOLINGS)
     activation_code = check_choice("activation", activation, ACTIVATIONS)
     algorithm_code = check_choice("algorithm", algorithm, ALGORITHMS)
     _check_decoder(hidden, weight, bias)
@@ -112,6 +125,14 @@ def splade_head(
         )
         return pooled if autocast is None else pooled.float()
     refuse_forward_mode("splade_head", hidden, weight, bias)
+    if pooling == "last":
+        hidden, mask = (
+            last_of_padded(hidden, mask)
+            if cu_seqlens is None
+            else last_of_packed(hidden, cu_seqlens)
+        )
+        cu_seqlens = None
+    is_mean = pooling == "mean"
     outputs: Outputs = torch.ops.splade_fast.head_forward(
         *HeadArguments(
             hidden=hidden,
@@ -119,15 +140,19 @@ def splade_head(
             bias=bias,
             attention_mask=mask,
             cu_seqlens=cu_seqlens,
-            pooling=pooling_code,
+            pooling=kernel_pooling(pooling),
             activation=activation_code,
             save_for_backward=needs_gradient(hidden, weight, bias),
-            float_output=autocast is not None,
+            # A mean is rounded once: its sum stays in float32.
+            float_output=autocast is not None or is_mean,
             algorithm=algorithm_code,
             source=None if source is weight else source,
         )
     )
-    return outputs[0]
+    if not is_mean:
+        return outputs[0]
+    mean = mean_of_sums(outputs[0], hidden.shape[-2], mask, cu_seqlens)
+    return mean if autocast is not None else mean.to(hidden.dtype)
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:

@@ -22,13 +22,14 @@ def splade_head_topk(
     cu_seqlens: Tensor | None = None,
     pooling: str = "max",
     activation: str = "log1p_relu",
+    logit_scale: float | Tensor = 1.0,
     algorithm: str = "auto",
 ) -> SparseRows:
     """Compute the k largest vocabulary weights of each sequence, without gradients.
 
     Equals `SparseRows.from_dense(splade_head(…), k)`, computed for a block of sequences at a time,
-    so that no dense (B, V) exists. On the CPU the results are the same to the bit with max pooling,
-    and with sum pooling if one block holds the batch.
+    so that no dense (B, V) exists. On the CPU the results are the same to the bit with max and last
+    pooling, and with sum and mean pooling if one block holds the batch.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with cu_seqlens.
@@ -37,7 +38,7 @@ def splade_head_topk(
         attention_mask: (B, L); positions with 0 are left out. None: all positions take part.
         k: largest number of entries of a row, at least 0. None keeps all positive entries.
         cu_seqlens: (B + 1,) int32. Its values are read, which waits for a GPU.
-        pooling, activation, algorithm: as in `splade_head`.
+        pooling, activation, logit_scale, algorithm: as in `splade_head`.
 
     Returns:
         SparseRows of B rows over V columns.
@@ -79,6 +80,7 @@ def splade_head_topk(
             cu_seqlens=starts,
             pooling=pooling,
             activation=activation,
+            logit_scale=logit_scale,
             algorithm=algorithm,
         )
         parts.append(SparseRows.from_dense(pooled, k))

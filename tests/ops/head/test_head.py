@@ -11,6 +11,7 @@ from splade_fast import reference
 from splade_fast.ops.head.forward import is_tf32_permitted
 from tests.ops.inputs import (
     ACTIVATIONS,
+    ALL_POOLINGS,
     COMPILED_POOLINGS,
     DTYPES,
     MASKS,
@@ -20,7 +21,7 @@ from tests.ops.inputs import (
 )
 from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
 from tests.selection import pairwise
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, assert_accurate_gradients
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -59,7 +60,7 @@ def decoder(vocabulary: int, dim: int, dtype=torch.float32, device="cpu") -> tup
 
 @pairwise(
     dtype=DTYPES,
-    pooling=POOLINGS,
+    pooling=ALL_POOLINGS,
     activation=ACTIVATIONS,
     kind=MASKS,
     has_bias=[True, False],
@@ -75,7 +76,7 @@ def test_matches_reference(device, dtype, pooling, activation, kind, has_bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 @pytest.mark.parametrize("lengths", [[5, 0, 1, 17], [3], [0, 0], []])
 def test_packed(device, dtype, pooling, lengths):
     hidden = lattice(sum(lengths), 21, dtype=dtype, device=device)
@@ -100,6 +101,16 @@ def test_packed_equals_padded(device):
     padded[1] = padded[1][mask]
     tolerance = {"rtol": 0, "atol": 0} if device.type == "cpu" else {}
     torch.testing.assert_close(packed, padded, **tolerance)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)], ids=str)
+def test_nothing_to_pool(device, pooling, size):
+    batch, length, dim, vocabulary = size
+    hidden = torch.randn(batch, length, dim, device=device)
+    weight = torch.randn(vocabulary, dim, device=device)
+    for mask in (None, torch.zeros(batch, length, device=device)):
+        compare(hidden, weight, torch.randn(vocabulary, device=device), mask, pooling=pooling)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -137,7 +148,7 @@ def test_sums_of_long_sequences(device, seed):
     compare(hidden, weight / 4, bias, None, pooling="sum")
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 def test_strides(device, pooling):
     hidden = torch.randn(20, 9, 6, device=device).permute(2, 1, 0)
     weight = torch.randn(20, 50, device=device).t()
@@ -163,13 +174,13 @@ def test_positions_that_do_not_count_are_not_read(device):
     mask = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]], device=device)
     expected = sf.splade_head(hidden, weight, None, mask)
     hidden[mask == 0] = torch.nan
-    for pooling in POOLINGS:
+    for pooling in ALL_POOLINGS:
         assert not sf.splade_head(hidden, weight, None, mask, pooling=pooling).isnan().any()
     assert torch.equal(sf.splade_head(hidden, weight, None, mask), expected)
     assert (expected[1] == 0).all()
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf(device, pooling, dtype):
     hidden = torch.zeros(3, 4, 2, dtype=dtype, device=device)
@@ -211,7 +222,7 @@ def test_gradients_are_bitwise_deterministic(device):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
@@ -252,7 +263,7 @@ def test_gradcheck(device, packed):
         else None,
         "attention_mask": None if packed else attention_mask("holes", 2, 5).to(device),
     }
-    for pooling in POOLINGS:
+    for pooling in ALL_POOLINGS:
         for activation in ACTIVATIONS:
             options = {"pooling": pooling, "activation": activation, **sequences}
             assert torch.autograd.gradcheck(
@@ -260,10 +271,84 @@ def test_gradcheck(device, packed):
             )
 
 
+@pairwise(dtype=DTYPES, pooling=ALL_POOLINGS, has_bias=[True, False], kind=["padded", "packed"])
+def test_logit_scale(device, dtype, pooling, has_bias, kind):
+    """A scale that rounds hidden and bias, with the gradient of the scale."""
+    scale = torch.tensor([0.3], dtype=dtype, device=device)
+    hidden = torch.randn(4, 17, 21).to(device, dtype)
+    weight, bias = decoder(101, 21, dtype, device)
+    sequences = {"attention_mask": attention_mask("holes", 4, 17).to(device)}
+    if kind == "packed":
+        hidden = hidden.flatten(0, 1)
+        bounds = torch.tensor([0, 5, 5, 68], dtype=torch.int32, device=device)
+        sequences = {"cu_seqlens": bounds}
+    options = {"pooling": pooling, **sequences}
+    tensors = [hidden, weight, bias if has_bias else None, scale]
+
+    def scaled(head):
+        return lambda h, w, b, s, **others: head(h, w, b, logit_scale=s, **others)
+
+    wide = [None if t is None else t.double() for t in tensors]
+    pooled, grads = zip(
+        *(
+            (values[0], dict(enumerate(values[1:])))
+            for values in (
+                gradients(scaled(sf.splade_head), tensors, **options),
+                gradients(scaled(reference.splade_head), wide, **options),
+                gradients(scaled(reference.splade_head), tensors, **options),
+            )
+        ),
+        strict=True,
+    )
+    assert_accurate(*pooled)
+    assert_accurate_gradients(*grads)  # together, as plain PyTorch may hit one number by luck
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_powers_of_two_round_nothing(device, dtype):
+    hidden, (weight, bias) = torch.randn(4, 17, 21).to(device, dtype), decoder(101, 21, dtype)
+    head = hidden, weight.to(device), bias.to(device)
+    expected = sf.splade_head(*head, activation="relu") / 16
+    for scale in (1 / 16, torch.tensor(1 / 16, device=device)):
+        assert torch.equal(sf.splade_head(*head, activation="relu", logit_scale=scale), expected)
+        rows = sf.splade_head_topk(*head, k=None, activation="relu", logit_scale=scale)
+        assert torch.equal(rows.to_dense(), expected)
+
+
+def test_a_scale_of_a_wider_dtype_is_not_rounded(device):
+    """A model in bfloat16 may keep its scale in float32."""
+    hidden = torch.ones(1, 1, 1, dtype=torch.bfloat16, device=device)
+    weight = torch.full((1, 1), 16384.0, dtype=torch.bfloat16, device=device)
+    scale = torch.tensor(0.300048828125, device=device)  # between two numbers of bfloat16
+    expected = torch.tensor([[0.300048828125 * 16384]], device=device).bfloat16()
+    options = {"activation": "relu", "logit_scale": scale}
+    assert torch.equal(sf.splade_head(hidden, weight, **options), expected)
+    with torch.autocast(device.type, torch.bfloat16):
+        pooled = sf.splade_head(hidden.float(), weight.float(), **options)
+    assert torch.equal(pooled.bfloat16(), expected)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (float("nan"), ValueError, "logit_scale must be finite, got nan"),
+        (True, TypeError, "logit_scale must be a number or a tensor, got bool"),
+        ("2", TypeError, "logit_scale must be a number or a tensor, got str"),
+        (torch.ones(2), ValueError, r"logit_scale must be a tensor of one number, got \(2,\)"),
+        (torch.ones((), dtype=torch.int64), TypeError, "logit_scale must be one of float32"),
+        (torch.ones((), device="meta"), ValueError, "logit_scale must be on the device of hidden"),
+    ],
+    ids=["nan", "bool", "str", "two", "int64", "meta"],
+)
+def test_bad_scales(scale, error, message):
+    with pytest.raises(error, match=message):
+        sf.splade_head(torch.randn(2, 5, 3), torch.randn(7, 3), logit_scale=scale)
+
+
 def test_double_backward_is_refused(device):
     hidden = torch.randn(2, 5, 3, device=device, requires_grad=True)
     weight = torch.randn(7, 3, device=device)
-    for pooling in POOLINGS:
+    for pooling in ALL_POOLINGS:
         pooled = sf.splade_head(hidden, weight, pooling=pooling)
         (grad,) = torch.autograd.grad(pooled.square().sum(), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
@@ -302,8 +387,27 @@ def test_compiles_in_one_graph(device, pooling, backend):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_scaled_heads_compile_in_one_graph(device, pooling):
+    torch.compiler.reset()
+
+    def loss(hidden, weight, mask, scale):
+        options = {"pooling": pooling, "logit_scale": scale}
+        return sf.splade_head(hidden, weight, None, mask, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = [torch.randn(2, 5, 16), torch.randn(70, 16), torch.full((1,), 0.3)]
+    hidden, weight, scale = (tensor.to(device).requires_grad_() for tensor in inputs)
+    mask = attention_mask("right", 2, 5).to(device)
+    for factor in (scale, 0.25):
+        leaves = [hidden, weight, scale] if factor is scale else [hidden, weight]
+        expected = torch.autograd.grad(loss(hidden, weight, mask, factor), leaves)
+        actual = torch.autograd.grad(compiled(hidden, weight, mask, factor), leaves)
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 def test_autocast(device, dtype, pooling):
     """Autocast runs the product in its dtype and returns float32, as for a Linear and log1p."""
     tensors = [lattice(2, 5, 4, dtype=torch.float32, device=device), *decoder(70, 4, device=device)]
@@ -316,7 +420,7 @@ def test_autocast(device, dtype, pooling):
         assert_accurate(actual, exact, baseline.float())
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_inside_autocast(device, pooling, dtype):
     """The dtypes of gradients do not depend on autocast in the backward."""
@@ -330,7 +434,7 @@ def test_backward_inside_autocast(device, pooling, dtype):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected[1:], strict=True))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 def test_autocast_compiles(device, pooling):
     compiled = torch.compile(sf.splade_head, fullgraph=True, backend="aot_eager")
     hidden = lattice(2, 5, 4, dtype=torch.float32, device=device)
@@ -457,7 +561,7 @@ def test_the_cpu_has_no_tf32():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", ALL_POOLINGS)
 def test_packed_tokens_of_no_sequence_have_a_gradient_of_zero(pooling):
     """The CPU refuses such cu_seqlens; on a GPU the check would have to wait."""
     hidden = torch.randn(40, 16, device="cuda")

@@ -69,7 +69,7 @@ def test_bad_arguments(monkeypatch):
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         sf.splade_head_topk(hidden, weight, bias, k=-1)
     with pytest.raises(ValueError, match="pooling must be one of"):
-        sf.splade_head_topk(hidden, weight, bias, k=4, pooling="mean")
+        sf.splade_head_topk(hidden, weight, bias, k=4, pooling="min")
     # A bad k is refused before the head is computed.
     monkeypatch.setattr("splade_fast.ops.head.topk.splade_head", None)
     with pytest.raises(TypeError, match="k must be an integer, got float"):
