@@ -33,7 +33,8 @@ LAST = (
 SPLIT = ("encoders", "integrations", "search")
 # Modules without a page: they serve other modules, or the command line.
 INTERNAL = {
-    *("batching", "claim_folder", "cli", "hidden_states", "join_files", "pretrained"),
+    *("attention", "batching", "claim_folder", "cli", "echo", "hidden_states", "join_files"),
+    "pretrained",
     "text_encoder",
 }
 

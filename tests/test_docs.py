@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import masked_lm_configs, save_checkpoint
+from tests.tiny_models import causal_lm_configs, masked_lm_configs, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,6 +47,9 @@ def test_script_runs(name, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = save_checkpoint(masked_lm_configs()["bert"], tmp_path / "checkpoint")
     code = code.replace("CHECKPOINT", str(checkpoint))
+    if "DECODER_MODEL" in code:
+        decoder = save_checkpoint(causal_lm_configs()["qwen3"], tmp_path / "decoder")
+        code = code.replace("DECODER_MODEL", str(decoder))
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
 
 

@@ -13,6 +13,8 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
@@ -84,6 +86,21 @@ def causal_lm_configs() -> dict[str, PreTrainedConfig]:
         "qwen2": Qwen2Config(**sizes, tie_word_embeddings=True),
         "qwen3": Qwen3Config(**sizes, head_dim=8),
         "mistral": MistralConfig(**sizes, sliding_window=4),
+    }
+
+
+def gemma_configs() -> dict[str, PreTrainedConfig]:
+    """Families of Gemma without softcapping of the logits."""
+    sizes = {**_SIZES, **_SPECIAL_IDS, "num_key_value_heads": 1, "head_dim": 8}
+    sizes["query_pre_attn_scalar"] = 8
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return {
+        "gemma": GemmaConfig(**sizes),
+        # transformers' softmax of Gemma 2 is NaN in float64 where padding sees no text.
+        "gemma2": Gemma2Config(
+            **sizes, **windows | {"sliding_window": 64}, final_logit_softcapping=None
+        ),
+        "gemma3": Gemma3TextConfig(**sizes, **windows),
     }
 
 

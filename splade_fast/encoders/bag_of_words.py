@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from splade_fast.encoders.pretrained import (
 from splade_fast.encoders.settings import (
     EncoderSettings,
     read_static_embedding_settings,
+    refuse_splade_options,
     static_embedding_files,
 )
 from splade_fast.encoders.text_encoder import TextEncoder
@@ -73,6 +75,7 @@ class BagOfWordsQueryEncoder(TextEncoder):
         frozen: bool = False,
     ) -> None:
         super().__init__(tokenizer, settings)
+        refuse_splade_options("settings.", asdict(self.settings))
         if weight is None:
             weight = torch.ones(len(tokenizer))
         check_floating("weight", weight)

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from splade_fast._checks import check_count
+from splade_fast._checks import ACTIVATIONS, POOLINGS, check_choice, check_count, check_unicode
+from splade_fast.encoders.attention import ATTENTIONS
 from splade_fast.encoders.modules_list import (
     STATIC_EMBEDDING,
     is_static_embedding,
@@ -14,12 +15,15 @@ from splade_fast.encoders.modules_list import (
     read_modules,
 )
 from splade_fast.encoders.pretrained import read_json_object
+from splade_fast.ops.head.scale import check_logit_scale
 
 # SpladePooling names the function that it puts inside its own log1p; splade_fast names the whole.
 SPLADE_POOLING_ACTIVATIONS = {"relu": "log1p_relu", "log1p_relu": "log1p_log1p_relu"}
 _SPLADE_POOLING_NAMES = {ours: theirs for theirs, ours in SPLADE_POOLING_ACTIVATIONS.items()}
 _SPLADE_POOLING_FOLDER = "1_SpladePooling"
 _TRANSFORMER_MODULES = ("Transformer", "MLMTransformer")
+_MODEL_CONFIG_FILE = "config_sentence_transformers.json"
+_OWN_DEFAULTS: dict[str, Any] = {"logit_scale": 1.0, "train_logit_scale": False, "echo": None}
 _MODULES_PACKAGE = "sentence_transformers.sparse_encoder.models"
 
 
@@ -27,18 +31,27 @@ _MODULES_PACKAGE = "sentence_transformers.sparse_encoder.models"
 class EncoderSettings:
     """Settings of an encoder beside its transformer and its tokenizer.
 
+    Pooling, attention, echo and the scale of logits are for SpladeEncoders.
+
     Args:
-        pooling: "max" or "sum".
+        pooling: "max", "sum", "mean" or "last".
         activation: "relu", "log1p_relu" or "log1p_log1p_relu".
         max_length: largest number of tokens of a text; None for the tokenizer's own limit.
         prompts: texts that can go before each encoded text, by name.
         default_prompt_name: name of the prompt that is used where none is named.
         lower_case: lowercase texts before the tokenizer's own normalisation.
         subfolder: folder of the transformer inside the model folder.
+        attention: "bidirectional" or "causal", which the encoder sets when it is made; None leaves
+            the model as it is.
+        logit_scale: factor of the logits before the activation, greater than 0.
+        train_logit_scale: train the factor, starting from logit_scale.
+        echo: text between two copies of each text, of which the second is pooled; None: one copy.
 
     Raises:
-        TypeError: max_length is not an integer, or prompts are not texts by name.
-        ValueError: max_length is less than 1, or default_prompt_name is the name of no prompt.
+        TypeError: max_length is not an integer, logit_scale is not a number, or prompts and echo
+            are not texts.
+        ValueError: a number is out of range, default_prompt_name is the name of no prompt, or
+            pooling, activation or attention is unknown.
     """
 
     pooling: str = "max"
@@ -48,8 +61,25 @@ class EncoderSettings:
     default_prompt_name: str | None = None
     lower_case: bool = False
     subfolder: str = ""
+    attention: str | None = None
+    logit_scale: float = 1.0
+    train_logit_scale: bool = False
+    echo: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        if self.attention is not None:
+            check_choice("attention", self.attention, ATTENTIONS)
+        check_logit_scale(self.logit_scale)
+        if self.logit_scale <= 0:
+            raise ValueError(f"logit_scale must be greater than 0, got {self.logit_scale}")
+        if not isinstance(self.train_logit_scale, bool):
+            raise TypeError(f"train_logit_scale must be a bool, got {self.train_logit_scale!r}")
+        if self.echo is not None:
+            if not isinstance(self.echo, str):
+                raise TypeError(f"echo must be a text, got {type(self.echo).__name__}")
+            check_unicode("echo", self.echo)
         if self.max_length is not None:
             self.max_length = check_count("max_length", self.max_length, 1)
         if not isinstance(self.prompts, dict) or not all(
@@ -99,21 +129,45 @@ def read_settings(
             f"max_seq_length in {transformer_file} of {name_or_path} must be a whole number or "
             f"null, got {max_length!r}"
         )
-    pooling = read_json_object(name_or_path, os.path.join(pooling_folder, "config.json"), hub)
+    pooling_file = os.path.join(pooling_folder, "config.json")
+    pooling = read_json_object(name_or_path, pooling_file, hub)
     activation = str(pooling.get("activation_function", "relu"))
     if activation not in SPLADE_POOLING_ACTIVATIONS:
         raise ValueError(
             f"activation_function of {name_or_path} must be one of "
             f"{', '.join(SPLADE_POOLING_ACTIVATIONS)}, got {activation!r}"
         )
-    return EncoderSettings(
-        pooling=pooling.get("pooling_strategy", "max"),
-        activation=SPLADE_POOLING_ACTIVATIONS[activation],
-        max_length=max_length,
-        lower_case=transformer.get("do_lower_case", False),
-        subfolder=folder,
-        **_read_prompts(name_or_path, hub),
-    )
+    prompts = _read_prompts(name_or_path, hub)
+    attention = read_json_object(name_or_path, _MODEL_CONFIG_FILE, hub).get("attention")
+    try:
+        return EncoderSettings(
+            pooling=pooling.get("pooling_strategy", "max"),
+            activation=SPLADE_POOLING_ACTIVATIONS[activation],
+            max_length=max_length,
+            lower_case=transformer.get("do_lower_case", False),
+            subfolder=folder,
+            attention=attention,
+            **{name: pooling[name] for name in _OWN_DEFAULTS if name in pooling},
+            **prompts,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the settings of {name_or_path} are not supported: {error}") from error
+
+
+def refuse_splade_options(prefix: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that only SpladeEncoders have.
+
+    Args:
+        prefix: words before the name of an option, for the message.
+        options: values by name; those of other names and defaults pass.
+    """
+    for name in ("attention", *_OWN_DEFAULTS):
+        value = options.get(name)
+        if value is not None and value != _OWN_DEFAULTS.get(name):
+            raise ValueError(
+                f"{prefix}{name} must be left out for an encoder without a language-modelling "
+                f"head, got {value!r}"
+            )
 
 
 def find_transformer(name_or_path: str, hub: dict[str, Any]) -> str:
@@ -137,6 +191,8 @@ def find_transformer(name_or_path: str, hub: dict[str, Any]) -> str:
 def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
     """Return the JSON files that make a transformers folder a SparseEncoder folder as well.
 
+    sentence-transformers refuses the folder if a setting is one that its modules lack.
+
     Raises:
         ValueError: SpladePooling has no such activation.
     """
@@ -151,10 +207,11 @@ def sparse_encoder_files(settings: EncoderSettings) -> dict[str, Any]:
             ("", "MLMTransformer"), (_SPLADE_POOLING_FOLDER, "SpladePooling")
         ),
         "sentence_bert_config.json": {"max_seq_length": settings.max_length},
-        "config_sentence_transformers.json": _model_config(settings),
+        _MODEL_CONFIG_FILE: _model_config(settings) | _attention(settings),
         f"{_SPLADE_POOLING_FOLDER}/config.json": {
             "pooling_strategy": settings.pooling,
             "activation_function": _SPLADE_POOLING_NAMES[settings.activation],
+            **_own_settings(settings),
         },
     }
 
@@ -194,7 +251,7 @@ def static_embedding_files(settings: EncoderSettings, frozen: bool) -> dict[str,
     """Return the JSON files of a SparseEncoder folder with one SparseStaticEmbedding."""
     return {
         "modules.json": _module_list(("", STATIC_EMBEDDING)),
-        "config_sentence_transformers.json": _model_config(settings),
+        _MODEL_CONFIG_FILE: _model_config(settings),
         "config.json": {"frozen": frozen},
     }
 
@@ -215,8 +272,22 @@ def _model_config(settings: EncoderSettings) -> dict[str, Any]:
     }
 
 
+def _own_settings(settings: EncoderSettings) -> dict[str, Any]:
+    """Return the settings that differ from what SpladePooling does, which refuses their names."""
+    values = {name: getattr(settings, name) for name in _OWN_DEFAULTS}
+    return {name: value for name, value in values.items() if value != _OWN_DEFAULTS[name]}
+
+
+def _attention(settings: EncoderSettings) -> dict[str, str]:
+    """Return the attention as an item that sentence-transformers passes over.
+
+    The config of the model holds it as well, but not that of adapters.
+    """
+    return {} if settings.attention is None else {"attention": settings.attention}
+
+
 def _read_prompts(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
-    file = "config_sentence_transformers.json"
+    file = _MODEL_CONFIG_FILE
     config = read_json_object(name_or_path, file, hub)
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(

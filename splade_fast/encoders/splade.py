@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -24,6 +25,7 @@ from splade_fast.encoders.adapters import (
     load_adapters,
     make_base_absolute,
 )
+from splade_fast.encoders.attention import set_attention
 from splade_fast.encoders.hidden_states import (
     check_decoder_is_last,
     find_decoder,
@@ -49,18 +51,19 @@ from splade_fast.ops.sparse_rows import SparseRows
 
 
 class SpladeEncoder(TextEncoder):
-    """Encode texts as y[v] = max over tokens t of log(1 + relu(logits[t, v])).
+    """Encode texts as y[v] = max over tokens t of log(1 + relu(s · logits[t, v])).
 
-    The logits are never held in memory. The models are SPLADE (Formal et al., SIGIR 2021) and
-    SPLADE v2 (arXiv:2109.10086). `from_pretrained` loads one.
+    The logits are never held in memory, and s is 1 unless set. The models are SPLADE (Formal et
+    al., SIGIR 2021) and SPLADE v2 (arXiv:2109.10086). `from_pretrained` loads one.
 
     Args:
         model: a transformers model with a language-modelling head, wrapped by PEFT or not.
         tokenizer: the model's tokenizer.
-        settings: pooling, activation, maximum length and prompts.
+        settings: pooling, activation, attention, scale of logits, maximum length and prompts.
 
     Raises:
-        ValueError: the model's logits are not `hidden · weightᵀ + bias` of its output embeddings.
+        ValueError: the model's logits are not `hidden · weightᵀ + bias` of its output embeddings,
+            or it cannot attend as the settings say.
 
     Example::
 
@@ -78,7 +81,11 @@ class SpladeEncoder(TextEncoder):
     ) -> None:
         super().__init__(tokenizer, settings)
         check_decoder_is_last(model)
+        if self.settings.attention is not None:
+            set_attention(model, self.settings.attention)
         self.model = model
+        self.register_parameter("logit_scale", _make_logit_scale(model, self.settings))
+        self.logit_scale: nn.Parameter | None
         self._has_key_value_cache = has_key_value_cache(model)
         # Found once: each tokenization reads it, and the search walks the modules.
         self._position_limit = find_position_limit(model)
@@ -86,7 +93,17 @@ class SpladeEncoder(TextEncoder):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], *, task: str = "document", **kwargs: Any
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        task: str = "document",
+        attention: str | None = None,
+        pooling: str | None = None,
+        logit_scale: float | None = None,
+        train_logit_scale: bool | None = None,
+        echo: str | None = None,
+        prompts: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> SpladeEncoder:
         """Load a masked-LM or causal-LM checkpoint, or a SparseEncoder folder.
 
@@ -96,7 +113,19 @@ class SpladeEncoder(TextEncoder):
             name_or_path: a hub name or a folder.
             task: "document" or "query", which selects the route of a folder with a Router; see
                 also `BagOfWordsQueryEncoder.from_pretrained` and `load_query_encoder`.
+            attention: "bidirectional" lets every token of a causal language model attend to all
+                tokens, as in LLM2Vec (arXiv:2404.05961); "causal" to itself and earlier ones.
+            pooling: "max", "sum", "mean" or "last".
+            logit_scale: factor s of the logits; 1/16 keeps models with large logits, such as
+                ModernBERT, from collapsing in training (arXiv:2606.18811).
+            train_logit_scale: make the factor a parameter.
+            echo: text between two copies of each text, of which the second is pooled
+                (arXiv:2402.15449).
+            prompts: texts before each encoded text by name, beside those of the folder; the trainer
+                and the command line use the names "query" and "document".
             kwargs: arguments of transformers' `from_pretrained`, such as `dtype` or `revision`.
+
+        A saved folder keeps these settings, from attention to prompts; None takes the folder's.
 
         Raises:
             ImportError: the checkpoint holds adapters, and peft is missing or does not work with
@@ -104,12 +133,22 @@ class SpladeEncoder(TextEncoder):
             OSError: no checkpoint of that name was found, or it holds no tokenizer.
             ValueError: kwargs hold a subfolder, the checkpoint needs its own code, a pickle holds
                 more than weights, a file is damaged, weights are missing (such as those of the
-                language-modelling head), or the folder describes another kind of model.
+                language-modelling head), the folder describes another kind of model, a setting is
+                out of range, or the model cannot attend so.
         """
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         refuse_subfolder(kwargs)
         settings = read_settings(name, hub, task)
+        given: dict[str, Any] = {
+            "attention": attention,
+            "pooling": pooling,
+            "logit_scale": logit_scale,
+            "train_logit_scale": train_logit_scale,
+            "echo": echo,
+            "prompts": None if prompts is None else settings.prompts | prompts,
+        }
+        settings = replace(settings, **{n: v for n, v in given.items() if v is not None})
         hub["subfolder"] = settings.subfolder
         if has_term_weights(name, hub):
             raise ValueError(
@@ -171,23 +210,18 @@ class SpladeEncoder(TextEncoder):
         """
         return splade_head(
             *self._head_inputs(input_ids, attention_mask, pooling_mask, **kwargs),
-            pooling=self.settings.pooling,
-            activation=self.settings.activation,
+            **self._head_options(),
         )
 
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
         """Return the vectors of `tokenize`'s output, with at most the k largest entries of each."""
-        return splade_head_topk(
-            *self._head_inputs(**inputs),
-            k=k,
-            pooling=self.settings.pooling,
-            activation=self.settings.activation,
-        )
+        return splade_head_topk(*self._head_inputs(**inputs), k=k, **self._head_options())
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that transformers, sentence-transformers and `from_pretrained` load.
 
-        sentence-transformers' SparseEncoder does not load causal LMs. For a model with PEFT
+        sentence-transformers' SparseEncoder refuses causal LMs, the poolings "mean" and "last", a
+        scale of logits and an echo, which its modules lack. For a model with PEFT
         adapters, only the adapters and the name of the base model are written. The folder appears
         complete or not at all. Of an encoder that FSDP2 has sharded, all ranks call it and the
         first one writes.
@@ -201,19 +235,30 @@ class SpladeEncoder(TextEncoder):
             ValueError: sentence-transformers has no such activation; nothing is written.
         """
         check_saves_adapters(self.model)
-        settings_files = sparse_encoder_files(self.settings)
+        sparse_encoder_files(self.settings)  # raises before anything is written
         with whole_weights(self) as has_weights:
             if has_weights:
                 with whole_folder(path) as folder:
                     self._write_files(folder)
-                    write_json_files(folder, settings_files)
 
     def _write_files(self, folder: Path) -> None:
-        """Write model and tokenizer."""
+        """Write model, tokenizer and settings."""
         self.model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
         make_base_absolute(folder)
         self.tokenizer.save_pretrained(folder)
+        settings = self.settings
+        if self.logit_scale is not None:
+            settings = replace(settings, logit_scale=float(self.logit_scale.detach()))
+        write_json_files(folder, sparse_encoder_files(settings))
+
+    def _head_options(self) -> dict[str, Any]:
+        scale = self.settings.logit_scale if self.logit_scale is None else self.logit_scale
+        return {
+            "pooling": self.settings.pooling,
+            "activation": self.settings.activation,
+            "logit_scale": scale,
+        }
 
     def _head_inputs(
         self,
@@ -228,6 +273,17 @@ class SpladeEncoder(TextEncoder):
             kwargs.setdefault("use_cache", False)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         return head_inputs(self.model, inputs, pooling_mask)
+
+
+def _make_logit_scale(model: PreTrainedModel, settings: EncoderSettings) -> nn.Parameter | None:
+    """Return the scale as a parameter like the decoder's weight; None for a fixed one.
+
+    It has one dimension, since FSDP shards no parameter without one.
+    """
+    if not settings.train_logit_scale:
+        return None
+    weight = find_decoder(model).weight
+    return nn.Parameter(weight.new_full((1,), settings.logit_scale, requires_grad=False))
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

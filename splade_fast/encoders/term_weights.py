@@ -31,7 +31,11 @@ from splade_fast.encoders.pretrained import (
     refuse_subfolder,
     write_json_files,
 )
-from splade_fast.encoders.settings import EncoderSettings, find_transformer
+from splade_fast.encoders.settings import (
+    EncoderSettings,
+    find_transformer,
+    refuse_splade_options,
+)
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.encoders.weights import read_weights
 from splade_fast.encoders.whole_weights import whole_weights
@@ -84,6 +88,7 @@ class TermWeightEncoder(TextEncoder):
             )
         if self.settings.pooling != "max":
             raise ValueError(f"settings.pooling must be 'max', got {self.settings.pooling!r}")
+        refuse_splade_options("settings.", dataclasses.asdict(self.settings))
         if projection is None:
             projection = _new_projection(model)
         if tuple(projection.weight.shape) != (1, config.hidden_size):
@@ -122,6 +127,7 @@ class TermWeightEncoder(TextEncoder):
         name = os.fspath(name_or_path)
         hub = hub_arguments(kwargs)
         refuse_subfolder(kwargs)
+        refuse_splade_options("", kwargs)
         try:
             settings = EncoderSettings(**read_json_object(name, _SETTINGS_FILE, hub))
         except (TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splade_fast._checks import check_count, check_integer, check_texts
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
+from splade_fast.encoders.echo import tokenize_echoed
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
 from splade_fast.encoders.whole_weights import is_sharded, run_sharded
@@ -25,6 +26,8 @@ def token_tensors(
     max_length: int,
     add_special_tokens: bool = True,
     vocab_size: int | None = None,
+    prompt: str = "",
+    echo: str | None = None,
 ) -> dict[str, Tensor]:
     """Tokenize texts into inputs of a transformer, on the CPU.
 
@@ -34,28 +37,35 @@ def token_tensors(
         max_length: number of tokens kept of each text, at least that of its special tokens.
         add_special_tokens: whether special tokens surround each text.
         vocab_size: number of tokens that the model knows, if it is to be checked.
+        prompt: text that goes before each text.
+        echo: text between two copies of each text; None: one copy.
 
     Returns:
-        Tensors (N, L) by name, padded behind the texts to the longest one.
+        Tensors (N, L) by name, padded behind the texts to the longest one. With echo, the
+        pooling_mask is 1 at the tokens of the second copy.
 
     Raises:
         TypeError: a text is not a str.
-        ValueError: there is no text, a text holds a lone surrogate, or the model lacks a token.
+        ValueError: there is no text, a text holds a lone surrogate, the model lacks a token, or
+            max_length leaves no room for two copies.
     """
     texts = list(texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
     check_texts("texts", texts)
     with tokenizer_lock(tokenizer):
-        encoding = tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            padding=True,
+        options = {
+            "truncation": True,
+            "max_length": max_length,
+            "padding": True,
             # Models with absolute positions count them from the first column.
-            padding_side="right",
-            add_special_tokens=add_special_tokens,
-        )
+            "padding_side": "right",
+            "add_special_tokens": add_special_tokens,
+        }
+        if echo is None:
+            encoding = tokenizer([prompt + text for text in texts] if prompt else texts, **options)
+        else:
+            encoding = tokenize_echoed(tokenizer, texts, prompt, echo, options)
     # numpy reads lists three times as fast as torch.
     arrays = {name: np.array(lists) for name, lists in encoding.items()}
     largest = int(arrays["input_ids"].max(initial=0))
@@ -107,13 +117,16 @@ class TextEncoder(nn.Module):
         """Device of the parameters, on which inputs must be."""
         return next(self.parameters()).device
 
-    def tokenize(self, texts: str | Sequence[str], max_length: int = 256) -> dict[str, Tensor]:
+    def tokenize(
+        self, texts: str | Sequence[str], max_length: int = 256, prompt: str = ""
+    ) -> dict[str, Tensor]:
         """Tokenize texts into inputs of `forward`, on the encoder's device.
 
         Args:
             texts: at least one text; a single string counts as one text.
             max_length: number of tokens kept of each text, special tokens included; the model's
-                own limit applies as well.
+                own limit applies as well. With `settings.echo` it holds both copies.
+            prompt: text that goes before each text, such as `prompt_text("query")`.
 
         Returns:
             Tensors (N, L) by name, padded behind the texts to the longest one.
@@ -121,7 +134,7 @@ class TextEncoder(nn.Module):
         Raises:
             TypeError: an argument has a wrong type.
             ValueError: there is no text, a text holds a lone surrogate, the model lacks a token of
-                the tokenizer, or max_length leaves no room for special tokens.
+                the tokenizer, or max_length leaves no room for special tokens or for two copies.
         """
         tokens = token_tensors(
             self.tokenizer,
@@ -129,6 +142,8 @@ class TextEncoder(nn.Module):
             self.length_limit(max_length),
             self.has_special_tokens,
             self.vocab_size,
+            prompt,
+            self.settings.echo,
         )
         return {name: tensor.to(self.device) for name, tensor in tokens.items()}
 
@@ -191,11 +206,12 @@ class TextEncoder(nn.Module):
         parts: list[SparseRows] = []
         with evaluation_mode(self), _without_gradients(self):
             if len(texts) == 1:  # nothing to sort, and a query should not wait for it
-                rows = self.sparse_rows(self.tokenize([prompt + texts[0]], max_length), k)
+                rows = self.sparse_rows(self.tokenize([texts[0]], max_length, prompt), k)
                 after_batch(1)
                 return rows.to("cpu")
             for places in longest_first([len(text) for text in texts], batch_size):
-                inputs = self.tokenize([prompt + texts[i] for i in places.tolist()], max_length)
+                chosen_texts = [texts[i] for i in places.tolist()]
+                inputs = self.tokenize(chosen_texts, max_length, prompt)
                 for chosen, batch in batches_by_tokens(inputs, batch_size):
                     parts.append(self.sparse_rows(batch, k).to("cpu"))
                     order.append(places[chosen])

@@ -34,8 +34,8 @@ class Fingerprint:
         dtype: dtype that the weights were in, such as "float32".
         weights: digest of the parameters.
         vocabulary: digest of the tokenizer's tokens and their numbers.
-        settings: digest of the pooling, the activation, the prompt, the length limit, and the
-            tokens of a few texts.
+        settings: digest of the pooling, the activation, the prompt, the length limit, the tokens
+            of a few texts, and options that are not the default.
     """
 
     dtype: str
@@ -138,6 +138,19 @@ def _digest_settings(encoder: TextEncoder, role: str, max_length: int) -> str:
             ids[mask.bool()].tolist()
             for ids, mask in zip(tokens["input_ids"], tokens["attention_mask"], strict=True)
         ],
+    ]
+    # Options that came later leave the digests of other encoders as they were.
+    options = {
+        "attention": settings.attention,
+        "echo": settings.echo,
+        # A trained scale is one of the weights.
+        "logit_scale": None if settings.train_logit_scale else settings.logit_scale,
+    }
+    defaults = {"logit_scale": 1.0}
+    content += [
+        [name, value]
+        for name, value in options.items()
+        if value is not None and value != defaults.get(name)
     ]
     return _digest(json.dumps(content).encode())
 

@@ -14,7 +14,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from splade_fast._checks import check_count
+from splade_fast._checks import POOLINGS, check_count
+from splade_fast.encoders.attention import ATTENTIONS
 from splade_fast.training.data.sources import BATCH_SOURCES
 from splade_fast.training.objective import ObjectiveArguments
 from splade_fast.training.objective_arguments import check_choices
@@ -86,6 +87,45 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention as transformers names it: sdpa, eager, …"}
     )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Direction of a causal language model's attention: bidirectional or causal; by "
+            "default that of the checkpoint.",
+            "choices": list(ATTENTIONS),
+        },
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pooling over the tokens: max, sum, mean or last; by default the checkpoint's.",
+            "choices": list(POOLINGS),
+        },
+    )
+    logit_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the logits, such as 0.0625 for ModernBERT, which may collapse with "
+            "1; by default the checkpoint's."
+        },
+    )
+    train_logit_scale: bool = field(
+        default=False, metadata={"help": "Train the factor of the logits."}
+    )
+    echo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text between two copies of each text, of which the second is pooled; for "
+            "causal attention."
+        },
+    )
+    prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "name=text for each prompt to add; those named query and document go before "
+            "queries and documents."
+        },
+    )
     lora_rank: int = field(
         default=0, metadata={"help": "Rank of LoRA adapters; 0 trains all weights instead."}
     )
@@ -103,6 +143,9 @@ class ModelArguments:
                     f"{name} must be a folder or a hub name, got {getattr(self, name)!r}"
                 )
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for prompt in self.prompts or []:
+            if not prompt.partition("=")[1]:
+                raise ValueError(f"prompts must be name=text, got {prompt!r}")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
         if self.lora_alpha is not None and self.lora_alpha <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -41,6 +42,7 @@ _LOADERS: dict[str, Callable[..., TextEncoder]] = {
     "splade": SpladeEncoder.from_pretrained,
     "term_weights": TermWeightEncoder.from_pretrained,
 }
+_SPLADE_OPTIONS = ("attention", "pooling", "logit_scale", "train_logit_scale", "echo")
 _IDF_EXAMPLES = 100_000  # more examples would hardly change the document frequencies
 
 
@@ -156,7 +158,14 @@ def _load_encoder(
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
+    for option in _SPLADE_OPTIONS:
+        value = getattr(arguments, option)
+        if value is not None and value is not False:
+            options[option] = value
     encoder = load(name, **options)
+    if arguments.prompts:
+        added = dict(prompt.split("=", 1) for prompt in arguments.prompts)
+        encoder.settings = replace(encoder.settings, prompts=encoder.settings.prompts | added)
     if arguments.lora_rank and not isinstance(encoder, BagOfWordsQueryEncoder):
         _add_adapters(encoder, arguments)
     return encoder

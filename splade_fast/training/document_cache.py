@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splade_fast._distributed import mean_over_ranks, world_size
 from splade_fast.encoders.batching import without_padding
+from splade_fast.encoders.echo import POOLING_MASK
 from splade_fast.encoders.text_ids import WORDS, text_ids
 from splade_fast.negative_cache.features import Feature, FixedLenFeature, SparseFeature, Value
 from splade_fast.negative_cache.handlers import CacheLossHandler
@@ -29,7 +30,11 @@ Network = Callable[[dict[str, Tensor]], Tensor]
 _EMBEDDING = "embedding"
 _QUERY = "query"  # ids of the tokens of the query whose positive a document is
 _IDS, _MASK = "input_ids", "attention_mask"
-_DTYPES = {_MASK: torch.bool, "token_type_ids": torch.int16}  # other inputs are int32
+_DTYPES = {
+    _MASK: torch.bool,
+    POOLING_MASK: torch.bool,
+    "token_type_ids": torch.int16,
+}  # other inputs are int32
 
 
 class DocumentCacheHandler(CacheLossHandler):
@@ -40,6 +45,7 @@ class DocumentCacheHandler(CacheLossHandler):
         tokenizer: tokenizer of the documents, whose inputs the cache stores.
         vocab_size: V.
         seed: seed of the draws. With shards, the seed of the first rank is used.
+        has_pooling_mask: whether the inputs have a pooling_mask beside those of the tokenizer.
 
     Raises:
         ValueError: the cache has fewer slots than there are ranks to share them.
@@ -51,8 +57,9 @@ class DocumentCacheHandler(CacheLossHandler):
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         seed: int,
+        has_pooling_mask: bool = False,
     ) -> None:
-        paddings = _paddings(tokenizer)
+        paddings = _paddings(tokenizer) | ({POOLING_MASK: 0} if has_pooling_mask else {})
         specs = _specs(arguments, paddings, vocab_size)
         ranks = world_size()
         has_shards = ranks > 1 and arguments.cache_sharing == "shards"

@@ -57,7 +57,11 @@ class TrainingModel(nn.Module):
                 f"got {self.query_encoder.vocab_size}"
             )
         self.objective = Objective(
-            arguments, encoder.vocab_size, tokenizer=encoder.tokenizer, seed=seed
+            arguments,
+            encoder.vocab_size,
+            tokenizer=encoder.tokenizer,
+            seed=seed,
+            has_pooling_mask=encoder.settings.echo is not None,
         )
         # DistributedDataParallel would overwrite each rank's cache with the first rank's.
         self._ddp_params_and_buffers_to_ignore = [

@@ -56,6 +56,7 @@ class Objective(nn.Module):
         vocab_size: size V of the vocabulary.
         tokenizer: tokenizer of the documents, whose outputs a cache stores.
         seed: seed of the draws from the cache.
+        has_pooling_mask: whether the tokenized documents have a pooling_mask, as echoed ones have.
 
     Raises:
         ValueError: arguments contradict each other.
@@ -76,6 +77,7 @@ class Objective(nn.Module):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        has_pooling_mask: bool = False,
     ) -> None:
         super().__init__()
         arguments.check_objective()
@@ -86,7 +88,9 @@ class Objective(nn.Module):
         if "negative_cache" in self._terms:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given for the loss negative_cache, got None")
-            self.handler = DocumentCacheHandler(arguments, tokenizer, vocab_size, seed)
+            self.handler = DocumentCacheHandler(
+                arguments, tokenizer, vocab_size, seed, has_pooling_mask
+            )
         self.query_sparsity = Sparsity(arguments, "query", vocab_size)
         self.document_sparsity = Sparsity(arguments, "document", vocab_size)
 

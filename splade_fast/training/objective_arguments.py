@@ -279,5 +279,7 @@ def check_choices(arguments: Any, kind: type) -> None:
     """Raise ValueError if a field of the dataclass `kind` has a value outside its choices."""
     for option in fields(kind):
         choices, value = option.metadata.get("choices"), getattr(arguments, option.name)
+        if value is None and option.default is None:
+            continue
         if choices is not None and value not in choices:
             raise ValueError(f"{option.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -154,7 +154,10 @@ def test_compiles_whole(bert):
     ("arguments", "message"),
     [
         ({"settings": EncoderSettings(pooling="sum")}, "pooling must be 'max', got 'sum'"),
-        ({"settings": EncoderSettings(activation="no")}, "activation must be .* got 'no'"),
+        (
+            {"settings": EncoderSettings(activation="log1p_log1p_relu")},
+            "activation must be .* got 'log1p_log",
+        ),
         ({"projection": torch.nn.Linear(4, 1)}, "a Linear of 16 inputs"),
     ],
 )

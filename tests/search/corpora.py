@@ -46,8 +46,8 @@ class LengthEncoder(TextEncoder):
     vocab_size = property(lambda self: max(64, self.width))
     dtype = torch.float32
 
-    def tokenize(self, texts, max_length=256):
-        lengths = torch.tensor([[len(text)] for text in texts])
+    def tokenize(self, texts, max_length=256, prompt=""):
+        lengths = torch.tensor([[len(prompt + text)] for text in texts])
         return {"lengths": lengths, "attention_mask": torch.ones_like(lengths)}
 
     def sparse_rows(self, inputs, k):

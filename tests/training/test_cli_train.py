@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from splade_fast.training.checkpoints.folders import find_checkpoints
 from splade_fast.training.configuration import parse_configuration
 from tests.integrations.sparse_encoders import inference_free
 from tests.search.beir import write_beir
+from tests.tiny_models import causal_lm_configs, save_checkpoint
 from tests.training.runs import checkpoint_in, write_pairs
 
 
@@ -233,6 +235,33 @@ def test_adapters_are_added_once(files):
     assert message in refused(files, "--lora_rank", 2, *again)
 
 
+def test_decoder_models_train_with_their_settings(files):
+    base = save_checkpoint(causal_lm_configs()["llama"], files / "llama")
+    settings = {"attention": "bidirectional", "pooling": "mean", "echo": " again "}
+    configure(
+        files,
+        model_name_or_path=str(base),
+        **settings,
+        logit_scale=0.25,
+        train_logit_scale=True,
+        prompts=["query=the old "],
+        loss="negative_cache",
+        cache_size=8,
+        cache_document_length=32,
+        save_steps=1,
+    )
+    trained(files)
+    expected = SpladeEncoder.from_pretrained(files / "run")
+    found = {name: getattr(expected.settings, name) for name in settings}
+    assert (found, expected.settings.prompts) == (settings, {"query": "the old "})
+    assert 0 < abs(expected.settings.logit_scale - 0.25) < 0.01
+    shutil.rmtree(files / "run" / "checkpoint-2")
+    trained(files, "--resume")
+    resumed = SpladeEncoder.from_pretrained(files / "run")
+    for a, b in zip(resumed.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_term_weights_from_a_stream(files):
     flags = ["--streaming", "--max_steps", 5, "--shuffle_buffer", 4]
     trained(files, "--architecture", "term_weights", *flags)
@@ -319,6 +348,15 @@ def test_help_is_readable(files):
         ({"loss": "negative_cache"}, [], "cache_size must be at least 1"),
         ({"architecture": "colbert"}, [], "colbert"),
         ({"lora_rank": 2, "architecture": "term_weights"}, [], "lora_rank must be 0"),
+        ({"echo": " ", "architecture": "term_weights"}, [], "echo must be left out for"),
+        ({"attention": "both"}, [], "both"),
+        (
+            {"attention": "causal"},
+            [],
+            "attention must be 'bidirectional', the only one of BertForMaskedLM",
+        ),
+        ({"prompts": "query"}, [], "prompts must be name=text, got 'query'"),
+        ({"logit_scale": 0}, [], "logit_scale must be greater than 0, got 0.0"),
         ({"model_name_or_path": ...}, [], "required: --model_name_or_path"),
         ({"model_name_or_path": "./no-such-folder"}, [], "no-such-folder"),
         ({"query_encoder": "./no-such-folder"}, [], "no-such-folder"),

@@ -177,6 +177,7 @@ class _SideTokenizer:
     max_length: int
     has_special_tokens: bool
     vocab_size: int
+    echo: str | None
 
     @classmethod
     def make(
@@ -190,6 +191,7 @@ class _SideTokenizer:
             encoder.length_limit(max_length),
             encoder.has_special_tokens,
             encoder.vocab_size,
+            encoder.settings.echo,
         )
         made._check_room(f"max_{role}_length")
         return made
@@ -206,8 +208,12 @@ class _SideTokenizer:
             )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        if self.prompt:
-            texts = [self.prompt + text for text in texts]
         return token_tensors(
-            self.tokenizer, texts, self.max_length, self.has_special_tokens, self.vocab_size
+            self.tokenizer,
+            texts,
+            self.max_length,
+            self.has_special_tokens,
+            self.vocab_size,
+            self.prompt,
+            self.echo,
         )
