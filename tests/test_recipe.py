@@ -66,10 +66,8 @@ def write_data(folder):
         (folder / "qrels" / f"{split}.tsv").write_text(text)
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Run all blocks of the page in a folder; return the folder and the output by command."""
-    folder = tmp_path_factory.mktemp("recipe")
+def run_page(folder):
+    """Run all blocks of the page in a folder; return the output by command."""
     replaced = SMALLER | {re.escape(name): str(path) for name, path in write_models(folder).items()}
     write_data(folder / "data")
     printed = {}
@@ -89,21 +87,20 @@ def outputs(tmp_path_factory):
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, (line, result.output, result.exception)
                 printed[" ".join(arguments)] = result.stdout
-    return folder, printed
+    return printed
 
 
 def find(printed, start):
     return [output for command, output in printed.items() if command.startswith(start)]
 
 
-def test_all_steps_were_run(outputs):
-    commands = [command.split()[0] for command in outputs[1]]
+def check_all_steps(folder, printed):
+    commands = [command.split()[0] for command in printed]
     assert set(commands) == {"train", "mine", "score", "evaluate", "merge", "encode"}
     assert len(commands) == 12
 
 
-def test_lists_go_from_mining_to_distillation(outputs):
-    folder, printed = outputs
+def check_lists_go_from_mining_to_distillation(folder, printed):
     mined = [json.loads(line) for line in (folder / "mined.jsonl").read_text().splitlines()]
     taught = list(load_training_data(str(folder / "ensemble.jsonl"), streaming=True))
     assert [row["documents"] for row in taught] == [[r["document"], *r["negatives"]] for r in mined]
@@ -114,8 +111,7 @@ def test_lists_go_from_mining_to_distillation(outputs):
     assert find(printed, "score mined.jsonl ensemble")[0].startswith(f"lists\t{len(mined)}\n")
 
 
-def test_training_was_judged_and_compared(outputs):
-    folder, printed = outputs
+def check_training_was_judged_and_compared(folder, printed):
     state = json.loads((folder / "second" / "trainer_state.json").read_text())
     last = [entry for entry in state["log_history"] if "eval_R@1000" in entry][-1]
     values = read_per_query(folder / "second.tsv")["data"]["nDCG@10"]
@@ -133,11 +129,19 @@ def test_training_was_judged_and_compared(outputs):
     ]
 
 
-def test_the_merged_model_lies_between_its_checkpoints(outputs):
-    folder, _ = outputs
+def check_the_merged_model_lies_between_its_checkpoints(folder, printed):
     models = ["second/checkpoint-1", "second/checkpoint-2", "merged"]
     weights = [dict(SpladeEncoder.from_pretrained(folder / m).named_parameters()) for m in models]
     for name, merged in weights[2].items():
         expected = (weights[0][name] + 2 * weights[1][name]) / 3
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
     assert Index.load(folder / "index").meta.model == str(folder / "merged")
+
+
+def test_every_command_runs_and_does_what_the_page_says(tmp_path):
+    """One test, so that the commands run once however the tests are spread over processes."""
+    printed = run_page(tmp_path)
+    check_all_steps(tmp_path, printed)
+    check_lists_go_from_mining_to_distillation(tmp_path, printed)
+    check_training_was_judged_and_compared(tmp_path, printed)
+    check_the_merged_model_lies_between_its_checkpoints(tmp_path, printed)

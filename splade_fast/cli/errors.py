@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,17 @@ def exit_with_2_on_bad_input() -> Iterator[None]:
     except (ImportError, OSError, ValueError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raise ValueError in one of several processes, which would write the same file.
+
+    Args:
+        command: name of the command.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ValueError(f"{command} must run in one process, got {count} of torchrun")
 
 
 class FinishedWork(Protocol):

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from splade_fast.cli.errors import advise_to_resume, clean_up_on_sigterm, exit_with_2_on_bad_input
+from splade_fast.cli.errors import (
+    advise_to_resume,
+    clean_up_on_sigterm,
+    exit_with_2_on_bad_input,
+    refuse_torchrun,
+)
 from splade_fast.cli.options import (
     BatchSize,
     Device,
@@ -89,6 +94,7 @@ def mine(
     the number of hits that each guard dropped.
     """
     with exit_with_2_on_bad_input():
+        refuse_torchrun("mine")
         from splade_fast.recipe.mine import mine_hard_negatives
         from splade_fast.recipe.tasks import MiningTask
 

@@ -11,6 +11,7 @@ from splade_fast.cli.errors import (
     advise_to_resume,
     clean_up_on_sigterm,
     exit_with_2_on_bad_input,
+    refuse_torchrun,
 )
 from splade_fast.cli.options import BatchSize, Device, MaxLength, Resume, select_device
 from splade_fast.recipe.lists import iterate_lists
@@ -63,6 +64,7 @@ def score(
     A score is scale · the weighted mean of the teachers' normalized scores.
     """
     with exit_with_2_on_bad_input():
+        refuse_torchrun("score")
         query_texts = None if queries is None else read_texts(queries)
         documents = None if corpus is None else read_texts(corpus)
         place = select_device(device)

@@ -121,6 +121,9 @@ def mine_hard_negatives(
         )[1],
         "corpus": count_and_checksum(zip(task.corpus.ids, task.corpus.texts, strict=True))[1],
         "index": None if stored is None else asdict(stored.meta),
+        "encoder of documents": (
+            None if index is not None else asdict(Fingerprint.of(encoder, "document", max_length))
+        ),
         "encoder of queries": asdict(Fingerprint.of(queries, "query", max_length)),
         "k": k,
         "max_length": max_length,
@@ -253,10 +256,18 @@ def _encode(
 
 def _make_search(rows: SparseRows, device: torch.device, show_progress: bool) -> Search:
     """Return a function that searches the rows exactly, on a device."""
-    if device.type == "cpu" and is_cpu_library_loaded():
-        return SparseIndex.build(rows, show_progress=show_progress).search
+    if device.type == "cpu" and is_cpu_library_loaded() and _is_positive(rows):
+        index = SparseIndex.build(rows, show_progress=show_progress)
+        return lambda queries, k: (
+            index.search(queries, k) if _is_positive(queries) else sparse_search(queries, rows, k)
+        )
     documents = rows.to(device)
     return lambda queries, k: sparse_search(queries.to(device), documents, k)
+
+
+def _is_positive(rows: SparseRows) -> bool:
+    """Return whether no value is negative, as where weights of terms were learned freely."""
+    return not bool((rows.values < 0).any())
 
 
 def _encode_queries(

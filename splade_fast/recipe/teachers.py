@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splade_fast._checks import check_count
-from splade_fast.encoders.modules_list import STATIC_EMBEDDING, read_modules
+from splade_fast.encoders.modules_list import read_modules
 from splade_fast.encoders.pretrained import load_config, read_json_object
 from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
@@ -319,11 +319,11 @@ def _find_kind(name: str) -> str:
     if has_term_weights(name, {}):
         return "splade"
     modules = read_modules(name, {}, "document")
-    if modules is None:
+    if not modules:
         architectures = load_config(name, {}).architectures or []
         is_classifier = any("ForSequenceClassification" in found for found in architectures)
         return "cross-encoder" if is_classifier else "splade"
-    if modules[-1].kind in ("SpladePooling", STATIC_EMBEDDING) and len(modules) <= 2:
+    if modules[-1].kind == "SpladePooling":
         return "splade"
     config = read_json_object(name, "config_sentence_transformers.json", {})
     model_type = str(config.get("model_type", "SentenceTransformer"))

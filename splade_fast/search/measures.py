@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from subprocess import SubprocessError
 from typing import Any
 
@@ -59,21 +60,21 @@ class Measures:
         import ir_measures
 
         with _errors_of_other_programs():
-            found = ir_measures.calc_aggregate(self._measures, *_prepare(qrels, run))
+            found = ir_measures.calc_aggregate(self._measures, *_number_ids(qrels, run))
         return {name: float(found[measure]) for name, measure in self._by_name.items()}
 
     def per_query(self, qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
         """Return {measure: {query id: value}} for all judged queries."""
         import ir_measures
 
-        values: dict[Any, dict[str, float]] = {measure: {} for measure in self._measures}
-        with _errors_of_other_programs():
-            for metric in ir_measures.iter_calc(self._measures, *_prepare(qrels, run)):
-                values[metric.measure][metric.query_id] = float(metric.value)
-        return {
-            name: {query_id: values[measure][query_id] for query_id in qrels}
-            for name, measure in self._by_name.items()
+        query_ids = list(qrels)
+        values: dict[Any, dict[str, float]] = {
+            measure: dict.fromkeys(query_ids, float(measure.DEFAULT)) for measure in self._measures
         }
+        with _errors_of_other_programs():
+            for metric in ir_measures.iter_calc(self._measures, *_number_ids(qrels, run)):
+                values[metric.measure][query_ids[int(metric.query_id)]] = float(metric.value)
+        return {name: values[measure] for name, measure in self._by_name.items()}
 
 
 @contextmanager
@@ -82,13 +83,35 @@ def _errors_of_other_programs() -> Iterator[None]:
     try:
         yield
     except SubprocessError as error:
-        raise ValueError(f"measures must be computable for these ids, got {error}") from error
+        raise ValueError(f"measures must be computable, got {error}") from error
 
 
-def _prepare(qrels: Qrels, run: Run) -> tuple[Qrels, Run]:
-    """Return plain judgements, and a run of different scores."""
-    ranked = {query_id: _replace_scores_by_ranks(query_id, hits) for query_id, hits in run.items()}
-    return plain_qrels(qrels), ranked
+def _number_ids(qrels: Qrels, run: Run) -> tuple[Qrels, Run]:
+    """Return plain judgements, and a run of different scores, with numbers in place of ids.
+
+    Some programs behind the measures take only numbers of queries, and read ids up to a blank.
+    Queries without hits are left out of the run, since some measures would divide by 0.
+    """
+    judgements = plain_qrels(qrels)
+    numbers = {query_id: str(number) for number, query_id in enumerate(judgements)}
+    judged_ids = (doc_id for judged in judgements.values() for doc_id in judged)
+    hit_ids = (doc_id for hits in run.values() for doc_id in hits)
+    documents: dict[str, str] = {}
+    for doc_id in chain(judged_ids, hit_ids):
+        documents.setdefault(doc_id, str(len(documents)))
+    numbered_qrels = {
+        numbers[query_id]: {documents[doc_id]: relevance for doc_id, relevance in judged.items()}
+        for query_id, judged in judgements.items()
+    }
+    numbered_run = {
+        numbers[query_id]: {
+            documents[doc_id]: rank
+            for doc_id, rank in _replace_scores_by_ranks(query_id, hits).items()
+        }
+        for query_id, hits in run.items()
+        if hits and query_id in numbers
+    }
+    return numbered_qrels, numbered_run
 
 
 def _parse(name: str) -> Any:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import splade_fast as sf
@@ -222,6 +223,32 @@ def test_bad_rules(rules, message):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     return save_checkpoint(masked_lm_configs()["bert"], tmp_path_factory.mktemp("bert"))
+
+
+@pytest.mark.parametrize("side", ["queries", "documents"])
+def test_learned_weights_may_be_negative(tmp_path, side):
+    """Such weights have no bound, so all documents are read."""
+    encoders = {"queries": WeightedWords(), "documents": WeightedWords()}
+    with torch.no_grad():
+        encoders[side].weight[5:12:2] *= -1
+    task = draw_task(0)
+    queries, documents = encoders.values()
+    lines, _ = mine(documents, task, tmp_path / "mined.jsonl", query_encoder=queries)
+    vectors = documents.encode(task.corpus.texts, show_progress=False).to_dense()
+    assert lines
+    for line in lines:
+        query = queries.encode(line["query"], show_progress=False).to_dense()
+        scores = dict(zip(task.corpus.ids, (query @ vectors.T)[0].tolist(), strict=True))
+        found = [scores[doc_id] for doc_id in line["negative_ids"]]
+        assert found == sorted(found, reverse=True)
+        assert found[-1] > 0
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke(tmp_path / "out.jsonl", "--pairs", "pairs.tsv")
+    assert result.exit_code == 2
+    assert "mine must run in one process, got 2 of torchrun" in result.stderr
 
 
 def test_judgements_without_a_positive_are_refused(encoder, tmp_path):

@@ -126,6 +126,12 @@ def test_a_sparse_encoder_scores_as_ours_does(checkpoint):
     assert max(score for row in cosines for score in row.tolist()) <= 1 + 1e-6
 
 
+def test_a_folder_of_bags_of_words_alone(tmp_path):
+    WeightedWords().save_pretrained(tmp_path / "words")
+    expected = EncoderTeacher(WeightedWords())(QUERIES, DOCUMENTS)
+    assert_close(load_teacher(tmp_path / "words")(QUERIES, DOCUMENTS), expected)
+
+
 def test_bm25_is_lucenes():
     corpus = list(dict.fromkeys(text for texts in DOCUMENTS for text in texts))
     words = [text.split() for text in corpus]
