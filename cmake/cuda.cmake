@@ -43,7 +43,8 @@ if(CMAKE_CUDA_COMPILER)
     csrc/cuda/pool.cu
     csrc/cuda/prune.cu
     csrc/cuda/sample.cu
-    csrc/cuda/score.cu
+    csrc/cuda/score/score.cu
+    csrc/cuda/score/search.cu
     csrc/cuda/head/backward.cu
     csrc/cuda/head/forward.cu
     csrc/cuda/head/sm90/dense.cu

@@ -264,6 +264,8 @@ def loads_in_flight(code: list[str]) -> int:
         ("prune.cu", "prune_kernelIf", 8),
         ("prune.cu", "prune_kernelI13__nv_bfloat16", 8),
         ("prune.cu", "prune_kernelId", 4),
+        ("score/search.cu", "score_kernelI13__nv_bfloat16Li2E", 12),
+        ("score/search.cu", "score_kernelIfLi2E", 12),
         ("sample.cu", "draw_kernelIfLNS1_5NoiseE0", 16),
         ("sample.cu", "draw_kernelI13__nv_bfloat16LNS1_5NoiseE0", 16),
         ("pool.cu", "pool_kernelI13__nv_bfloat16Li8ELNS_7PoolingE0", 8),

@@ -8,8 +8,8 @@
 // nothing runs, and notes the last write to each row.
 //
 // The update of a cache writes the refreshed rows and makes their slots young; blocks select the oldest slots of their
-// part of the cache, and one block the oldest of those; then every slot ages, a launch orders the oldest, and the new
-// rows go there.
+// part of the cache; every slot ages; one block selects and sorts the oldest of all parts and gives them to the new
+// items, whose rows go there.
 #include <torch/csrc/stable/library.h>
 
 #include "common/gather.h"
@@ -104,17 +104,24 @@ __global__ void __launch_bounds__(kThreads)
 // blockIdx.y: the table.
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const __grid_constant__ Copies copies, const int64_t* indices, const bool* mask, int64_t count,
-                   const unsigned* last) {
+                   const unsigned* last) {  // null: no row is written twice
   const Copy& copy = copies.table[blockIdx.y];
   const Lane lane(copy);
   if (lane.row >= count || (mask != nullptr && !mask[lane.row])) return;
   const int64_t index = indices[lane.row];
-  if (last[index] == lane.row + 1) copy_row(copy, lane.row, index, lane.number);
+  if (last == nullptr || last[index] == lane.row + 1) copy_row(copy, lane.row, index, lane.number);
 }
 
 // Ages -----------------------------------------------------------------------------------------------------------
 
-constexpr int kRankThreads = 1024, kRankWarps = kRankThreads / kWarp;
+// A slot as a word: older ones are larger, and of equal ages the lower slot is. 0: none.
+using Word = uint64_t;
+
+__device__ inline Word to_word(int32_t age, int64_t slot) {
+  return static_cast<Word>(static_cast<uint32_t>(age) ^ 0x80000000u) << 32 | ~static_cast<uint32_t>(slot);
+}
+
+__device__ inline int64_t slot_of(Word word) { return ~static_cast<uint32_t>(word); }
 
 struct AgeTask {
   int32_t* age;
@@ -125,55 +132,11 @@ struct AgeTask {
   int64_t refreshed_count;
   const bool* new_mask;
   int64_t new_count;
-  int64_t wanted;         // number of oldest slots to find, at most the number of slots
-  int64_t* found;         // (wanted,) their slots, ascending
-  int32_t* found_age;     // (wanted,)
-  int64_t* item_of_rank;  // (wanted,) which new item takes the slot of a rank, -1: none
-  int64_t* places;        // (new_count,) the slots of the new items
+  int wanted;           // number of oldest slots to find, at most the number of slots
+  Word* oldest;         // (candidates,), the oldest of each part
+  int64_t candidates;   // at least the number wanted
+  int64_t* new_places;  // (new_count,), the slots of the new items
 };
-
-struct RankShared {
-  unsigned warp[kRankWarps], total;
-};
-
-// Number of threads before this one in the block with a true argument; total: number in the whole block.
-__device__ unsigned rank_in_block(RankShared& shared, bool is_counted, unsigned& total) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const unsigned ballot = __ballot_sync(kAllLanes, is_counted);
-  __syncthreads();  // all threads have read the results of the last call
-  if (lane == 0) shared.warp[warp] = __popc(ballot);
-  __syncthreads();
-  if (warp == 0) {
-    const unsigned own = shared.warp[lane];
-    unsigned through = own;
-    for (int step = 1; step < kWarp; step *= 2) {
-      const unsigned other = __shfl_up_sync(kAllLanes, through, step);
-      if (lane >= step) through += other;
-    }
-    shared.warp[lane] = through - own;
-    if (lane == kWarp - 1) shared.total = through;
-  }
-  __syncthreads();
-  total = shared.total;
-  return shared.warp[warp] + __popc(ballot & ((1u << lane) - 1));
-}
-
-// The m-th new item that is not masked gets rank m. One block.
-__global__ void __launch_bounds__(kRankThreads) rank_items_kernel(const AgeTask task) {
-  __shared__ RankShared shared;
-  for (int64_t rank = threadIdx.x; rank < task.wanted; rank += kRankThreads) task.item_of_rank[rank] = -1;
-  __syncthreads();
-  int64_t before = 0;
-  for (int64_t tile = 0; tile < task.new_count; tile += kRankThreads) {
-    const int64_t item = tile + threadIdx.x;
-    const bool added = item < task.new_count && (task.new_mask == nullptr || task.new_mask[item]);
-    unsigned total = 0;
-    const int64_t rank = before + rank_in_block(shared, added, total);
-    if (added && rank < task.wanted) task.item_of_rank[rank] = item;
-    if (added && rank >= task.wanted) task.places[item] = -1;  // no table has this slot
-    before += total;
-  }
-}
 
 // Makes the refreshed slots the youngest.
 __global__ void __launch_bounds__(kThreads) refresh_kernel(const AgeTask task) {
@@ -182,35 +145,18 @@ __global__ void __launch_bounds__(kThreads) refresh_kernel(const AgeTask task) {
   atomicExch(task.age + task.refreshed[i], -1);
 }
 
-// Slots and their ages.
-struct Slots {
-  int32_t* age;
-  int64_t* number;  // -1: none; null: slot i has the number i
-  int64_t count;
-};
-
-// A block selects the `wanted` oldest of its part of the slots, of equal ages the first, in order.
-__global__ void __launch_bounds__(selection::kThreads)
-    oldest_kernel(const Slots slots, int64_t per_block, int wanted, const Slots oldest) {
-  using Ages = double;  // keys of 64 bits, since none of 32 bits is left for a missing slot
-  using Key = OrderedKey<Ages>;
-  __shared__ selection::Shared<Ages> shared;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * per_block, row = static_cast<int64_t>(blockIdx.x) * wanted;
-  const int count = static_cast<int>(min(per_block, slots.count - first));
-  const auto key = [&](int i) {
-    const bool is_missing = slots.number != nullptr && slots.number[first + i] < 0;
-    const Key age = (static_cast<uint32_t>(slots.age[first + i]) ^ 0x80000000u) + Key(1);
-    return is_missing ? Key(0) : age;
-  };
-  const int found = selection::select_largest<Ages>(
-      shared, count, wanted, Key(0), key, [](Key) { return Key(0); },
-      [&](int i, int place) {
-        oldest.age[row + place] = slots.age[first + i];
-        oldest.number[row + place] = slots.number != nullptr ? slots.number[first + i] : first + i;
-      });
-  for (int place = found + static_cast<int>(threadIdx.x); place < wanted; place += selection::kThreads) {
-    oldest.age[row + place] = 0;
-    oldest.number[row + place] = -1;
+// A block selects the oldest slots of its part.
+__global__ void __launch_bounds__(selection::kThreads) oldest_kernel(const AgeTask task, int64_t per_block) {
+  __shared__ selection::Shared<Word> shared;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * per_block;
+  Word* target = task.oldest + static_cast<int64_t>(blockIdx.x) * task.wanted;
+  const int count = static_cast<int>(min(per_block, task.slots - first));
+  const auto load = [&](int i) { return to_word(task.age[first + i], first + i); };
+  const auto all = [](Word) { return Word(0); };
+  const auto store = [&](int, Word word, int place) { target[place] = word; };
+  const int found = selection::select_largest(shared, count, task.wanted, Word(0), load, all, store).count;
+  for (int place = found + static_cast<int>(threadIdx.x); place < task.wanted; place += selection::kThreads) {
+    target[place] = Word(0);
   }
 }
 
@@ -219,20 +165,25 @@ __global__ void __launch_bounds__(kThreads) age_kernel(int32_t* age, int64_t slo
   if (slot < slots) age[slot] = static_cast<int32_t>(static_cast<uint32_t>(age[slot]) + 1);
 }
 
-// A thread for each found slot: its rank is the number of older slots, and of slots of the same age in front of it.
-__global__ void __launch_bounds__(kThreads) rank_kernel(const AgeTask task) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= task.wanted) return;
-  const int32_t age = task.found_age[i];
-  int64_t rank = 0;
-  for (int64_t other = 0; other < task.wanted; ++other) {
-    rank += task.found_age[other] > age || (task.found_age[other] == age && other < i);
+// The new item with `rank` others in front of it takes the slot with as many older ones. One block.
+__global__ void __launch_bounds__(selection::kThreads) place_kernel(const AgeTask task) {
+  __shared__ selection::Shared<Word> shared;
+  __shared__ int added_of_warps[selection::kWarps];
+  const Word* oldest = selection::sort_largest(shared, task.oldest, static_cast<int>(task.candidates), task.wanted);
+  int64_t before = 0;
+  for (int64_t tile = 0; tile < task.new_count; tile += selection::kThreads) {
+    const int64_t item = tile + threadIdx.x;
+    const bool is_added = item < task.new_count && (task.new_mask == nullptr || task.new_mask[item]);
+    const Sums<int> added = block_sums(static_cast<int>(is_added), added_of_warps);
+    const int64_t rank = before + added.before;
+    before += added.total;
+    if (!is_added) continue;
+    if (rank >= task.wanted) refuse();  // more new items than slots
+    const int64_t slot = slot_of(oldest[rank]);
+    task.new_places[item] = slot;
+    task.age[slot] = 0;
+    task.valid[slot] = true;
   }
-  const int64_t item = task.item_of_rank[rank], slot = task.found[i];
-  if (item < 0) return;
-  task.places[item] = slot;
-  task.age[slot] = 0;
-  task.valid[slot] = true;
 }
 
 // Host functions -------------------------------------------------------------------------------------------------
@@ -316,12 +267,10 @@ Tensors gather_rows(const Tensors& tables, const Tensor& indices) {
   return gathered;
 }
 
-// Rows of sources to the first tables, one of each source.
+// Rows of sources to the first tables, one of each source. last: the number of the last write to each row, or null.
 void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensors& tables, const Tensor& places,
-                    const std::optional<Tensor>& mask, int64_t table_rows, const char* op) {
+                    const std::optional<Tensor>& mask, const unsigned* last, const char* op) {
   const int64_t count = places.size(0);
-  if (count == 0) return;
-  STD_TORCH_CHECK(count < UINT32_MAX, "indices must be fewer than 2^32 - 1, got ", count);
   std::vector<Copy> copies;
   for (size_t t = 0; t < sources.size(); ++t) {
     copies.push_back({const_data<uint8_t>(sources[t]), device_address(tables[t], places, op), row_bytes(tables[t]),
@@ -329,15 +278,25 @@ void launch_scatter(const OnDevice& device, const Tensors& sources, const Tensor
   }
   const int64_t* indices = const_data<int64_t>(places);
   const bool* flags = mask ? const_data<bool>(*mask) : nullptr;
-  const Tensor last_writes = new_zeros_tensor(places, std::vector<int64_t>{table_rows}, ScalarType::Int);
-  unsigned* last = reinterpret_cast<unsigned*>(mutable_data<int32_t>(last_writes));
-  last_write_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, device.stream()>>>(indices, flags, count,
-                                                                                            table_rows, last);
-  check_launch(op);
   for_each_launch(copies, count, [&](const Copies& some, dim3 grid) {
     scatter_kernel<<<grid, kThreads, 0, device.stream()>>>(some, indices, flags, count, last);
     check_launch(op);
   });
+}
+
+// The same for any indices, of which several may name one row.
+void launch_checked_scatter(const OnDevice& device, const Tensors& sources, const Tensors& tables,
+                            const Tensor& indices, const std::optional<Tensor>& mask, int64_t table_rows,
+                            const char* op) {
+  const int64_t count = indices.size(0);
+  if (count == 0) return;
+  STD_TORCH_CHECK(count < UINT32_MAX, "indices must be fewer than 2^32 - 1, got ", count);
+  const Tensor last_writes = new_zeros_tensor(indices, std::vector<int64_t>{table_rows}, ScalarType::Int);
+  unsigned* last = reinterpret_cast<unsigned*>(mutable_data<int32_t>(last_writes));
+  last_write_kernel<<<grid_size(ceil_div(count, kThreads)), kThreads, 0, device.stream()>>>(
+      const_data<int64_t>(indices), mask ? const_data<bool>(*mask) : nullptr, count, table_rows, last);
+  check_launch(op);
+  launch_scatter(device, sources, tables, indices, mask, last, op);
 }
 
 void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& rows,
@@ -347,30 +306,21 @@ void scatter_rows_(const Tensors& tables, const Tensor& indices, const Tensors& 
   STD_TORCH_CHECK(indices.is_cuda(), "indices must be on the GPU of the tables");
   const OnDevice device(indices, op);
   if (tables.empty()) return;
-  launch_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices), contiguous_or_none(mask),
-                 table_rows, op);
+  launch_checked_scatter(device, contiguous_sources(rows, tables), tables, as_contiguous(indices),
+                         contiguous_or_none(mask), table_rows, op);
   HostTables::keep(tables, device, op);
 }
 
-// Finds the wanted oldest slots, ascending, and their ages.
-void launch_oldest(const OnDevice& device, const AgeTask& task, const Tensor& like, const char* op) {
-  const auto launch = [&](const Slots& slots, int64_t blocks, int64_t per_block, const Slots& oldest) {
-    oldest_kernel<<<grid_size(blocks), selection::kThreads, 0, device.stream()>>>(
-        slots, per_block, static_cast<int>(task.wanted), oldest);
-    check_launch(op);
-  };
-  const Slots all{task.age, nullptr, task.slots}, found{task.found_age, task.found, task.wanted};
-  // Parts that are much larger than what is kept of them.
-  const int64_t least = std::max(4 * task.wanted, kMinPart);
-  const int64_t parts = std::min(task.slots / least, device.multiprocessors());
-  if (parts < 2) return launch(all, 1, task.slots, found);
-  const int64_t per_part = ceil_div(task.slots, parts), blocks = ceil_div(task.slots, per_part);
-  const std::vector<int64_t> shape{blocks * task.wanted};
-  const Tensor age = new_tensor(like, shape), number = new_tensor(like, shape, ScalarType::Long);
-  const Slots of_parts{mutable_data<int32_t>(age), mutable_data<int64_t>(number), shape[0]};
-  launch(all, blocks, per_part, of_parts);
-  launch(of_parts, 1, of_parts.count, found);
-}
+// How the slots are cut for the blocks that select the oldest: parts much larger than what is kept of them.
+struct Parts {
+  int64_t count, slots;
+
+  Parts(int64_t all_slots, int64_t wanted, int64_t multiprocessors) {
+    const int64_t most = std::min(all_slots / std::max(4 * wanted, kMinPart), multiprocessors);
+    slots = ceil_div(all_slots, std::max<int64_t>(most, 1));
+    count = ceil_div(all_slots, slots);
+  }
+};
 
 void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid, const Tensors& new_rows,
                    const std::optional<Tensor>& new_mask, const Tensors& refreshed_rows,
@@ -383,7 +333,7 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   const int64_t slots = update.slots(), new_count = update.new_count();
   const OnDevice device(age, op);
   if (slots == 0) return;
-  STD_TORCH_CHECK(slots < INT32_MAX - selection::kTile<double>, "age must have fewer than 2^31 slots on a GPU, got ",
+  STD_TORCH_CHECK(slots < INT32_MAX - selection::kTile<Word>, "age must have fewer than 2^31 slots on a GPU, got ",
                   slots);
   const Tensors written = update.written();
   for (const Tensor& table : tables) device_address(table, age, op);  // raise before anything is written
@@ -392,12 +342,13 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   const std::optional<Tensor> places = contiguous_or_none(refreshed_slots);
   const std::optional<Tensor> mask_of_refreshed = contiguous_or_none(refreshed_mask);
   const std::optional<Tensor> mask_of_new = contiguous_or_none(new_mask);
-  if (places) launch_scatter(device, refreshed_sources, tables, *places, mask_of_refreshed, slots, op);
+  if (places) launch_checked_scatter(device, refreshed_sources, tables, *places, mask_of_refreshed, slots, op);
 
   AgeTask task{};
-  task.wanted = std::min(new_count, slots);
-  const Tensor found = new_tensor(age, std::vector<int64_t>{2, task.wanted}, ScalarType::Long);
-  const Tensor found_age = new_tensor(age, std::vector<int64_t>{task.wanted});
+  task.wanted = static_cast<int>(std::min(new_count, slots));
+  const Parts parts(slots, task.wanted, device.multiprocessors());
+  task.candidates = parts.count * task.wanted;
+  const Tensor oldest = new_tensor(age, std::vector<int64_t>{task.candidates}, ScalarType::Long);
   const Tensor new_places = new_tensor(age, std::vector<int64_t>{new_count}, ScalarType::Long);
   task.age = mutable_data<int32_t>(age);
   task.valid = mutable_data<bool>(valid);
@@ -409,26 +360,23 @@ void update_cache_(const Tensors& tables, const Tensor& age, const Tensor& valid
   }
   task.new_mask = mask_of_new ? const_data<bool>(*mask_of_new) : nullptr;
   task.new_count = new_count;
-  task.found = mutable_data<int64_t>(found);
-  task.item_of_rank = task.found + task.wanted;
-  task.found_age = mutable_data<int32_t>(found_age);
-  task.places = mutable_data<int64_t>(new_places);
+  task.oldest = reinterpret_cast<Word*>(mutable_data<int64_t>(oldest));
+  task.new_places = mutable_data<int64_t>(new_places);
   const auto blocks_of = [](int64_t count) { return grid_size(ceil_div(count, kThreads)); };
   if (use_lru && task.refreshed_count > 0) {
     refresh_kernel<<<blocks_of(task.refreshed_count), kThreads, 0, device.stream()>>>(task);
     check_launch(op);
   }
   if (task.wanted > 0) {
-    rank_items_kernel<<<1, kRankThreads, 0, device.stream()>>>(task);
+    oldest_kernel<<<grid_size(parts.count), selection::kThreads, 0, device.stream()>>>(task, parts.slots);
     check_launch(op);
-    launch_oldest(device, task, age, op);
   }
   age_kernel<<<blocks_of(slots), kThreads, 0, device.stream()>>>(task.age, slots);
   check_launch(op);
   if (task.wanted > 0) {
-    rank_kernel<<<blocks_of(task.wanted), kThreads, 0, device.stream()>>>(task);
+    place_kernel<<<1, selection::kThreads, 0, device.stream()>>>(task);
     check_launch(op);
-    launch_scatter(device, new_sources, tables, new_places, mask_of_new, slots, op);
+    launch_scatter(device, new_sources, tables, new_places, mask_of_new, nullptr, op);
   }
   HostTables::keep(tables, device, op);
 }

@@ -1,8 +1,13 @@
 // Tables in pinned host memory that a kernel reads or writes in place.
 //
-// torch reuses freed pinned memory at once, for it does not know of the kernel. So the tables are kept alive until an
-// event behind the kernel has passed; each later call releases those of finished kernels. A graph runs again at any
-// time, so the memory that a captured kernel accesses is the caller's to keep, as for every captured kernel.
+// An op returns when its kernel is queued, and the caller may drop the table then. torch keeps freed device memory for
+// the same stream, where later work waits for the kernel. But it hands out freed pinned memory at once, also to the
+// host, which would write there while the kernel still reads. So keep() takes a reference to each such table and
+// records an event behind the kernel. Nothing waits for the event: each later call asks for all events of earlier ones,
+// and releases the tables of those that have passed. The tables of the last calls therefore stay until another call.
+//
+// While a graph is captured, no kernel runs and no event can be recorded for the host to ask for. The graph may run at
+// any time, so the memory of a captured kernel is the caller's to keep, as for every captured kernel.
 #pragma once
 
 #include <algorithm>

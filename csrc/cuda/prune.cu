@@ -32,7 +32,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) prune_kernel(const PruneTask task) {
   using Acc = Accumulator<T>;
   using Key = OrderedKey<Acc>;
-  __shared__ selection::Shared<Acc> shared;
+  __shared__ selection::Shared<Key> shared;
   const int64_t b = blockIdx.x;
   const T* row = static_cast<const T*>(task.x) + b * task.row_stride;
   // Rounded as PyTorch rounds a number that is compared with a tensor. No value has key 0.
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads, 2) prune_kernel(const PruneTask task
   };
   T* values = static_cast<T*>(task.values) + b * task.width;
   int32_t* indices = task.indices + b * task.width;
-  const int length = selection::select_largest<Acc>(
-      shared, task.columns, task.k, floor, [&](int column) { return to_key(to_acc(row[column])); }, least,
-      [&](int column, int place) {
-        values[place] = row[column];
-        indices[place] = column;
-      });
+  const auto load = [&](int column) { return to_key(to_acc(row[column])); };
+  const auto store = [&](int column, Key, int place) {
+    values[place] = row[column];
+    indices[place] = column;
+  };
+  const int length = selection::select_largest(shared, task.columns, task.k, floor, load, least, store).count;
   if (threadIdx.x == 0) task.lengths[b] = length;
   for (int64_t place = length + static_cast<int64_t>(threadIdx.x); place < task.width; place += kThreads) {
     values[place] = from_acc<T>(Acc(0));

@@ -16,7 +16,7 @@
 
 #include "common/sample.h"
 #include "common/torch_ops.h"
-#include "cuda/score.h"
+#include "cuda/score/score.h"
 #include "cuda/selection.cuh"
 
 namespace splade_fast::cuda {
@@ -54,37 +54,17 @@ __device__ inline bool before(const Draw<Acc>& a, const Draw<Acc>& b) {
   return philox::is_drawn_before(a.perturbed, a.slot, b.perturbed, b.slot);
 }
 
-// Returns the first of the draws of all threads to all threads of the block.
 template <typename Acc>
-__device__ Draw<Acc> first_of_block(Draw<Acc> mine, Draw<Acc>* of_warps) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Draw<Acc> other{__shfl_down_sync(kAllLanes, mine.perturbed, offset),
-                          __shfl_down_sync(kAllLanes, mine.score, offset),
-                          __shfl_down_sync(kAllLanes, mine.slot, offset)};
-    if (before(other, mine)) mine = other;
-  }
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  Draw<Acc> first = of_warps[0];
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
-    if (before(of_warps[warp], first)) first = of_warps[warp];
-  }
-  __syncthreads();
-  return first;
+__device__ inline Draw<Acc> shuffle_xor(const Draw<Acc>& draw, int lanes) {
+  return {__shfl_xor_sync(kAllLanes, draw.perturbed, lanes), __shfl_xor_sync(kAllLanes, draw.score, lanes),
+          __shfl_xor_sync(kAllLanes, draw.slot, lanes)};
 }
 
-// Reduces over all threads of the block in a fixed order. Returns the result to all threads.
-template <typename Value, typename Reduce>
-__device__ Value reduce_block(Value mine, Value* of_warps, Reduce reduce) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    mine = reduce(mine, __shfl_down_sync(kAllLanes, mine, offset));
-  }
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  Value result = of_warps[0];
-  for (int warp = 1; warp < kWarps; ++warp) result = reduce(result, of_warps[warp]);
-  __syncthreads();
-  return result;
+// Returns the first of the draws of all threads to all threads of the block.
+template <typename Acc>
+__device__ Draw<Acc> first_of_block(const Draw<Acc>& mine, Draw<Acc> (&of_warps)[kWarps], int warps = kWarps) {
+  const auto first = [](const Draw<Acc>& a, const Draw<Acc>& b) { return before(b, a) ? b : a; };
+  return block_reduce(mine, of_warps, first, warps);
 }
 
 template <typename Acc>
@@ -217,16 +197,16 @@ struct TileDraws {
 // Writes the maximum and the sum of a part of the logsumexp.
 template <typename Acc>
 __device__ void write_logsumexp(const Acc (&score)[kPerThread], const TileDraws<Acc>& parts, int64_t place,
-                                Acc* of_warps) {
+                                Acc (&of_warps)[kWarps]) {
   Acc maximum = negative_infinity<Acc>();
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) maximum = score[i] > maximum ? score[i] : maximum;
-  maximum = reduce_block(maximum, of_warps, [](Acc a, Acc b) { return b > a ? b : a; });
+  maximum = block_reduce(maximum, of_warps, [](Acc a, Acc b) { return b > a ? b : a; });
   const Acc reference = finite_or_zero(maximum);
   Acc sum = Acc(0);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) sum += exp_of(score[i] - reference);
-  sum = reduce_block(sum, of_warps, [](Acc a, Acc b) { return a + b; });
+  sum = block_reduce(sum, of_warps, [](Acc a, Acc b) { return a + b; });
   if (threadIdx.x == 0) {
     parts.maximum[place] = maximum;
     parts.sum[place] = sum;
@@ -237,7 +217,8 @@ __device__ void write_logsumexp(const Acc (&score)[kPerThread], const TileDraws<
 template <typename T>
 __device__ void write_draws(const Accumulator<T> (&perturbed)[kPerThread], const Accumulator<T> (&score)[kPerThread],
                             const Tile<T>& tile, int64_t query, int64_t first_column,
-                            const TileDraws<Accumulator<T>>& parts, int64_t place, Draw<Accumulator<T>>* of_warps) {
+                            const TileDraws<Accumulator<T>>& parts, int64_t place,
+                            Draw<Accumulator<T>> (&of_warps)[kWarps]) {
   using Acc = Accumulator<T>;
   Draw<Acc> last = no_draw<Acc>();
   int found = 0;
@@ -329,8 +310,17 @@ __global__ void __launch_bounds__(kThreads)
   write_draws(perturbed, score, tile, query, first_column, parts, blockIdx.x, draws_of_warps);
 }
 
-// A block per query. A thread holds the draws of a part, or the draws so far; the first of all threads goes next. It
-// also holds that part of the logsumexp, and the block adds them in a fixed order.
+// Merges what was found in a tile with the result of earlier tiles, a block per query.
+//
+// The draws of a part are a list in order, and so are the draws of earlier tiles: one list more than there are parts,
+// and at most as many as the block has threads. Thread t stands for list t and holds the number (`next`) of the first
+// draw in it that has not been taken. In every turn each thread offers this draw, the block finds the first of them
+// all, which is the next draw of the query, and the thread that offered it moves on in its list. A list that has ended
+// offers no_draw(). Where all have ended, the places that remain get -1.
+//
+// The logsumexp comes in the same shape: thread t has the maximum and the sum of part t, or of earlier tiles. The sums
+// are scaled to the largest maximum and added in a fixed order, so the result does not depend on which block of the
+// tile ran first.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const TileDraws<Acc> parts, int64_t num_samples, const Draws<Acc> before_tile,
@@ -365,9 +355,9 @@ __global__ void __launch_bounds__(kThreads)
   // A part with a sum of 0 has no scores, hence no maximum.
   const double own_sum = is_part ? parts.sum[place] : is_so_far ? sum[query] : 0.0;
   const double own_maximum = is_part ? finite_or_zero(parts.maximum[place]) : finite_or_zero(maximum[query]);
-  const double reference = reduce_block(own_sum != 0 ? own_maximum : negative_infinity<double>(), sums_of_warps,
+  const double reference = block_reduce(own_sum != 0 ? own_maximum : negative_infinity<double>(), sums_of_warps,
                                         [](double a, double b) { return ::fmax(a, b); });
-  const double total = reduce_block(own_sum != 0 ? scaled_sum(own_sum, own_maximum - reference) : 0.0, sums_of_warps,
+  const double total = block_reduce(own_sum != 0 ? scaled_sum(own_sum, own_maximum - reference) : 0.0, sums_of_warps,
                                     [](double a, double b) { return a + b; });
   if (threadIdx.x != 0) return;
   maximum[query] = total != 0 ? static_cast<Acc>(reference) : Acc(0);
@@ -389,7 +379,7 @@ __global__ void group_kernel(const Tile<Acc> tile, int64_t first_group, int64_t 
     const Draw<Acc> candidate{score, score, slot};
     if (before(candidate, mine)) mine = candidate;
   }
-  const Draw<Acc> first = first_of_block(mine, draws_of_warps);
+  const Draw<Acc> first = first_of_block(mine, draws_of_warps, static_cast<int>(blockDim.x) / kWarp);
   if (threadIdx.x != 0) return;
   const int64_t place = query * groups + group;
   if (begin != start && !before(first, {kept_scores[place], kept_scores[place], kept_slots[place]})) return;
@@ -406,10 +396,10 @@ struct Kept {
 
 // A block per query selects among the scores kept of earlier tiles, which have the lower slots, and those of the tile.
 template <typename Acc>
-__global__ void __launch_bounds__(selection::kThreads)
+__global__ void __launch_bounds__(selection::kThreads, 1)
     keep_kernel(const Tile<Acc> tile, int count, const Kept<Acc> before_tile, const Kept<Acc> after_tile) {
   using Key = OrderedKey<Acc>;
-  __shared__ selection::Shared<Acc> shared;
+  __shared__ selection::Shared<Key> shared;
   const int64_t query = blockIdx.x, row = query * count;
   // Both kinds of score by the same instructions, so that the loads of several are in flight together.
   const auto score = [&](int i) {
@@ -419,13 +409,14 @@ __global__ void __launch_bounds__(selection::kThreads)
     const Acc scaled = philox::multiply(value, is_kept ? Acc(1) : tile.scale);
     return !is_kept && tile.is_out(query, column) ? negative_infinity<Acc>() : scaled;
   };
-  const int found = selection::select_largest<Acc>(
-      shared, count + static_cast<int>(tile.columns), count, to_key(negative_infinity<Acc>()),
-      [&](int i) { return to_key(score(i)); }, [](Key) { return Key(0); },
-      [&](int i, int place) {
-        after_tile.scores[row + place] = score(i);
-        after_tile.slots[row + place] = i < count ? before_tile.slots[row + i] : tile.first + (i - count);
-      });
+  const auto keep = [&](int i, Key, int place) {
+    after_tile.scores[row + place] = score(i);
+    after_tile.slots[row + place] = i < count ? before_tile.slots[row + i] : tile.first + (i - count);
+  };
+  const int found = selection::select_largest(
+                        shared, count + static_cast<int>(tile.columns), count, to_key(negative_infinity<Acc>()),
+                        [&](int i) { return to_key(score(i)); }, [](Key) { return Key(0); }, keep)
+                        .count;
   for (int place = found + static_cast<int>(threadIdx.x); place < count; place += selection::kThreads) {
     after_tile.scores[row + place] = negative_infinity<Acc>();
     after_tile.slots[row + place] = -1;

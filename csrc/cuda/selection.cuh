@@ -1,15 +1,25 @@
-// The k largest of a row of keys, in order, by one block. Of equal keys the first stay.
+// The k largest of a row of keys, in order, by one block. Of equal keys the first stay. Keys are unsigned integers of
+// 32, 64 or 128 bits.
 //
-// A pass collects the keys above a floor in shared memory. When the buffer is full, a radix selection finds the k-th
-// largest key in it; the k largest stay, and the k-th becomes the floor, since a later equal key loses the tie. So a
-// row costs one pass, whatever it holds. For a k that leaves the buffer no room for a tile of keys, further passes over
-// the row select instead.
+// collect() reads the row once, a tile of keys at a time, and appends the keys above a floor to a buffer in shared
+// memory. When a tile does not fit, shrink() keeps the k largest of the buffer, and the k-th becomes the floor, since a
+// later equal key loses the tie. With k = 2, room for 4 keys and tiles of 2, the row 3 1 | 4 1 | 5 9 | 2 6 gives
+//   3 1  ->  3 1 4 1  ->  full: 3 4, floor 3  ->  3 4 5 9  ->  full: 5 9, floor 5  ->  5 9 6
+// So a row costs one pass, whatever it holds. find_kth() finds the k-th of what is left, 6, and in_order() calls
+// place() for 9 and 6. For a k that leaves the buffer no room for a tile, the buffer overflows, and find_kth() and
+// in_order() read the row itself.
+//
+// find_kth() goes through the digits of a key from the highest: it counts how often each digit comes among the keys
+// that agree with the digits known so far, and takes the one in which the count from above reaches k.
+//
+// rank_tile() gives each kept key its place. Two counts run along: keys that are certain to stay, and keys equal to the
+// k-th, of which only the first few stay. Both are packed into one integer, so one scan serves both.
 #pragma once
 
 #include <climits>
 
 #include "common/float_bits.h"
-#include "cuda/warp.cuh"
+#include "cuda/block.cuh"
 
 namespace splade_fast::cuda::selection {
 
@@ -17,22 +27,22 @@ constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 constexpr int kBufferBytes = 45 << 10;  // with the rest a bit less than static shared memory may have
 constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
 
-template <typename Acc>
-constexpr int kCapacity = kBufferBytes / static_cast<int>(sizeof(OrderedKey<Acc>) + sizeof(int32_t));
+template <typename Key>
+constexpr int kCapacity = kBufferBytes / static_cast<int>(sizeof(Key) + sizeof(int32_t));
 
 // Keys per thread, loaded together, between two agreements of the block on places.
-template <typename Acc>
-constexpr int kItems = sizeof(Acc) == 8 ? 4 : 8;
+template <typename Key>
+constexpr int kItems = 32 / static_cast<int>(sizeof(Key));
 
-template <typename Acc>
-constexpr int kTile = kThreads * kItems<Acc>;
+template <typename Key>
+constexpr int kTile = kThreads * kItems<Key>;
 
-template <typename Acc>
+template <typename Key>
 struct Shared {
-  OrderedKey<Acc> key[kCapacity<Acc>];
-  int32_t column[kCapacity<Acc>];
-  OrderedKey<Acc> largest[kWarps];
-  unsigned counts[2][kItems<Acc> * kWarps];
+  Key key[kCapacity<Key>];
+  int32_t column[kCapacity<Key>];
+  Key largest[kWarps];
+  unsigned counts[2][kItems<Key> * kWarps];
   unsigned total[2];
   int histogram[kBins];
   int digit, remaining;
@@ -46,24 +56,24 @@ struct Counts {
 };
 
 // The keys above kth, and the first of those equal to it.
-template <typename Acc>
+template <typename Key>
 struct Cut {
-  OrderedKey<Acc> kth;
+  Key kth;
   int ties;  // number of keys equal to kth that stay
 
-  __device__ unsigned kind(OrderedKey<Acc> key) const { return key > kth ? kCertain : key == kth ? kTie : 0u; }
+  __device__ unsigned kind(Key key) const { return key > kth ? kCertain : key == kth ? kTie : 0u; }
 };
 
 // Turns the kinds of a thread's keys of a tile, kind(0), kind(1) and so on, into the counts of all keys in front of
 // each, and returns those of the tile. Turns alternate between 0 and 1, so that no tile waits until all threads have
 // read the counts of the last.
-template <typename Acc, typename Kind>
-__device__ unsigned rank_tile(Shared<Acc>& shared, int turn, const Kind& kind, unsigned (&before)[kItems<Acc>]) {
-  constexpr int kPerLane = kItems<Acc> * kWarps / kWarp;
+template <typename Key, typename Kind>
+__device__ unsigned rank_tile(Shared<Key>& shared, int turn, const Kind& kind, unsigned (&before)[kItems<Key>]) {
+  constexpr int kPerLane = kItems<Key> * kWarps / kWarp;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const unsigned lower_lanes = (1u << lane) - 1;
 #pragma unroll
-  for (int j = 0; j < kItems<Acc>; ++j) {
+  for (int j = 0; j < kItems<Key>; ++j) {
     const unsigned certain = __ballot_sync(kAllLanes, kind(j) == kCertain);
     const unsigned ties = __ballot_sync(kAllLanes, kind(j) == kTie);
     before[j] = __popc(certain & lower_lanes) * kCertain + __popc(ties & lower_lanes) * kTie;
@@ -77,19 +87,14 @@ __device__ unsigned rank_tile(Shared<Acc>& shared, int turn, const Kind& kind, u
       own[j] = sum;
       sum += shared.counts[turn][lane * kPerLane + j];
     }
-    unsigned through = sum;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const unsigned other = __shfl_up_sync(kAllLanes, through, step);
-      if (lane >= step) through += other;
-    }
+    const unsigned through = warp_inclusive_sum(sum);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) shared.counts[turn][lane * kPerLane + j] = through - sum + own[j];
     if (lane == kWarp - 1) shared.total[turn] = through;
   }
   __syncthreads();
 #pragma unroll
-  for (int j = 0; j < kItems<Acc>; ++j) before[j] += shared.counts[turn][j * kWarps + warp];
+  for (int j = 0; j < kItems<Key>; ++j) before[j] += shared.counts[turn][j * kWarps + warp];
   return shared.total[turn];
 }
 
@@ -114,13 +119,13 @@ struct Row {
   __device__ int32_t column(int i) const { return i; }
 };
 
-template <typename Acc>
+template <typename Key>
 struct Buffer {
-  Shared<Acc>& shared;
+  Shared<Key>& shared;
   unsigned count;
 
   template <int kCount>
-  __device__ void load_tile(unsigned tile, OrderedKey<Acc> (&key)[kCount]) const {
+  __device__ void load_tile(unsigned tile, Key (&key)[kCount]) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) key[j] = shared.key[index(tile, j)];
   }
@@ -129,22 +134,21 @@ struct Buffer {
 };
 
 // Calls place(column, key, place) for the keys above the floor that the cut keeps; returns their number.
-template <typename Acc, typename Keys, typename Place>
-__device__ int in_order(Shared<Acc>& shared, const Keys& keys, OrderedKey<Acc> floor, const Cut<Acc>& cut,
-                        const Place& place) {
+template <typename Key, typename Keys, typename Place>
+__device__ int in_order(Shared<Key>& shared, const Keys& keys, Key floor, const Cut<Key>& cut, const Place& place) {
   Counts before{0, 0};
   int turn = 0;
-  for (unsigned tile = 0; tile < keys.count; tile += kTile<Acc>, turn ^= 1) {
-    OrderedKey<Acc> key[kItems<Acc>];
-    int32_t column[kItems<Acc>];  // before others write to the buffer
-    unsigned here[kItems<Acc>];
+  for (unsigned tile = 0; tile < keys.count; tile += kTile<Key>, turn ^= 1) {
+    Key key[kItems<Key>];
+    int32_t column[kItems<Key>];  // before others write to the buffer
+    unsigned here[kItems<Key>];
     keys.load_tile(tile, key);
 #pragma unroll
-    for (int j = 0; j < kItems<Acc>; ++j) column[j] = keys.column(keys.index(tile, j));
+    for (int j = 0; j < kItems<Key>; ++j) column[j] = keys.column(keys.index(tile, j));
     const auto kind = [&](int j) { return item(tile, j) < keys.count && key[j] > floor ? cut.kind(key[j]) : 0u; };
     const unsigned total = rank_tile(shared, turn, kind, here);
 #pragma unroll
-    for (int j = 0; j < kItems<Acc>; ++j) {
+    for (int j = 0; j < kItems<Key>; ++j) {
       const int ties = before.ties + static_cast<int>(here[j] / kTie);
       if (kind(j) == 0 || (kind(j) == kTie && ties >= cut.ties)) continue;
       place(column[j], key[j], before.certain + static_cast<int>(here[j] % kTie) + min(ties, cut.ties));
@@ -156,20 +160,20 @@ __device__ int in_order(Shared<Acc>& shared, const Keys& keys, OrderedKey<Acc> f
 }
 
 // The k-th largest of the keys above the floor, of which there are at least k, digit by digit.
-template <typename Acc, typename Keys>
-__device__ Cut<Acc> find_kth(Shared<Acc>& shared, const Keys& keys, int k, OrderedKey<Acc> floor) {
-  constexpr int kBits = 8 * sizeof(OrderedKey<Acc>), kPerLane = kBins / kWarp;
+template <typename Key, typename Keys>
+__device__ Cut<Key> find_kth(Shared<Key>& shared, const Keys& keys, int k, Key floor) {
+  constexpr int kBits = 8 * sizeof(Key), kPerLane = kBins / kWarp;
   constexpr int kLoads = 4;  // together
   const int lane = threadIdx.x % kWarp;
-  OrderedKey<Acc> prefix = 0;
+  Key prefix = 0;
   int remaining = k;
   for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
     __syncthreads();
     // The digits above this one. Two shifts, since a shift by all bits is undefined.
-    const OrderedKey<Acc> known = prefix >> shift >> kDigitBits;
+    const Key known = prefix >> shift >> kDigitBits;
     for (unsigned tile = 0; tile < keys.count; tile += kLoads * kThreads) {
-      OrderedKey<Acc> key[kLoads];
+      Key key[kLoads];
       keys.load_tile(tile, key);
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
@@ -187,11 +191,7 @@ __device__ Cut<Acc> find_kth(Shared<Acc>& shared, const Keys& keys, int k, Order
       const int highest = kBins - 1 - lane * kPerLane;  // lane 0 has the largest digits
       int sum = 0;
       for (int j = 0; j < kPerLane; ++j) sum += shared.histogram[highest - j];
-      int through = sum;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, through, step);
-        if (lane >= step) through += other;
-      }
+      const int through = warp_inclusive_sum(sum);
       int above = through - sum;
       if (above < remaining && through >= remaining) {
         int digit = highest;
@@ -201,28 +201,25 @@ __device__ Cut<Acc> find_kth(Shared<Acc>& shared, const Keys& keys, int k, Order
       }
     }
     __syncthreads();
-    prefix |= static_cast<OrderedKey<Acc>>(shared.digit) << shift;
+    prefix |= static_cast<Key>(shared.digit) << shift;
     remaining = shared.remaining;
   }
   return {prefix, remaining};
 }
 
-template <typename Acc>
-__device__ OrderedKey<Acc> block_max(Shared<Acc>& shared, OrderedKey<Acc> key) {
-  for (int step = kWarp / 2; step > 0; step /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, step));
-  if (threadIdx.x % kWarp == 0) shared.largest[threadIdx.x / kWarp] = key;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) key = max(key, shared.largest[warp]);
-  return key;
+// The largest of the keys of all threads.
+template <typename Key>
+__device__ Key block_max(Shared<Key>& shared, Key key) {
+  return block_reduce(key, shared.largest, [](Key a, Key b) { return a > b ? a : b; });
 }
 
 // Keeps the k largest keys of a buffer with more than k, in their order; returns the k-th. A key moves to the front, to
 // a place that all threads have read.
-template <typename Acc>
-__device__ OrderedKey<Acc> shrink(Shared<Acc>& shared, unsigned found, int k) {
-  const Buffer<Acc> buffer{shared, found};
-  const Cut<Acc> cut = find_kth(shared, buffer, k, OrderedKey<Acc>(0));
-  in_order(shared, buffer, OrderedKey<Acc>(0), cut, [&](int32_t column, OrderedKey<Acc> key, int place) {
+template <typename Key>
+__device__ Key shrink(Shared<Key>& shared, unsigned found, int k) {
+  const Buffer<Key> buffer{shared, found};
+  const Cut<Key> cut = find_kth(shared, buffer, k, Key(0));
+  in_order(shared, buffer, Key(0), cut, [&](int32_t column, Key key, int place) {
     shared.key[place] = key;
     shared.column[place] = column;
   });
@@ -231,64 +228,91 @@ __device__ OrderedKey<Acc> shrink(Shared<Acc>& shared, unsigned found, int k) {
 }
 
 // What a pass over a row has left in the buffer.
-template <typename Acc>
+template <typename Key>
 struct Collected {
-  unsigned found;           // number of keys above the floor; more than the capacity if they did not fit
-  OrderedKey<Acc> largest;  // of this thread
+  unsigned found;  // number of keys above the floor; more than the capacity if they did not fit
+  Key largest;     // of this thread
 };
 
 // Collects the k largest keys above the floor, and perhaps others, in order.
-template <typename Acc, typename Keys>
-__device__ Collected<Acc> collect(Shared<Acc>& shared, const Keys& row, int k, OrderedKey<Acc> floor) {
-  const bool may_shrink = k > 0 && k <= kCapacity<Acc> - kTile<Acc>;
-  Collected<Acc> result{0, 0};
+template <typename Key, typename Keys>
+__device__ Collected<Key> collect(Shared<Key>& shared, const Keys& row, int k, Key floor) {
+  const bool may_shrink = k > 0 && k <= kCapacity<Key> - kTile<Key>;
+  Collected<Key> result{0, 0};
   int turn = 0;
   for (unsigned tile = 0; tile < row.count; turn ^= 1) {
-    OrderedKey<Acc> key[kItems<Acc>];
-    unsigned here[kItems<Acc>];
+    Key key[kItems<Key>];
+    unsigned here[kItems<Key>];
     row.load_tile(tile, key);
     const auto kind = [&](int j) { return item(tile, j) < row.count && key[j] > floor ? kCertain : 0u; };
     const unsigned total = rank_tile(shared, turn, kind, here);
-    if (may_shrink && result.found + total > kCapacity<Acc>) {
+    if (may_shrink && result.found + total > kCapacity<Key>) {
       floor = shrink(shared, result.found, k);
       result.found = static_cast<unsigned>(k);
       continue;  // with the same tile
     }
 #pragma unroll
-    for (int j = 0; j < kItems<Acc>; ++j) {
+    for (int j = 0; j < kItems<Key>; ++j) {
       if (kind(j) == 0) continue;
-      result.largest = max(result.largest, key[j]);
+      result.largest = key[j] > result.largest ? key[j] : result.largest;
       const unsigned place = result.found + here[j];
-      if (place >= kCapacity<Acc>) continue;
+      if (place >= kCapacity<Key>) continue;
       shared.key[place] = key[j];
       shared.column[place] = static_cast<int32_t>(item(tile, j));
     }
     result.found += total;
-    tile += kTile<Acc>;
+    tile += kTile<Key>;
   }
   __syncthreads();
   return result;
 }
 
-// Calls place(column, place) for those of the k largest keys above the floor that are at least at_least(largest key of
-// this thread), which is the same for all threads, in order; returns their number. load(i) returns key i of `count`.
-template <typename Acc, typename Load, typename AtLeast, typename Place>
-__device__ int select_largest(Shared<Acc>& shared, int count, int k, OrderedKey<Acc> floor, const Load& load,
-                              const AtLeast& at_least, const Place& place) {
+template <typename Key>
+struct Selected {
+  int count;
+  Key kth;  // the k-th largest key above the floor; 0: there are not more than k
+};
+
+// Calls place(column, key, place) for those of the k largest keys above the floor that are at least at_least(largest
+// key of this thread), which is the same for all threads, in order. load(i) returns key i of `count`. A place is not
+// larger than the column, and all keys of its tile are read by then, so place() may write to the row.
+template <typename Key, typename Load, typename AtLeast, typename Place>
+__device__ Selected<Key> select_largest(Shared<Key>& shared, int count, int k, Key floor, const Load& load,
+                                        const AtLeast& at_least, const Place& place) {
   const Row<Load> row{static_cast<unsigned>(count), load};
-  const Collected<Acc> collected = collect(shared, row, k, floor);
-  const bool in_buffer = collected.found <= kCapacity<Acc>;
-  const Buffer<Acc> buffer{shared, collected.found};
-  Cut<Acc> cut{0, INT_MAX};
+  const Collected<Key> collected = collect(shared, row, k, floor);
+  const bool in_buffer = collected.found <= kCapacity<Key>;
+  const Buffer<Key> buffer{shared, collected.found};
+  Cut<Key> cut{0, INT_MAX};
   if (collected.found > static_cast<unsigned>(k)) {
-    cut = in_buffer ? find_kth(shared, buffer, k, OrderedKey<Acc>(0)) : find_kth(shared, row, k, floor);
+    cut = in_buffer ? find_kth(shared, buffer, k, Key(0)) : find_kth(shared, row, k, floor);
   }
+  const Key kth = cut.kth;
   // Keys above the k-th are among the k largest.
-  const OrderedKey<Acc> least = at_least(collected.largest);
-  if (least > cut.kth) cut = {least, INT_MAX};
-  const auto place_column = [&](int32_t column, OrderedKey<Acc>, int target) { place(column, target); };
-  return in_buffer ? in_order(shared, buffer, OrderedKey<Acc>(0), cut, place_column)
-                   : in_order(shared, row, floor, cut, place_column);
+  const Key least = at_least(collected.largest);
+  if (least > kth) cut = {least, INT_MAX};
+  const int kept = in_buffer ? in_order(shared, buffer, Key(0), cut, place) : in_order(shared, row, floor, cut, place);
+  return {kept, kth};
+}
+
+// Selects the k largest words in global memory, all different and at least k of them not 0, and sorts them, the largest
+// first; returns where they are: in shared memory if they fit, else in place of the first words.
+template <typename Key>
+__device__ Key* sort_largest(Shared<Key>& shared, Key* words, int count, int k) {
+  if (count > k) {
+    select_largest(
+        shared, count, k, Key(0), [&](int i) { return words[i]; }, [](Key) { return Key(0); },
+        [&](int, Key word, int place) { words[place] = word; });
+    __syncthreads();
+  }
+  Key* sorted = words;
+  if (k <= kCapacity<Key>) {
+    sorted = shared.key;
+    for (int i = static_cast<int>(threadIdx.x); i < k; i += kThreads) sorted[i] = words[i];
+    __syncthreads();
+  }
+  block_sort(sorted, static_cast<unsigned>(k));
+  return sorted;
 }
 
 }  // namespace splade_fast::cuda::selection

@@ -138,7 +138,7 @@ class ScoreOperands(NamedTuple):
 def _search_by_tiles(
     queries: SparseRows | Tensor, docs: SparseRows, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Search by the scores of one tile of documents at a time, without waiting for a GPU.
+    """Search without kernels: by the scores of one tile of documents at a time.
 
     Documents may be in host memory while queries are on a GPU: each tile is copied when it is
     needed, without blocking if it is pinned.
@@ -158,7 +158,6 @@ def _search_query_tile(
     queries: SparseRows | Tensor, docs: SparseRows, k: int
 ) -> tuple[Tensor, Tensor]:
     device = queries.device
-    has_kernels = _library.has_kernels(device)
     acc = accumulation_dtype(torch.promote_types(queries.dtype, docs.dtype))
     queries = queries.to(dtype=acc)  # documents are ranked before their scores are rounded
     best_scores = torch.empty(len(queries), 0, dtype=acc, device=device)
@@ -166,10 +165,7 @@ def _search_query_tile(
     tile_docs = max(k, _TILE_SCORES // max(len(queries), 1))
     for start in range(0, len(docs), tile_docs):
         tile = docs[start : start + tile_docs].to(device, non_blocking=True)
-        if has_kernels:
-            scores = torch.ops.splade_fast.sparse_scores(*ScoreOperands.build(queries, tile))
-        else:
-            scores = plain_scores(queries, tile)
+        scores = plain_scores(queries, tile)
         ids = torch.arange(start, start + len(tile), device=device).expand_as(scores)
         best_scores, best_ids = _best(
             torch.cat([best_scores, scores], dim=1), torch.cat([best_ids, ids], dim=1), k
@@ -258,11 +254,6 @@ def _fake_search(*arguments: Any) -> tuple[Tensor, Tensor]:
     values = operands.query_values
     shape = (values.shape[0], torch.sym_min(k, operands.doc_values.shape[0]))
     return values.new_empty(shape, dtype=operands.dtype), values.new_empty(shape, dtype=torch.int64)
-
-
-def _search_on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    operands, k = ScoreOperands(*arguments[:-1]), arguments[-1]
-    return _search_by_tiles(operands.queries, operands.docs, k)
 
 
 def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -362,7 +353,6 @@ if _library.is_cpu_library_loaded():
     torch.library.impl(
         "splade_fast::sparse_scores_backward", ("CPU", "CUDA"), _sparse_scores_backward
     )
-    torch.library.impl("splade_fast::sparse_search", "CUDA", _search_on_cuda)
     torch.library.register_autograd(
         "splade_fast::sparse_scores", _backward, setup_context=_setup_context
     )

@@ -16,6 +16,7 @@ class Mistake(NamedTuple):
         return f'(emulation::has_mistake("{name}") ? {self.wrong} : {self.correct})'
 
 
+_SEARCH = "cuda/score/search.cu"
 _PRODUCT = "cuda/head/sm90/product.cuh"
 _THRESHOLD = "cuda/head/sm90/screen_threshold.h"
 _SCREENED = "cuda/head/sm90/screened.cu"
@@ -24,7 +25,8 @@ MISTAKES = {
     "pool_without_barrier": Mistake(
         "cuda/pool.cu", "__syncthreads_or(has_real_row)", "has_real_row"
     ),
-    "score_without_barrier": Mistake("cuda/score.cu", "__syncthreads()"),
+    "score_without_barrier": Mistake("cuda/score/documents.cuh", "__syncthreads()"),
+    "search_in_the_first_wave": Mistake(_SEARCH, "first_id + n", "n"),
     "head_without_wait": Mistake(_PRODUCT, "wait(full + ring.stage * 8, ring.parity)"),
     "head_with_early_release": Mistake(_PRODUCT, "wgmma_wait<1>()"),
     "head_with_wrong_tile": Mistake(_PRODUCT, "token + rank * (kTileTokens / kCluster)", "token"),
@@ -44,7 +46,13 @@ MISTAKES = {
 # them in each order.
 RACES = {
     "prune_without_barrier": Mistake(
-        "cuda/selection.cuh", "__syncthreads()", behind="tile += kTile<Acc>;\n  }\n  "
+        "cuda/selection.cuh", "__syncthreads()", behind="tile += kTile<Key>;\n  }\n  "
+    ),
+    "sort_without_barrier": Mistake(
+        "cuda/block.cuh", "__syncthreads()", behind="larger;\n        }\n      }\n      "
+    ),
+    "sums_without_barrier": Mistake(
+        "cuda/block.cuh", "__syncthreads()", behind="sums.total += of_warps[warp];\n  }\n  "
     ),
     "head_backward_without_warp_barrier": Mistake(
         "cuda/head/backward.cu", "__syncwarp()", behind="offsets[i] = 0;\n    "
@@ -64,5 +72,6 @@ MEMORY = {
     "gather_by_the_widest_access": Mistake(
         "cuda/gather.cu", "all % static_cast<uintptr_t>(width) != 0", "false"
     ),
-    "prune_beyond_the_buffer": Mistake("cuda/selection.cuh", "place >= kCapacity<Acc>", "false"),
+    "search_with_short_lists": Mistake(_SEARCH, "k + kSpare + most_", "k"),
+    "prune_beyond_the_buffer": Mistake("cuda/selection.cuh", "place >= kCapacity<Key>", "false"),
 }

@@ -45,7 +45,7 @@ REPLACEMENTS = [
     *(
         registration(f"cuda/{op}.cu")
         for op in (
-            *("gather", "pool", "prune", "sample", "score"),
+            *("gather", "pool", "prune", "sample", "score/score", "score/search"),
             *("head/forward", "head/backward", "head/sm90/screened_op"),
         )
     ),
@@ -55,12 +55,13 @@ REPLACEMENTS = [
         "cuda/host_tables.h", "!table.is_cuda()", "emulation::is_pinned(table.const_data_ptr())"
     ),
     Replacement("cuda/gather.cu", "__assert_fail(", "device_assert("),
-    # Blocks of several queries store the same byte in one place: a race, but which comes last does
-    # not matter.
-    Replacement("cuda/score.cu", "used[column] = 1;", "atomicStore(&used[column], 1);", 2),
-    # Small tiles and parts, so that a few slots take several.
+    # Small tiles, parts, waves and lists, so that a few slots or documents take several.
     Replacement("cuda/sample.cu", "kTileBytes = int64_t{16} << 20", "kTileBytes = 1"),
     Replacement("cuda/gather.cu", "kMinPart = 8192", "kMinPart = 64"),
+    Replacement("cuda/score/search.cu", "kListBytes = int64_t{128} << 20", "kListBytes = 1 << 14"),
+    Replacement("cuda/score/search.cu", "kFirstWave = 8192", "kFirstWave = 32"),
+    Replacement("cuda/score/search.cu", "kSpare = 2048", "kSpare = 4"),
+    Replacement("cuda/score/search.cu", "kTileBytes = int64_t{64} << 20", "kTileBytes = 1 << 12"),
     Replacement(
         "cuda/head/sm90/product.cuh",
         "extern __shared__ uint8_t dynamic[];",

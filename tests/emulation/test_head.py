@@ -105,6 +105,7 @@ def test_tf32_only_where_it_is_allowed(fused, emulator, draw):
         assert_accurate(pooled, truth, baseline)
 
 
+@pytest.mark.usefixtures("overlapping_outputs")  # sequences that overlap
 @pytest.mark.parametrize("hopper", ["0", "1"])
 def test_disorder_comes_to_an_end(monkeypatch, emulator, draw, hopper):
     """Check that no thread diverges, waits for ever or crashes with any cu_seqlens and argmax."""

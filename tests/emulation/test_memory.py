@@ -20,7 +20,14 @@ def prune(emulator):
     emulator.ops.prune_rows(torch.rand(1, 9000), 5000, 0.0, None, None)
 
 
+def search(emulator):
+    values, ones = torch.arange(100.0)[:, None], torch.ones(100, 1).int()
+    documents = torch.zeros_like(ones), values, ones[:, 0]
+    emulator.ops.sparse_search(None, torch.ones(1, 1), None, *documents, 1, 3)
+
+
 CHECKS = {
+    "search_with_short_lists": (search, "AddressSanitizer: heap-buffer-overflow"),
     "gather_beyond_the_row": (gather, "AddressSanitizer: heap-buffer-overflow"),
     "gather_by_the_widest_access": (gather, "misaligned address"),
     "prune_beyond_the_buffer": (prune, "out of bounds"),

@@ -19,6 +19,7 @@ TESTS = [
     "test_prune.py",
     "test_races.py",
     "test_sample.py::test_sparse",
+    "test_search.py::test_is_that_of_the_cpu",
 ]
 
 
@@ -31,12 +32,28 @@ def test_races():
     assert result.returncode == 0
 
 
+def search(monkeypatch, emulator, draw):
+    queries, columns = torch.randn(2, 30), torch.arange(30, dtype=torch.int32).repeat(300, 1)
+    documents = columns, torch.randn(300, 30), torch.full((300,), 30).int()
+    emulator.ops.sparse_search(None, queries, None, *documents, 30, 200)
+
+
+def insert_into_cache(monkeypatch, emulator, draw):
+    """Insert more items than a block has threads."""
+    age, valid = torch.zeros(2000).int(), torch.zeros(2000).bool()
+    emulator.ops.update_cache_(
+        [torch.zeros(2000, 1)], age, valid, [torch.ones(1100, 1)], None, [], None, None, False
+    )
+
+
 def scatter_twice_to_each_row(monkeypatch, emulator, draw):
     indices = torch.arange(40) % 20
     emulator.ops.scatter_rows_([torch.zeros(20, 3)], indices, [torch.randn(40, 3)], None)
 
 
 CHECKS = {
+    "sort_without_barrier": search,
+    "sums_without_barrier": insert_into_cache,
     "prune_without_barrier": lambda patch, *given: test_prune.test_is_that_of_the_cpu(*given),
     "head_backward_without_warp_barrier": test_head.test_matches_reference,
     "scatter_by_several_blocks": scatter_twice_to_each_row,

@@ -3,8 +3,15 @@
 from functools import partial
 
 import pytest
+import torch
 
-from tests.emulation import test_head, test_head_screened, test_pool, test_score
+from tests.emulation import (
+    test_head,
+    test_head_screened,
+    test_pool,
+    test_score,
+    test_search,
+)
 from tests.emulation.cases import begin
 from tests.emulation.library import SANITIZER
 from tests.emulation.mistakes import MISTAKES
@@ -16,6 +23,7 @@ FUSED = partial(test_head.test_fused_is_that_of_the_cpu, None)
 TESTS = {
     "pool_without_barrier": test_pool.test_matches_reference,
     "score_without_barrier": test_score.test_is_that_of_the_cpu,
+    "search_in_the_first_wave": partial(test_search.test_lists_that_fill_up, dtype=torch.float32),
     "head_without_wait": FUSED,
     "head_with_early_release": FUSED,
     "head_with_wrong_tile": FUSED,

@@ -14,8 +14,8 @@
 #include <tuple>
 
 #include "common/head_sum_backward.h"
+#include "cuda/block.cuh"
 #include "cuda/head/head.h"
-#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
@@ -330,7 +330,6 @@ __global__ void __launch_bounds__(kThreads)
     scan_kernel(int32_t* offsets, int slices, Sequences sequences, int64_t first_sequence) {
   constexpr int kGroup = 8;  // slices, loaded together
   __shared__ int32_t totals[kWarps];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Span span = sequence_span(sequences, first_sequence + blockIdx.x);
   int32_t carried = 0;
   for (int64_t first = span.start; first < span.stop; first += kThreads) {
@@ -339,19 +338,9 @@ __global__ void __launch_bounds__(kThreads)
     int32_t total = 0;
 #pragma unroll 8
     for (int s = 0; s < slices; ++s) total += inside ? offsets[s * sequences.rows + token] : 0;
-    int32_t inclusive = total;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int32_t before = __shfl_up_sync(kAllLanes, inclusive, step);
-      if (lane >= step) inclusive += before;
-    }
-    if (lane == kWarp - 1) totals[warp] = inclusive;
-    __syncthreads();
-    int32_t offset = carried + inclusive - total;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) offset += totals[w];
-      carried += totals[w];
-    }
+    const Sums<int32_t> sums = block_sums(total, totals);
+    int32_t offset = carried + sums.before;
+    carried += sums.total;
     for (int group = 0; inside && group < slices; group += kGroup) {
       int32_t count[kGroup];
 #pragma unroll
@@ -364,7 +353,6 @@ __global__ void __launch_bounds__(kThreads)
         offset += count[s];
       }
     }
-    __syncthreads();
   }
 }
 

@@ -62,7 +62,8 @@ T atomicMax(T* target, T value) {
   return old;
 }
 
-inline int atomicOr(int* target, int value) {
+template <typename T>
+T atomicOr(T* target, T value) {
   emulation::act_alone();
   return __atomic_fetch_or(target, value, __ATOMIC_RELAXED);
 }
@@ -70,12 +71,6 @@ inline int atomicOr(int* target, int value) {
 inline int atomicExch(int* target, int value) {
   emulation::act_alone();
   return __atomic_exchange_n(target, value, __ATOMIC_RELAXED);
-}
-
-// In the place of a store that races with stores of the same value.
-template <typename T, typename V>
-void atomicStore(T* target, V value) {
-  __atomic_store_n(target, static_cast<T>(value), __ATOMIC_RELAXED);
 }
 
 // Synchronization ------------------------------------------------------------------------------------------------

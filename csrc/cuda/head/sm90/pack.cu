@@ -1,6 +1,6 @@
 // Packing on CUDA: count the real tokens of each sequence, scan, number them, move their rows.
+#include "cuda/block.cuh"
 #include "cuda/head/sm90/pack.h"
-#include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
@@ -15,45 +15,18 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp;
   int count = 0;
   for (int64_t l = lane; l < length; l += kWarp) count += mask[b * length + l];
-  for (int step = kWarp / 2; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, step);
+  count = warp_sum(count);
   if (lane == 0) starts[b + 1] = count;
-}
-
-// Returns the sum of the values of the threads before this one in the block, and of all threads.
-struct BlockSum {
-  int before, total;
-};
-
-template <int kBlockThreads>
-__device__ BlockSum block_sum(int value) {
-  constexpr int kWarps = kBlockThreads / kWarp;
-  __shared__ int totals[kWarps];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += before;
-  }
-  __syncthreads();  // all threads have read the totals of the last call
-  if (lane == kWarp - 1) totals[warp] = inclusive;
-  __syncthreads();
-  BlockSum sum{inclusive - value, 0};
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) sum.before += totals[w];
-    sum.total += totals[w];
-  }
-  return sum;
 }
 
 // Turns counts into starts, in one block.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int32_t* starts, int64_t batch) {
+  __shared__ int counts[kScanThreads / kWarp];
   int carried = 0;
   for (int64_t first = 0; first < batch; first += kScanThreads) {
     const int64_t b = first + threadIdx.x;
     const int count = b < batch ? starts[b + 1] : 0;
-    const BlockSum sum = block_sum<kScanThreads>(count);
+    const Sums<int> sum = block_sums(count, counts);
     if (b < batch) starts[b + 1] = carried + sum.before + count;
     carried += sum.total;
   }
@@ -71,12 +44,13 @@ __global__ void __launch_bounds__(kThreads) starts_kernel(Sequences sequences, i
 // A block per sequence numbers its real tokens.
 __global__ void __launch_bounds__(kThreads)
     number_kernel(const bool* mask, int64_t length, const int32_t* starts, int32_t* source_rows) {
+  __shared__ int counts[kThreads / kWarp];
   const int64_t b = blockIdx.x;
   int32_t* target = source_rows + starts[b];
   for (int64_t first = 0; first < length; first += kThreads) {
     const int64_t l = first + threadIdx.x, row = b * length + l;
     const bool is_real = l < length && mask[row];
-    const BlockSum sum = block_sum<kThreads>(is_real);
+    const Sums<int> sum = block_sums(static_cast<int>(is_real), counts);
     if (is_real) target[sum.before] = static_cast<int32_t>(row);
     target += sum.total;
   }

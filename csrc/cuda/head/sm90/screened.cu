@@ -38,16 +38,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(cons
 // Reserves places for the candidates of each lane and returns the first place of this lane.
 __device__ unsigned long long reserve(unsigned long long* count, int found) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  int before = found;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int lower = __shfl_up_sync(kAllLanes, before, step);
-    if (lane >= step) before += lower;
-  }
-  const int total = __shfl_sync(kAllLanes, before, kWarp - 1);
+  const int through = warp_inclusive_sum(found);
+  const int total = __shfl_sync(kAllLanes, through, kWarp - 1);
   unsigned long long first = 0;
   if (lane == 0) first = atomicAdd(count, static_cast<unsigned long long>(total));
-  return __shfl_sync(kAllLanes, first, 0) + static_cast<unsigned long long>(before - found);
+  return __shfl_sync(kAllLanes, first, 0) + static_cast<unsigned long long>(through - found);
 }
 
 // Collects the candidates of the tiles of the product.

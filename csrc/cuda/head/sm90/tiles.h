@@ -136,8 +136,22 @@ SPLADE_FAST_INLINE void for_each_segment(const int32_t* starts, int batch, int s
 
 // Keys -----------------------------------------------------------------------------------------------------------
 
-// A value and, where positions are kept, its position. The largest key has the largest value, then the lowest position.
-// 0: no row.
+// A key is a value and, where positions are kept, its position in one integer:
+//
+//   bits 63-32  to_key(value), an integer that sorts as the value does (common/float_bits.h)
+//   bits 31-0   ~position
+//
+// So the largest key has the largest value, then the lowest position, and a maximum of keys needs no order: atomicMax
+// merges those of threads and tiles. Without positions a key is the upper half alone. 0 is less than every key and
+// stands for no row; memory for keys begins as 0. On the way a key changes its meaning of "position" once:
+//
+//   max_of_columns  the thread's columns of a segment       column of the tile
+//   (shuffles)      four threads have all columns           column of the tile
+//   emit            the sequence lies in the tile: store()  position in the sequence
+//                   or it does not: merge(), by atomicMax   position in the sequence
+//   store_remaining a launch later: merged() and store()    position in the sequence
+//
+// The rows of a sequence are packed in their order, so the lowest column has the lowest position.
 template <bool kPositions>
 using MaxKey = std::conditional_t<kPositions, uint64_t, uint32_t>;
 

@@ -13,6 +13,11 @@ struct SparseOperands {
   int64_t num_cols;
 };
 
+inline void check_widths(const SparseOperands& operands) {
+  STD_TORCH_CHECK(operands.query_values.size(1) <= INT32_MAX && operands.doc_values.size(1) <= INT32_MAX,
+                  "query_values and doc_values must have fewer than 2^31 slots");
+}
+
 // (Q, N) in the wider type of the two, or in its accumulation type.
 // The caller has checked the operands and checks the launches.
 Tensor sparse_products(const SparseOperands& operands, ScalarType result, const OnDevice& device);
