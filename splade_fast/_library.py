@@ -67,6 +67,17 @@ def has_kernels(device: torch.device) -> bool:
     return reason is None
 
 
+def has_cuda_kernels(name: str) -> bool:
+    """Return whether the CUDA library was built with kernels of this name, such as head_sm90a."""
+    return name in str(_STATE.built.get("cuda_kernels", "")).split()
+
+
+@functools.cache
+def cuda_capability(index: int) -> tuple[int, int]:
+    """Return the compute capability of a GPU, which torch takes microseconds to find."""
+    return torch.cuda.get_device_capability(index)
+
+
 class _State:
     """Outcome of loading. A reason is None where the library is loaded."""
 

@@ -35,7 +35,7 @@ MISTAKES = {
     "screen_without_residual_of_entries": Mistake(_THRESHOLD, "tile.norm * entry.residual", "0"),
     "screen_without_last_token": Mistake(_SCREENED, "rows - first_row", "rows - first_row - 1"),
     "screen_of_a_stale_weight": Mistake(
-        _SCREENED, "to_bits(sample) != to_bits(fact(kWeightSample))", "false"
+        "cuda/head/sm90/screen_rows.cu", "to_bits(sample) != to_bits(fact(kWeightSample))", "false"
     ),
     "screen_without_fallback": Mistake(
         "cuda/head/sm90/dense.h", "count == nullptr || *count > more_than", "count == nullptr"

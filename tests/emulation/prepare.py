@@ -62,6 +62,8 @@ REPLACEMENTS = [
     Replacement("cuda/score/search.cu", "kFirstWave = 8192", "kFirstWave = 32"),
     Replacement("cuda/score/search.cu", "kSpare = 2048", "kSpare = 4"),
     Replacement("cuda/score/search.cu", "kTileBytes = int64_t{64} << 20", "kTileBytes = 1 << 12"),
+    # Cases differ in the size of the GPU, so it is asked for every time.
+    Replacement("cuda/head/sm90/product.cuh", "if (found != known.end())", "if (false)"),
     Replacement(
         "cuda/head/sm90/product.cuh",
         "extern __shared__ uint8_t dynamic[];",

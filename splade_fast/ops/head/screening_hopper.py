@@ -39,9 +39,9 @@ def check_supported(hidden: Tensor, pooling: int) -> None:
     elif hidden.shape[-1] % _DIM_UNIT != 0 or hidden.shape[-1] > MAX_DIM:
         dim = hidden.shape[-1]
         reason = f"needs at most {MAX_DIM} dimensions, a multiple of {_DIM_UNIT}, got {dim}"
-    elif "head_sm90a" not in _library.build_info()["built"]["cuda_kernels"]:
+    elif not _library.has_cuda_kernels("head_sm90a"):
         reason = "was built without sm_90a"
-    elif (capability := torch.cuda.get_device_capability(hidden.device)) != (9, 0):
+    elif (capability := _library.cuda_capability(hidden.get_device())) != (9, 0):
         reason = "needs compute capability 9.0, found {}.{}".format(*capability)
     if reason is not None:
         raise NotImplementedError(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import splade_fast as sf
+from splade_fast import _library
 from splade_fast.ops.head import screening
 from splade_fast.ops.head.screening import ScreeningState, find_screening_state
 from splade_fast.ops.head.screening_basis import Moments, balanced_basis
@@ -541,10 +542,8 @@ def test_what_a_gpu_needs(monkeypatch, change, reason):
     def check(hopper="1", pooling=0, dtype=torch.bfloat16, dim=16, kernels="head_sm90a", **found):
         capability = found.get("capability", (9, 0))
         monkeypatch.setenv("SPLADE_FAST_HOPPER", hopper)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(
-            "splade_fast._library.build_info", lambda: {"built": {"cuda_kernels": kernels}}
-        )
+        monkeypatch.setattr("splade_fast._library.cuda_capability", lambda index: capability)
+        monkeypatch.setitem(_library._STATE.built, "cuda_kernels", kernels)
         check_supported(torch.zeros(1, 1, dim, dtype=dtype), pooling)
 
     check()

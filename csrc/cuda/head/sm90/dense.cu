@@ -9,19 +9,11 @@
 // frees that one's stage by one SYNCS.ARRIVE. A tile of one sequence is reduced by three instructions per accumulator,
 // FSETP, SEL and FMNMX.NAN, by one without positions. benchmarks/NOTES.md says what to expect of it and what to try.
 #include "cuda/head/sm90/dense.h"
-#include "cuda/head/sm90/merge_key.cuh"
+#include "cuda/head/sm90/key_sink.cuh"
 #include "cuda/head/sm90/product.cuh"
 
 namespace splade_fast::cuda::sm90 {
 namespace {
-
-// Finds the sequence with which the walk over the segments of each tile begins.
-constexpr int kPlanThreads = 256;
-__global__ void __launch_bounds__(kPlanThreads)
-    first_sequences_kernel(const int32_t* starts, int batch, int tiles, int32_t* first_sequences) {
-  const int tile = static_cast<int>(blockIdx.x) * kPlanThreads + static_cast<int>(threadIdx.x);
-  if (tile < tiles) first_sequences[tile] = first_sequence_after(starts, batch, tile * kTileTokens);
-}
 
 using hopper::Operand;
 
@@ -30,20 +22,10 @@ template <Operand kOperand>
 using Element = std::conditional_t<kOperand == Operand::kBfloat16, __nv_bfloat16,
                                    std::conditional_t<kOperand == Operand::kFloat16, __half, float>>;
 
-// Outputs and keys of a task.
 template <Operand kOperand, bool kPositions>
-struct DeviceSink {
-  const HeadTask& task;
-
-  __device__ MaxKey<kPositions>* key(int slot, int entry) const {
-    return static_cast<MaxKey<kPositions>*>(task.keys) + slot * task.shape.vocabulary + entry;
-  }
-  __device__ void store(int sequence, int entry, float value, int position, bool has_real_token) {
-    store_maximum<Element<kOperand>>(task.outputs, sequence, entry, value, position, has_real_token);
-  }
-  __device__ void merge(int slot, int entry, MaxKey<kPositions> candidate) { merge_key(key(slot, entry), candidate); }
-  __device__ MaxKey<kPositions> merged(int slot, int entry) const { return *key(slot, entry); }
-};
+__device__ KeySink<Element<kOperand>, kPositions> sink_of(const HeadTask& task) {
+  return {task.outputs, task.keys, task.shape.vocabulary};
+}
 
 template <Operand kOperand, bool kPositions>
 __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kAccumulators], int token_tile,
@@ -53,7 +35,7 @@ __device__ void reduce_tile(const HeadTask& task, const float (&accumulators)[kA
   // Two of four neighbouring threads write, one entry each.
   const int entry = first_entry + hopper::accumulator_row(thread, 2 * (quarter % 2));
   const bool writes = quarter < 2 && entry < task.shape.vocabulary;
-  DeviceSink<kOperand, kPositions> sink{task};
+  auto sink = sink_of<kOperand, kPositions>(task);
   for_each_segment(task.rows.starts, task.rows.batch, task.first_sequences[token_tile], first_row,
                    [&](const Segment& segment) {
                      MaxKey<kPositions> key[2];
@@ -97,7 +79,7 @@ template <Operand kOperand, bool kPositions>
 __global__ void __launch_bounds__(kFinishThreads) store_kernel(const HeadTask task) {
   const int entry = static_cast<int>(blockIdx.x) * kFinishThreads + static_cast<int>(threadIdx.x);
   if (entry >= task.shape.vocabulary || !task.only_if.holds()) return;
-  DeviceSink<kOperand, kPositions> sink{task};
+  auto sink = sink_of<kOperand, kPositions>(task);
   for (int b = static_cast<int>(blockIdx.y); b < task.rows.batch; b += static_cast<int>(gridDim.y)) {
     store_remaining(task.rows, b, entry, sink);
   }
@@ -112,29 +94,40 @@ cudaError_t launch_kernel(const HeadTask& task, cudaStream_t stream) {
 }
 
 template <Operand kOperand, bool kPositions>
+cudaError_t launch_tiles(const HeadTask& task, cudaStream_t stream) {
+  return choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)
+                                                    : launch_kernel<kOperand, kPositions, 1>(task, stream);
+}
+
+template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
-  const int batch = task.rows.batch, tiles = task.rows.tiles;
-  cudaError_t error = cudaSuccess;
-  if (!task.keys_are_zero) {
-    error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
-    if (error != cudaSuccess) return error;
-  }
-  first_sequences_kernel<<<static_cast<unsigned>(ceil_div(tiles, kPlanThreads)), kPlanThreads, 0, stream>>>(
-      task.rows.starts, batch, tiles, task.first_sequences);
-  error = choose_cluster(task.shape.vocabulary) == 2 ? launch_kernel<kOperand, kPositions, 2>(task, stream)
-                                                     : launch_kernel<kOperand, kPositions, 1>(task, stream);
+  cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
+  if (error == cudaSuccess) error = launch_tiles<kOperand, kPositions>(task, stream);
   if (error != cudaSuccess) return error;
   constexpr int kMaxWalkers = 1024;
+  const int batch = task.rows.batch;
   const dim3 grid(static_cast<unsigned>(ceil_div(task.shape.vocabulary, kFinishThreads)),
                   static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
   store_kernel<kOperand, kPositions><<<grid, kFinishThreads, 0, stream>>>(task);
   return cudaGetLastError();
 }
 
-template <Operand kOperand>
-cudaError_t launch_operand(const HeadTask& task, cudaStream_t stream) {
-  return task.outputs.max_logits != nullptr ? launch_all<kOperand, true>(task, stream)
-                                            : launch_all<kOperand, false>(task, stream);
+// Calls launch(constant of the operand, constant of whether positions are kept).
+template <typename Launch>
+cudaError_t dispatch(const HeadTask& task, const Launch& launch) {
+  const auto with_positions = [&](auto operand) {
+    return task.outputs.max_logits != nullptr ? launch(operand, std::true_type{}) : launch(operand, std::false_type{});
+  };
+  switch (task.operand) {
+    case Operand::kBfloat16:
+      return with_positions(std::integral_constant<Operand, Operand::kBfloat16>{});
+    case Operand::kFloat16:
+      return with_positions(std::integral_constant<Operand, Operand::kFloat16>{});
+    case Operand::kTfloat32:
+      return with_positions(std::integral_constant<Operand, Operand::kTfloat32>{});
+    default:
+      return cudaErrorNotSupported;
+  }
 }
 
 }  // namespace
@@ -148,16 +141,15 @@ bool is_built() {
 }
 
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream) {
-  switch (task.operand) {
-    case Operand::kBfloat16:
-      return launch_operand<Operand::kBfloat16>(task, stream);
-    case Operand::kFloat16:
-      return launch_operand<Operand::kFloat16>(task, stream);
-    case Operand::kTfloat32:
-      return launch_operand<Operand::kTfloat32>(task, stream);
-    default:
-      return cudaErrorNotSupported;
-  }
+  return dispatch(task, [&](auto operand, auto positions) {
+    return launch_all<decltype(operand)::value, decltype(positions)::value>(task, stream);
+  });
+}
+
+cudaError_t launch_head_tiles(const HeadTask& task, cudaStream_t stream) {
+  return dispatch(task, [&](auto operand, auto positions) {
+    return launch_tiles<decltype(operand)::value, decltype(positions)::value>(task, stream);
+  });
 }
 
 }  // namespace splade_fast::cuda::sm90

@@ -25,16 +25,20 @@ struct HeadTask {
   const void* tokens;  // (rows, dim), of which starts[batch] are read
   const void* weight;  // (vocabulary, dim)
   PackedRows rows;
-  int32_t* first_sequences;  // (token tiles,), filled by the launch
-  void* keys;                // key_bytes(), filled by the launch
-  bool keys_are_zero;        // before the launch
-  PooledOutputs outputs;     // in the type of the operands, float for TF32
-  OnlyIf only_if;            // evaluated on the device when the launch begins; nothing is written unless it holds
+  const int32_t* first_sequences;  // (token tiles,)
+  void* keys;                      // key_bytes()
+  PooledOutputs outputs;           // in the type of the operands, float for TF32
+  OnlyIf only_if;                  // evaluated on the device when a kernel begins; it writes nothing unless this holds
 };
 
 // Whether the library has machine code for sm_90a.
 bool is_built();
 
+// Computes all results.
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream);
+
+// Computes the results of sequences that lie in one tile. Those of others stay as keys, which are 0 before the launch:
+// store_remaining() in tiles.h.
+cudaError_t launch_head_tiles(const HeadTask& task, cudaStream_t stream);
 
 }  // namespace splade_fast::cuda::sm90

@@ -15,12 +15,15 @@ struct PackTask {
   const void* rows;  // of row_bytes each, a multiple of 16, at a multiple of 16
   int64_t row_bytes;
 
-  int32_t* starts;       // (batch + 1,), starts of the sequences among the packed rows
+  int32_t* starts;           // (batch + 1,), starts of the sequences among the packed rows
+  int tiles;                 // of kTileTokens packed rows
+  int32_t* first_sequences;  // (tiles,), the sequence with which the walk over the segments of each tile begins
+  int32_t* zeros;            // (zero_count,), set to 0 for the launches behind
+  int64_t zero_count;
   int32_t* source_rows;  // (rows,), padded row of each packed row; only with a mask
-  // (rows, row_bytes), only with a mask. starts[batch] rows are written, then zeros up to a multiple of tile_rows,
-  // since the product reads whole tiles.
+  // (rows, row_bytes), only with a mask. starts[batch] rows are written, then zeros to the end of the last tile, since
+  // the product reads whole tiles.
   void* packed;
-  int64_t tile_rows;
 };
 
 cudaError_t launch_pack(const PackTask& task, int64_t multiprocessors, cudaStream_t stream);

@@ -13,11 +13,11 @@ inline sm90::Shape shape_of_input(const HeadInput& input) {
 
 inline uintptr_t address_of(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); }
 
-// Packs the real tokens, and fills in the task of a kernel but for its keys.
+// Packs the real tokens, and fills in the task of a kernel but for its keys. zeros: int32, set to 0 on the way.
 class PackedHead {
  public:
   PackedHead(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
-             const OnDevice& device, const char* op)
+             const OnDevice& device, const char* op, const std::optional<Tensor>& zeros = std::nullopt)
       : starts_(new_ints(input, input.batch + 1)),
         first_sequences_(new_ints(input, sm90::token_tiles(shape_of_input(input)))),
         source_rows_(new_ints(input, input.mask ? input.rows() : 0)),
@@ -30,10 +30,15 @@ class PackedHead {
     pack.rows = input.tokens.const_data_ptr();
     pack.row_bytes = shape.dim * static_cast<int64_t>(input.tokens.element_size());
     pack.starts = mutable_data<int32_t>(starts_);
+    pack.tiles = static_cast<int>(sm90::token_tiles(shape));
+    pack.first_sequences = mutable_data<int32_t>(first_sequences_);
+    if (zeros) {
+      pack.zeros = mutable_data<int32_t>(*zeros);
+      pack.zero_count = zeros->numel();
+    }
     if (input.mask) {
       pack.source_rows = mutable_data<int32_t>(source_rows_);
       pack.packed = packed_.mutable_data_ptr();
-      pack.tile_rows = sm90::kTileTokens;
     }
     check_cuda(launch_pack(pack, device.multiprocessors(), device.stream()), op);
 
@@ -41,9 +46,8 @@ class PackedHead {
     task_.operand = operand;
     task_.tokens = packed_.const_data_ptr();
     task_.weight = input.weight.const_data_ptr();
-    task_.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch),
-                  static_cast<int>(sm90::token_tiles(shape))};
-    task_.first_sequences = mutable_data<int32_t>(first_sequences_);
+    task_.rows = {pack.starts, pack.source_rows, input.length, static_cast<int>(shape.batch), pack.tiles};
+    task_.first_sequences = pack.first_sequences;
     task_.outputs.vocabulary = shape.vocabulary;
     task_.outputs.pooled = outputs.pooled.mutable_data_ptr();
     task_.outputs.pooled_in_acc = outputs.pooled.scalar_type() == ScalarType::Float;

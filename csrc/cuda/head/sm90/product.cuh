@@ -5,6 +5,10 @@
 // either. tiles.h holds the order of the tiles.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "cuda/head/sm90/instructions.cuh"
 #include "cuda/head/sm90/tensor_map.h"
 #include "cuda/head/sm90/tiles.h"
@@ -119,19 +123,39 @@ struct ProductOperands {
   const void* tokens;  // (shape.rows, shape.dim)
 };
 
+// Permits the kernel its shared memory on the current device, and finds the number of clusters that run at a time. Both
+// cost the host microseconds and are done once.
+template <typename Kernel>
+cudaError_t prepare_kernel(Kernel kernel, const cudaLaunchConfig_t& config, int& clusters) {
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel, int>, int> known;  // by kernel and device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) {
+    clusters = found->second;
+    return cudaSuccess;
+  }
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess) known[{kernel, device}] = clusters;
+  return error;
+}
+
 // Launches kernel(weight map, token map, task), which calls multiply_tiles<kOperand, kCluster>.
 template <hopper::Operand kOperand, int kCluster, typename Task>
 cudaError_t launch_product(void (*kernel)(CUtensorMap, CUtensorMap, Task), const ProductOperands& operands,
                            const Shape& shape, const Task& task, cudaStream_t stream) {
   CUtensorMap weight_map, token_map;
   cudaError_t error =
-      hopper::make_tensor_map(weight_map, operands.weight, shape.vocabulary, shape.dim, kTileEntries, kOperand);
+      hopper::make_tensor_map(weight_map, {operands.weight, shape.vocabulary, shape.dim, kTileEntries, kOperand});
   if (error != cudaSuccess) return error;
-  error = hopper::make_tensor_map(token_map, operands.tokens, shape.rows, shape.dim, kTileTokens / kCluster, kOperand);
+  error =
+      hopper::make_tensor_map(token_map, {operands.tokens, shape.rows, shape.dim, kTileTokens / kCluster, kOperand});
   if (error != cudaSuccess) return error;
 
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = kCluster;
@@ -145,7 +169,7 @@ cudaError_t launch_product(void (*kernel)(CUtensorMap, CUtensorMap, Task), const
   config.numAttrs = 1;
   // As many clusters as run at a time, but no more than tiles.
   int clusters = 0;
-  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  error = prepare_kernel(kernel, config, clusters);
   if (error != cudaSuccess) return error;
   const int64_t most =
       TileOrder::of(static_cast<int>(shape.vocabulary), static_cast<int>(shape.rows), kCluster).count();

@@ -169,9 +169,28 @@ __device__ void merge_largest(float* target, float value) {
   atomicMax(reinterpret_cast<unsigned*>(target), to_bits(value));
 }
 
+// All threads of the grid.
+template <typename T>
+__device__ void describe_entries(const EntriesToDescribe& task, int64_t dim) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t entry = first; entry < task.vocabulary; entry += stride) {
+    const auto fact = [&](WeightFact which) { return task.facts[which * task.vocabulary + entry]; };
+    const float bias = task.bias == nullptr ? 0.0f : to_acc(static_cast<const T*>(task.bias)[entry]);
+    task.entries[entry] = {screen_threshold(bias, fact(kWeightMeanDot)), fact(kWeightScale), fact(kWeightNorm),
+                           fact(kWeightResidual)};
+    const float sample = to_acc(static_cast<const T*>(task.weight)[entry * dim + sampled_dim(entry, dim)]);
+    if (to_bits(sample) != to_bits(fact(kWeightSample))) atomicMax(task.count, task.too_many);
+  }
+#pragma unroll 4
+  for (int64_t i = first; i < task.key_vectors; i += stride) task.keys[i] = uint4{};
+}
+
 template <typename T, int kPerLane>
-__global__ void __launch_bounds__(kThreads, kBlocks) measure_tokens_kernel(const TokensToRound task) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    measure_tokens_kernel(const TokensToRound task, const EntriesToDescribe entries) {
   const Rows<T> rows(task.tokens, true);
+  describe_entries<T>(entries, rows.dim);
   for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
     const float largest = rows.template largest<kPerLane>(token);
     if (threadIdx.x % kWarp > 0) continue;
@@ -204,11 +223,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) round_tokens_kernel(const T
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-// Calls launch(Type<T>, Constant<values per lane>, blocks) for the type of the rows and the size of a rotated block.
+// Calls launch(Type<T>, Constant<values per lane>, blocks) for the type of the rows, the size of a rotated block and a
+// number of warps.
 template <typename Launch>
-cudaError_t dispatch_rows(const RowsToRound& rows, int64_t count, int64_t multiprocessors, Launch launch) {
+cudaError_t dispatch_rows(const RowsToRound& rows, int64_t warps, int64_t multiprocessors, Launch launch) {
   constexpr int64_t kBlocksPerMultiprocessor = 8;
-  const int64_t blocks = ceil_div(count, kThreads / kWarp), most = multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t blocks = ceil_div(warps, kThreads / kWarp), most = multiprocessors * kBlocksPerMultiprocessor;
   const unsigned grid = static_cast<unsigned>(blocks < most ? blocks : most);
   const auto with_type = [&](auto type) {
     switch (screen_block(screen_padded_dim(rows.dim)) / kWarp) {
@@ -239,11 +259,14 @@ cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocesso
   });
 }
 
-cudaError_t launch_round_tokens(const TokensToRound& task, int64_t multiprocessors, cudaStream_t stream) {
-  return dispatch_rows(task.tokens, task.room, multiprocessors, [&](auto type, auto per_lane, unsigned grid) {
+cudaError_t launch_round_tokens(const TokensToRound& task, const EntriesToDescribe& entries, int64_t multiprocessors,
+                                cudaStream_t stream) {
+  const int64_t key_warps = ceil_div(entries.key_vectors, kWarp);
+  const int64_t warps = key_warps > task.room ? key_warps : task.room;
+  return dispatch_rows(task.tokens, warps, multiprocessors, [&](auto type, auto per_lane, unsigned grid) {
     using T = decltype(type);
     constexpr int kPerLane = decltype(per_lane)::value;
-    measure_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
+    measure_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task, entries);
     round_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
   });
 }

@@ -37,6 +37,19 @@ struct WeightToRound {
 
 cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocessors, cudaStream_t stream);
 
+// The entries of a call, with its bias, and keys to be set to 0: work of the launch that measures the tokens.
+struct EntriesToDescribe {
+  const void* weight;  // (vocabulary, dim), of the type of the tokens
+  const void* bias;    // (vocabulary,), or null
+  const float* facts;  // (kWeightFacts, vocabulary)
+  int64_t vocabulary;
+  ScreenEntry* entries;  // (vocabulary,)
+  // A weight that differs from the rounded one raises the count of candidates to too_many.
+  unsigned long long *count, too_many;
+  uint4* keys;  // (key_vectors,), set to 0
+  int64_t key_vectors;
+};
+
 struct TokensToRound {
   RowsToRound tokens;
   int64_t room;          // number of rows in memory
@@ -49,6 +62,7 @@ struct TokensToRound {
   ScreenTile* tiles;  // (tiles,), zero before the launch
 };
 
-cudaError_t launch_round_tokens(const TokensToRound& task, int64_t multiprocessors, cudaStream_t stream);
+cudaError_t launch_round_tokens(const TokensToRound& task, const EntriesToDescribe& entries, int64_t multiprocessors,
+                                cudaStream_t stream);
 
 }  // namespace splade_fast::cuda

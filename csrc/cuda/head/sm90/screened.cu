@@ -1,7 +1,7 @@
 // The screened head forward on sm_90a. An int8 product leaves a list of pairs of token and entry that may have a
 // positive logit; only these are multiplied in full precision. docs/screening.md derives the bound. Where the list
 // overflows, the kernels of dense.cu, launched behind, compute everything, without the host.
-#include "cuda/head/sm90/merge_key.cuh"
+#include "cuda/head/sm90/key_sink.cuh"
 #include "cuda/head/sm90/product.cuh"
 #include "cuda/head/sm90/screened.h"
 #include "cuda/warp.cuh"
@@ -13,24 +13,6 @@ constexpr int kThreadsPerBlock = 256;
 
 __device__ bool has_too_many(const ScreenedTask& task) {
   return *task.count > static_cast<unsigned long long>(task.capacity);
-}
-
-// Describes the entries with the bias of this call. A weight that differs from the rounded one sets the count of
-// candidates beyond the capacity.
-template <typename T>
-__global__ void __launch_bounds__(kThreadsPerBlock) describe_entries_kernel(const ScreenedTask task) {
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreadsPerBlock + threadIdx.x;
-  const int64_t vocabulary = task.head.shape.vocabulary, dim = task.head.shape.dim;
-  if (entry >= vocabulary) return;
-  const auto fact = [&](WeightFact which) { return task.weight_facts[which * vocabulary + entry]; };
-  const float bias =
-      task.head.outputs.bias == nullptr ? 0.0f : to_acc(static_cast<const T*>(task.head.outputs.bias)[entry]);
-  task.entries[entry] = {screen_threshold(bias, fact(kWeightMeanDot)), fact(kWeightScale), fact(kWeightNorm),
-                         fact(kWeightResidual)};
-  const float sample = to_acc(static_cast<const T*>(task.head.weight)[entry * dim + sampled_dim(entry, dim)]);
-  if (to_bits(sample) != to_bits(fact(kWeightSample))) {
-    atomicMax(task.count, static_cast<unsigned long long>(task.capacity) + 1);
-  }
 }
 
 #if defined(SPLADE_FAST_SM90A)
@@ -134,13 +116,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock) multiply_candidates_kernel(c
     // Where starts do not rise, a row may belong to no sequence.
     if (lane > 0 || sequence >= head.rows.batch || candidate.row < head.rows.starts[sequence]) continue;
     const int position = kPositions ? head.rows.position(sequence, candidate.row) : 0;
-    merge_key(static_cast<MaxKey<kPositions>*>(head.keys) + sequence * head.shape.vocabulary + candidate.entry,
-              make_key<kPositions>(sum, static_cast<uint32_t>(position)));
+    KeySink<T, kPositions>{head.outputs, head.keys, head.shape.vocabulary}.merge(
+        sequence, candidate.entry, make_key<kPositions>(sum, static_cast<uint32_t>(position)));
   }
 }
 
-// Stores the results. An entry without candidates has no positive logit and gets the maximum 0. blockIdx.y walks over
-// the sequences.
+// Stores the results: those of the candidates, or what the dense kernel has left to store. An entry without candidates
+// has no positive logit and gets the maximum 0. blockIdx.y walks over the sequences.
 template <typename T, bool kPositions>
 __global__ void __launch_bounds__(kThreadsPerBlock) store_kernel(const ScreenedTask task) {
   const HeadTask& head = task.head;
@@ -152,12 +134,16 @@ __global__ void __launch_bounds__(kThreadsPerBlock) store_kernel(const ScreenedT
     task.report[2] = declined ? 0 : static_cast<int64_t>(*task.count);
     task.report[3] = 100;
   }
-  if (entry >= head.shape.vocabulary || declined) return;
+  if (entry >= head.shape.vocabulary) return;
+  KeySink<T, kPositions> sink{head.outputs, head.keys, head.shape.vocabulary};
   for (int b = static_cast<int>(blockIdx.y); b < head.rows.batch; b += static_cast<int>(gridDim.y)) {
-    const auto key = static_cast<const MaxKey<kPositions>*>(head.keys)[b * head.shape.vocabulary + entry];
+    if (declined) {
+      store_remaining(head.rows, b, static_cast<int>(entry), sink);
+      continue;
+    }
+    const MaxKey<kPositions> key = sink.merged(b, entry);
     const bool found = key != 0;
-    store_maximum<T>(head.outputs, b, entry, found ? value_of(key) : 0.0f,
-                     found ? static_cast<int>(position_of(key)) : 0, found);
+    sink.store(b, entry, found ? value_of(key) : 0.0f, found ? static_cast<int>(position_of(key)) : 0, found);
   }
 }
 
@@ -174,19 +160,19 @@ cudaError_t launch_screen(const ScreenedTask& task, cudaStream_t stream) {
 template <typename T, bool kPositions>
 cudaError_t launch_all(const ScreenedTask& task, int64_t multiprocessors, cudaStream_t stream) {
   const int64_t vocabulary = task.head.shape.vocabulary;
-  const unsigned columns = static_cast<unsigned>(ceil_div(vocabulary, kThreadsPerBlock));
-  describe_entries_kernel<T><<<columns, kThreadsPerBlock, 0, stream>>>(task);
-  const cudaError_t error =
-      choose_cluster(vocabulary) == 2 ? launch_screen<2>(task, stream) : launch_screen<1>(task, stream);
+  cudaError_t error = choose_cluster(vocabulary) == 2 ? launch_screen<2>(task, stream) : launch_screen<1>(task, stream);
   if (error != cudaSuccess) return error;
   constexpr int64_t kBlocksPerMultiprocessor = 8;
   multiply_candidates_kernel<T, kPositions>
       <<<static_cast<unsigned>(multiprocessors * kBlocksPerMultiprocessor), kThreadsPerBlock, 0, stream>>>(task);
+  error = launch_head_tiles(task.head, stream);
+  if (error != cudaSuccess) return error;
   constexpr int kMaxWalkers = 1024;
   const int batch = task.head.rows.batch;
-  const dim3 grid(columns, static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
+  const dim3 grid(static_cast<unsigned>(ceil_div(vocabulary, kThreadsPerBlock)),
+                  static_cast<unsigned>(batch < kMaxWalkers ? batch : kMaxWalkers));
   store_kernel<T, kPositions><<<grid, kThreadsPerBlock, 0, stream>>>(task);
-  return launch_head(task.head, stream);
+  return cudaGetLastError();
 }
 
 template <typename T>

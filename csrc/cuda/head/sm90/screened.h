@@ -10,14 +10,13 @@ namespace splade_fast::cuda::sm90 {
 
 struct ScreenedTask {
   // The full-precision product of the candidates or, with too many of them, of everything. Its keys are (batch,
-  // vocabulary), of 8 bytes with positions or 4, zero before the launch; keys_are_zero and only_if are set.
+  // vocabulary), of 8 bytes with positions or 4, zero before the launch; only_if is set.
   HeadTask head;
   const int8_t *weight, *tokens;  // rounded, with rows of screen_padded_dim(head.shape.dim)
-  const float* weight_facts;      // (kWeightFacts, vocabulary)
   const ScreenTile* tiles;
-  ScreenEntry* entries;       // (vocabulary,), filled by the launch
-  CandidatePair* candidates;  // (capacity,), likewise
-  unsigned long long* count;  // of candidates, zero before the launch; more than the capacity means too many
+  const ScreenEntry* entries;  // (vocabulary,)
+  CandidatePair* candidates;   // (capacity,), filled by the launch
+  unsigned long long* count;   // of candidates, zero before the launch; more than the capacity means too many
   int64_t capacity;
   int64_t* report;  // (4,), filled by the launch: the report of head_forward_screened
 };

@@ -65,35 +65,32 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& given_weight, const Tensor& giv
   return {packed, rows};
 }
 
-// Memory that must be zero before a call, in one piece: the count of candidates, tiles and keys.
+// Memory that is zero before the product: the count of candidates and the tiles. Keys have memory of their own.
 class Zeros {
  public:
-  Zeros(const HeadInput& input, bool saved, const OnDevice& device, const char* op)
-      : tiles_(kCountBytes),
-        keys_(tiles_ + padded(sm90::token_tiles(shape_of_input(input)) * static_cast<int64_t>(sizeof(ScreenTile)))),
-        bytes_(keys_ + input.batch * input.vocabulary() * (saved ? 8 : 4)),
-        memory_(new_tensor(input.weight, std::vector<int64_t>{bytes_}, ScalarType::Byte)) {
-    check_cuda(cudaMemsetAsync(memory_.mutable_data_ptr(), 0, static_cast<size_t>(bytes_), device.stream()), op);
-  }
+  explicit Zeros(const HeadInput& input)
+      : memory_(new_tensor(input.weight,
+                           std::vector<int64_t>{kCountBytes / 4 + sm90::token_tiles(shape_of_input(input)) *
+                                                                      static_cast<int64_t>(sizeof(ScreenTile) / 4)},
+                           ScalarType::Int)) {}
 
-  unsigned long long* count() const { return static_cast<unsigned long long*>(at(0)); }
-  ScreenTile* tiles() const { return static_cast<ScreenTile*>(at(tiles_)); }
-  void* keys() const { return at(keys_); }
+  const Tensor& memory() const { return memory_; }
+  unsigned long long* count() const { return static_cast<unsigned long long*>(memory_.mutable_data_ptr()); }
+  ScreenTile* tiles() const {
+    return reinterpret_cast<ScreenTile*>(static_cast<char*>(memory_.mutable_data_ptr()) + kCountBytes);
+  }
 
  private:
   static constexpr int64_t kCountBytes = 16;
-  static int64_t padded(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
-  void* at(int64_t byte) const { return static_cast<char*>(memory_.mutable_data_ptr()) + byte; }
-
-  int64_t tiles_, keys_, bytes_;
   Tensor memory_;
 };
 
 void head_screened(const HeadInput& input, Activation activation, const HeadOutputs& outputs, const Tensor& mean,
                    const Tensor& packed, const Tensor& rows, const Tensor& report, const OnDevice& device,
                    const char* op) {
-  const PackedHead packed_head(input, half_operand(input.weight.scalar_type()), activation, outputs, device, op);
-  const Zeros zeros(input, outputs.saved, device, op);
+  const Zeros zeros(input);
+  const PackedHead packed_head(input, half_operand(input.weight.scalar_type()), activation, outputs, device, op,
+                               zeros.memory());
   const int64_t vocabulary = input.vocabulary(), padded_dim = screen_padded_dim(input.dim());
   const int64_t capacity = candidate_capacity(input.rows(), vocabulary);
   const auto new_of = [&](ScalarType dtype, int64_t first, int64_t second) {
@@ -102,17 +99,17 @@ void head_screened(const HeadInput& input, Activation activation, const HeadOutp
   const Tensor integers = new_of(ScalarType::Char, input.rows(), padded_dim);
   const Tensor largest = new_of(ScalarType::Float, input.rows(), 1), entries = new_of(ScalarType::Float, vocabulary, 4);
   const Tensor candidates = new_of(ScalarType::Int, capacity, 2);
+  const int64_t key_vectors = ceil_div(input.batch * vocabulary * (outputs.saved ? 8 : 4), sizeof(uint4));
+  const Tensor keys = new_of(ScalarType::Int, key_vectors, sizeof(uint4) / sizeof(int32_t));
 
   sm90::ScreenedTask task{};
   task.head = packed_head.task();
-  task.head.keys = zeros.keys();
-  task.head.keys_are_zero = true;
+  task.head.keys = keys.mutable_data_ptr();
   task.head.only_if = {zeros.count(), static_cast<unsigned long long>(capacity)};
   task.weight = const_data<int8_t>(packed);
   task.tokens = const_data<int8_t>(integers);
-  task.weight_facts = const_data<float>(rows);
   task.tiles = zeros.tiles();
-  task.entries = static_cast<ScreenEntry*>(entries.mutable_data_ptr());
+  task.entries = static_cast<const ScreenEntry*>(entries.const_data_ptr());
   task.candidates = static_cast<sm90::CandidatePair*>(candidates.mutable_data_ptr());
   task.count = zeros.count();
   task.capacity = capacity;
@@ -125,7 +122,16 @@ void head_screened(const HeadInput& input, Activation activation, const HeadOutp
                              mutable_data<int8_t>(integers),
                              mutable_data<float>(largest),
                              zeros.tiles()};
-  check_cuda(launch_round_tokens(tokens, device.multiprocessors(), device.stream()), op);
+  const EntriesToDescribe described{task.head.weight,
+                                    task.head.outputs.bias,
+                                    const_data<float>(rows),
+                                    vocabulary,
+                                    static_cast<ScreenEntry*>(entries.mutable_data_ptr()),
+                                    zeros.count(),
+                                    task.head.only_if.more_than + 1,
+                                    static_cast<uint4*>(keys.mutable_data_ptr()),
+                                    key_vectors};
+  check_cuda(launch_round_tokens(tokens, described, device.multiprocessors(), device.stream()), op);
   check_cuda(sm90::launch_screened_head(task, device.multiprocessors(), device.stream()), op);
 }
 
