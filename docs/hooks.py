@@ -34,7 +34,7 @@ SPLIT = ("encoders", "integrations", "search")
 # Modules without a page: they serve other modules, or the command line.
 INTERNAL = {
     *("attention", "batching", "claim_folder", "cli", "echo", "hidden_states", "join_files"),
-    "pretrained",
+    *("pretrained", "sharding"),
     "text_encoder",
 }
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
     from splade_fast.encoders.splade import SpladeEncoder
     from splade_fast.encoders.term_weights import TermWeightEncoder
+    from splade_fast.encoders.whole_weights import whole_weights
     from splade_fast.integrations.transformers import accelerate, restore
     from splade_fast.search.encode_corpus import encode_corpus
     from splade_fast.search.sparse_index import SparseIndex
@@ -51,6 +52,7 @@ _LAZY = {
     "accelerate": "integrations.transformers",
     "encode_corpus": "search.encode_corpus",
     "restore": "integrations.transformers",
+    "whole_weights": "encoders.whole_weights",
 }
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "splade_head",
     "splade_head_topk",
     "splade_pool",
+    "whole_weights",
 ]
 
 

@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from splade_fast._checks import check_mask
+from splade_fast.encoders.sharding import is_sharded
 from splade_fast.encoders.threads import evaluation_mode
-from splade_fast.encoders.whole_weights import is_sharded
 
 _adding_hook = Lock()
 

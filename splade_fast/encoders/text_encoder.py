@@ -15,8 +15,8 @@ from splade_fast._checks import check_count, check_integer, check_texts
 from splade_fast.encoders.batching import batches_by_tokens, longest_first
 from splade_fast.encoders.echo import tokenize_echoed
 from splade_fast.encoders.settings import EncoderSettings
+from splade_fast.encoders.sharding import is_sharded, run_sharded
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
-from splade_fast.encoders.whole_weights import is_sharded, run_sharded
 from splade_fast.ops.sparse_rows import SparseRows
 
 

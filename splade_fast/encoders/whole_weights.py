@@ -1,65 +1,37 @@
-"""Whole weights of modules that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded."""
+"""whole_weights: the whole weights of a module that FSDP2 has sharded, to save them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from splade_fast._distributed import is_distributed, is_shard
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Return whether `fully_shard` was applied to the module or to one inside."""
-    if not is_distributed():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-def reshard(module: nn.Module) -> None:
-    """Free the whole weights that FSDP2 left gathered in the module and in those inside."""
-    if not is_distributed():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
-def run_sharded(module: nn.Module, method: str) -> None:
-    """Have FSDP2 gather the weights of a module for a method of it as for its forward."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    if method not in module.__dict__:
-        register_fsdp_forward_method(module, method)  # does nothing for other modules
-
-
-def gather(shard: Tensor, *, is_kept: bool) -> Tensor | None:
-    """Return the whole tensor of a shard in host memory, or None on ranks that do not keep it.
-
-    All ranks must call it.
-    """
-    tensor: Tensor = shard.detach().full_tensor()  # type: ignore[attr-defined]
-    return tensor.cpu() if is_kept else None
+from splade_fast._distributed import is_shard
+from splade_fast.encoders.sharding import gather, reshard
 
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[bool]:
     """Put whole weights in host memory in the place of sharded ones, on the first rank.
 
-    All ranks must enter the block with a sharded module. Others are left as they are.
+    All ranks must enter the block with a sharded module, and none may call it inside. A module that
+    `fully_shard` has not sharded stays as it is, on all ranks. The `save_pretrained` of encoders
+    needs no such block.
 
     Args:
-        module: the module, sharded or not.
+        module: a module, sharded by `torch.distributed.fsdp.fully_shard` or not.
 
     Yields:
         Whether this rank has the whole weights.
+
+    Example::
+
+        >>> encoder = sf.SpladeEncoder.from_pretrained("CHECKPOINT")
+        >>> with sf.whole_weights(encoder.model) as has_weights:
+        ...     if has_weights:
+        ...         encoder.model.save_pretrained("saved")
     """
     reshard(module)
     places = [
@@ -83,22 +55,3 @@ def whole_weights(module: nn.Module) -> Iterator[bool]:
 def _gather_parameter(shard: nn.Parameter, is_kept: bool) -> nn.Parameter | None:
     tensor = gather(shard, is_kept=is_kept)
     return None if tensor is None else nn.Parameter(tensor, requires_grad=shard.requires_grad)
-
-
-@torch.no_grad()
-def copy_into_shard(shard: Tensor, whole: Tensor) -> None:
-    """Copy the part of this rank of a whole tensor into a shard."""
-    local: Tensor = shard.to_local()  # type: ignore[attr-defined]
-    local.copy_(shard_like(whole, shard).to_local())  # type: ignore[attr-defined]
-
-
-def shard_like(whole: Tensor, shard: Tensor) -> Tensor:
-    """Return the part of this rank of a whole tensor, cut as a shard is.
-
-    Every rank has the whole tensor, so nothing is sent.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(shard, DTensor)
-    mesh, placements = shard.device_mesh, shard.placements
-    return distribute_tensor(whole.to(shard.device), mesh, placements, src_data_rank=None)

@@ -84,7 +84,7 @@ def shard_on_cpus(accelerator: Any, args: SpladeTrainingArguments) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     state.distributed_type = DistributedType.FSDP
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from splade_fast._checks import check_count
 from splade_fast.encoders.batching import cut_columns
-from splade_fast.encoders.whole_weights import is_sharded
+from splade_fast.encoders.sharding import is_sharded
 
 Inputs = dict[str, Tensor]
 

@@ -16,9 +16,9 @@ from transformers.trainer_callback import TrainerCallback
 
 from splade_fast._distributed import world_size
 from splade_fast.encoders.settings import sparse_encoder_files
+from splade_fast.encoders.sharding import is_sharded
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
-from splade_fast.encoders.whole_weights import is_sharded
 from splade_fast.training.arguments import SpladeTrainingArguments
 from splade_fast.training.checkpoints.random_state import preserved_random_state
 from splade_fast.training.checkpoints.trainer import CheckpointingTrainer

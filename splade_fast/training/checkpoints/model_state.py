@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splade_fast._distributed import is_shard
-from splade_fast.encoders.whole_weights import copy_into_shard
+from splade_fast.encoders.sharding import copy_into_shard
 from splade_fast.negative_cache.negative_cache import NegativeCache
 from splade_fast.search.models import QUERY_FOLDER
 from splade_fast.training.checkpoints.folders import CheckpointError

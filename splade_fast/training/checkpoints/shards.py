@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splade_fast._distributed import is_shard
-from splade_fast.encoders.whole_weights import gather, shard_like
+from splade_fast.encoders.sharding import gather, shard_like
 
 
 def gather_tree(tree: Any, *, is_kept: bool) -> Any:

@@ -12,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from splade_fast._atomic_files import remove_folder
-from splade_fast.encoders.whole_weights import is_sharded, reshard, whole_weights
+from splade_fast.encoders.sharding import is_sharded, reshard
+from splade_fast.encoders.whole_weights import whole_weights
 from splade_fast.search.index import is_model_folder
 from splade_fast.search.models import QUERY_FOLDER
 from splade_fast.training.checkpoints.folders import (
