@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from splade_fast._checks import check_count
+from splade_fast._distributed import Ranks
 from splade_fast.encoders.batching import cut_columns
 from splade_fast.encoders.sharding import is_sharded
 
@@ -71,6 +72,8 @@ def cached_encode(
     count = next(iter(counts.values()))
     is_whole = mini_batch_tokens is None and count <= (mini_batch_size or count)
     parts = [] if is_whole else _mini_batches(inputs, mini_batch_size, mini_batch_tokens)
+    if is_sharded(encoder):
+        parts = _as_many_on_all_ranks(parts, inputs)
     if len(parts) < 2:
         vectors: Tensor = encoder(**inputs)
         return vectors
@@ -83,13 +86,18 @@ def cached_encode(
         else:
             vectors = _CachedEncode.apply(encoder, parts, *trainable)
     else:
-        vectors = _join_vectors(parts, [encoder(**part.inputs) for part in parts])
+        vectors = _join_vectors(parts, [part.encode(encoder) for part in parts])
     return vectors
 
 
 class _MiniBatch(NamedTuple):
     rows: Tensor  # indices of its texts in the whole batch
-    inputs: Inputs
+    inputs: Inputs  # of these texts, or of one more where there are none
+
+    def encode(self, encoder: nn.Module) -> Tensor:
+        """Return the vectors of the texts."""
+        vectors: Tensor = encoder(**self.inputs)
+        return vectors[: len(self.rows)]
 
 
 class _CachedEncode(torch.autograd.Function):
@@ -146,7 +154,7 @@ class _CachedEncodeOfShards(torch.autograd.Function):
             state = _ForwardState(part.rows.device)
             ctx.states.append(state)
             with state.autocast():
-                vectors.append(encoder(**part.inputs))
+                vectors.append(part.encode(encoder))
         return _join_vectors(parts, vectors)
 
     @staticmethod
@@ -162,7 +170,7 @@ class _CachedEncodeOfShards(torch.autograd.Function):
                     state.autocast(),
                     _freed_after_forward(ctx.encoder),
                 ):
-                    vectors = ctx.encoder(**part.inputs)
+                    vectors = part.encode(ctx.encoder)
                 if vectors.requires_grad:
                     vectors.backward(grad[part.rows])
 
@@ -258,6 +266,22 @@ def _mini_batches(
         parts.append(_MiniBatch(rows, {name: x[rows] for name, x in columns.items()}))
         first += count
     return parts
+
+
+def _as_many_on_all_ranks(
+    parts: list[_MiniBatch], inputs: Mapping[str, Tensor]
+) -> list[_MiniBatch]:
+    """Return the mini-batches, and as many without a text as another rank has more.
+
+    All ranks gather the weights for each mini-batch of any.
+    """
+    some = next(iter(inputs.values()))
+    if not parts:
+        parts = [_MiniBatch(torch.arange(len(some), device=some.device), dict(inputs))]
+    (counts,) = Ranks().all_gather(torch.tensor(len(parts)))
+    last = {name: tensor[-1:] for name, tensor in parts[-1].inputs.items()}
+    idle = _MiniBatch(parts[-1].rows[:0], last)
+    return parts + [idle] * (int(counts.max()) - len(parts))
 
 
 def _join_vectors(parts: Sequence[_MiniBatch], vectors: Sequence[Tensor]) -> Tensor:

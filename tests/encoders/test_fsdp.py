@@ -51,6 +51,10 @@ def encode_by_mini_batches(model, inputs):
     return cached_encode(model, inputs, 1)
 
 
+def encode_by_tokens(model, inputs):
+    return cached_encode(model, inputs, mini_batch_tokens=12)  # more mini-batches on one rank
+
+
 def encode_at_once(model, inputs):
     output = model(**inputs)
     return output if isinstance(output, Tensor) else output.pooled
@@ -64,6 +68,7 @@ LOOPS = {
     "accelerated untied": (lambda: sf.accelerate(encoder_of("llama").model), encode_at_once),
     "encoder": (lambda: encoder_of("modernbert"), encode_at_once),
     "GradCache": (lambda: encoder_of("bert"), encode_by_mini_batches),
+    "GradCache by tokens": (lambda: encoder_of("bert"), encode_by_tokens),
     "adapters": (adapted_encoder, encode_by_mini_batches),
 }
 
