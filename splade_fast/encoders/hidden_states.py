@@ -179,6 +179,7 @@ def head_inputs(
     inputs: dict[str, Any],
     pooling_mask: Tensor | None = None,
     forward: Callable[..., Any] | None = None,
+    run: Callable[..., Tensor] = run_to_decoder,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the arguments of `splade_head`: hidden states, the decoder's weight, its bias, a mask.
 
@@ -188,6 +189,7 @@ def head_inputs(
         pooling_mask: (B, L), zero leaves a position out of the pooling. Positions that
             `attention_mask` leaves out are never pooled.
         forward: the model's forward, where calling the model would do something else.
+        run: `run_to_decoder`, or what torch.compile made of it.
 
     Raises:
         TypeError, ValueError: a mask is not (B, L) or not bool, int or float; or an error of
@@ -201,7 +203,7 @@ def head_inputs(
         mask = check_mask(pooling_mask, batch, length, name, inputs[name], "pooling_mask")
         if attention_mask is not None:
             mask = mask & check_mask(attention_mask, batch, length, name, inputs[name])
-    hidden = run_to_decoder(model, forward or model, **inputs)
+    hidden = run(model, forward or model, **inputs)
     decoder = find_decoder(model)
     return hidden, decoder.weight, decoder.bias, mask
 
@@ -257,6 +259,20 @@ def check_decoder_is_last(model: PreTrainedModel) -> None:
             f"{type(model).__name__} must have the logits hidden · weightᵀ + bias of its output "
             "embeddings, but its forward computes others; this family is not supported"
         )
+
+
+def takes_no_mask(model: PreTrainedModel) -> bool:
+    """Return whether a tiny input without a mask gets the states that a mask of ones gives it."""
+    token_ids = torch.arange(min(4, find_decoder(model).out_features), device=model.device)[None]
+    with evaluation_mode(model), torch.inference_mode():
+        expected = hidden_before_decoder(
+            model, input_ids=token_ids, attention_mask=torch.ones_like(token_ids)
+        )
+        try:
+            found = hidden_before_decoder(model, input_ids=token_ids)
+        except Exception:  # a forward may need a mask, and say so in any way
+            return False
+    return torch.equal(found, expected)
 
 
 def find_position_limit(model: PreTrainedModel) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from splade_fast.encoders.echo import tokenize_echoed
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.sharding import is_sharded, run_sharded
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
+from splade_fast.encoders.token_lists import token_lists
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -53,21 +55,22 @@ def token_tensors(
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
     check_texts("texts", texts)
-    with tokenizer_lock(tokenizer):
-        options = {
-            "truncation": True,
-            "max_length": max_length,
-            "padding": True,
-            # Models with absolute positions count them from the first column.
-            "padding_side": "right",
-            "add_special_tokens": add_special_tokens,
-        }
-        if echo is None:
-            encoding = tokenizer([prompt + text for text in texts] if prompt else texts, **options)
-        else:
-            encoding = tokenize_echoed(tokenizer, texts, prompt, echo, options)
+    if echo is None:
+        texts = [prompt + text for text in texts] if prompt else texts
+        found = token_lists(tokenizer, texts, max_length, add_special_tokens)
+    else:
+        with tokenizer_lock(tokenizer):
+            options = {
+                "truncation": True,
+                "max_length": max_length,
+                "padding": True,
+                # Models with absolute positions count them from the first column.
+                "padding_side": "right",
+                "add_special_tokens": add_special_tokens,
+            }
+            found = tokenize_echoed(tokenizer, texts, prompt, echo, options)
     # numpy reads lists three times as fast as torch.
-    arrays = {name: np.array(lists) for name, lists in encoding.items()}
+    arrays = {name: np.array(lists) for name, lists in found.items()}
     largest = int(arrays["input_ids"].max(initial=0))
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(
@@ -145,7 +148,10 @@ class TextEncoder(nn.Module):
             prompt,
             self.settings.echo,
         )
-        return {name: tensor.to(self.device) for name, tensor in tokens.items()}
+        device = self.device
+        if device.type == "cpu":
+            return tokens
+        return {name: tensor.to(device) for name, tensor in tokens.items()}
 
     def encode(
         self,
@@ -183,8 +189,11 @@ class TextEncoder(nn.Module):
         max_length = check_count("max_length", max_length, 1)
         k = None if k is None else check_count("k", k, 1)
         prompt = self.prompt_text(prompt_name)
-        with tqdm(total=len(texts), unit="text", disable=not show_progress) as progress:
-            return self.encode_batches(texts, prompt, k, batch_size, max_length, progress.update)
+        encode = partial(self.encode_batches, texts, prompt, k, batch_size, max_length)
+        if not show_progress:  # a disabled bar starts a thread all the same
+            return encode(lambda _: None)
+        with tqdm(total=len(texts), unit="text") as progress:
+            return encode(progress.update)
 
     def encode_batches(
         self,
@@ -208,12 +217,12 @@ class TextEncoder(nn.Module):
             if len(texts) == 1:  # nothing to sort, and a query should not wait for it
                 rows = self.sparse_rows(self.tokenize([texts[0]], max_length, prompt), k)
                 after_batch(1)
-                return rows.to("cpu")
+                return _on_cpu(rows)
             for places in longest_first([len(text) for text in texts], batch_size):
                 chosen_texts = [texts[i] for i in places.tolist()]
                 inputs = self.tokenize(chosen_texts, max_length, prompt)
                 for chosen, batch in batches_by_tokens(inputs, batch_size):
-                    parts.append(self.sparse_rows(batch, k).to("cpu"))
+                    parts.append(_on_cpu(self.sparse_rows(batch, k)))
                     order.append(places[chosen])
                     after_batch(len(chosen))
         if not parts:
@@ -288,3 +297,7 @@ def _without_gradients(encoder: TextEncoder) -> AbstractContextManager[None]:
         return torch.inference_mode()
     run_sharded(encoder, "sparse_rows")
     return torch.no_grad()
+
+
+def _on_cpu(rows: SparseRows) -> SparseRows:
+    return rows if rows.device.type == "cpu" else rows.to("cpu")

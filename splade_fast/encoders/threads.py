@@ -10,6 +10,7 @@ from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ class _Mode:
 _lock = Lock()
 _tokenizer_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _modes: WeakKeyDictionary[nn.Module, _Mode] = WeakKeyDictionary()
+_has_used_threads = False  # of torch, to encode
 
 
 def tokenizer_lock(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -46,9 +48,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     The modes are restored when the last of several threads leaves the block. Modules that have
     submodules in common may be evaluated at the same time.
     """
+    global _has_used_threads
+    _has_used_threads = _has_used_threads or torch.get_num_threads() > 1
     with _lock:
         # Usually all modules are in evaluation mode, and no thread has to restore another.
-        users = [m for m in _submodules(module) if m.training or m in _modes]
+        users = [m for m in submodules(module) if m.training or (_modes and m in _modes)]
         for submodule in users:
             _modes.setdefault(submodule, _Mode(submodule.training)).num_users += 1
             submodule.training = False
@@ -64,10 +68,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
                     del _modes[submodule]
 
 
-def _submodules(module: nn.Module) -> list[nn.Module]:
+def submodules(module: nn.Module) -> list[nn.Module]:
     """Return what `module.modules()` yields, in another order and several times as fast.
 
-    For a single short text, the encoders spend a tenth of the time in `modules()`.
+    For a single short text, an encoder would spend a tenth of the time in `modules()`.
     """
     found = {id(module): module}
     waiting = [module]
@@ -80,8 +84,14 @@ def _submodules(module: nn.Module) -> list[nn.Module]:
 
 
 def _forget_other_threads() -> None:
-    """Make a new lock in a forked process, in which the threads that hold locks do not run."""
+    """Make a new lock in a forked process, in which the threads that hold locks do not run.
+
+    The threads of OpenMP do not run there either: if the parent has used them, torch would wait for
+    them for ever.
+    """
     global _lock
+    if _has_used_threads:
+        torch.set_num_threads(1)
     _lock = Lock()
     _tokenizer_locks.clear()
     _modes.clear()

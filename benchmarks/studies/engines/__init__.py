@@ -1,15 +1,15 @@
 """Encoding by splade_fast and by the engines that people use on a CPU, with the real checkpoint.
 
 "documents" are docstrings of up to 128 tokens in batches of 32; "query" is one summary of at most
-16 tokens at a time, from the string to the sparse row. The largest difference is from plain PyTorch
-in float64, and MRR@10 is that of held-out summaries among all docstrings of the sample.
+16 tokens at a time, from the string to the sparse row. Each contender has a process of its own, and
+they run in turns; queries run in blocks of 15. "quality" has the largest difference from plain
+PyTorch in float64, and MRR@10 of held-out summaries among docstrings.
 """
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.harness.results import Measurement
-from benchmarks.harness.timing import Contender, Rounds, median_times, time_in_turns
+from benchmarks.harness.timing import Rounds
 from benchmarks.inputs.trained_states import fetched
 from benchmarks.studies.engines.contenders import (
     CONTENDERS,
-    Encode,
     PooledModel,
-    load_contenders,
+    export_files,
     load_masked_lm,
     tokenized,
 )
+from benchmarks.studies.engines.processes import ContenderProcess, running
 from examples.docstrings.checkpoint import DEMO
 from examples.docstrings.corpus import Pair, docstring_pairs, spread
 from examples.docstrings.training import split_pairs
@@ -34,70 +34,125 @@ from splade_fast.search.evaluation import evaluate_vectors
 
 __all__ = ["CONTENDERS", "measurements"]
 
-DOCUMENTS, QUERIES = 200, 150
+DOCUMENTS, QUERIES = 100, 150
+THREADS = (1, 2)
 _COMPARED = 32  # documents compared with float64
+_RANKED = 800  # documents among which a fourth are looked for
 _QUERY_TOKENS = 16
-_BATCH = 32
+_BATCH, _BLOCK = 32, 15
+_TARGET = 0.6  # of the latency of ONNX Runtime
 
 
 def measurements(rounds: Rounds) -> Mapping[str, Callable[[], list[Measurement]]]:
     return {
+        "quality": _measure_quality,
         "documents": partial(_measure_documents, rounds),
-        "query": partial(_measure_queries, rounds),
+        **{f"query {n} threads": partial(_measure_queries, rounds, n) for n in THREADS},
     }
+
+
+def _measure_quality() -> list[Measurement]:
+    texts = list(spread([pair.document for pair in docstring_pairs()], DOCUMENTS))[:_COMPARED]
+    exact = _in_float64(texts)
+    measurement = partial(Measurement, study="engines", part="quality", subject=_subject())
+    found = []
+    for name in CONTENDERS:
+        with running([name], _model(), _folder(), torch.get_num_threads()) as processes:
+            for process in processes.values():
+                difference = (process.encode(texts, _BATCH).to_dense() - exact).abs().max().item()
+                mrr = _mrr(process)
+                found += [
+                    measurement(contender=name, quantity="largest difference", value=difference),
+                    measurement(contender=name, quantity="MRR@10", value=mrr),
+                ]
+    return found
 
 
 def _measure_documents(rounds: Rounds) -> list[Measurement]:
+    threads = torch.get_num_threads()
     texts = list(spread([pair.document for pair in docstring_pairs()], DOCUMENTS))
-    contenders = _contenders()
-    measurement = partial(
-        Measurement, study="engines", part="documents", subject=f"batches of {_BATCH}"
-    )
-    exact = _in_float64(texts[:_COMPARED])
-    found = []
-    for name, encode in contenders.items():
-        difference = (encode(texts[:_COMPARED], _BATCH).to_dense() - exact).abs().max().item()
-        found.append(measurement(contender=name, quantity="largest difference", value=difference))
-        found.append(measurement(contender=name, quantity="MRR@10", value=_mrr(encode)))
-    runs = {name: partial(encode, texts, _BATCH) for name, encode in contenders.items()}
-    times = median_times(runs, rounds)
-    for name, milliseconds in times.items():
-        speed = len(texts) / milliseconds * 1e3
-        found.append(measurement(contender=name, quantity="documents/s", value=speed, unit="1/s"))
-    return found
+    with running(CONTENDERS, _model(), _folder(), threads) as processes:
+        times = _times_in_turns(processes, [[texts]], _BATCH, rounds)
+    return [
+        Measurement(
+            study="engines",
+            part="documents",
+            subject=_subject(threads),
+            contender=name,
+            quantity="documents/s",
+            value=len(texts) / statistics.median(milliseconds) * 1e3,
+            unit="1/s",
+            rounds=len(milliseconds),
+        )
+        for name, milliseconds in times.items()
+    ]
 
 
-def _measure_queries(rounds: Rounds) -> list[Measurement]:
-    """Measure the latency of single queries, the contenders in turns."""
+def _measure_queries(rounds: Rounds, threads: int) -> list[Measurement]:
+    """Measure the latency of single queries."""
     tokenizer = AutoTokenizer.from_pretrained(_model())
     summaries = [pair.query for pair in docstring_pairs()]
     short = [text for text in summaries if len(tokenizer(text)["input_ids"]) <= _QUERY_TOKENS]
-    queries = list(spread(short, QUERIES))
-    contenders = _contenders()
-    runs = {
-        name: Contender(partial(_encode_next, encode, cycle(queries)))
-        for name, encode in contenders.items()
-    }
-    times = time_in_turns(runs, Rounds(len(queries) * rounds.rounds, rounds.seconds))
+    queries = spread(short, QUERIES)
+    blocks = [[[q] for q in queries[i : i + _BLOCK]] for i in range(0, len(queries), _BLOCK)]
+    with running(CONTENDERS, _model(), _folder(), threads) as processes:
+        times = _times_in_turns(processes, blocks, 1, rounds)
+    measurement = partial(Measurement, study="engines", part="query", subject=_subject(threads))
     found = []
-    for name, milliseconds in times.items():
-        measurement = partial(
-            Measurement,
-            study="engines",
-            part="query",
-            subject=f"one query of at most {_QUERY_TOKENS} tokens",
-            contender=name,
-            unit="ms",
-            rounds=len(milliseconds),
-        )
-        percentiles = statistics.quantiles(milliseconds, n=100)
-        found.append(measurement(quantity="p50", value=statistics.median(milliseconds)))
-        found.append(measurement(quantity="p99", value=percentiles[98]))
+    percentiles = {name: statistics.quantiles(values, n=100) for name, values in times.items()}
+    for number in (50, 99):
+        for name, values in percentiles.items():
+            found.append(
+                measurement(
+                    contender=name,
+                    quantity=f"p{number}",
+                    value=values[number - 1],
+                    unit="ms",
+                    rounds=len(times[name]),
+                )
+            )
+        found += _beside_onnx(percentiles, number, measurement)
     return found
 
 
-def _encode_next(encode: Encode, queries: Iterator[str]) -> None:
-    encode([next(queries)], 1)
+def _beside_onnx(
+    percentiles: Mapping[str, Sequence[float]], number: int, measurement: Callable[..., Measurement]
+) -> list[Measurement]:
+    """Return our latency in units of ONNX Runtime's, where both are there."""
+    ours = [name for name in ("splade_fast", "splade_fast, compiled") if name in percentiles]
+    return [
+        measurement(
+            contender=name,
+            quantity=f"p{number} / ONNX Runtime",
+            value=percentiles[name][number - 1] / percentiles["ONNX Runtime"][number - 1],
+            at_most=_TARGET,
+        )
+        for name in ours
+        if "ONNX Runtime" in percentiles
+    ]
+
+
+def _times_in_turns(
+    processes: Mapping[str, ContenderProcess],
+    blocks: Sequence[Sequence[Sequence[str]]],
+    batch_size: int,
+    rounds: Rounds,
+) -> dict[str, list[float]]:
+    """Return the milliseconds of all calls by contender, after an untimed round."""
+    names = list(processes)
+    for name in names:
+        for block in blocks:
+            processes[name].times(block, batch_size)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds.rounds * len(blocks)):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name] += processes[name].times(blocks[turn % len(blocks)], batch_size)
+    return times
+
+
+def _subject(threads: int | None = None) -> str:
+    return "" if threads is None else f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def held_out_pairs() -> list[Pair]:
@@ -110,12 +165,16 @@ def _model() -> str:
 
 
 @cache
-def _contenders() -> dict[str, Encode]:
-    folder = tempfile.TemporaryDirectory()
-    found, missing = load_contenders(_model(), Path(folder.name))
-    for name, reason in missing.items():
-        print(f"without {name}: {reason}", flush=True)
-    return found
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def _folder() -> Path:
+    """Return the folder of the exported models, which goes with this process."""
+    folder = Path(_temporary().name)
+    export_files(_model(), folder)
+    return folder
 
 
 @torch.no_grad()
@@ -125,17 +184,17 @@ def _in_float64(texts: list[str]) -> Tensor:
     return pooled
 
 
-def _mrr(encode: Encode) -> float:
+def _mrr(process: ContenderProcess) -> float:
     """Return MRR@10 of summaries of held-out modules among docstrings."""
-    pairs = spread(held_out_pairs(), 4 * DOCUMENTS)
+    pairs = spread(held_out_pairs(), _RANKED)
     ids = [str(number) for number in range(len(pairs))]
     asked = ids[::4]
     queries = [pairs[int(number)].query for number in asked]
     measures = evaluate_vectors(
         {number: {number: 1} for number in asked},
         asked,
-        encode(queries, _BATCH),
+        process.encode(queries, _BATCH),
         ids,
-        encode([pair.document for pair in pairs], _BATCH),
+        process.encode([pair.document for pair in pairs], _BATCH),
     )
     return measures["MRR@10"]

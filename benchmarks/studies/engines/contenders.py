@@ -1,13 +1,14 @@
 """Inference engines that people use on a CPU, each from strings to sparse rows.
 
 ONNX Runtime and OpenVINO run the whole model with the pooling inside of the graph, which is their
-best case: no logits leave the engine. Each contender tokenizes as transformers does, in batches
-sorted by length.
+best case: no logits leave the engine. Each tokenizes as transformers does, in batches sorted by
+length. SparseEncoder runs them as well, where its own packages for them are installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import splade_fast as sf
 
 MAX_LENGTH = 128
-Encode = Callable[[list[str], int], sf.SparseRows]  # texts and batch size
+# Texts and batch size to sparse vectors, in the library's own form.
+Encode = Callable[[list[str], int], sf.SparseRows | Tensor]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OPSET = 18
+_ONNX, _ONNX_INT8 = "model.onnx", "model-int8.onnx"
 
 
 class PooledModel(nn.Module):
@@ -47,7 +50,7 @@ def export_onnx(model: str, folder: Path) -> Path:
     pooled = PooledModel(load_masked_lm(model)).eval()
     # Three tensors: an export takes inputs that are one tensor for one input.
     example = tuple(torch.full((2, 8), number) for number in (1, 1, 0))
-    path = folder / "model.onnx"
+    path = folder / _ONNX
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     torch.onnx.export(
         pooled,
@@ -78,57 +81,71 @@ def tokenized(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
     return one_segment | dict(found)
 
 
-def load_contenders(model: str, folder: Path) -> tuple[dict[str, Encode], dict[str, str]]:
-    """Return the contenders that this machine has, and the reasons for missing ones.
-
-    Args:
-        model: name or folder of the checkpoint.
-        folder: folder for the files of the exported models.
-    """
-    found: dict[str, Encode] = {}
-    missing: dict[str, str] = {}
-    for name, load in CONTENDERS.items():
+def export_files(model: str, folder: Path) -> None:
+    """Write the files that the engines load; print why one could not be written."""
+    for write in (export_onnx, _quantize_onnx):
         try:
-            found[name] = load(model, folder)
-        # Exporters and engines fail in their own ways, none of which stops the others.
-        except Exception as error:
-            if name == "splade_fast":
-                raise
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return found, missing
+            write(model, folder)
+        except Exception as error:  # exporters fail in their own ways
+            print(f"without files of {write.__name__.strip('_')}: {reason(error)}", flush=True)
+
+
+def reason(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _splade_fast(model: str, folder: Path) -> Encode:
+    return _encode_with(sf.SpladeEncoder.from_pretrained(model))
+
+
+def _compiled(model: str, folder: Path) -> Encode:
     encoder = sf.SpladeEncoder.from_pretrained(model)
+    encoder.compile(dynamic=True)
+    return _encode_with(encoder)
+
+
+def _encode_with(encoder: sf.SpladeEncoder) -> Encode:
     return lambda texts, batch_size: encoder.encode(
         texts, batch_size=batch_size, max_length=MAX_LENGTH, show_progress=False
     )
 
 
-def _sentence_transformers(model: str, folder: Path) -> Encode:
+def _sentence_transformers(model: str, folder: Path, backend: str = "torch") -> Encode:
     from sentence_transformers import SparseEncoder
 
-    encoder = SparseEncoder(model, device="cpu")
+    options: dict[str, Any] = {} if backend == "torch" else {"model_kwargs": {"export": True}}
+    return _encode_with_theirs(SparseEncoder(model, device="cpu", backend=backend, **options))
+
+
+def _accelerated(model: str, folder: Path) -> Encode:
+    from sentence_transformers import SparseEncoder
+
+    from splade_fast.integrations.sentence_transformers import accelerate
+
+    return _encode_with_theirs(accelerate(SparseEncoder(model, device="cpu")))
+
+
+def _encode_with_theirs(encoder: Any) -> Encode:
     encoder.max_seq_length = MAX_LENGTH
 
-    def encode(texts: list[str], batch_size: int) -> sf.SparseRows:
-        vectors: Any = encoder.encode(texts, batch_size=batch_size, show_progress_bar=False)
-        return sf.SparseRows.from_dense(vectors.to_dense())
-
-    return encode
+    return lambda texts, batch_size: encoder.encode(
+        texts, batch_size=batch_size, show_progress_bar=False
+    )
 
 
 def _onnx_runtime(model: str, folder: Path) -> Encode:
-    path = folder / "model.onnx"
-    return _onnx_session(model, path if path.exists() else export_onnx(model, folder))
+    return _onnx_session(model, folder / _ONNX)
 
 
 def _onnx_runtime_int8(model: str, folder: Path) -> Encode:
+    return _onnx_session(model, folder / _ONNX_INT8)
+
+
+def _quantize_onnx(model: str, folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    path = folder / "model-int8.onnx"
-    quantize_dynamic(folder / "model.onnx", path, weight_type=QuantType.QInt8)
-    return _onnx_session(model, path)
+    quantize_dynamic(folder / _ONNX, folder / _ONNX_INT8, weight_type=QuantType.QInt8)
 
 
 def _onnx_session(model: str, path: Path) -> Encode:
@@ -150,10 +167,24 @@ def _onnx_session(model: str, path: Path) -> Encode:
 def _openvino(model: str, folder: Path) -> Encode:
     import openvino
 
+    return _openvino_compiled(model, openvino.Core().read_model(folder / _ONNX))
+
+
+def _openvino_int8(model: str, folder: Path) -> Encode:
+    import nncf
+    import openvino
+
+    weights_in_int8 = nncf.compress_weights(openvino.Core().read_model(folder / _ONNX))
+    return _openvino_compiled(model, weights_in_int8)
+
+
+def _openvino_compiled(model: str, graph: Any) -> Encode:
+    import openvino
+
     threads = torch.get_num_threads()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     settings["PERFORMANCE_HINT"] = "LATENCY"
-    compiled = openvino.Core().compile_model(folder / "model.onnx", "CPU", settings)
+    compiled = openvino.Core().compile_model(graph, "CPU", settings)
     taken = [port.any_name for port in compiled.inputs]
 
     def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -178,11 +209,15 @@ def _by_batches(model: str, run: Callable[[Mapping[str, np.ndarray]], np.ndarray
     return encode
 
 
-# In this order, since the later ones read the file of the first export.
 CONTENDERS: dict[str, Callable[[str, Path], Encode]] = {
     "splade_fast": _splade_fast,
-    "sentence-transformers": _sentence_transformers,
+    "splade_fast, compiled": _compiled,
+    "accelerate(SparseEncoder)": _accelerated,
+    "SparseEncoder": _sentence_transformers,
+    "SparseEncoder, ONNX": partial(_sentence_transformers, backend="onnx"),
+    "SparseEncoder, OpenVINO": partial(_sentence_transformers, backend="openvino"),
     "ONNX Runtime": _onnx_runtime,
-    "ONNX Runtime int8": _onnx_runtime_int8,
+    "ONNX Runtime, int8": _onnx_runtime_int8,
     "OpenVINO": _openvino,
+    "OpenVINO, int8 weights": _openvino_int8,
 }

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers.base.modules import InputModule, Transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from splade_fast.encoders.batching import batches_by_tokens, is_padded_to_longest, longest_first
 from splade_fast.encoders.threads import tokenizer_lock
@@ -25,13 +25,32 @@ _TAKES_PROCESSING = "processing_kwargs" in inspect.signature(Transformer.preproc
 
 
 def batches(
-    model: Any, texts: Sequence[Any], batch_size: int, prompt: str | None, options: dict[str, Any]
+    model: Any,
+    modules: Sequence[nn.Module],
+    texts: Sequence[Any],
+    batch_size: int,
+    prompt: str | None,
+    options: dict[str, Any],
 ) -> Iterator[tuple[Tensor, Features]]:
-    """Yield the positions in `texts` and the features of each batch, the longest texts first."""
-    lengths = [model._input_length(text) for text in texts]
+    """Yield the positions in `texts` and the features of each batch, the longest texts first.
+
+    Args:
+        model: the SparseEncoder.
+        modules: all modules in it.
+        texts, batch_size, prompt: see `SparseEncoder.encode`.
+        options: further arguments of `preprocess`.
+    """
+    locks = _tokenizer_locks(modules)
 
     def preprocess(places: Tensor) -> Features:
-        return _preprocess_fast(model, [texts[i] for i in places.tolist()], prompt, options)
+        chosen = [texts[i] for i in places.tolist()]
+        return _preprocess_fast(model, locks, chosen, prompt, options)
+
+    if len(texts) == 1:  # nothing to sort, and a query should not wait for it
+        first = torch.zeros(1, dtype=torch.int64)
+        yield first, preprocess(first)
+        return
+    lengths = [model._input_length(text) for text in texts]
 
     def split_evenly(order: Tensor) -> Iterator[tuple[Tensor, Features]]:
         return ((places, preprocess(places)) for places in order.split(batch_size))
@@ -59,7 +78,11 @@ def batches(
 
 
 def _preprocess_fast(
-    model: Any, texts: Sequence[Any], prompt: str | None, options: dict[str, Any]
+    model: Any,
+    locks: Sequence[Any],
+    texts: Sequence[Any],
+    prompt: str | None,
+    options: dict[str, Any],
 ) -> Features:
     """Return the features of `preprocess`, converted to tensors by numpy where this is safe.
 
@@ -75,7 +98,9 @@ def _preprocess_fast(
         and "processing_kwargs" not in options
     ):
         options = {**options, "processing_kwargs": {"common": {"return_tensors": None}}}
-    with _tokenizer_locks(model):
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
         features = model.preprocess(texts, prompt=prompt, **options)
     return {
         name: torch.from_numpy(np.array(value)) if isinstance(value, list) else value
@@ -83,14 +108,11 @@ def _preprocess_fast(
     }
 
 
-@contextmanager
-def _tokenizer_locks(model: Any) -> Iterator[None]:
-    """Hold the locks of all tokenizers of the model, one for each route of a Router."""
-    tokenizers: list[Any] = [m.tokenizer for m in model.modules() if isinstance(m, InputModule)]
+def _tokenizer_locks(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return the locks of all tokenizers, one for each route of a Router.
+
+    They are in one order in all threads, so that threads never block each other.
+    """
+    tokenizers: list[Any] = [m.tokenizer for m in modules if isinstance(m, InputModule)]
     locks = {id(lock): lock for lock in map(tokenizer_lock, filter(None, tokenizers))}
-    with ExitStack() as stack:
-        for _, lock in sorted(
-            locks.items()
-        ):  # in one order, so that threads never block each other
-            stack.enter_context(lock)
-        yield
+    return [lock for _, lock in sorted(locks.items())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from splade_fast._checks import check_unicode
+from splade_fast.encoders.hidden_states import find_decoder
+from splade_fast.encoders.small_work import SMALL, in_this_thread, multiplications_per_token
+from splade_fast.encoders.threads import submodules
 from splade_fast.integrations.sentence_transformers.batches import batches
-from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
+from splade_fast.integrations.sentence_transformers.modules import (
+    SPARSE,
+    HeadPooling,
+    HiddenTransformer,
+)
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -54,23 +61,25 @@ class _Encoder(Role):
         if max_active_dims is not None and max_active_dims < 1:
             raise ValueError(f"max_active_dims must be a positive integer, got {max_active_dims}")
         batch_size = operator.index(batch_size)  # torch takes no counts of numpy
-        model.eval()
+        modules = submodules(model)
+        if any(module.training for module in modules):
+            model.eval()
         options = kwargs | ({"max_active_dims": max_active_dims} if max_active_dims else {})
-        should_return_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(model)
+        should_return_rows = (convert_to_sparse_tensor or max_active_dims) and _pools_last(
+            model, modules
+        )
         result: _Coordinates | _Matrix = _Coordinates() if convert_to_sparse_tensor else _Matrix()
         order: list[Tensor] = []
-        progress = tqdm(
-            batches(model, texts, batch_size, prompt, kwargs),
-            desc="Batches",
-            total=-(-len(texts) // batch_size),
-            disable=not show_progress_bar,
-        )
+        progress: Iterable[tuple[Tensor, dict[str, Any]]]
+        progress = batches(model, modules, texts, batch_size, prompt, kwargs)
+        if show_progress_bar:  # a disabled bar starts a thread all the same
+            progress = tqdm(progress, desc="Batches", total=-(-len(texts) // batch_size))
         for places, features in progress:
             order.append(places)
             features = batch_to_device(features, device)
             if should_return_rows:
                 features[SPARSE] = max_active_dims
-            with torch.inference_mode():
+            with torch.inference_mode(), in_this_thread(_multiplications(modules, features)):
                 vectors = model(features, **options)["sentence_embedding"]
                 if max_active_dims is not None and isinstance(vectors, Tensor):
                     vectors = select_max_active_dims(vectors, max_active_dims=max_active_dims)
@@ -87,7 +96,9 @@ class _WithInference(_Encoder):
         if not inputs:
             nothing: Tensor = self._original._inference(self, inputs, device=device, **options)
             return nothing
-        return self._encode_texts(inputs, device=model._resolve_inference_device(device), **options)
+        if device is not None or not _is_on_one_device(model):
+            device = model._resolve_inference_device(device)
+        return self._encode_texts(inputs, device=device or model.device, **options)
 
 
 class _WithEncode(_Encoder):
@@ -231,10 +242,38 @@ class _Matrix:
         return result
 
 
-def _pools_last(model: nn.Sequential) -> bool:
-    """Return whether the vectors of every HeadPooling are the output of the model."""
+def _multiplications(modules: Sequence[nn.Module], features: dict[str, Any]) -> int:
+    """Return the multiplications of a batch with the matrices of all routes, or a large number."""
+    input_ids = features.get("input_ids")
+    transformers: list[Any] = [m.model for m in modules if isinstance(m, HiddenTransformer)]
+    if input_ids is None or not transformers:
+        return SMALL + 1
+    per_token = sum(
+        multiplications_per_token(m, find_decoder(m).out_features) for m in transformers
+    )
+    return int(input_ids.numel()) * per_token
+
+
+def _is_on_one_device(model: Any) -> bool:
+    """Return whether all tensors are on one device that no device map or hook chose.
+
+    Then `_resolve_inference_device` has nothing to do, for which it walks the model several times.
+    """
+    if getattr(model, "_placement_is_delegated", False):
+        return False
+    devices = {
+        tensor.device
+        for module in submodules(model)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    }
+    return len(devices) == 1
+
+
+def _pools_last(model: nn.Sequential, modules: Sequence[nn.Module]) -> bool:
+    """Return whether the vectors of every HeadPooling of `modules` are the output of the model."""
     last = _last_modules(list(model))
-    return all(module in last for module in model.modules() if isinstance(module, HeadPooling))
+    return all(module in last for module in modules if isinstance(module, HeadPooling))
 
 
 def _last_modules(modules: list[nn.Module]) -> list[nn.Module]:

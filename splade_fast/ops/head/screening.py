@@ -112,12 +112,12 @@ class ScreeningState:
             is_training: whether the weight is expected to change soon.
         """
         version = _find_version(source)
-        tokens = count_tokens(hidden, attention_mask)
         old = self.prepared
         if old is not None and old.version != version:
             old = self.prepared = None  # freed before another one is allocated
         if old is not None and old.basis is not None:
             return old
+        tokens = count_tokens(hidden, attention_mask)
         can_be_kept = not is_training and not source.is_inference()
         if can_be_kept and _should_use_basis(weight) and self._basis_version != version:
             if self._moments is None or old is None:
