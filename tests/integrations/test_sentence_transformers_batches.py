@@ -4,6 +4,7 @@ import pytest
 import torch
 from sentence_transformers.base.modules import Transformer
 
+from splade_fast.encoders.threads import submodules
 from splade_fast.integrations.sentence_transformers import accelerate
 from splade_fast.integrations.sentence_transformers.batches import batches
 from tests.integrations.sparse_encoders import inference_free, sentences, splade
@@ -22,7 +23,7 @@ needs_processing = pytest.mark.skipif(
 def assert_features_are_theirs(model, texts, batch_size=3, prompt=None, **options):
     """Compare the features of every batch with preprocess bit for bit, and return their widths."""
     seen, widths = [], []
-    for places, features in batches(model, texts, batch_size, prompt, options):
+    for places, features in batches(model, submodules(model), texts, batch_size, prompt, options):
         expected = model.preprocess([texts[i] for i in places], prompt=prompt, **options)
         assert list(features) == list(expected)
         for name, value in expected.items():
@@ -66,7 +67,9 @@ def test_texts_of_as_many_tokens_go_together(tmp_path):
 def test_pairs_stay_in_the_order_of_their_characters(tmp_path):
     model = accelerate(splade(tmp_path))
     pairs = [(text, "a") for text in MISLEADING]
-    found = [set(places.tolist()) for places, _ in batches(model, pairs, 3, None, {})]
+    found = [
+        set(places.tolist()) for places, _ in batches(model, submodules(model), pairs, 3, None, {})
+    ]
     assert found == [{0, 1, 2}, {6, 7, 8}, {3, 4, 5}]
 
 
@@ -96,5 +99,5 @@ def test_the_end_of_a_chat_template_survives_truncation(tmp_path):
     assert "message" in transformer.modality_config
     assert_features_are_theirs(model, MISLEADING)
     tree = tokenizer.convert_tokens_to_ids("tree")
-    for _, features in batches(model, MISLEADING, 3, None, {}):
+    for _, features in batches(model, submodules(model), MISLEADING, 3, None, {}):
         assert (features["input_ids"] == tree).any(1).all()
