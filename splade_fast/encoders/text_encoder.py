@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ def token_tensors(
     if not texts:
         raise ValueError("texts must hold at least one text, got none")
     check_texts("texts", texts)
+    found: Mapping[str, Any]
     if echo is None:
         texts = [prompt + text for text in texts] if prompt else texts
         found = token_lists(tokenizer, texts, max_length, add_special_tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
+from transformers.utils.generic import PaddingStrategy
 
 from splade_fast.encoders.threads import tokenizer_lock
 
@@ -34,7 +34,8 @@ def token_lists(
         add_special_tokens: whether special tokens surround each text.
     """
     with tokenizer_lock(tokenizer):
-        if is_plain(type(tokenizer)):
+        kind: Any = type(tokenizer)
+        if is_plain(kind):
             is_set = len(texts) == 1 and _is_set(tokenizer, max_length)
             if is_set or tokenizer.pad_token is not None:  # padding needs one
                 if not is_set:

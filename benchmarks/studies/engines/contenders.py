@@ -111,7 +111,7 @@ def _encode_with(encoder: sf.SpladeEncoder) -> Encode:
     )
 
 
-def _sentence_transformers(model: str, folder: Path, backend: str = "torch") -> Encode:
+def _sentence_transformers(model: str, folder: Path, backend: Any = "torch") -> Encode:
     from sentence_transformers import SparseEncoder
 
     options: dict[str, Any] = {} if backend == "torch" else {"model_kwargs": {"export": True}}

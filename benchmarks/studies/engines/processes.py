@@ -46,7 +46,8 @@ class ContenderProcess:
     def encode(self, texts: Sequence[str], batch_size: int) -> sf.SparseRows:
         self._connection.send(("encode", list(texts), batch_size))
         indices, values, lengths, num_cols = self._connection.recv()
-        return sf.SparseRows(*map(torch.from_numpy, (indices, values, lengths)), num_cols)
+        tensors = [torch.from_numpy(array) for array in (indices, values, lengths)]
+        return sf.SparseRows(tensors[0], tensors[1], tensors[2], num_cols)
 
     def times(self, calls: Sequence[Sequence[str]], batch_size: int) -> list[float]:
         """Return the milliseconds of calls that encode some texts each."""

@@ -24,6 +24,7 @@ from benchmarks.harness.memory import peak_growth
 from benchmarks.inputs.trained_states import bias_for_share, fetched, largest_logits, sample_texts
 from examples.docstrings.checkpoint import DEMO
 from splade_fast.encoders.hidden_states import find_decoder, hidden_before_decoder
+from splade_fast.encoders.threads import submodules
 from splade_fast.integrations.sentence_transformers import accelerate
 from splade_fast.integrations.sentence_transformers.batches import batches
 
@@ -87,7 +88,7 @@ class Workload:
         @torch.inference_mode()
         def run_body() -> None:
             encoder.eval()
-            for _, features in batches(encoder, texts, batch_size, None, {}):
+            for _, features in batches(encoder, submodules(encoder), texts, batch_size, None, {}):
                 _hidden(encoder, features)
 
         return run_body
