@@ -17,6 +17,7 @@ FIRST = (
     "training.md",
     "recipe.md",
     "negative_cache.md",
+    "scaling.md",
 )
 LAST = (
     "kernels.md",
@@ -34,7 +35,7 @@ SPLIT = ("encoders", "integrations", "search")
 # Modules without a page: they serve other modules, or the command line.
 INTERNAL = {
     *("attention", "batching", "claim_folder", "cli", "echo", "hidden_states", "join_files"),
-    *("pretrained", "sharding"),
+    *("parquet_rows", "pieces", "pretrained", "sharding", "source_files"),
     "text_encoder",
 }
 

@@ -8,7 +8,6 @@ gradients, they are the gradients of the joined batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -144,26 +143,6 @@ def fail_together(
     if world_size() == 1:
         return nullcontext()
     return Ranks(group).fail_together(action, raise_once=raise_once)
-
-
-@contextmanager
-def join_torchrun() -> Iterator[int]:
-    """Make the processes that `torchrun` started the ranks of a gloo group inside the block.
-
-    Yields:
-        The rank of this process, 0 without torchrun.
-
-    Raises:
-        ValueError: the environment has torchrun's WORLD_SIZE but lacks its other variables.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
 
 
 # torch.distributed.nn.functional has both functions, but torch 2.13 deprecates that module in

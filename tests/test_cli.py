@@ -340,18 +340,32 @@ def test_a_pipe_of_documents_is_refused_and_one_of_queries_searched(index, files
         assert result.stdout.startswith("q1\t1\t")
 
 
-def test_encode_takes_the_gpu_of_its_rank(files, model, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    for number, device in (("0", "cuda:0"), ("1", "cuda:1")):
-        monkeypatch.setenv("LOCAL_RANK", number)
-        assert select_device("cuda") == torch.device(device)
+def test_encode_needs_a_gpu_for_cuda(files, model, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert select_device("cuda") == torch.device("cuda")
     assert select_device("cpu") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
     result = invoke(*arguments, "--device", "cuda")
     assert result.exit_code == 2
-    assert "must have a GPU for each process, got 2 for LOCAL_RANK 2" in result.output
+    assert "--device must be cpu where torch finds no GPU, got cuda" in result.output
     assert not (files / "new").exists()
+
+
+def test_encode_refuses_all_ranks_of_torchrun_but_the_first(files, model, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = invoke("encode", files / "corpus.tsv", files / "new", "--model", model)
+    assert result.exit_code == 2
+    assert "engine must be 'ray' to encode with several processes" in result.output
+    assert not list(files.glob("*new*"))
+
+
+@pytest.mark.parametrize("option", ["address", "workers", "threads"])
+def test_options_of_ray_need_its_engine(files, model, option):
+    arguments = ["encode", files / "corpus.tsv", files / "new", "--model", model]
+    result = invoke(*arguments, f"--{option}", "2")
+    assert result.exit_code == 2
+    assert f"--{option} must go with --engine ray, got --engine process" in result.output
 
 
 def test_an_index_of_another_format_is_refused(index):

@@ -15,6 +15,7 @@ import typer
 
 from splade_fast._distributed import OtherRankError
 from splade_fast.search.lines import DataError, DataWarning
+from splade_fast.search.ray_engine import EngineError
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def exit_with_2_on_bad_input() -> Iterator[None]:
             yield
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         raise
-    except (ImportError, OSError, ValueError, OtherRankError) as error:
+    except (ImportError, OSError, ValueError, EngineError, OtherRankError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -51,18 +52,15 @@ class FinishedWork(Protocol):
 
 
 @contextmanager
-def advise_to_resume(
-    work: FinishedWork, done: str, *, should_resume: bool, is_first: bool = True
-) -> Iterator[None]:
+def advise_to_resume(work: FinishedWork, done: str, *, should_resume: bool) -> Iterator[None]:
     """Print how a run can go on after an error or a signal, earlier or inside the block.
 
     Args:
         work: folder of the run's finished work.
         done: participle for what is finished, such as "encoded".
         should_resume: whether this run goes on with an earlier one.
-        is_first: whether this is the first of several processes, which alone prints.
     """
-    if is_first and not should_resume and work.has_finished():
+    if not should_resume and work.has_finished():
         typer.echo(
             f"{work.path} holds what an interrupted run has {done}, which this run replaces; "
             "--resume would go on with it",
@@ -73,7 +71,7 @@ def advise_to_resume(
     except DataError:  # of the data, or of chunks that this run cannot go on with
         raise
     except BaseException:
-        if is_first and work.has_finished():
+        if work.has_finished():
             typer.echo(
                 f"{work.path} keeps what is {done}: --resume goes on with it, and a run "
                 "without --resume starts again",
@@ -84,10 +82,7 @@ def advise_to_resume(
 
 @contextmanager
 def clean_up_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, so that the program removes its unfinished files.
-
-    torchrun sends SIGTERM to the other processes when one has died.
-    """
+    """Raise SystemExit on SIGTERM, so that the program removes its unfinished files."""
 
     def leave(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up

@@ -31,12 +31,12 @@ from splade_fast.search.texts import DataError, Texts, read_qrels, read_texts
 
 
 def evaluate(
-    queries: Annotated[Path | None, typer.Option(help="File of queries.")] = None,
+    queries: Annotated[str | None, typer.Option(help="File of queries.")] = None,
     qrels: Annotated[
         Path | None, typer.Option(help="File of judgements, TREC or BEIR format.")
     ] = None,
     index: Annotated[Path | None, typer.Option(help="Folder written by `encode`.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Corpus, instead of an index.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Corpus, instead of an index.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,7 +134,7 @@ def _check_alone(*others: Any) -> None:
 
 
 def _search_files(
-    queries: Path, qrels: Path, index: Path | None, corpus: Path | None, options: _Options
+    queries: str, qrels: Path, index: Path | None, corpus: str | None, options: _Options
 ) -> Judged:
     """Return the judgements in a file, and the hits in an index or a corpus."""
     from splade_fast.search.evaluation import search_judged, select_judged, select_qrels

@@ -22,7 +22,7 @@ from splade_fast.search.texts import DataError, Texts, read_texts
 def search(
     index: Annotated[Path, typer.Argument(help="Folder written by `encode`.")],
     query: Annotated[str | None, typer.Argument(help="Text of one query.")] = None,
-    queries: Annotated[Path | None, typer.Option(help="File of queries, instead of QUERY.")] = None,
+    queries: Annotated[str | None, typer.Option(help="File of queries, instead of QUERY.")] = None,
     hits: Annotated[int, typer.Option(min=1, help="Documents shown for each query.")] = 10,
     terms: Annotated[int, typer.Option(min=0, help="Number of query terms shown.")] = 0,
     model: OtherModel = None,

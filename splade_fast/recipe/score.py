@@ -19,7 +19,7 @@ from splade_fast.recipe.lists import TextList, iterate_lists
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.recipe.teachers import Teacher
 from splade_fast.recipe.weights import check_weights
-from splade_fast.search.lines import check_rereadable
+from splade_fast.search.source_files import check_rereadable
 from splade_fast.search.texts import Texts
 
 Normalization = Literal["none", "min-max", "z-score"]

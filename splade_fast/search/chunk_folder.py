@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,12 @@ from splade_fast.search.claim_folder import claim_folder
 from splade_fast.search.index import find_joined_parts
 
 
-class AnotherRankFailedError(Exception):
-    """Stop the encoding of this rank, because another rank has failed."""
-
-
 @dataclass
 class ChunkFolder:
-    """Folder beside an index that all ranks write to.
+    """Folder beside an index for the chunks of its corpus.
 
-    It holds a file for each finished chunk, the settings that all chunks share, the index while it
-    is joined, and a file that flags a failure.
+    It holds a file for each finished chunk, the settings that all chunks share, and the index while
+    it is joined.
     """
 
     path: Path
@@ -53,7 +49,6 @@ class ChunkFolder:
         """Make the folder for the block, and remove it on an error unless a chunk is finished."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._failed.unlink(missing_ok=True)
             for unfinished in self.path.glob(".*.partial"):
                 unfinished.unlink()
             yield
@@ -102,30 +97,6 @@ class ChunkFolder:
         self.index.rename(index)
         flush_folder(index.parent)
         remove_folder(self.path)
-
-    @contextmanager
-    def flag_failure(self) -> Iterator[None]:
-        """Flag an error of the block to the other ranks, so that they stop before their own end.
-
-        If another rank has failed, the block ends early and without an error.
-        """
-        try:
-            yield
-        except AnotherRankFailedError:
-            return
-        except BaseException:
-            with suppress(OSError):
-                self._failed.touch()
-            raise
-
-    def check_no_rank_failed(self) -> None:
-        """Raise AnotherRankFailedError if a rank has flagged a failure."""
-        if self._failed.exists():
-            raise AnotherRankFailedError
-
-    @property
-    def _failed(self) -> Path:
-        return self.path / "failed"
 
 
 def _holds_rows(file: Path, count: int) -> bool:

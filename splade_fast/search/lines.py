@@ -6,13 +6,15 @@ import codecs
 import gzip
 import json
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from contextlib import closing
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 from splade_fast._checks import check_unicode
+from splade_fast.search.source_files import DataError as DataError
+from splade_fast.search.source_files import file_name, open_file
 
 T = TypeVar("T")
 
@@ -21,70 +23,112 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BAD_IN_IDS = "\t\n\r\0"  # they would end a field, a line or a C string
 
 
-class DataError(ValueError):
-    """Error in a file of texts or judgements; the message names the line and the reason."""
-
-
 class DataWarning(UserWarning):
     """Warning of data that is used as it is, but is rarely meant so."""
 
 
-def parse_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
-    """Yield (file and line number, parsed line) for each line that is not blank.
+class Place(NamedTuple):
+    """Place of a line or row in a file.
+
+    Args:
+        offset: number of bytes before it, decompressed; 0 for a row.
+        number: number of lines or rows before it.
+    """
+
+    offset: int = 0
+    number: int = 0
+
+
+START = Place()
+
+
+class LineFile:
+    """Lines of a UTF-8 file, plain or gzipped, which is read from any place on.
 
     A file whose name ends in .gz is decompressed. Lines end in a line feed, with or without a
     carriage return, or in carriage returns where the file has no line feed. A byte-order mark at
     the start of a line, as joined files have it, is not part of the line.
 
     Args:
-        path: a file, pipe or device; it is read once.
-        parse: function of a line without its end, which raises ValueError for a malformed line.
+        path: a file, local or a URL, or a pipe or device, which is read once.
 
     Raises:
-        DataError: there is no such file, it is not UTF-8, or a line is malformed.
+        DataError: there is no such file.
         OSError: the file may not be read.
     """
-    for number, line in enumerate(_read_lines(path), start=1):
-        location = f"{path}, line {number}"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._source = open_file(path)
+        is_compressed = file_name(path).endswith(".gz")
+        self._file = gzip.GzipFile(fileobj=self._source) if is_compressed else self._source
+        self._is_new = True
+        self._has_line_feed = True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._source.close()
+
+    def parse(
+        self, parse: Callable[[str], T], start: Place = START
+    ) -> Iterator[tuple[Place, str, T]]:
+        """Yield (place, file and line number, parsed line) for each line that is not blank.
+
+        Args:
+            parse: function of a line without its end, which raises ValueError for a malformed line.
+            start: place of a line, from which on the file is read.
+
+        Raises:
+            DataError: the file is not UTF-8, or a line is malformed.
+        """
+        for place, line in self._read(start):
+            location = f"{self._path}, line {place.number + 1}"
+            try:
+                text = line.decode("utf-8").rstrip("\r\n").removeprefix(_BYTE_ORDER_MARK)
+                if text.strip():
+                    yield place, location, parse(text)
+            except ValueError as error:
+                raise DataError(f"{location}: {error}") from error
+
+    def _read(self, start: Place) -> Iterator[tuple[Place, bytes]]:
+        if self._is_new and start != START:
+            next(self._read(START))  # the first line tells how lines end
         try:
-            text = line.decode("utf-8").rstrip("\r\n").removeprefix(_BYTE_ORDER_MARK)
-            if text.strip():
-                yield location, parse(text)
-        except ValueError as error:
-            raise DataError(f"{location}: {error}") from error
+            if not self._is_new:  # a pipe cannot seek
+                self._file.seek(start.offset)
+            first = self._file.readline()
+            if self._is_new:
+                _check_start(self._path, first)
+                self._has_line_feed = first.endswith(b"\n")
+                self._is_new = False
+            lines = chain([first], self._file) if self._has_line_feed else first.split(b"\r")
+            offset = start.offset
+            for number, line in enumerate(lines, start=start.number):
+                yield Place(offset, number), line
+                offset += len(line) + (not self._has_line_feed)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{self._path} must be a whole gzip file: {error}") from error
 
 
-def check_readable(path: str | os.PathLike[str]) -> None:
-    """Check that a path is a file, pipe or device.
+def parse_lines(path: str | os.PathLike[str], parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """Yield (file and line number, parsed line) for each line of a `LineFile` that is not blank.
 
-    Raises:
-        DataError: there is none, or it is a folder.
-        OSError: the file system refuses to tell.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no such file: {path}") from None
-    if stat.S_ISDIR(mode):
-        raise DataError(f"{path} must be a file, got a folder")
-
-
-def check_rereadable(path: str | os.PathLike[str]) -> None:
-    """Check that a path is a file that can be read several times.
+    Args:
+        path: see `LineFile`.
+        parse: see `LineFile.parse`.
 
     Raises:
-        DataError, OSError: see `check_readable`, or it is a pipe or device.
+        DataError, OSError: see `LineFile` and `LineFile.parse`.
     """
-    check_readable(path)
-    if not Path(path).is_file():
-        raise DataError(
-            f"{path} must be a file, since it is read several times, got a pipe or device"
-        )
+    with closing(LineFile(path)) as file:
+        for _, location, parsed in file.parse(parse):
+            yield location, parsed
 
 
 def is_json_lines(path: str | os.PathLike[str]) -> bool:
     """Return whether a file's name ends in .jsonl or .ndjson, or in one of these and .gz."""
-    return os.fspath(path).lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    return file_name(path).removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
 def parse_json_object(line: str) -> dict[str, Any]:
@@ -145,21 +189,7 @@ def quote_start(line: str, limit: int = 60) -> str:
     return repr(line if len(line) <= limit else line[:limit] + "…")
 
 
-def _read_lines(path: Path) -> Iterator[bytes]:
-    check_readable(path)
-    is_compressed = path.suffix.lower() == ".gz"
-    try:
-        with gzip.open(path) if is_compressed else path.open("rb") as file:
-            first = file.readline()
-            _check_start(path, first)
-            has_line_feed = first.endswith(b"\n")
-            yield from [first] if has_line_feed else first.split(b"\r")
-            yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} must be a whole gzip file: {error}") from error
-
-
-def _check_start(path: Path, start: bytes) -> None:
+def _check_start(path: str | os.PathLike[str], start: bytes) -> None:
     """Check that a file does not start as files of another encoding or format do."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start[:2]:
         raise DataError(f"{path} must be UTF-8, got UTF-16 or UTF-32")

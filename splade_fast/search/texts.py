@@ -1,32 +1,36 @@
-"""Readers of corpora and queries in TSV and JSONL files."""
+"""Readers of corpora and queries in TSV, JSONL and Parquet files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from splade_fast._checks import check_unicode
 from splade_fast.search.lines import (
+    START,
     DataError,
+    LineFile,
+    Place,
     check_ids,
     is_json_lines,
     parse_id,
     parse_json_object,
-    parse_lines,
     quote_start,
 )
+from splade_fast.search.parquet_rows import ParquetRows, is_parquet
 from splade_fast.search.qrels import Qrels, read_qrels
+from splade_fast.search.source_files import list_files
 
 __all__ = [
     "DataError",
     "Qrels",
+    "TextFile",
     "Texts",
     "iterate_checked_texts",
-    "iterate_texts",
     "read_qrels",
     "read_texts",
 ]
@@ -84,44 +88,104 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
     ignored. Blanks around an id do not belong to it.
 
     A file is one of JSON lines if its name ends in .jsonl or .ndjson, or if its first line is a
-    JSON object. A file whose name ends in .gz is decompressed. A pipe is read as a file is.
+    JSON object. A file whose name ends in .gz is decompressed. A file whose name ends in .parquet
+    has columns of these names. A pipe is read as a file is. A folder stands for its files and those
+    of the folders in it, in the order of their names, without names that start with a dot or an
+    underscore.
+
+    Args:
+        path: file or folder, local or a URL of fsspec or pyarrow such as s3://bucket/corpus.
 
     Raises:
-        DataError: the file cannot be read or has no texts, a line is malformed, or an id is
+        DataError: a file cannot be read, there are no texts, a line is malformed, or an id is
             repeated.
+        ImportError: no installed package reads Parquet, or knows the scheme of the URL.
     """
     found = Texts([], [])
-    for text_id, text in iterate_checked_texts(path):
-        found.ids.append(text_id)
-        found.texts.append(text)
+    for located in iterate_checked_texts(path):
+        found.ids.append(located.id)
+        found.texts.append(located.text)
     return found
 
 
-def iterate_checked_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) for each text of `read_texts`, keeping the ids alone in memory.
+class LocatedText(NamedTuple):
+    """Text with its id, and where it stands."""
+
+    file: str
+    place: Place
+    id: str
+    text: str
+
+
+def iterate_checked_texts(path: str | os.PathLike[str]) -> Iterator[LocatedText]:
+    """Yield each text of `read_texts`, keeping the ids alone in memory.
 
     Raises:
-        DataError: see `read_texts`; raised on reaching the line.
+        DataError, ImportError: see `read_texts`; raised on reaching the line.
     """
     seen: set[str] = set()
-    for location, (text_id, text) in _parse_texts(path):
-        if text_id in seen:
-            raise DataError(f"{location}: id {text_id!r} appears a second time")
-        seen.add(text_id)
-        yield text_id, text
+    for name in list_files(path):
+        with closing(TextFile(name)) as file:
+            for place, location, (text_id, text) in file.read():
+                if text_id in seen:
+                    raise DataError(f"{location}: id {text_id!r} appears a second time")
+                seen.add(text_id)
+                yield LocatedText(name, place, text_id, text)
     if not seen:
         raise DataError(f"{path} must hold at least one text, got none")
 
 
-def iterate_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) as `iterate_checked_texts` does, without a check for repeated ids."""
-    return (parsed for _, parsed in _parse_texts(path))
+class TextFile:
+    """File of texts in a format of `read_texts`, which is read from any place on.
+
+    Raises:
+        DataError, ImportError, OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._parser: _TextParser | None = None
+        self._rows = _open_rows(path) if is_parquet(path) else None
+        self._lines = LineFile(path) if self._rows is None else None
+
+    def close(self) -> None:
+        """Close the file."""
+        for source in (self._rows, self._lines):
+            if source is not None:
+                source.close()
+
+    def read(self, start: Place = START) -> Iterator[tuple[Place, str, tuple[str, str]]]:
+        """Yield (place, file and number of the line or row, (id, text)) for each text.
+
+        Args:
+            start: place of a text, from which on the file is read.
+
+        Raises:
+            DataError: a line is malformed; raised on reaching it.
+        """
+        if self._rows is not None:
+            yield from self._rows.parse(_parse_row, start)
+            return
+        assert self._lines is not None
+        if start == START:
+            self._parser = _TextParser(self._path)
+        elif self._parser is None:
+            next(self.read())  # the first lines tell the format
+        assert self._parser is not None
+        for place, location, parsed in self._lines.parse(self._parser, start):
+            if parsed is not None:
+                yield place, location, parsed
 
 
-def _parse_texts(path: str | os.PathLike[str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    for location, parsed in parse_lines(Path(path), _TextParser(path)):
-        if parsed is not None:
-            yield location, parsed
+def _open_rows(path: str | os.PathLike[str]) -> ParquetRows:
+    rows = ParquetRows(path, _PARTS)
+    if not all(any(name in rows.columns for name in names) for names in (_ID_NAMES, _TEXT_NAMES)):
+        rows.close()
+        raise DataError(
+            f"{path} must have columns for an id ({', '.join(_ID_NAMES)}) and a text "
+            f"({', '.join(_TEXT_NAMES)}), got {', '.join(rows.names)}"
+        )
+    return rows
 
 
 class _TextParser:
@@ -190,6 +254,10 @@ def _parse_tsv_line(line: str) -> tuple[str, str]:
 
 def _parse_json_line(line: str) -> tuple[str, str]:
     return parse_text_record(parse_json_object(line), quote_start(line))
+
+
+def _parse_row(record: Mapping[str, Any]) -> tuple[str, str]:
+    return parse_text_record(record, quote_start(str(record)))
 
 
 def parse_text_record(record: Mapping[str, Any], quoted: str) -> tuple[str, str]:

@@ -2,27 +2,23 @@
 
 import gzip
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import splade_fast as sf
-import splade_fast.search.encode_corpus
-from splade_fast._distributed import OtherRankError
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.index import Index, IndexMeta
+from splade_fast.search.pieces import DocumentError
 from splade_fast.search.texts import DataError
 from tests.new_process import fork_server
-from tests.ranks import run_ranks
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
     LengthEncoder,
     assert_same_files,
-    fail,
     make_texts,
     write_corpus,
 )
@@ -31,7 +27,7 @@ from tests.tiny_models import masked_lm_configs, save_checkpoint
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Use one thread as ranks do: the rounding of matrix products depends on the number."""
+    """Use one thread: the rounding of matrix products depends on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +128,7 @@ def test_a_corpus_that_changes_is_refused(tmp_path, change):
             content = corpus.read_text() if change is None else ""
             corpus.write_text(content.replace("d19999\t", "d19999\tx"))
 
-    with pytest.raises(DataError, match="corpus.tsv must .* stay as it is, got .* 20000"):
+    with pytest.raises(DataError, match="corpus.tsv must stay as it is .* other texts behind"):
         sf.encode_corpus(LengthEncoder(before), corpus, tmp_path / "index", **OPTIONS)
     assert not (tmp_path / "index").exists()
 
@@ -156,8 +152,8 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path, value):
     corpus = write_corpus(
         tmp_path / "corpus.tsv", {f"d{i}": "fox" + "x" * (i == 9) * 4 for i in range(12)}
     )
-    message = "must give finite weights, got NaN or infinity for text 10 of the corpus"
-    with pytest.raises(ValueError, match=message):
+    message = r"finite weights, got NaN or infinity for document 'd9' \(text 10 of the corpus\)"
+    with pytest.raises(DocumentError, match=message):
         sf.encode_corpus(DamagedEncoder(), corpus, tmp_path / "index", chunk_size=6, **OPTIONS)
     assert not (tmp_path / "index").exists()
 
@@ -196,101 +192,3 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert vectors > 100 * 2**20
     assert texts > 30 * 2**20
     assert peaks[1] - peaks[0] < texts / 2
-
-
-def _encode_rank(rank, count, corpus, folder, chunk_size):
-    texts_of_bert = SpladeEncoder.from_pretrained(folder / "bert")
-    index = folder / "index"
-    written = sf.encode_corpus(texts_of_bert, corpus, index, chunk_size=chunk_size, **OPTIONS)
-    assert written == 25
-    assert len(Index.load(index).rows) == 25
-
-
-@pytest.mark.parametrize(("ranks", "chunk_size"), [(2, CHUNK), (3, CHUNK), (3, 20), (2, 40)])
-def test_ranks_write_the_same_bytes(tmp_path, ranks, chunk_size):
-    save_checkpoint(masked_lm_configs()["bert"], tmp_path / "bert")
-    texts = make_texts(25)
-    corpus = write_corpus(tmp_path / "corpus.tsv", texts)
-    run_ranks(ranks, _encode_rank, tmp_path, corpus, tmp_path, chunk_size)
-    encoder = SpladeEncoder.from_pretrained(tmp_path / "bert")
-    save_whole(encoder, texts, tmp_path / "expected", chunk_size=chunk_size)
-    assert_same_files(tmp_path / "index", tmp_path / "expected")
-
-
-def _bad_batch(rank, folder):
-    encoder = LengthEncoder(
-        fail(ValueError("bad batch"), at=1) if rank == 1 else lambda batch: None
-    )
-    return encoder, folder / "corpus.tsv"
-
-
-def _bad_batches(rank, folder):
-    return LengthEncoder(fail(ValueError("bad batch"), at=0)), folder / "corpus.tsv"
-
-
-def _missing_corpus(rank, folder):
-    return LengthEncoder(), folder / ("missing.tsv" if rank else "corpus.tsv")
-
-
-def _other_corpus(rank, folder):
-    return LengthEncoder(), write_corpus(folder / f"other-{rank}.tsv", make_texts(200, seed=rank))
-
-
-def _damaged_corpus(rank, folder):
-    damaged = folder / f"damaged-{rank}.tsv"
-    damaged.write_text((folder / "corpus.tsv").read_text() + "d0\tagain\n")
-    return LengthEncoder(fail(AssertionError("a damaged corpus is encoded"), at=0)), damaged
-
-
-def _fails(rank, count, folder, way, message, who):
-    encoder, corpus = way(rank, folder)
-    reason = message if rank in who else f"failed on rank {min(who)}; see the error of that rank"
-    with pytest.raises(ValueError if rank in who else OtherRankError, match=reason):
-        sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=CHUNK, **OPTIONS)
-    assert not (folder / "index").exists()
-
-
-@pytest.mark.parametrize(
-    ("way", "message", "who"),
-    [
-        (_bad_batch, "bad batch", [1]),
-        (_bad_batches, "bad batch", [0, 1]),
-        (_missing_corpus, "no such file", [1]),
-        (_other_corpus, "must be the same file for all ranks", [1]),
-        (_damaged_corpus, "line 201: id 'd0' appears a second time", [0]),
-    ],
-)
-def test_what_fails_on_one_rank_fails_on_all(tmp_path, way, message, who):
-    write_corpus(tmp_path / "corpus.tsv", make_texts(200))
-    run_ranks(2, _fails, tmp_path, tmp_path, way, message, who)
-
-
-def _on_its_own_disk(rank, count, corpus, folder):
-    splade_fast.search.encode_corpus._SECONDS_TO_SEE_A_FILE = 0.5
-    (folder / f"disk-{rank}").mkdir()
-    with pytest.raises(OSError, match=r"all ranks share, but .*disk-\d is not there on rank 1, 2$"):
-        sf.encode_corpus(LengthEncoder(), corpus, folder / f"disk-{rank}" / "index", **OPTIONS)
-    assert not list((folder / f"disk-{rank}").iterdir())
-
-
-def test_ranks_have_to_share_a_file_system(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(20))
-    run_ranks(3, _on_its_own_disk, tmp_path, corpus, tmp_path)
-
-
-def _stop_early(rank, count, corpus, folder):
-    def before(batch):
-        if rank == 1:
-            raise ValueError("bad batch")
-        time.sleep(0.05)
-
-    encoder = LengthEncoder(before)
-    with pytest.raises(ValueError if rank == 1 else OtherRankError, match="rank 1|bad batch"):
-        sf.encode_corpus(encoder, corpus, folder / "index", chunk_size=400, **OPTIONS)
-    assert encoder.batches < 100  # of 100, which would take 5 seconds
-
-
-def test_ranks_stop_soon_after_one_has_failed(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus.tsv", make_texts(800))
-    run_ranks(2, _stop_early, tmp_path, corpus, tmp_path)
-    assert not list(tmp_path.glob("*index*"))

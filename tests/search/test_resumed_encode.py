@@ -9,11 +9,8 @@ import torch
 
 import splade_fast as sf
 import splade_fast.search.join_files
-from splade_fast._distributed import OtherRankError
-from splade_fast.search.index import Index
 from splade_fast.search.texts import DataError
 from tests.new_process import fork_server
-from tests.ranks import run_ranks
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
@@ -104,7 +101,7 @@ def test_resuming_without_chunks_starts(tmp_path, corpus, expected):
     assert_same_files(tmp_path / "index", expected)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "rows", "content", "partial", "failed"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "rows", "content", "partial"])
 def test_half_a_chunk_is_encoded_again(tmp_path, corpus, expected, damage):
     index = tmp_path / "index"
     interrupt(corpus, index)
@@ -118,11 +115,8 @@ def test_half_a_chunk_is_encoded_again(tmp_path, corpus, expected, damage):
         sf.SparseRows.load(chunk)[:-1].save(chunk)
     elif damage == "content":
         chunk.write_bytes(content[:-50] + b"\xff" * 50)
-    elif damage == "partial":  # left by a killed program
+    else:  # left by a killed program
         chunk.rename(chunk.with_name(".0.safetensors.0123.partial"))
-    else:
-        chunk.unlink()
-        (chunk.parent / "failed").touch()
     assert encode(LengthEncoder(), corpus, index, resume=True).batches == BATCHES - 2
     assert_same_files(index, expected)
     assert_nothing_is_left(tmp_path)
@@ -242,26 +236,3 @@ def test_a_killed_process(tmp_path, corpus, expected, is_joining):
     assert encoder.batches == (0 if is_joining else BATCHES - 4)
     assert_same_files(tmp_path / "index", expected)
     assert_nothing_is_left(tmp_path)
-
-
-def _interrupt_one_of_two(rank, count, folder):
-    encoder = LengthEncoder(fail(ValueError("bad batch"), at=2) if rank == 1 else lambda _: None)
-    with pytest.raises((ValueError, OtherRankError)):
-        encode(encoder, folder / "corpus.tsv", folder / "index")
-    assert not (folder / "index").exists()
-
-
-def _resume(rank, count, folder, interrupted):
-    encode(LengthEncoder(), folder / "corpus.tsv", folder / interrupted, resume=True)
-    assert len(Index.load(folder / interrupted).rows) == COUNT
-
-
-def test_another_number_of_ranks_goes_on(tmp_path, corpus, expected):
-    run_ranks(2, _interrupt_one_of_two, tmp_path, tmp_path)  # rank 1 in its second chunk, number 3
-    (tmp_path / "store").unlink()
-    interrupt(corpus, tmp_path / "other")
-    encoder = encode(LengthEncoder(), corpus, tmp_path / "index", resume=True)
-    assert 1 <= encoder.batches < BATCHES - 1
-    assert_same_files(tmp_path / "index", expected)
-    run_ranks(2, _resume, tmp_path, tmp_path, "other")
-    assert_same_files(tmp_path / "other", expected)

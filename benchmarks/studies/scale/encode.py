@@ -61,7 +61,7 @@ class EncodeWork(Work):
 
     def _encode(self, corpus: Path, index: Path) -> None:
         with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-            cli.encode(corpus, index, self.model, self.k, self.batch_size, self.max_length)
+            cli.encode(str(corpus), index, self.model, self.k, self.batch_size, self.max_length)
 
     def _check(self, index: Index) -> None:
         """Compare some documents from all parts of the index with encoding them alone."""

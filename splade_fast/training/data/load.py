@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splade_fast._version import __version__
-from splade_fast.search.lines import check_rereadable
+from splade_fast.search.source_files import check_rereadable
 from splade_fast.search.texts import DataError
 from splade_fast.training.data.layout import COLUMNS, Columns, Kind, Layout
 from splade_fast.training.data.lines import LINE_FILES, read_layout_and_rows

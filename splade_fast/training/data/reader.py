@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splade_fast.search.lines import check_rereadable
+from splade_fast.search.source_files import check_rereadable
 from splade_fast.search.texts import DataError, read_texts
 from splade_fast.training.data.layout import Columns, Layout, TextLookups, infer_layout
 from splade_fast.training.data.rows import convert_row
