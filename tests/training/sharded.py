@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder
 from splade_fast.encoders.text_encoder import TextEncoder
@@ -40,7 +41,10 @@ _EXAMPLES = 32
 
 
 def encoder_of(kind: str) -> TextEncoder:
-    """Return a new encoder without dropout: tied, untied, causal, lora or term_weights."""
+    """Return a new encoder without dropout: tied, untied, causal, lora or term_weights.
+
+    The untied one trains the scale of its logits.
+    """
     config = (causal_lm_configs() | masked_lm_configs())["qwen2" if kind == "causal" else "bert"]
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(config, name, 0.0)
@@ -48,7 +52,9 @@ def encoder_of(kind: str) -> TextEncoder:
     model = make_model(config)
     if kind == "term_weights":
         return TermWeightEncoder(model.bert, make_tokenizer())
-    encoder = SpladeEncoder(model, make_tokenizer())
+    is_scaled = kind == "untied"
+    settings = EncoderSettings(logit_scale=0.5 if is_scaled else 1.0, train_logit_scale=is_scaled)
+    encoder = SpladeEncoder(model, make_tokenizer(), settings)
     return with_adapters(encoder, "get_peft_model") if kind == "lora" else encoder
 
 
