@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   // csrc/cpu/index/index.h. order: int32 (rows,), every row once, neighbours alike.
   m.def("index_build(Tensor indices, Tensor values, Tensor lengths, int num_cols, Tensor order) -> Tensor[] index");
   // Raise an error if an index that comes from a file is not one that index_build returns.
-  m.def("index_check(Tensor[] index) -> ()");
+  m.def("index_check(Tensor[] index, bool should_check_numbers=True) -> ()");
   // Results are those of sparse_search among the documents that `allowed`, bool (rows,), and min_score leave. Places
   // that remain have id -1 and score -inf.
   m.def(

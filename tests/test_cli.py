@@ -87,6 +87,40 @@ def test_search_prints_the_best_documents(index, files, model):
             assert float(line[3]) == pytest.approx(score, abs=1e-4)
 
 
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_an_index_for_searches_is_kept_unless_all_documents_are_read(index, files, command):
+    queries = ["--queries", files / "queries.jsonl"]
+    arguments = {
+        "search": ["search", index, *queries],
+        "evaluate": ["evaluate", "--index", index, *queries, "--qrels", files / "qrels.tsv"],
+    }[command]
+    before = {path.name for path in index.iterdir()}
+    exhaustive = invoke(*arguments, "--exhaustive")
+    assert exhaustive.exit_code == 0, exhaustive.output
+    assert {path.name for path in index.iterdir()} == before
+    for _ in range(2):
+        result = invoke(*arguments)
+        assert (result.exit_code, result.stdout) == (0, exhaustive.stdout)
+        kept = {"search.safetensors", "search.json"}
+        assert {path.name for path in index.iterdir()} == before | kept
+
+
+def test_search_shows_the_beginnings_of_texts(index, files):
+    long_text = "tree  \u00fcber\u2028" + "tree " * 40
+    corpus = files / "other.tsv"
+    corpus.write_text("".join(f"{i}\t{text}\n" for i, text in {**CORPUS, "d3": long_text}.items()))
+    result = invoke("search", index, "tree", "--corpus", corpus)
+    assert result.exit_code == 0, result.output
+    shown = {line.split("\t")[2]: line.split("\t")[4] for line in result.stdout.splitlines()}
+    shortened = "tree \u00fcber" + " tree" * 18 + "\u2026"
+    assert shown == {i: shortened if i == "d3" else CORPUS[i] for i in shown}
+    assert "d3" in shown
+    corpus.write_text("d9\ttree\n")
+    result = invoke("search", index, "tree", "--corpus", corpus)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Error: {corpus} must hold all documents of the index, got no 'd" in result.stderr
+
+
 @pytest.mark.parametrize("text_id", ["a\tb", "a\nb", "\ud800", " "])
 def test_ids_that_would_break_a_line_are_not_printed(index, text_id):
     (index / "ids.json").write_text(json.dumps([text_id] * len(CORPUS)))

@@ -9,17 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from splade_fast.cli.errors import exit_with_2_on_bad_input
-from splade_fast.cli.options import BatchSize, KeptEntries, OtherModel, QueryModel
+from splade_fast.cli.errors import clean_up_on_sigterm, exit_with_2_on_bad_input
+from splade_fast.cli.options import BatchSize, Exhaustive, KeptEntries, OtherModel, QueryModel
 from splade_fast.cli.queries import encode_queries
 from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.ops.score import sparse_search
 from splade_fast.search.encode_corpus import check_vocabularies
 from splade_fast.search.index import Index, IndexMeta, resolve_model
+from splade_fast.search.kept_index import KeptIndex
 from splade_fast.search.models import (
     load_document_encoder,
     load_own_query_encoder,
     load_query_encoder_of_index,
 )
+from splade_fast.search.search_once import Search, search_once
 from splade_fast.search.significance import (
     PerQuery,
     Test,
@@ -74,6 +77,7 @@ def evaluate(
         ),
     ] = None,
     test: Annotated[Test, typer.Option(help="Paired significance test of --compare.")] = "t",
+    exhaustive: Exhaustive = False,
 ) -> None:
     """Print measures of a model on a corpus, an index or data sets.
 
@@ -92,7 +96,14 @@ def evaluate(
         if index is not None and (k is not None or max_length is not None):
             raise DataError("give --k and --max-length with --corpus; an index has its own")
         options = _Options(
-            model, query_model, k, batch_size, max_length or 256, ignore_identical_ids, chosen.depth
+            model,
+            query_model,
+            k,
+            batch_size,
+            max_length or 256,
+            ignore_identical_ids,
+            chosen.depth,
+            exhaustive,
         )
         if data:
             _check_alone(queries, qrels, index, corpus)
@@ -121,6 +132,7 @@ class _Options:
     max_length: int
     ignore_identical_ids: bool
     depth: int
+    exhaustive: bool
 
 
 Judged = tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]  # judgements and run
@@ -143,8 +155,9 @@ def _search_files(
         raise DataError("give either --index or --corpus")
     judgements = read_qrels(qrels)
     judged = select_judged(read_texts(queries), judgements)
+    kept = KeptIndex(index) if index is not None and not options.exhaustive else None
     if index is not None:
-        searched = Index.load(index)
+        searched = Index.load(index) if kept is None else kept.index
         judgements = select_qrels(judgements, judged.ids, searched.ids)
         encoder = load_query_encoder_of_index(
             searched, model=options.model, query_model=options.query_model
@@ -155,15 +168,24 @@ def _search_files(
         documents, encoder = _load_encoders(options, "--corpus")
         searched = _build_index(documents, texts, options)
     vectors = encode_queries(encoder, judged, searched.meta.max_length, options.batch_size)
-    run = search_judged(
-        judged.ids,
-        vectors,
-        searched.ids,
-        searched.rows,
-        depth=options.depth,
-        ignore_identical_ids=options.ignore_identical_ids,
-    )
+    with clean_up_on_sigterm():
+        run = search_judged(
+            judged.ids,
+            vectors,
+            searched.ids,
+            searched.rows,
+            depth=options.depth,
+            ignore_identical_ids=options.ignore_identical_ids,
+            search=_choose_search(options, kept),
+        )
     return judgements, run
+
+
+def _choose_search(options: _Options, kept: KeptIndex | None = None) -> Search:
+    """Return the search of a folder if one is given, and of any documents otherwise."""
+    if kept is not None:
+        return lambda queries, _, k: kept.search(queries, k)
+    return sparse_search if options.exhaustive else search_once
 
 
 def _search_data(
@@ -187,7 +209,7 @@ def _search_data(
             measures=measures,
         )
         vectors = evaluator.encode(encoder, query_encoder, show_progress=True)
-        found[name] = evaluator.qrels, evaluator.search(*vectors)
+        found[name] = evaluator.qrels, evaluator.search(*vectors, search=_choose_search(options))
     return found
 
 

@@ -25,6 +25,11 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an interrupted run has finished.")
 ]
 
+Exhaustive = Annotated[
+    bool,
+    typer.Option("--exhaustive", help="Read all documents, and neither use nor build an index."),
+]
+
 Device = Literal["cpu", "cuda"]
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from splade_fast.ops.score import sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.hits import list_hits, warn_of_data, warn_of_empty_vectors
 from splade_fast.search.lines import DataError, check_ids
 from splade_fast.search.measures import Measures, Run
 from splade_fast.search.qrels import Qrels, plain_qrels
+from splade_fast.search.search_once import Search, search_once
 from splade_fast.search.texts import Texts
 
 __all__ = [
@@ -181,6 +181,7 @@ def search_judged(
     *,
     depth: int,
     ignore_identical_ids: bool = False,
+    search: Search = search_once,
 ) -> Run:
     """Search the documents for each query exactly, and return the hits as `make_run` does.
 
@@ -193,6 +194,8 @@ def search_judged(
         documents: (N, V).
         depth: number of hits of each query.
         ignore_identical_ids: see `evaluate_vectors`.
+        search: exact search. The default builds a `SparseIndex` where that takes less time than to
+            scan all documents.
 
     Raises:
         TypeError: an id is not a str.
@@ -201,7 +204,7 @@ def search_judged(
     _check_vectors(query_ids, queries, doc_ids, documents)
     warn_of_empty_vectors(queries, documents)
     # One hit more, since that of the query itself is left out.
-    scores, hits = sparse_search(queries, documents, depth + int(ignore_identical_ids))
+    scores, hits = search(queries, documents, depth + int(ignore_identical_ids))
     return make_run(query_ids, doc_ids, scores, hits, ignore_identical_ids=ignore_identical_ids)
 
 

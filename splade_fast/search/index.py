@@ -24,7 +24,8 @@ _META_TYPES = {
     "query_model": (str, type(None)),
 }
 _FINGERPRINTS = ("fingerprint", "query_fingerprint")
-_VECTORS, _IDS, _META = "vectors.safetensors", "ids.json", "meta.json"
+VECTORS = "vectors.safetensors"
+_IDS, _META = "ids.json", "meta.json"
 # Files that a model folder holds and an index lacks.
 _MODEL_FILES = ("config.json", "modules.json", "adapter_config.json")
 
@@ -86,19 +87,24 @@ class Index:
             raise ValueError(f"ids must be one per row, {len(self.rows)}, got {len(self.ids)}")
         check_ids("ids", self.ids)
         with new_folder(path) as folder:
-            self.rows.save(folder / _VECTORS)
+            self.rows.save(folder / VECTORS)
             _write_description(folder, self.ids, self.meta)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Index:
+    def load(cls, path: str | os.PathLike[str], *, should_check: bool = True) -> Index:
         """Read an index folder; the vectors are mapped into memory.
+
+        Args:
+            path: the folder.
+            should_check: check the numbers of all vectors; False for those that are known to be as
+                they were when somebody checked them.
 
         Raises:
             FileNotFoundError: there is no index at `path`.
             ValueError: a file is damaged, or the files do not fit together.
         """
         path = Path(path)
-        for name in (_VECTORS, _IDS, _META):
+        for name in (VECTORS, _IDS, _META):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"no index at {path}: {_describe_lack(path, name)}")
         meta, ids = (_read_json(path / name) for name in (_META, _IDS))
@@ -108,7 +114,7 @@ class Index:
         if not isinstance(ids, list) or not all(isinstance(doc_id, str) for doc_id in ids):
             raise ValueError(f"{path / _IDS} is damaged: expected a list of ids")
         checked_meta = _parse_meta(path / _META, meta)
-        rows = SparseRows.load(path / _VECTORS)
+        rows = SparseRows.load(path / VECTORS, should_check=should_check)
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
         return cls(rows, ids, checked_meta)
@@ -129,15 +135,15 @@ def join_index(folder: Path, files: Sequence[Path], ids: list[str], meta: IndexM
         OSError, ValueError: see `join_files`.
     """
     folder.mkdir(exist_ok=True)
-    if not (folder / _VECTORS).exists():
-        join_files(files, folder / _VECTORS)
+    if not (folder / VECTORS).exists():
+        join_files(files, folder / VECTORS)
     with name_in_errors(folder):
         _write_description(folder, ids, meta)
 
 
 def find_joined_parts(folder: Path, files: Sequence[Path]) -> list[bool]:
     """Return whether an interrupted `join_index` has copied each file."""
-    return find_joined(files, folder / _VECTORS)
+    return find_joined(files, folder / VECTORS)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ __all__ = [
     "Qrels",
     "TextFile",
     "Texts",
+    "find_texts",
     "iterate_checked_texts",
     "read_qrels",
     "read_texts",
@@ -133,6 +134,27 @@ def iterate_checked_texts(path: str | os.PathLike[str]) -> Iterator[LocatedText]
                 yield LocatedText(name, place, text_id, text)
     if not seen:
         raise DataError(f"{path} must hold at least one text, got none")
+
+
+def find_texts(path: str | os.PathLike[str], ids: Collection[str]) -> dict[str, str]:
+    """Return the texts with some ids, reading until all are found.
+
+    Raises:
+        DataError, ImportError: see `read_texts`; or an id is missing.
+    """
+    missing = set(ids)
+    found: dict[str, str] = {}
+    for name in list_files(path) if missing else []:
+        with closing(TextFile(name)) as file:
+            for _, _, (text_id, text) in file.read():
+                if text_id in missing:
+                    missing.remove(text_id)
+                    found[text_id] = text
+                if not missing:
+                    return found
+    if missing:
+        raise DataError(f"{path} must hold all documents of the index, got no {min(missing)!r}")
+    return found
 
 
 class TextFile:

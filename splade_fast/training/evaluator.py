@@ -8,9 +8,15 @@ from typing import Any
 
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.evaluation import Run, search_judged, select_judged, select_qrels
+from splade_fast.search.evaluation import (
+    Run,
+    search_judged,
+    select_judged,
+    select_qrels,
+)
 from splade_fast.search.measures import Measures
 from splade_fast.search.retrieval_data import RetrievalData, read_retrieval_data
+from splade_fast.search.search_once import Search, search_once
 from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
 
 
@@ -169,8 +175,16 @@ class RetrievalEvaluator:
         )
         return queries, documents
 
-    def search(self, queries: SparseRows, documents: SparseRows) -> Run:
-        """Return the hits of each query, {query id: {document id: score}}, best first."""
+    def search(
+        self, queries: SparseRows, documents: SparseRows, *, search: Search = search_once
+    ) -> Run:
+        """Return the hits of each query, {query id: {document id: score}}, best first.
+
+        Args:
+            queries: (Q, V).
+            documents: (N, V).
+            search: see `search_judged`.
+        """
         return search_judged(
             self.queries.ids,
             queries,
@@ -178,6 +192,7 @@ class RetrievalEvaluator:
             documents,
             depth=self.measures.depth,
             ignore_identical_ids=self.ignore_identical_ids,
+            search=search,
         )
 
     def measure(self, queries: SparseRows, documents: SparseRows) -> dict[str, float]:

@@ -461,6 +461,7 @@ class SparseRows:
         device: torch.device | str = "cpu",
         *,
         mmap: bool = True,
+        should_check: bool = True,
     ) -> SparseRows:
         """Read a file that `save` wrote, and check its contents.
 
@@ -471,6 +472,8 @@ class SparseRows:
                 memory: the system reads and drops pages as needed. Writes to the tensors do not
                 reach the file. The file may be replaced by `save`, but must not be overwritten in
                 place. False: the rows are read into memory.
+            should_check: check the numbers of all rows. False: trust the file, which must be as
+                `save` wrote it.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -479,7 +482,8 @@ class SparseRows:
         tensors, num_cols = read_file(path)
         try:
             rows = cls(**tensors, num_cols=num_cols)
-            rows.check_contents()
+            if should_check:
+                rows.check_contents()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         on_device = rows.to(device)

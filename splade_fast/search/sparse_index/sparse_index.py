@@ -32,6 +32,10 @@ _FILE = FileKind(
     "a saved SparseIndex", "sparse_index", "splade_fast.SparseIndex", 1, frozenset(_TENSORS)
 )
 
+_MAX_COLS = 2**24  # as in csrc/cpu/index/build.cpp
+_ROWS_AT_ONCE = 2**14  # bounds the memory of a check
+_SECONDS_WITHOUT_BAR = 1.0
+
 
 class SparseIndex:
     """Index of N documents for exact searches on the CPU.
@@ -57,7 +61,7 @@ class SparseIndex:
         Args:
             rows: SparseRows of N documents on the CPU, with at most 2**24 columns. They may be
                 mapped from a file, are read several times, and are not needed afterwards.
-            show_progress: draw a progress bar.
+            show_progress: draw a progress bar, unless the build takes less than a second.
 
         Raises:
             TypeError, ValueError: `rows` are not SparseRows on the CPU.
@@ -78,7 +82,13 @@ class SparseIndex:
         _require_kernels()
         with (
             torch.no_grad(),
-            tqdm(total=len(rows), unit="document", disable=not show_progress) as progress,
+            tqdm(
+                total=len(rows),
+                unit="document",
+                desc="building the index",
+                delay=_SECONDS_WITHOUT_BAR,
+                disable=not show_progress,
+            ) as progress,
         ):
             order = order_by_similarity(rows, progress)
             tensors = torch.ops.splade_fast.index_build(
@@ -158,11 +168,17 @@ class SparseIndex:
         write_file(path, dict(zip(_TENSORS, self._tensors, strict=True)), self.num_cols, _FILE)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SparseIndex:
+    def load(cls, path: str | os.PathLike[str], *, should_check: bool = True) -> SparseIndex:
         """Read a file that `save` wrote, map it into memory, and check its contents.
 
         The file may be larger than memory. It may be replaced by `save`, but must not be
         overwritten in place.
+
+        Args:
+            path: path of the file.
+            should_check: check all numbers, which reads the whole file. False: trust the file,
+                which must be as `save` wrote it. A search in a damaged one may find the wrong
+                documents, but reads nothing outside it.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -173,7 +189,7 @@ class SparseIndex:
         tensors, num_cols = read_file(path, _FILE)
         index = cls([tensors[name] for name in _TENSORS])
         try:
-            torch.ops.splade_fast.index_check(index._tensors)
+            torch.ops.splade_fast.index_check(index._tensors, should_check)
         except RuntimeError as error:
             message = str(error).partition("\n")[0]
             raise ValueError(f"{path} is damaged: {message}") from error
@@ -227,6 +243,14 @@ class SparseIndex:
         mask = torch.zeros(len(self), dtype=torch.bool)
         mask[chosen.long()] = True
         return mask
+
+
+def can_index(rows: SparseRows) -> bool:
+    """Return whether `SparseIndex` takes rows, as documents or as queries."""
+    if rows.device.type != "cpu" or rows.num_cols > _MAX_COLS:
+        return False
+    parts = rows.values.detach().split(_ROWS_AT_ONCE)
+    return all(bool(((part >= 0) & part.isfinite()).all()) for part in parts)
 
 
 def _require_kernels() -> None:
