@@ -1,6 +1,7 @@
 """SparseIndex finds what sparse_search finds, to the bit."""
 
 import contextlib
+import os
 import random
 import re
 
@@ -13,8 +14,12 @@ from splade_fast.ops.sparse_rows.file import read_file, write_file
 from splade_fast.search.sparse_index.sparse_index import _FILE
 from tests.ops.inputs import DTYPES
 from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
+from tests.selection import ALL
 
 ISAS = ("portable", "avx2")  # have kernels of the index; other tests run with those of AVX-512
+SEEDS = {"few": range(100), "many": range(100, 700), "more": range(700, 1300)}
+if os.environ.get(ALL):
+    SEEDS |= {f"up to {end}": range(end - 1450, end) for end in range(2750, 10_001, 1450)}
 KINDS = ("plain", "equal", "huge", "tiny", "wide")
 
 
@@ -75,9 +80,7 @@ def filtered_search(queries, docs, k, min_score, allowed):
     return kept_scores, kept_ids
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(100), range(100, 700), range(700, 1300)], ids=["few", "many", "more"]
-)
+@pytest.mark.parametrize("seeds", SEEDS.values(), ids=SEEDS)
 def test_random_corpora(seeds):
     for seed in seeds:
         queries, docs, k = draw_case(seed)
@@ -147,6 +150,25 @@ def test_threads():
         torch.set_num_threads(before)
     assert_same(alone, sf.sparse_search(queries, docs, 7))
     assert_same(index.search(queries[5:6], 7), (alone[0][5:6], alone[1][5:6]))
+
+
+def test_a_query_alone_is_searched_by_several_threads():
+    """Each thread has a range of 64 groups at least; equal documents are in different ranges."""
+    dense = torch.rand(50_000, 30, generator=torch.Generator().manual_seed(0))
+    dense[25_000:] = dense[:25_000]
+    docs = sf.SparseRows.from_dense(dense.where(dense > 0.9, 0.0))
+    queries = sf.SparseRows.from_dense(dense[:3], k=5)
+    index, before = build(docs), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for k in (1, 10, 3000):
+            assert_same(index.search(queries[:1], k), sf.sparse_search(queries[:1], docs, k))
+        torch.set_num_threads(6)  # two for each query
+        found = index.search(queries, 10, min_score=1.5, allowed=range(0, 50_000, 3))
+    finally:
+        torch.set_num_threads(before)
+    expected = filtered_search(queries, docs, 10, 1.5, torch.arange(0, 50_000, 3))
+    assert_same(found, expected)
 
 
 def test_denormal_numbers_that_count_as_zero():

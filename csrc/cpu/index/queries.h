@@ -23,6 +23,10 @@ template <typename Acc>
 struct QueryTerms {
   std::vector<QueryTerm<Acc>> terms;
   std::vector<int64_t> start;  // (queries + 1,)
+
+  int64_t count() const { return static_cast<int64_t>(start.size()) - 1; }
+  const QueryTerm<Acc>* terms_of(int64_t query) const { return terms.data() + start[query]; }
+  int64_t count_of(int64_t query) const { return start[query + 1] - start[query]; }
 };
 
 // Weights of equal columns are added in their order.

@@ -23,6 +23,11 @@ class Ranking {
   Acc threshold() const { return threshold_; }
   SortKey<Acc> threshold_key() const { return to_key(threshold_); }
 
+  // Other documents that score at least as much have filled all places.
+  void raise_threshold(Acc score) {
+    if (to_key(score) > threshold_key()) threshold_ = score;
+  }
+
   void add(Acc score, int32_t id) {
     if (to_key(score) < threshold_key()) return;
     words_.push_back(RankedWord<Acc>::pack(to_key(score), id));
@@ -51,7 +56,7 @@ class Ranking {
     if (static_cast<int64_t>(words_.size()) <= k_) return;
     std::nth_element(words_.begin(), words_.begin() + (k_ - 1), words_.end(), std::greater<>());
     words_.resize(k_);
-    threshold_ = RankedWord<Acc>::score(words_.back());
+    raise_threshold(RankedWord<Acc>::score(words_.back()));
   }
 
   int64_t k_;

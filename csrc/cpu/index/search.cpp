@@ -1,9 +1,12 @@
 // Search in a pruned index. For each query, all blocks get an upper bound; groups are then scored, those with the
-// highest bound of a block first, until no bound reaches the score of the k-th best document.
+// highest bound of a block first, until no bound reaches the score of the k-th best document. Where there are fewer
+// queries than threads, each thread searches a range of the groups, and all share the highest score that k documents of
+// one range reach.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "cpu/index/bounds.h"
@@ -12,7 +15,8 @@
 namespace splade_fast::cpu {
 namespace {
 
-constexpr int kRounds = 64;  // ranges of bounds that are visited one after another
+constexpr int kRounds = 64;        // ranges of bounds that are visited one after another
+constexpr int64_t kMinRange = 64;  // groups of a range of its own; fewer take about the time of a thread's start
 
 struct Filter {
   double least;         // a document must score at least as much
@@ -20,20 +24,41 @@ struct Filter {
   bool admits(int64_t id) const { return !allowed || allowed[id]; }
 };
 
-// Scratch memory of one thread, and the search of one query after another. A function that returns false has read a
-// number out of range, from an index that index_build has not made.
+struct GroupRange {
+  int64_t first, count;
+};
+
+// Score that k documents reach, over all ranges of a query.
+template <typename Acc>
+class SharedThreshold {
+ public:
+  Acc score() const { return score_.load(std::memory_order_relaxed); }
+  void raise(Acc score) {
+    Acc known = this->score();
+    while (score > known && !score_.compare_exchange_weak(known, score, std::memory_order_relaxed)) {
+    }
+  }
+
+ private:
+  std::atomic<Acc> score_{0};
+};
+
+// Scratch memory of one thread, and the search of one query after another in a range of the groups. A function that
+// returns false has read a number out of range, from an index that index_build has not made.
 template <typename T, typename Acc>
 class Searcher {
  public:
-  Searcher(const PrunedIndex<T>& index, const Filter& filter, int64_t k)
+  Searcher(const PrunedIndex<T>& index, const GroupRange& range, const Filter& filter, int64_t k)
       : index_(index),
+        range_(range),
         filter_(filter),
         ranking_(k, smallest_at_least(filter.least)),
-        bounds_(index.groups() * kGroupBlocks),
-        group_bounds_(index.groups() + kMaxLanes),
-        found_groups_(index.groups() + kMaxLanes) {}
+        bounds_(range.count * kGroupBlocks),
+        group_bounds_(range.count + kMaxLanes),
+        found_groups_(range.count + kMaxLanes) {}
 
-  bool search(const QueryTerm<Acc>* terms, int64_t count) {
+  bool search(const QueryTerm<Acc>* terms, int64_t count, SharedThreshold<Acc>& shared) {
+    shared_ = &shared;
     ranking_.clear();
     known_.clear();
     for (int64_t t = 0; t < count; ++t) {
@@ -56,46 +81,62 @@ class Searcher {
   }
 
   bool read_terms(const Bounds<Acc>& bounds) {
-    const int64_t count = known_.size(), groups = index_.groups();
+    const int64_t count = known_.size(), groups = range_.count;
     entry_.assign(count * groups, -1);
     weight_.resize(count);
     postings_of_term_.resize(count + 1);
     std::fill(bounds_.begin(), bounds_.end(), 0.0f);
     for (int64_t t = 0; t < count; ++t) {
       weight_[t] = known_[t].weight;
-      const int64_t column = known_[t].column;
-      const TermEntries entries{index_.group, index_.maximum, index_.term_start[column], index_.term_start[column + 1]};
-      if (entries.begin < 0 || entries.end > index_.entries) return false;
+      const std::optional<TermEntries> entries = find_entries(known_[t].column);
+      if (!entries) return false;
       int32_t* const entry = entry_.data() + t * groups;
-      if (!index_kernels().add_bounds(entries, bounds.weight(t), groups, bounds_.data(), entry)) return false;
+      if (!index_kernels().add_bounds(*entries, bounds.weight(t), groups, bounds_.data(), entry)) return false;
     }
     return true;
   }
 
+  // The entries of a term in the range.
+  std::optional<TermEntries> find_entries(int64_t column) const {
+    TermEntries entries{index_.group, index_.maximum, index_.term_start[column], index_.term_start[column + 1],
+                        range_.first};
+    if (entries.begin < 0 || entries.begin > entries.end || entries.end > index_.entries) return std::nullopt;
+    if (range_.count < index_.groups()) {
+      const int32_t *const begin = index_.group + entries.begin, *const end = index_.group + entries.end;
+      entries.begin = std::lower_bound(begin, end, range_.first) - index_.group;
+      entries.end = std::lower_bound(begin, end, range_.first + range_.count) - index_.group;
+    }
+    return entries;
+  }
+
   // A group is scored as a whole if a document of it may be ranked, which costs no more than to score single blocks.
   bool visit_groups(const Bounds<Acc>& bounds) {
-    index_kernels().group_bounds(bounds_.data(), index_.groups(), group_bounds_.data());
+    index_kernels().group_bounds(bounds_.data(), range_.count, group_bounds_.data());
     const float largest = *std::max_element(group_bounds_.begin(), group_bounds_.end());
     float limit = std::numeric_limits<float>::infinity();
     for (int round = kRounds - 1; round >= 0 && bounds.score(limit) >= ranking_.threshold(); --round) {
       // Groups without a term of the query have bound 0, and are never visited.
       const float least = std::max(largest * round / kRounds, std::numeric_limits<float>::min());
       const int64_t count =
-          index_kernels().find_bounds(group_bounds_.data(), index_.groups(), least, limit, found_groups_.data());
+          index_kernels().find_bounds(group_bounds_.data(), range_.count, least, limit, found_groups_.data());
       for (int64_t i = 0; i < count; ++i) {
+        ranking_.raise_threshold(shared_->score());
         const bool may_rank = bounds.score(group_bounds_[found_groups_[i]]) >= ranking_.threshold();
-        if (may_rank && !rank_group(found_groups_[i])) return false;
+        if (!may_rank) continue;
+        if (!rank_group(found_groups_[i])) return false;
+        shared_->raise(ranking_.threshold());
       }
       limit = least;
     }
     return true;
   }
 
+  // group: its place in the range.
   bool rank_group(int64_t group) {
     const PostingsQuery<T, Acc> query{static_cast<int64_t>(known_.size()),
                                       weight_.data(),
                                       entry_.data(),
-                                      index_.groups(),
+                                      range_.count,
                                       index_.start,
                                       index_.document,
                                       index_.value,
@@ -105,7 +146,7 @@ class Searcher {
                                       found_};
     const int64_t count = score_group<T, Acc>()(query, group, ranking_.threshold_key());
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t place = group * kGroupDocuments + found_[i];
+      const int64_t place = (range_.first + group) * kGroupDocuments + found_[i];
       const int64_t id = place < index_.documents ? index_.id[place] : -1;
       if (id < 0 || id >= index_.documents) return false;
       if (filter_.admits(id)) ranking_.add(scores_[found_[i]], static_cast<int32_t>(id));
@@ -114,7 +155,9 @@ class Searcher {
   }
 
   const PrunedIndex<T>& index_;
+  const GroupRange range_;
   const Filter& filter_;
+  SharedThreshold<Acc>* shared_ = nullptr;
   Ranking<Acc> ranking_;
   std::vector<QueryTerm<Acc>> known_;  // terms of the query that the index has
   std::vector<Acc> weight_;
@@ -149,31 +192,85 @@ void fill_places(const Filter& filter, int64_t documents, int64_t ranked, int64_
   }
 }
 
-template <typename T, typename Acc, typename Result>
-void search_all(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, const Filter& filter, int64_t k,
-                Result* scores, int64_t* ids) {
-  const int64_t count = static_cast<int64_t>(queries.start.size()) - 1;
-  std::atomic<bool> is_damaged{false};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    Searcher<T, Acc> searcher(index, filter, k);
+// Results (queries, k) of a search.
+template <typename Acc, typename Result>
+struct Results {
+  using Word = typename Ranking<Acc>::Word;
+  const Filter& filter;
+  int64_t documents, k;
+  Result* scores;
+  int64_t* ids;
+
+  // words: the best documents of a query, best first.
+  void store(int64_t query, const std::vector<Word>& words) const {
     std::vector<Acc> ranked(k);
+    int64_t* const own_ids = ids + query * k;
+    for (size_t i = 0; i < words.size(); ++i) {
+      ranked[i] = RankedWord<Acc>::score(words[i]);
+      own_ids[i] = RankedWord<Acc>::id(words[i]);
+    }
+    fill_places(filter, documents, words.size(), k, ranked.data(), own_ids);
+    kernels<Result>().store(scores + query * k, ranked.data(), k);
+  }
+};
+
+// Search each query by one thread.
+template <typename T, typename Acc, typename Result>
+bool search_queries(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, const Results<Acc, Result>& results) {
+  std::atomic<bool> is_damaged{false};
+  torch::stable::parallel_for(0, queries.count(), 1, [&](int64_t begin, int64_t end) {
+    Searcher<T, Acc> searcher(index, {0, index.groups()}, results.filter, results.k);
     for (int64_t q = begin; q < end; ++q) {
-      const int64_t first = queries.start[q];
-      if (!searcher.search(queries.terms.data() + first, queries.start[q + 1] - first)) {
+      SharedThreshold<Acc> own;
+      if (!searcher.search(queries.terms_of(q), queries.count_of(q), own)) {
         is_damaged = true;
         return;
       }
-      const auto& words = searcher.ranked();
-      int64_t* const own_ids = ids + q * k;
-      for (size_t i = 0; i < words.size(); ++i) {
-        ranked[i] = RankedWord<Acc>::score(words[i]);
-        own_ids[i] = RankedWord<Acc>::id(words[i]);
-      }
-      fill_places(filter, index.documents, words.size(), k, ranked.data(), own_ids);
-      kernels<Result>().store(scores + q * k, ranked.data(), k);
+      results.store(q, searcher.ranked());
     }
   });
-  STD_TORCH_CHECK(!is_damaged, "index must be one that index_build returns, got places out of range");
+  return !is_damaged;
+}
+
+// Search each query in several ranges of the groups at once.
+template <typename T, typename Acc, typename Result>
+bool search_ranges(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, int64_t ranges,
+                   const Results<Acc, Result>& results) {
+  std::atomic<bool> is_damaged{false};
+  const int64_t count = queries.count(), groups = index.groups();
+  std::vector<SharedThreshold<Acc>> shared(count);
+  std::vector<std::vector<typename Ranking<Acc>::Word>> found(count * ranges);
+  torch::stable::parallel_for(0, count * ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t q = i / ranges, range = i % ranges;
+      const int64_t first = groups * range / ranges, last = groups * (range + 1) / ranges;
+      Searcher<T, Acc> searcher(index, {first, last - first}, results.filter, results.k);
+      if (!searcher.search(queries.terms_of(q), queries.count_of(q), shared[q])) {
+        is_damaged = true;
+        return;
+      }
+      found[i] = searcher.ranked();
+    }
+  });
+  if (is_damaged) return false;
+  for (int64_t q = 0; q < count; ++q) {
+    auto& best = found[q * ranges];
+    for (int64_t i = q * ranges + 1; i < (q + 1) * ranges; ++i)
+      best.insert(best.end(), found[i].begin(), found[i].end());
+    std::sort(best.begin(), best.end(), std::greater<>());
+    best.resize(std::min<size_t>(best.size(), results.k));
+    results.store(q, best);
+  }
+  return true;
+}
+
+template <typename T, typename Acc, typename Result>
+void search_all(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, const Results<Acc, Result>& results) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t ranges = queries.count() == 0 ? 1 : std::min(threads / queries.count(), index.groups() / kMinRange);
+  const bool is_sound =
+      ranges > 1 ? search_ranges(index, queries, ranges, results) : search_queries(index, queries, results);
+  STD_TORCH_CHECK(is_sound, "index must be one that index_build returns, got places out of range");
 }
 
 std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indices, const Tensor& query_values,
@@ -201,7 +298,9 @@ std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indic
       using Result = typename decltype(rounded)::type;
       const QueryTerms<Acc> queries = collect_terms<Acc>(query_indices, query_values, query_lengths, index.num_cols);
       if (taken == 0) return;
-      search_all<T, Acc>(index, queries, filter, taken, mutable_data<Result>(scores), mutable_data<int64_t>(ids));
+      const Results<Acc, Result> results{filter, index.documents, taken, mutable_data<Result>(scores),
+                                         mutable_data<int64_t>(ids)};
+      search_all(index, queries, results);
     };
     if (dtype == ScalarType::Double) {
       run(Type<double>{}, Type<double>{});

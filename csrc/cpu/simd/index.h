@@ -23,6 +23,7 @@ struct TermEntries {
   // (entries, kGroupBlocks), the largest value in each block, rounded up to a multiple of a step
   const uint8_t* maximum;
   int64_t begin, end;
+  int64_t first_group;  // groups are counted from here
 };
 
 // Postings [start, end) of a term of a query.
@@ -37,7 +38,7 @@ template <typename T, typename Acc>
 struct PostingsQuery {
   int64_t terms;
   const Acc* weight;     // (terms,), by ascending column
-  const int32_t* entry;  // (terms, groups) entry of a term in a group, -1 if it has none
+  const int32_t* entry;  // (terms, groups) entry of a term in a group of the range, -1 if it has none
   int64_t groups;
   const int64_t* start;     // (entries + 1,) first posting of an entry
   const uint8_t* document;  // (postings,) ascending places in the group, or bits

@@ -23,7 +23,7 @@ inline Vec<float> load_bytes(const uint8_t* source) {
 bool add_bounds(const TermEntries& entries, float weight, int64_t groups, float* bounds, int32_t* entry) {
   const Vec<float> weights = broadcast<Vec<float>>(weight);
   for (int64_t i = entries.begin; i < entries.end; ++i) {
-    const uint32_t group = static_cast<uint32_t>(entries.group[i]);
+    const uint64_t group = static_cast<uint64_t>(entries.group[i] - entries.first_group);
     if (group >= static_cast<uint64_t>(groups)) return false;
     entry[group] = static_cast<int32_t>(i);
     float* const target = bounds + group * kGroupBlocks;
