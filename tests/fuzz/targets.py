@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.fuzz.calls import CALLS
-from tests.fuzz.files import INDEX_FILES, load_index_or_refuse, load_or_refuse
+from tests.fuzz.files import (
+    INDEX_FILES,
+    load_index_or_refuse,
+    load_or_refuse,
+    load_search_file_or_refuse,
+)
 from tests.fuzz.inputs import DrawsOfBytes
 from tests.fuzz.refusals import call_with_arguments_that_do_not_fit
 from tests.fuzz.results import assert_same_as_plain_pytorch
@@ -23,6 +28,10 @@ def index_folder(content: bytes) -> None:
     load_index_or_refuse(dict(zip(INDEX_FILES, parts, strict=True)))
 
 
+def search_file(content: bytes) -> None:
+    load_search_file_or_refuse(content)
+
+
 def entry_points(content: bytes) -> None:
     draws = DrawsOfBytes(content)
     call_with_arguments_that_do_not_fit(draws.choice(list(CALLS)), draws)
@@ -34,5 +43,6 @@ def results(content: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (rows_file, index_folder, entry_points, results)
+    function.__name__: function
+    for function in (rows_file, index_folder, search_file, entry_points, results)
 }

@@ -8,17 +8,21 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from tests.fuzz.files import (
     build_file,
     load_index_or_refuse,
     load_or_refuse,
+    load_search_file_or_refuse,
     sound_file,
     sound_index,
+    sound_search_file,
 )
 
 SOUND = sound_file()
 SOUND_INDEX = sound_index()
+SOUND_SEARCH_FILE = sound_search_file()
 TENSORS = {
     "indices": torch.tensor([[0, 2]], dtype=torch.int32),
     "values": torch.tensor([[1.0, 2.0]]),
@@ -36,6 +40,7 @@ json_values = st.recursive(
 def test_sound_files_load():
     assert load_or_refuse(SOUND) is not None
     assert load_index_or_refuse(SOUND_INDEX) is not None
+    assert load_search_file_or_refuse(SOUND_SEARCH_FILE) is not None
 
 
 @given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=8))
@@ -80,3 +85,29 @@ def test_any_tensor(name, data):
 def test_any_part_of_an_index(content, name, well_formed):
     text = json.dumps(content) if well_formed else repr(content)
     load_index_or_refuse({**SOUND_INDEX, name: text.encode("utf-8", "surrogatepass")})
+
+
+@given(st.lists(st.tuples(st.integers(0, len(SOUND_SEARCH_FILE) - 1), st.integers(0, 255))))
+def test_changed_bytes_of_a_search_file(changes):
+    content = bytearray(SOUND_SEARCH_FILE)
+    for place, byte in changes:
+        content[place] = byte
+    load_search_file_or_refuse(bytes(content))
+
+
+@given(st.data())
+def test_changed_numbers_of_a_search_file(data):
+    tensors = load(SOUND_SEARCH_FILE)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    flat = tensors[name].view(-1)
+    place = data.draw(st.integers(0, len(flat) - 1))
+    entry = data.draw(st.sampled_from([-(2**31), -1, 0, 1, 2, 31, 32, 255, 2**31 - 1]))
+    flat[place] = torch.tensor(entry).to(flat.dtype)
+    header = {"format": "splade_fast.SparseIndex", "version": 1, "num_cols": 3}
+    load_search_file_or_refuse(save(tensors, metadata={"sparse_index": json.dumps(header)}))
+
+
+@given(st.integers(0, len(SOUND_SEARCH_FILE)), st.binary(max_size=20))
+def test_search_files_cut_short_or_longer(length, more):
+    content = SOUND_SEARCH_FILE[:length] + more
+    assert load_search_file_or_refuse(content) is None or content == SOUND_SEARCH_FILE
