@@ -1,0 +1,128 @@
+"""Searches of other libraries, each a function of one query that returns the ids of its hits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splade_fast import SparseRows
+
+Search = Callable[[SparseRows, int], list[int]]
+SeismicSearch = Callable[[int, float, SparseRows, int], list[int]]  # settings, query, k
+
+_BMP_BLOCK = 8
+# Candidates of Seismic's settings, quickest first: number of the heaviest terms of a query that
+# choose blocks, and heap factor, by which a block's estimate must reach the worst hit.
+SEISMIC_SETTINGS = (
+    (4, 0.7),
+    (6, 0.7),
+    (8, 0.7),
+    (8, 0.8),
+    (12, 0.8),
+    (12, 0.9),
+    (20, 0.9),
+    (20, 1.0),
+    (40, 1.0),
+    (100, 1.0),
+)
+
+
+def bmp_search(docs: SparseRows) -> Search:
+    """Return the search of `bmp`, block-max pruning, safe over its 8-bit impacts."""
+    from bmp import Indexer, Searcher
+
+    # The searcher reads the whole file, which may then be removed.
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "bmp")
+        indexer = Indexer(path, bsize=_BMP_BLOCK, compress_range=False)
+        largest = float(docs.values.max())
+        for number in range(len(docs)):
+            [row] = docs[number : number + 1].to_dicts()
+            impacts = {str(c): round(value / largest * 255) for c, value in row.items()}
+            indexer.add_document(str(number), {c: i for c, i in impacts.items() if i > 0})
+        indexer.finish()
+        searcher = Searcher(path)
+
+    def search(query: SparseRows, k: int) -> list[int]:
+        [terms] = query.to_dicts()
+        ids, _ = searcher.search(
+            {str(column): value for column, value in terms.items()}, k=k, alpha=1.0, beta=1.0
+        )
+        return [int(number) for number in ids]
+
+    return search
+
+
+def seismic_search(docs: SparseRows) -> SeismicSearch:
+    """Return the approximate search of `pyseismic-lsr`, which takes two settings more."""
+    import seismic
+
+    matrix = docs.to_scipy()
+    dataset = seismic.SeismicDataset(dim=docs.num_cols)
+    dataset.add_documents_by_id(
+        [str(number) for number in range(len(docs))],
+        matrix.indices.astype("int64"),
+        matrix.data,
+        matrix.indptr.astype("int64"),
+    )
+    index = seismic.SeismicIndex.build_from_dataset(dataset, num_threads=1)
+    text = seismic.get_seismic_string()
+
+    def search(query_cut: int, heap_factor: float, query: SparseRows, k: int) -> list[int]:
+        [terms] = query.to_dicts()
+        hits: list[Any] = index.search(
+            "query",
+            np.array([str(column) for column in terms], dtype=text),
+            np.array(list(terms.values()), dtype=np.float32),
+            k=k,
+            query_cut=query_cut,
+            heap_factor=heap_factor,
+        )
+        return [int(document) for _, _, document in hits]
+
+    return search
+
+
+def tuned_seismic_searches(
+    search: SeismicSearch,
+    recall: Callable[[Search], float],
+    targets: tuple[float, ...],
+) -> dict[str, Search]:
+    """Return Seismic with its quickest settings that reach each recall.
+
+    Args:
+        search: result of `seismic_search`.
+        recall: function of a search that returns its recall on a sample of the queries.
+        targets: recalls, lowest first.
+    """
+    found: dict[str, Search] = {}
+    reached = 0.0
+    settings = iter(SEISMIC_SETTINGS)
+    tuned = partial(search, *SEISMIC_SETTINGS[0])
+    for target in targets:
+        while reached < target and (setting := next(settings, None)) is not None:
+            tuned = partial(search, *setting)
+            reached = recall(tuned)
+        found[f"seismic {target}"] = tuned
+    return found
+
+
+def inverted_index_search(docs: SparseRows) -> Search:
+    """Return a plain search term at a time: scipy's product of sparse matrices in C++."""
+    postings = docs.to_scipy().tocsc().T.tocsr()
+
+    def search(query: SparseRows, k: int) -> list[int]:
+        scores = query.to_scipy() @ postings
+        count = min(k, scores.nnz)
+        if count == 0:
+            return []
+        best = np.argpartition(-scores.data, count - 1)[:count]
+        ids: list[int] = scores.indices[best].tolist()
+        return ids
+
+    return search
