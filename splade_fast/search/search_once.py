@@ -15,7 +15,7 @@ from splade_fast.search.sparse_index.sparse_index import SparseIndex, can_index
 Search = Callable[[SparseRows, SparseRows, int], tuple[Tensor, Tensor]]
 
 # `study search_index` measures both numbers, see docs/search.md.
-_MIN_QUERIES = 6000  # as many queries take the time of a build longer by a scan
+_MIN_QUERIES = 8000  # as many queries take the time of a build longer by a scan
 _MIN_DOCUMENTS = 100_000  # fewer are scanned nearly as fast as an index finds the best of them
 
 

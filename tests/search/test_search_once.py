@@ -12,7 +12,7 @@ ROWS = sf.SparseRows.from_dense(DENSE)
 
 
 def test_the_rule_weighs_a_build_against_a_scan():
-    assert pays_to_build(7000, 100_000)
+    assert pays_to_build(9000, 100_000)
     assert not pays_to_build(600, 10_000_000)
     assert not pays_to_build(1_000_000, 10_000)
 
