@@ -208,7 +208,7 @@ def test_rows_come_back_and_new_ones_replace_the_old(tmp_path: Path) -> None:
 def test_committed_results_have_the_one_schema(path: Path) -> None:
     rows = read_csv(path)
     assert len({row.key for row in rows}) == len(rows) > 0
-    assert path.stem.rpartition("-")[0] in [*cases.names(), *studies.names()]
+    assert path.stem.partition("-")[0] in [*cases.names(), *studies.names()]
     assert all(row.commit and row.date for row in rows)
 
 
