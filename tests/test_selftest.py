@@ -89,4 +89,4 @@ def test_without_a_gpu():
         pytest.skip("there is a GPU")
     result = CliRunner().invoke(app, ["selftest", "--device", "cuda"])
     assert result.exit_code == 2
-    assert "--device cuda must have a GPU" in result.output
+    assert "--device must be cpu where torch finds no GPU" in result.output
