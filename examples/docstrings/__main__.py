@@ -21,7 +21,7 @@ from examples.docstrings.corpus import docstring_pairs, spread
 from examples.docstrings.measure import Measurement, measure_in_subprocess
 from examples.docstrings.sizes import Sizes, choose_sizes, encoding_rate
 from examples.docstrings.tables import quality_table
-from examples.docstrings.task import Task, docstring_task, file_task
+from examples.docstrings.task import Task, docstring_task, file_task, held_out_evaluator
 from examples.docstrings.tradeoff import plot, trade_offs
 from examples.docstrings.training import FINE_TUNING, train
 from examples.docstrings.training import plot as plot_training
@@ -241,7 +241,8 @@ def _fine_tune(
 ) -> None:
     """Train on the docstrings of other modules, and print the quality beside `results`."""
     with _stage(f"Training on {len(task.training)} docstrings of other modules, {steps} steps"):
-        progress = train(encoder, task.training, steps, FINE_TUNING)
+        during = held_out_evaluator(task, _MAX_LENGTH)
+        progress = train(encoder, task.training, steps, FINE_TUNING, evaluator=during)
         plot_training(progress, plot_file)
     with _stage(f"Encoding {len(task.documents)} documents again"):
         after = evaluator(encoder, show_progress=True)

@@ -10,6 +10,7 @@ from examples.docstrings.corpus import PACKAGES, Pair, spread
 from examples.docstrings.training import split_pairs
 from splade_fast.search.evaluation import select_judged, select_qrels
 from splade_fast.search.texts import DataError, Qrels, Texts, read_qrels, read_texts
+from splade_fast.training.evaluator import RetrievalEvaluator
 
 DOCSTRING_QUESTIONS = (
     "how do I sort the elements of a tensor",
@@ -61,6 +62,30 @@ def docstring_task(pairs: Sequence[Pair], limit: int | None, num_queries: int) -
         qrels={i: {names[pair]: 1} for i, pair in zip(ids, asked, strict=True)},
         questions=list(DOCSTRING_QUESTIONS),
         training=split.training,
+    )
+
+
+def held_out_evaluator(task: Task, max_length: int) -> RetrievalEvaluator:
+    """Return an evaluator that ranks for each judged query the relevant documents of all queries.
+
+    It is quick enough to run during a training, as the whole corpus is not encoded.
+
+    Args:
+        task: a task with judgements.
+        max_length: number of tokens kept of each text.
+    """
+    assert task.queries is not None
+    assert task.qrels is not None
+    relevant = {document for judged in task.qrels.values() for document in judged}
+    kept = [place for place, document in enumerate(task.documents.ids) if document in relevant]
+    ids, texts = task.documents.ids, task.documents.texts
+    documents = Texts([ids[place] for place in kept], [texts[place] for place in kept])
+    return RetrievalEvaluator(
+        task.queries,
+        documents,
+        task.qrels,
+        max_query_length=max_length,
+        max_document_length=max_length,
     )
 
 

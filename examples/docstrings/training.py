@@ -7,13 +7,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from examples.docstrings.corpus import Pair
 from splade_fast.encoders.text_encoder import TextEncoder
 
+if TYPE_CHECKING:
+    from splade_fast.training import RetrievalEvaluator
+
 _GROUP_DEPTH = 2
 _LOGGED_STEPS = 10
+_EVALUATIONS = 6
 
 # These settings work for the demo's checkpoint and corpus; benchmarks/NOTES.md compares others.
 FINE_TUNING: dict[str, Any] = {
@@ -48,6 +52,7 @@ class Progress:
     query_active_dims: float
     document_active_dims: float
     staleness: float | None  # None without a cache
+    mrr: float | None = None  # MRR@10 of held-out queries, at some of the steps
 
 
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> Split:
@@ -79,6 +84,7 @@ def train(
     steps: int,
     settings: Mapping[str, Any],
     *,
+    evaluator: RetrievalEvaluator | None = None,
     callbacks: Sequence[Any] = (),
     seed: int = 0,
 ) -> list[Progress]:
@@ -90,6 +96,7 @@ def train(
         steps: number of optimiser steps; the weights of the regularisers rise during the first
             half.
         settings: further `SpladeTrainingArguments`.
+        evaluator: evaluator of held-out queries, which runs a few times during the training.
         callbacks: further callbacks for the trainer.
         seed: seeds the order of the pairs, dropout and the draws from the cache.
 
@@ -111,6 +118,11 @@ def train(
             pass
 
     examples = [{"query": pair.query, "document": pair.document} for pair in pairs]
+    logged = min(_LOGGED_STEPS, steps)
+    evaluation: dict[str, Any] = {}
+    if evaluator is not None:
+        evaluation["eval_strategy"] = "steps"
+        evaluation["eval_steps"] = max(1, steps // _EVALUATIONS // logged) * logged
     with tempfile.TemporaryDirectory() as folder:
         arguments = SpladeTrainingArguments(
             output_dir=folder,
@@ -119,8 +131,9 @@ def train(
             save_strategy="no",
             report_to="none",
             **{
-                "logging_steps": min(_LOGGED_STEPS, steps),
+                "logging_steps": logged,
                 "regularizer_steps": steps // 2,
+                **evaluation,
                 **settings,
             },
         )
@@ -128,6 +141,7 @@ def train(
             model=encoder,
             args=arguments,
             train_dataset=import_datasets().Dataset.from_list(examples),
+            evaluator=evaluator,
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
@@ -136,38 +150,45 @@ def train(
             trainer.add_callback(SilentProgressBar)
         trainer.train()
     encoder.eval()
-    return [_progress(entry) for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    mrr = {entry["step"]: entry["eval_MRR@10"] for entry in history if "eval_MRR@10" in entry}
+    return [_progress(entry, mrr.get(entry["step"])) for entry in history if "loss" in entry]
 
 
 def plot(progress: Sequence[Progress], path: Path) -> None:
-    """Plot loss, active dims and staleness over the steps; the suffix of path sets the format."""
+    """Plot MRR@10, loss, active dims and staleness; the suffix of path sets the format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    axes = figure.subplots(3, sharex=True)
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    axes = figure.subplots(4, sharex=True)
     steps = [point.step for point in progress]
-    axes[0].plot(steps, [point.loss for point in progress])
-    axes[0].set(ylabel="loss, nats")
-    axes[1].plot(steps, [point.document_active_dims for point in progress], label="documents")
-    axes[1].plot(steps, [point.query_active_dims for point in progress], label="queries")
-    axes[1].set(ylabel="active dims", yscale="log")
-    axes[1].legend()
+    measured = [point for point in progress if point.mrr is not None]
+    axes[0].plot([p.step for p in measured], [p.mrr for p in measured], marker="o")
+    axes[0].set(ylabel="MRR@10", title="Held-out queries among their documents: should rise")
+    axes[1].plot(steps, [point.loss for point in progress])
     with_cache = [point for point in progress if point.staleness is not None]
-    axes[2].plot([point.step for point in with_cache], [point.staleness for point in with_cache])
-    axes[2].set(ylabel="staleness of drawn negatives", xlabel="step")
+    effect = "rises while the cache fills, as the negatives become more" if with_cache else ""
+    axes[1].set(ylabel="loss, nats", title=effect and f"Cross entropy: {effect}")
+    axes[2].plot(steps, [point.document_active_dims for point in progress], label="documents")
+    axes[2].plot(steps, [point.query_active_dims for point in progress], label="queries")
+    axes[2].set(ylabel="active dims", yscale="log")
+    axes[2].legend()
+    axes[3].plot([point.step for point in with_cache], [point.staleness for point in with_cache])
+    axes[3].set(ylabel="staleness of negatives", xlabel="step")
     for axis in axes:
         axis.grid(visible=True, alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _progress(entry: Mapping[str, float]) -> Progress:
+def _progress(entry: Mapping[str, float], mrr: float | None) -> Progress:
     return Progress(
         step=int(entry["step"]),
         loss=entry.get("cache/interpretable_prediction_loss", entry["relevance_loss"]),
         query_active_dims=entry["query_active_dims"],
         document_active_dims=entry["document_active_dims"],
         staleness=entry.get("cache/staleness"),
+        mrr=mrr,
     )
 
 

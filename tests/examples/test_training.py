@@ -4,7 +4,7 @@ import pytest
 
 from examples.docstrings import scratch
 from examples.docstrings.corpus import Pair, docstring_pairs
-from examples.docstrings.task import Task, docstring_task
+from examples.docstrings.task import Task, docstring_task, held_out_evaluator
 from examples.docstrings.training import (
     FINE_TUNING,
     Progress,
@@ -128,6 +128,23 @@ def test_scratch_starts_from_random_weights(tmp_path, monkeypatch, capsys):
     assert "trained" in shown
     assert "BM25" in shown
     assert (tmp_path / "scratch.png").stat().st_size > 0
+
+
+def test_held_out_queries_are_ranked_during_the_training():
+    task = docstring_task(PAIRS, None, num_queries=10)
+    evaluator = held_out_evaluator(task, 32)
+    assert set(evaluator.corpus.ids) == {name for judged in task.qrels.values() for name in judged}
+    assert all(
+        evaluator.corpus.texts[evaluator.corpus.ids.index(name)]
+        == task.documents.texts[task.documents.ids.index(name)]
+        for name in evaluator.corpus.ids
+    )
+    model = make_encoder()
+    settings = FINE_TUNING | {"loss": "in_batch", "cache_size": 0, "disable_tqdm": True}
+    settings["per_device_train_batch_size"] = 4
+    progress = train(model, word_pairs(), 20, settings, evaluator=evaluator)
+    assert [point.step for point in progress if point.mrr is not None] == [10, 20]
+    assert progress[-1].mrr == evaluator(model)["MRR@10"]
 
 
 def test_the_demo_shows_what_training_changed(tmp_path, capsys):
