@@ -145,7 +145,7 @@ class TrainingModel(nn.Module):
             ValueError: the folder holds the files of another number of ranks.
         """
         if self.cache_state():
-            save_sharded(self.objective, folder, replicated=self._is_replicated())
+            save_sharded(self.objective, folder, replicated=self.is_cache_replicated)
 
     def load_cache(self, folder: str | os.PathLike[str]) -> None:
         """Read the files of `save_cache`, which any number of ranks may have written.
@@ -157,10 +157,11 @@ class TrainingModel(nn.Module):
             ValueError: the files belong to another objective.
         """
         if self.cache_state():
-            load_sharded(self.objective, folder, replicated=self._is_replicated())
+            load_sharded(self.objective, folder, replicated=self.is_cache_replicated)
 
-    def _is_replicated(self) -> bool:
-        """Return whether `cache_state` is the same on all ranks."""
+    @property
+    def is_cache_replicated(self) -> bool:
+        """Whether `cache_state` is the same on all ranks."""
         arguments = self.objective.arguments
         return self.objective.handler is None or arguments.cache_sharing == "replicas"
 

@@ -98,6 +98,15 @@ def test_another_number_of_processes_goes_on(folder, tmp_path):
         assert_same_training(output, folder / "one", steps=4)
 
 
+@pytest.mark.parametrize(
+    "options", [{"loss": "negative_cache+kl", "cache_sharing": "shards"}, {"cache_sharing": "own"}]
+)
+def test_all_caches_of_single_processes_need_them(folder, options, checkpoint, pairs, tmp_path):
+    trainer = make_trainer(checkpoint, load_training_data(pairs), tmp_path, **(CACHE | options))
+    with pytest.raises(CheckpointError, match="by as many processes as wrote it, 2, got 1"):
+        trainer.train(resume_from_checkpoint=folder / "FULL_STATE_DICT" / "whole" / "checkpoint-2")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_shards_need_their_processes(folder, kind, checkpoint, pairs, tmp_path):
     options = options_of(kind) | {"fsdp": None, "fsdp_config": None, "cache_sharing": "shards"}

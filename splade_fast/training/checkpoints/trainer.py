@@ -179,12 +179,10 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        arguments = self.args.objective_arguments()
-        has_own_caches = arguments.loss == "negative_cache" and arguments.cache_sharing == "shards"
         check_checkpoint(
             folder,
             self.args.world_size,
-            is_for_any_number=_has_whole_weights(folder) and not has_own_caches,
+            is_for_any_number=_has_whole_weights(folder) and self.model.is_cache_replicated,
         )
         if not _has_whole_weights(folder) and not is_sharded(self.model):
             raise CheckpointError(f"{folder} holds sharded weights and must be resumed with fsdp")
