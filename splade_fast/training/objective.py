@@ -38,6 +38,7 @@ _LABELS = {
 }
 _SEVERAL_DOCUMENTS = ("pairwise", "margin_mse", "kl")
 _AMONG_THE_BATCH = ("in_batch", "negative_cache")  # the second in evaluation mode
+_WITH_COPIES = ("pairwise", *_AMONG_THE_BATCH)  # of the positive among the negatives
 
 
 class Objective(nn.Module):
@@ -219,15 +220,17 @@ class Objective(nn.Module):
         query_inputs: Mapping[str, Tensor] | None,
     ) -> dict[str, Tensor]:
         """Return the value of each loss but that of a cache in training mode."""
-        ids = None if inputs is None else text_ids(inputs)
-        query_ids = None if query_inputs is None else text_ids(query_inputs)
+        names = [name for name in self._terms if not (name == "negative_cache" and self.training)]
+        ids = query_ids = None
+        if inputs is not None and any(name in _WITH_COPIES for name in names):
+            ids = text_ids(inputs)
+        if query_inputs is not None and any(name in _AMONG_THE_BATCH for name in names):
+            query_ids = text_ids(query_inputs)
         batch, temperature = len(queries), self.arguments.temperature
         losses: dict[str, Tensor] = {}
         if any(name in self._terms for name in (*_SEVERAL_DOCUMENTS, "pointwise")):
             scores = torch.einsum("bv,mbv->bm", queries, documents.view(count, batch, -1))
-        for name in self._terms:
-            if name == "negative_cache" and self.training:
-                continue
+        for name in names:
             if name in _AMONG_THE_BATCH:
                 self._warn_without_negatives(len(documents))
                 losses[name] = in_batch_loss(
