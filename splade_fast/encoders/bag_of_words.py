@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from splade_fast._atomic_files import whole_folder
 from splade_fast._checks import check_floating, check_mask, check_texts
 from splade_fast.encoders.pretrained import (
     find_file,
@@ -32,7 +31,7 @@ from splade_fast.encoders.settings import (
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.encoders.threads import tokenizer_lock
 from splade_fast.encoders.weights import read_weights
-from splade_fast.encoders.whole_weights import whole_weights
+from splade_fast.encoders.whole_weights import save_whole
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -196,10 +195,7 @@ class BagOfWordsQueryEncoder(TextEncoder):
         Args:
             path: the folder; existing files of the same names are replaced.
         """
-        with whole_weights(self) as has_weights:
-            if has_weights:
-                with whole_folder(path) as folder:
-                    self._write_files(folder)
+        save_whole(self, path, self._write_files)
 
     def _write_files(self, folder: Path) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)

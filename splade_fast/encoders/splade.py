@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from splade_fast._atomic_files import whole_folder
 from splade_fast.encoders.adapters import (
     check_saves_adapters,
     find_base_model,
@@ -48,7 +47,7 @@ from splade_fast.encoders.settings import EncoderSettings, read_settings, sparse
 from splade_fast.encoders.small_work import in_this_thread, multiplications_per_token
 from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
-from splade_fast.encoders.whole_weights import whole_weights
+from splade_fast.encoders.whole_weights import save_whole
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
 from splade_fast.ops.sparse_rows import SparseRows
@@ -275,10 +274,7 @@ class SpladeEncoder(TextEncoder):
         """
         check_saves_adapters(self.model)
         sparse_encoder_files(self.settings)  # raises before anything is written
-        with whole_weights(self) as has_weights:
-            if has_weights:
-                with whole_folder(path) as folder:
-                    self._write_files(folder)
+        save_whole(self, path, self._write_files)
 
     def _write_files(self, folder: Path) -> None:
         """Write model, tokenizer and settings."""

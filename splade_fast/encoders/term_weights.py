@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from splade_fast._atomic_files import whole_folder
 from splade_fast._checks import check_mask
 from splade_fast.encoders.hidden_states import find_position_limit, has_key_value_cache
 from splade_fast.encoders.pretrained import (
@@ -38,7 +37,7 @@ from splade_fast.encoders.settings import (
 )
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.encoders.weights import read_weights
-from splade_fast.encoders.whole_weights import whole_weights
+from splade_fast.encoders.whole_weights import save_whole
 from splade_fast.ops.sparse_rows import SparseRows
 
 _WEIGHTS_FILE = "term_weights.safetensors"
@@ -213,10 +212,7 @@ class TermWeightEncoder(TextEncoder):
         Args:
             path: the folder; existing files of the same names are replaced.
         """
-        with whole_weights(self) as has_weights:
-            if has_weights:
-                with whole_folder(path) as folder:
-                    self._write_files(folder)
+        save_whole(self, path, self._write_files)
 
     def _write_files(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

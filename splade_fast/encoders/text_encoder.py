@@ -19,7 +19,7 @@ from splade_fast.encoders.echo import tokenize_echoed
 from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.sharding import is_sharded, run_sharded
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
-from splade_fast.encoders.token_lists import token_lists
+from splade_fast.encoders.token_lists import token_lists, tokenizer_options
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -62,14 +62,7 @@ def token_tensors(
         found = token_lists(tokenizer, texts, max_length, add_special_tokens)
     else:
         with tokenizer_lock(tokenizer):
-            options = {
-                "truncation": True,
-                "max_length": max_length,
-                "padding": True,
-                # Models with absolute positions count them from the first column.
-                "padding_side": "right",
-                "add_special_tokens": add_special_tokens,
-            }
+            options = tokenizer_options(max_length, add_special_tokens)
             found = tokenize_echoed(tokenizer, texts, prompt, echo, options)
     # numpy reads lists three times as fast as torch.
     arrays = {name: np.array(lists) for name, lists in found.items()}

@@ -41,17 +41,19 @@ def token_lists(
                 if not is_set:
                     _set(tokenizer, max_length)
                 return _from_backend(tokenizer, texts, add_special_tokens)
-        return dict(
-            tokenizer(
-                texts,
-                truncation=True,
-                max_length=max_length,
-                padding=True,
-                # Models with absolute positions count them from the first column.
-                padding_side="right",
-                add_special_tokens=add_special_tokens,
-            )
-        )
+        return dict(tokenizer(texts, **tokenizer_options(max_length, add_special_tokens)))
+
+
+def tokenizer_options(max_length: int, add_special_tokens: bool) -> dict[str, Any]:
+    """Return the arguments with which a tokenizer cuts texts and pads them behind."""
+    return {
+        "truncation": True,
+        "max_length": max_length,
+        "padding": True,
+        # Models with absolute positions count them from the first column.
+        "padding_side": "right",
+        "add_special_tokens": add_special_tokens,
+    }
 
 
 @cache

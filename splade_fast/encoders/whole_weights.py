@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
 
+from splade_fast._atomic_files import whole_folder
 from splade_fast._distributed import is_shard
 from splade_fast.encoders.sharding import gather, reshard
 
@@ -50,6 +53,24 @@ def whole_weights(module: nn.Module) -> Iterator[bool]:
     finally:
         for part, name, shard in places:
             part._parameters[name] = shard
+
+
+def save_whole(
+    module: nn.Module, path: str | os.PathLike[str], write_files: Callable[[Path], None]
+) -> None:
+    """Write a folder with the whole weights of a module, complete or not at all.
+
+    All ranks must call it with a sharded module, and the first one writes.
+
+    Args:
+        module: see `whole_weights`.
+        path: the folder; existing files of the same names are replaced.
+        write_files: function that writes the files into a folder.
+    """
+    with whole_weights(module) as has_weights:
+        if has_weights:
+            with whole_folder(path) as folder:
+                write_files(folder)
 
 
 def _gather_parameter(shard: nn.Parameter, is_kept: bool) -> nn.Parameter | None:
