@@ -23,11 +23,12 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,21 +130,8 @@ def batch(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
     for threads in (1, 2):
         with _threads(threads):
             times = time_in_turns(contenders, rounds)
-        found += [
-            Measurement(
-                study="search_index",
-                part=f"batch of {len(queries)}, {threads} threads",
-                subject=corpus.subject,
-                contender=name,
-                axis="k",
-                size=k,
-                quantity=TIME,
-                value=statistics.median(milliseconds),
-                unit="ms",
-                rounds=len(milliseconds),
-            )
-            for name, milliseconds in times.items()
-        ]
+        part = f"batch of {len(queries)}, {threads} threads"
+        found += _medians(times, part=part, subject=corpus.subject, axis="k", size=k)
     return found
 
 
@@ -168,8 +156,8 @@ def build(corpus: Corpus, _: int, __: Rounds) -> list[Measurement]:
 def growth(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
     """Time each query alone in the first documents of the corpus, for five numbers of them."""
     found = []
-    for size in SIZES:
-        part = Corpus(corpus.name, corpus.queries, corpus.docs[: min(size, len(corpus.docs))])
+    for limit in SIZES:
+        part = Corpus(corpus.name, corpus.queries, corpus.docs[: min(limit, len(corpus.docs))])
         index = SparseIndex.build(part.docs, show_progress=False)
         searches: dict[str, Search] = {"ours": _ids_of(index)}
         searches.update(_bmp(part.docs))
@@ -179,22 +167,25 @@ def growth(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
             times = time_in_turns(
                 contenders, Rounds(max(rounds.rounds, len(part.queries)), rounds.seconds)
             )
-        found += [
-            Measurement(
-                study="search_index",
-                part="growth",
-                subject=f"{corpus.name}, k {k}",
-                contender=name,
-                axis="documents",
-                size=len(part.docs),
-                quantity=TIME,
-                value=statistics.median(milliseconds),
-                unit="ms",
-                rounds=len(milliseconds),
-            )
-            for name, milliseconds in times.items()
-        ]
+        subject, size = f"{corpus.name}, k {k}", len(part.docs)
+        found += _medians(times, part="growth", subject=subject, axis="documents", size=size)
     return found
+
+
+def _medians(times: Mapping[str, Sequence[float]], **place: Any) -> list[Measurement]:
+    """Return the median milliseconds of each contender, at a place of the study."""
+    return [
+        Measurement(
+            study="search_index",
+            contender=name,
+            quantity=TIME,
+            value=statistics.median(milliseconds),
+            unit="ms",
+            rounds=len(milliseconds),
+            **place,
+        )
+        for name, milliseconds in times.items()
+    ]
 
 
 def recall(corpus: Corpus, k: int, search: Search, count: int | None = None) -> float:
