@@ -10,18 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from splade_fast.cli.errors import clean_up_on_sigterm, exit_with_2_on_bad_input
-from splade_fast.cli.options import BatchSize, Exhaustive, KeptEntries, OtherModel, QueryModel
-from splade_fast.cli.queries import encode_queries
+from splade_fast.cli.options import (
+    BatchSize,
+    ChosenLength,
+    Exhaustive,
+    KeptEntries,
+    OtherModel,
+    QueryModel,
+)
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.score import sparse_search
 from splade_fast.search.encode_corpus import check_vocabularies
 from splade_fast.search.index import Index, IndexMeta, resolve_model
 from splade_fast.search.kept_index import KeptIndex
-from splade_fast.search.models import (
-    load_document_encoder,
-    load_own_query_encoder,
-    load_query_encoder_of_index,
-)
+from splade_fast.search.models import load_encoders, load_query_encoder_of_index
+from splade_fast.search.queries import encode_queries
 from splade_fast.search.search_once import Search, search_once
 from splade_fast.search.significance import (
     PerQuery,
@@ -51,10 +54,7 @@ def evaluate(
     query_model: QueryModel = None,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of tokens kept of each text; default: 256."),
-    ] = None,
+    max_length: ChosenLength = None,
     ignore_identical_ids: Annotated[
         bool,
         typer.Option(
@@ -167,7 +167,7 @@ def _search_files(
         judgements = select_qrels(judgements, judged.ids, texts.ids)
         documents, encoder = _load_encoders(options, "--corpus")
         searched = _build_index(documents, texts, options)
-    vectors = encode_queries(encoder, judged, searched.meta.max_length, options.batch_size)
+    vectors = encode_queries(encoder, judged.texts, searched.meta.max_length, options.batch_size)
     with clean_up_on_sigterm():
         run = search_judged(
             judged.ids,
@@ -217,9 +217,7 @@ def _load_encoders(options: _Options, source: str) -> tuple[TextEncoder, TextEnc
     """Return the encoders of documents and queries."""
     if options.model is None:
         raise DataError(f"give --model with {source}")
-    documents = load_document_encoder(options.model)
-    own = load_own_query_encoder(options.model, options.query_model)
-    queries = documents if own is None else own[1]
+    documents, queries = load_encoders(options.model, options.query_model)
     check_vocabularies(documents, queries)
     return documents, queries
 

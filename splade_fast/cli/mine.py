@@ -15,6 +15,7 @@ from splade_fast.cli.errors import (
 )
 from splade_fast.cli.options import (
     BatchSize,
+    ChosenLength,
     Device,
     KeptEntries,
     OtherModel,
@@ -26,11 +27,7 @@ from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.recipe.negatives import NegativeRules, Sampling
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.search.index import Index
-from splade_fast.search.models import (
-    load_document_encoder,
-    load_own_query_encoder,
-    load_query_encoder_of_index,
-)
+from splade_fast.search.models import load_encoders, load_query_encoder_of_index
 from splade_fast.search.texts import DataError
 
 _RULES = NegativeRules()
@@ -80,10 +77,7 @@ def mine(
     ids_only: Annotated[bool, typer.Option("--ids-only", help="Write ids without texts.")] = False,
     k: KeptEntries = None,
     batch_size: BatchSize = 32,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of tokens kept of each text; default: 256."),
-    ] = None,
+    max_length: ChosenLength = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Queries searched at a time.")] = 1024,
     device: Annotated[Device, typer.Option(help="Device of the model and the search.")] = "cpu",
     resume: Resume = False,
@@ -147,12 +141,9 @@ def _load_encoders(
 ) -> tuple[TextEncoder, TextEncoder]:
     """Return the encoders of documents and queries; with an index, that of queries twice."""
     if index is not None:
-        encoder = load_query_encoder_of_index(
-            Index.load(index), model=model, query_model=query_model
-        )
+        loaded = Index.load(index, should_check=False)  # mine_hard_negatives checks it
+        encoder = load_query_encoder_of_index(loaded, model=model, query_model=query_model)
         return encoder, encoder
     if model is None:
         raise DataError("give --model, or an --index that knows its own")
-    documents = load_document_encoder(model)
-    own = load_own_query_encoder(model, query_model)
-    return documents, documents if own is None else own[1]
+    return load_encoders(model, query_model)

@@ -17,6 +17,9 @@ QueryModel = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of texts per batch.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Number of tokens kept of each text.")]
+ChosenLength = Annotated[
+    int | None, typer.Option(min=1, help="Number of tokens kept of each text; default: 256.")
+]
 KeptEntries = Annotated[
     int | None, typer.Option("--k", min=1, help="Keep the k largest entries of a vector.")
 ]

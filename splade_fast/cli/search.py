@@ -10,13 +10,13 @@ import typer
 from splade_fast._checks import check_unicode
 from splade_fast.cli.errors import clean_up_on_sigterm, exit_with_2_on_bad_input
 from splade_fast.cli.options import BatchSize, Exhaustive, OtherModel, QueryModel
-from splade_fast.cli.queries import encode_queries
 from splade_fast.ops.score import sparse_search
 from splade_fast.search.hits import list_hits, warn_of_empty_vectors
 from splade_fast.search.index import Index
 from splade_fast.search.kept_index import KeptIndex
 from splade_fast.search.lines import parse_id
 from splade_fast.search.models import load_query_encoder_of_index
+from splade_fast.search.queries import encode_queries
 from splade_fast.search.texts import DataError, Texts, find_texts, read_texts
 
 _SHOWN_CHARACTERS = 100  # of the text of a hit
@@ -52,7 +52,7 @@ def search(
         kept = None if exhaustive else KeptIndex(index)
         loaded = Index.load(index) if kept is None else kept.index
         encoder = load_query_encoder_of_index(loaded, model=model, query_model=query_model)
-        vectors = encode_queries(encoder, texts, loaded.meta.max_length, batch_size)
+        vectors = encode_queries(encoder, texts.texts, loaded.meta.max_length, batch_size)
         warn_of_empty_vectors(vectors, loaded.rows)
         if kept is None:
             listed = list_hits(*sparse_search(vectors, loaded.rows, hits))

@@ -22,14 +22,15 @@ from splade_fast._library import is_cpu_library_loaded
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.score import sparse_scores, sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.recipe.checksum import count_and_checksum
 from splade_fast.recipe.negatives import Judged, MiningReport, NegativeRules, choose_negatives
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.recipe.tasks import MiningTask
+from splade_fast.search.checksum import count_and_checksum
 from splade_fast.search.encode_corpus import check_vocabularies, encode_corpus
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.hits import list_hits
 from splade_fast.search.index import Index
+from splade_fast.search.queries import encode_queries
 from splade_fast.search.sparse_index import SparseIndex
 from splade_fast.search.texts import DataError, Texts
 
@@ -143,7 +144,9 @@ def mine_hard_negatives(
                 chunk = judged[start : start + chunk_size]
                 notes = parts.read_notes(number)
                 if notes is None:
-                    vectors = _encode_queries(queries, chunk, batch_size, max_length)
+                    texts = [one.query for one in chunk]
+                    vectors = encode_queries(queries, texts, max_length, batch_size)
+                    _check_finite(vectors, chunk)
                     own, rows = miner.mine(chunk, vectors, has_texts)
                     notes = asdict(own)
                     parts.write(number, notes, rows)
@@ -270,25 +273,11 @@ def _is_positive(rows: SparseRows) -> bool:
     return not bool((rows.values < 0).any())
 
 
-def _encode_queries(
-    encoder: TextEncoder, chunk: Sequence[Judged], batch_size: int, max_length: int
-) -> SparseRows:
-    """Return the vectors of some queries.
-
-    Raises:
-        ValueError: a vector holds NaN or infinity.
-    """
-    vectors = encoder.encode(
-        [judged.query for judged in chunk],
-        batch_size=batch_size,
-        max_length=max_length,
-        show_progress=False,
-        prompt_name=encoder.settings.prompt_for("query"),
-    )
+def _check_finite(vectors: SparseRows, chunk: Sequence[Judged]) -> None:
+    """Raise ValueError if the vector of a query holds NaN or infinity."""
     bad_mask = ~vectors.values.isfinite().all(1)
     if bad_mask.any():
         query_id = chunk[int(bad_mask.nonzero()[0])].query_id
         raise ValueError(
             f"the encoder must give finite weights, got NaN or infinity for query {query_id!r}"
         )
-    return vectors

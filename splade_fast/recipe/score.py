@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from splade_fast._checks import check_count
-from splade_fast.recipe.checksum import count_and_checksum
 from splade_fast.recipe.lists import TextList, iterate_lists
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.recipe.teachers import Teacher
 from splade_fast.recipe.weights import check_weights
+from splade_fast.search.checksum import count_and_checksum
 from splade_fast.search.source_files import check_rereadable
 from splade_fast.search.texts import Texts
 

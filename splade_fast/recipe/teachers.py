@@ -16,7 +16,7 @@ from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.score import sparse_scores
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.models import load_document_encoder, load_own_query_encoder
+from splade_fast.search.models import load_encoders
 from splade_fast.search.texts import DataError
 
 BM25 = "bm25"
@@ -291,11 +291,10 @@ def load_teacher(
     if not colon or kind not in KINDS:
         kind, folder = _find_kind(name), name
     if kind == "splade":
-        encoder = load_document_encoder(folder).to(device)
-        own = load_own_query_encoder(folder)
+        encoder, query_encoder = load_encoders(folder)
         return EncoderTeacher(
-            encoder,
-            None if own is None else own[1].to(device),
+            encoder.to(device),
+            query_encoder.to(device),
             batch_size=batch_size,
             max_length=max_length,
             name=name,

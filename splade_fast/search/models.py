@@ -66,6 +66,22 @@ def load_own_query_encoder(
     return name, load_query_encoder(name)
 
 
+def load_encoders(
+    model: str | os.PathLike[str], query_model: str | os.PathLike[str] | None = None
+) -> tuple[TextEncoder, TextEncoder]:
+    """Load the encoders of a model's documents and of its queries, which may be the same.
+
+    Args:
+        model, query_model: see `load_own_query_encoder`.
+
+    Raises:
+        ImportError, OSError, ValueError: see `load_document_encoder` and `load_query_encoder`.
+    """
+    documents = load_document_encoder(model)
+    own = load_own_query_encoder(model, query_model)
+    return documents, documents if own is None else own[1]
+
+
 def load_query_encoder_of_index(
     index: Index,
     *,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.search.checksum import count_and_checksum
 from splade_fast.search.lines import DataError, Place
 from splade_fast.search.source_files import check_rereadable, list_files
 from splade_fast.search.texts import TextFile, iterate_checked_texts
@@ -59,7 +60,7 @@ def list_pieces(corpus: str | os.PathLike[str], size: int) -> tuple[list[Piece],
     ids: list[str] = []
     for name, texts in groupby(iterate_checked_texts(corpus), lambda text: text.file):
         while chunk := list(islice(texts, size)):
-            checksum = _checksum((text.id, text.text) for text in chunk)
+            _, checksum = count_and_checksum((text.id, text.text) for text in chunk)
             pieces.append(Piece(len(pieces), name, chunk[0].place, len(ids), len(chunk), checksum))
             ids += [text.id for text in chunk]
         pieces[-1] = replace(pieces[-1], is_last=True)
@@ -165,7 +166,7 @@ class PieceReader:
         # A text behind the last one has been added.
         found = islice(self._file.read(piece.place), piece.count + piece.is_last)
         pairs = [pair for _, _, pair in found]
-        if len(pairs) != piece.count or _checksum(pairs) != piece.checksum:
+        if count_and_checksum(pairs) != (piece.count, piece.checksum):
             raise DataError(
                 f"{piece.file} must stay as it is while it is encoded, got other texts behind "
                 f"text {piece.start} of the corpus"
@@ -175,10 +176,3 @@ class PieceReader:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _checksum(texts: Iterable[tuple[str, str]]) -> int:
-    checksum = 0
-    for text_id, text in texts:
-        checksum = zlib.crc32(f"{text_id}\t{text}\n".encode("utf-8", "surrogatepass"), checksum)
-    return checksum

@@ -1,18 +1,19 @@
-"""Encoding of queries for an index."""
+"""Vectors of queries."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.texts import Texts
 
 
 def encode_queries(
-    encoder: TextEncoder, queries: Texts, max_length: int, batch_size: int
+    encoder: TextEncoder, queries: Sequence[str], max_length: int, batch_size: int
 ) -> SparseRows:
     """Return the vectors (Q, V) of the queries, with the prompt that the encoder has for them."""
     return encoder.encode(
-        queries.texts,
+        queries,
         batch_size=batch_size,
         max_length=max_length,
         show_progress=False,
