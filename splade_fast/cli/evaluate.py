@@ -18,9 +18,8 @@ from splade_fast.cli.options import (
     OtherModel,
     QueryModel,
 )
-from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
 from splade_fast.ops.score import sparse_search
-from splade_fast.search.encode_corpus import check_vocabularies
 from splade_fast.search.index import Index, IndexMeta, resolve_model
 from splade_fast.search.kept_index import KeptIndex
 from splade_fast.search.models import load_encoders, load_query_encoder_of_index

@@ -283,6 +283,15 @@ class TextEncoder(nn.Module):
         return self.settings.prompts[name]
 
 
+def check_vocabularies(encoder: TextEncoder, query_encoder: TextEncoder) -> None:
+    """Raise ValueError if the encoders of documents and queries have other numbers of columns."""
+    if query_encoder.vocab_size != encoder.vocab_size:
+        raise ValueError(
+            f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
+            f"got {query_encoder.vocab_size}"
+        )
+
+
 def _without_gradients(encoder: TextEncoder) -> AbstractContextManager[None]:
     """Return the context of encoding.
 

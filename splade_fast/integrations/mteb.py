@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from splade_fast._checks import check_count
-from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
 from splade_fast.ops.score import sparse_scores
 from splade_fast.ops.sparse_rows import SparseRows
 
@@ -63,11 +63,7 @@ class MTEBEncoder:
             raise ValueError(f"name must be 'organization/model', got {name!r}")
         self.encoder = encoder
         self.query_encoder = encoder if query_encoder is None else query_encoder
-        if self.query_encoder.vocab_size != encoder.vocab_size:
-            raise ValueError(
-                f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
-                f"got {self.query_encoder.vocab_size}"
-            )
+        check_vocabularies(encoder, self.query_encoder)
         self.name = name
         self.max_length = check_count("max_length", max_length, 1)
         self.document_top_k = (

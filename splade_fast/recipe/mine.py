@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from splade_fast._checks import check_count
 from splade_fast._library import is_cpu_library_loaded
-from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
 from splade_fast.ops.score import sparse_scores, sparse_search
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.recipe.negatives import Judged, MiningReport, NegativeRules, choose_negatives
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.recipe.tasks import MiningTask
 from splade_fast.search.checksum import count_and_checksum
-from splade_fast.search.encode_corpus import check_vocabularies, encode_corpus
+from splade_fast.search.encode_corpus import encode_corpus
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.hits import list_hits
 from splade_fast.search.index import Index

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from splade_fast._checks import check_count
 from splade_fast._distributed import is_distributed
 from splade_fast.encoders.pretrained import refuse_index
-from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.fingerprint import Fingerprint
@@ -128,15 +128,6 @@ def encode_corpus(
         join_index(chunks.index, [chunks.file(piece.number) for piece in pieces], ids, meta)
         chunks.finish(Path(index).resolve())
     return len(ids)
-
-
-def check_vocabularies(encoder: TextEncoder, query_encoder: TextEncoder) -> None:
-    """Raise ValueError if the encoders of documents and queries have other numbers of columns."""
-    if query_encoder.vocab_size != encoder.vocab_size:
-        raise ValueError(
-            f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
-            f"got {query_encoder.vocab_size}"
-        )
 
 
 def _add_fingerprints(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from splade_fast.encoders.text_encoder import TextEncoder
+from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
 from splade_fast.negative_cache.checkpoint import load_sharded, save_sharded
 from splade_fast.ops.prune import prune_topk
 from splade_fast.training.gradient_cache import cached_encode
@@ -51,11 +51,7 @@ class TrainingModel(nn.Module):
         self.encoder = encoder
         # Registering the same module twice would put its weights into the state twice.
         self._own_query_encoder = None if query_encoder is encoder else query_encoder
-        if self.query_encoder.vocab_size != encoder.vocab_size:
-            raise ValueError(
-                f"query_encoder must have the vocab_size of encoder, {encoder.vocab_size}, "
-                f"got {self.query_encoder.vocab_size}"
-            )
+        check_vocabularies(encoder, self.query_encoder)
         self.objective = Objective(
             arguments,
             encoder.vocab_size,
