@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,10 @@ from splade_fast.cli.options import BatchSize, Device, MaxLength, Resume, select
 from splade_fast.recipe.lists import iterate_lists
 from splade_fast.recipe.part_files import PartFiles
 from splade_fast.recipe.score import Normalization, score_with_teachers
-from splade_fast.recipe.teachers import BM25, load_teacher
-from splade_fast.search.texts import Texts, read_texts
+from splade_fast.recipe.teachers import BM25, EncoderTeacher, Teacher, load_teacher
+from splade_fast.search.index import Index
+from splade_fast.search.models import is_index_of
+from splade_fast.search.texts import DataError, Texts, read_texts
 
 
 def score(
@@ -53,6 +56,12 @@ def score(
             help="Documents that bm25 counts the terms of, and texts, if SOURCE holds ids alone."
         ),
     ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="Index of --corpus by one of the SPLADE teachers, which then encodes no document."
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 256,
     chunk_size: Annotated[int, typer.Option(min=1, help="Lists scored at a time.")] = 1024,
@@ -75,6 +84,8 @@ def score(
             )
             for name in teacher
         ]
+        if index is not None:
+            _use_index(teachers, index, documents)
         with (
             clean_up_on_sigterm(),
             advise_to_resume(PartFiles(out), "scored", should_resume=resume),
@@ -93,6 +104,24 @@ def score(
             )
         for line in report.lines():
             typer.echo(line)
+
+
+def _use_index(teachers: Sequence[Teacher], index: Path, corpus: Texts | None) -> None:
+    """Give an index of the corpus to the teachers whose encoder made it.
+
+    Raises:
+        DataError: there is no corpus or no such teacher.
+        OSError, ValueError: see `EncoderTeacher.use_index`.
+    """
+    if corpus is None:
+        raise DataError("--index needs --corpus")
+    meta = Index.load(index).meta
+    own = [one for one in teachers if isinstance(one, EncoderTeacher)]
+    fitting = [one for one in own if is_index_of(one.encoder, meta)]
+    if not fitting:
+        raise DataError(f"--index must be of a SPLADE teacher, got that of {meta.model}")
+    for one in fitting:
+        one.use_index(index, corpus)
 
 
 def _list_documents(source: Path, corpus: Texts | None) -> list[str]:

@@ -16,8 +16,10 @@ from splade_fast.encoders.term_weights import has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.ops.score import sparse_scores
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.models import load_encoders
-from splade_fast.search.texts import DataError
+from splade_fast.search.index import Index
+from splade_fast.search.models import is_index_of, load_encoders
+from splade_fast.search.queries import encode_queries
+from splade_fast.search.texts import DataError, Texts
 
 BM25 = "bm25"
 KINDS = ("splade", "cross-encoder", "sparse-encoder", "sentence-transformer")
@@ -92,24 +94,59 @@ class EncoderTeacher:
         self.batch_size = check_count("batch_size", batch_size, 1)
         self.max_length = check_count("max_length", max_length, 1)
         self.name = name
+        self._stored: tuple[dict[str, int], SparseRows] | None = None
 
     def __call__(self, queries: Sequence[str], documents: Sequence[Sequence[str]]) -> list[Tensor]:
-        numbers = _number_texts(text for texts in documents for text in texts)
-        query_rows = self._encode(self.query_encoder, "query", list(queries))
-        rows = self._encode(self.encoder, "document", list(numbers))
+        query_rows = encode_queries(
+            self.query_encoder, list(queries), self.max_length, self.batch_size
+        )
+        numbers, rows = self._stored or self._encode(documents)
+        for texts in documents:
+            _check_known(numbers, texts, self.name)
         return [
             sparse_scores(query_rows[i : i + 1], rows[_select(numbers, texts)])[0]
             for i, texts in enumerate(documents)
         ]
 
-    def _encode(self, encoder: TextEncoder, role: str, texts: list[str]) -> SparseRows:
-        return encoder.encode(
-            texts,
+    def use_index(self, index: str | os.PathLike[str], corpus: Texts) -> None:
+        """Take the vectors of documents from an index, in place of encoding them.
+
+        All scored documents must then be in the corpus. The index's max_length holds for queries.
+
+        Args:
+            index: folder that `encode_corpus` has written with this encoder.
+            corpus: ids and texts of the documents of the index.
+
+        Raises:
+            FileNotFoundError: there is no index.
+            ValueError: the index is damaged, is of another encoder, or holds other documents than
+                the corpus.
+        """
+        stored = Index.load(index)
+        if not is_index_of(self.encoder, stored.meta):
+            raise DataError(f"index must be of the encoder of {self.name}, got that of another one")
+        texts = dict(zip(corpus.ids, corpus.texts, strict=True))
+        missing = next((doc_id for doc_id in stored.ids if doc_id not in texts), None)
+        if missing is not None or len(texts) != len(stored.ids):
+            got = f"{len(stored.ids)} of {len(texts)}" if missing is None else repr(missing)
+            raise DataError(f"index must hold the documents of the corpus, got {got}")
+        numbers = {texts[doc_id]: number for number, doc_id in enumerate(stored.ids)}
+        self._stored = numbers, stored.rows
+        self.max_length = stored.meta.max_length
+        if stored.meta.k is not None:
+            self.name += f" with {stored.meta.k} entries a document"
+
+    def _encode(self, documents: Sequence[Sequence[str]]) -> tuple[dict[str, int], SparseRows]:
+        """Return the numbers and the vectors of the distinct texts."""
+        numbers = _number_texts(text for texts in documents for text in texts)
+        rows = self.encoder.encode(
+            list(numbers),
             batch_size=self.batch_size,
             max_length=self.max_length,
             show_progress=False,
-            prompt_name=encoder.settings.prompt_for(role),
+            prompt_name=self.encoder.settings.prompt_for("document"),
         )
+        return numbers, rows
 
 
 class SentenceTransformerTeacher:
@@ -242,9 +279,7 @@ class BM25Teacher:
         return [self._score(words, texts) for words, texts in zip(tokens, documents, strict=True)]
 
     def _score(self, words: list[str], texts: Sequence[str]) -> Tensor:
-        unknown = next((text for text in texts if text not in self._numbers), None)
-        if unknown is not None:
-            raise DataError(f"the corpus of {self.name} must hold all documents, got {unknown!r}")
+        _check_known(self._numbers, texts, self.name)
         if not self._retriever.get_tokens_ids(words):
             return torch.zeros(len(texts))
         scores = torch.from_numpy(self._retriever.get_scores(words))
@@ -362,6 +397,12 @@ class _Vectors:
 def _number_texts(texts: Iterable[str]) -> dict[str, int]:
     """Return the distinct texts with their numbers, in the order of their first occurrence."""
     return {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+
+def _check_known(numbers: dict[str, int], texts: Sequence[str], name: str) -> None:
+    unknown = next((text for text in texts if text not in numbers), None)
+    if unknown is not None:
+        raise DataError(f"the corpus of {name} must hold all documents, got {unknown!r}")
 
 
 def _select(numbers: dict[str, int], texts: Sequence[str]) -> Tensor:

@@ -144,6 +144,18 @@ def load_query_encoder_of_index(
     return encoder
 
 
+def is_index_of(encoder: TextEncoder, meta: IndexMeta) -> bool:
+    """Return whether an encoder made the documents of an index, as far as the index tells.
+
+    Args:
+        encoder: encoder of documents.
+        meta: the settings of the index.
+    """
+    if meta.fingerprint is None:
+        return False
+    return not _compare(meta.fingerprint, encoder, "document", meta)
+
+
 def _find_differences(meta: IndexMeta, encoder: TextEncoder, name: str, is_own: bool) -> list[str]:
     """Return in what an encoder of queries differs from the encoders that an index was made with.
 

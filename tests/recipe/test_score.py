@@ -82,6 +82,77 @@ def test_an_encoder_scores_by_inner_products(checkpoint):
     assert_close(load_teacher(f"splade:{checkpoint}")(QUERIES, DOCUMENTS), expected)
 
 
+@pytest.fixture(scope="module")
+def stored(checkpoint, tmp_path_factory):
+    """The corpus of the lists, and the folder of an index by the checkpoint."""
+    folder = tmp_path_factory.mktemp("stored")
+    texts = list(dict.fromkeys(text for texts in DOCUMENTS for text in texts))
+    corpus = Texts([f"d{number}" for number in range(len(texts))], texts)
+    lines = "".join(f"{i}\t{text}\n" for i, text in zip(corpus.ids, corpus.texts, strict=True))
+    (folder / "corpus.tsv").write_text(lines)
+    encoder = sf.SpladeEncoder.from_pretrained(checkpoint)
+    for name, k in (("whole", None), ("pruned", 4)):
+        sf.encode_corpus(
+            *(encoder, folder / "corpus.tsv", folder / name),
+            **{"model": str(checkpoint), "k": k, "max_length": 5, "show_progress": False},
+        )
+    return corpus, folder
+
+
+def count_documents(encoder, monkeypatch):
+    """Return the list to which each later call of encode adds its number of texts."""
+    counts, encode = [], type(encoder).encode
+
+    def counting(self, texts, **options):
+        counts.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(type(encoder), "encode", counting)
+    return counts
+
+
+def test_an_index_spares_encoding_its_documents(checkpoint, stored, monkeypatch):
+    corpus, folder = stored
+    encoder = sf.SpladeEncoder.from_pretrained(checkpoint)
+    expected = EncoderTeacher(encoder, max_length=5)(QUERIES, DOCUMENTS)
+    teacher = EncoderTeacher(encoder)
+    teacher.use_index(folder / "whole", corpus)
+    counts = count_documents(encoder, monkeypatch)
+    assert_close(teacher(QUERIES, DOCUMENTS), expected)
+    assert counts == [len(QUERIES)]
+    with pytest.raises(DataError, match="corpus of encoder must hold all documents, got 'other'"):
+        teacher(["fox"], [["other"]])
+
+
+def test_a_pruned_index_gives_the_scores_of_its_vectors(checkpoint, stored):
+    corpus, folder = stored
+    teacher = load_teacher(checkpoint)
+    teacher.use_index(folder / "pruned", corpus)
+    queries = teacher.encoder.encode(QUERIES, max_length=5, show_progress=False).to_dense()
+    documents = teacher.encoder.encode(corpus.texts, k=4, max_length=5, show_progress=False)
+    rows = [[corpus.texts.index(text) for text in texts] for texts in DOCUMENTS]
+    expected = [
+        vector @ documents.to_dense()[row].T for vector, row in zip(queries, rows, strict=True)
+    ]
+    assert_close(teacher(QUERIES, DOCUMENTS), expected)
+    assert teacher.name == f"{checkpoint} with 4 entries a document"  # told apart by --resume
+
+
+def test_an_index_that_does_not_fit(checkpoint, stored):
+    corpus, folder = stored
+    teacher = load_teacher(checkpoint)
+    others = Texts(["other", *corpus.ids[1:]], corpus.texts)
+    with pytest.raises(DataError, match="the documents of the corpus, got 'd0'"):
+        teacher.use_index(folder / "whole", others)
+    more = Texts([*corpus.ids, "more"], [*corpus.texts, "more"])
+    with pytest.raises(DataError, match="the documents of the corpus, got 5 of 6"):
+        teacher.use_index(folder / "whole", more)
+    with torch.no_grad():
+        next(teacher.encoder.parameters()).add_(1)
+    with pytest.raises(DataError, match="index must be of the encoder of .*, got that of another"):
+        teacher.use_index(folder / "whole", corpus)
+
+
 def test_the_encoder_of_queries_in_a_folder_counts(checkpoint, tmp_path):
     sf.SpladeEncoder.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
     WeightedWords().save_pretrained(tmp_path / "model" / "query")
@@ -335,3 +406,30 @@ def test_the_command_scores_by_an_ensemble(tmp_path, checkpoint, cross_encoder):
     expected, _ = score(source, tmp_path / "e.jsonl", teachers, weights=[1, 2, 0.5], scale=30)
     assert [json.loads(line) for line in out.read_text().splitlines()] == expected
     assert result.stdout.startswith("lists\t3\ndocuments\t9\nlists whose first document")
+
+
+def test_the_command_takes_an_index(tmp_path, checkpoint, cross_encoder, stored):
+    _, folder = stored
+    source = tmp_path / "lists.jsonl"
+    lines = [{"query": query, "documents": documents} for query, documents in LISTS]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(name, *options):
+        out = tmp_path / name
+        arguments = ["--max-length", "5", *map(str, options)]
+        result = CliRunner().invoke(app, ["score", str(source), str(out), *arguments])
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    ensemble = ["--teacher", checkpoint, "--teacher", cross_encoder]
+    given = ["--index", folder / "whole", "--corpus", folder / "corpus.tsv"]
+    lines, expected = run("with.jsonl", *ensemble, *given), run("without.jsonl", *ensemble)
+    assert [line["documents"] for line in lines] == [line["documents"] for line in expected]
+    assert_close(*([line["scores"] for line in found] for found in (lines, expected)))
+    for options, message in (
+        ((*ensemble, "--index", folder / "whole"), "--index needs --corpus"),
+        (("--teacher", cross_encoder, *given), "--index must be of a SPLADE teacher, got that of"),
+    ):
+        result = CliRunner().invoke(app, ["score", str(source), "o.jsonl", *map(str, options)])
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
