@@ -1,6 +1,8 @@
 """Devices and a fixed seed for all tests."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Small graphs compile faster without a pool of compiler processes. torch reads this at import.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -39,3 +41,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def often_switching_threads() -> Iterator[None]:
+    """Let threads take turns after each microsecond, which finds what they share."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)

@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, current_thread
 
@@ -24,12 +23,7 @@ LENGTHS = [3, 5, 9, 14]
 TEXT = " ".join(WORDS)
 
 
-@pytest.fixture(autouse=True)
-def _switch_often():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+pytestmark = pytest.mark.usefixtures("often_switching_threads")
 
 
 def make_splade(tokenizer=None):

@@ -1,6 +1,5 @@
 """Accelerated models that share a tokenizer with other encoders, in threads."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,13 +11,7 @@ from splade_fast.integrations.sentence_transformers import accelerate
 from tests.integrations.sparse_encoders import TEXTS, splade
 from tests.tiny_models import WORDS, make_model, make_tokenizer, masked_lm_configs
 
-
-@pytest.fixture(autouse=True)
-def _switch_often():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+pytestmark = pytest.mark.usefixtures("often_switching_threads")
 
 
 def test_a_sparse_encoder_and_an_encoder_share_a_tokenizer(tmp_path):

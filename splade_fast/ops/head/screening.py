@@ -8,9 +8,10 @@ The algorithm changes the time of a call, never its result.
 from __future__ import annotations
 
 import math
-import threading
+import os
 import weakref
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class ScreeningState:
         self._skips_left = 0
         self._moments: Moments | None = None  # over the calls since the weight changed
         self._basis_version: object = None  # version of the weight for which a basis was computed
+        self.lock = Lock()  # held while the weight is prepared
 
     def should_try(self) -> bool:
         """Return whether algorithm="auto" should try the screened product in this call."""
@@ -101,7 +103,8 @@ class ScreeningState:
     ) -> PreparedWeight:
         """Return the prepared weight in its present version.
 
-        Outside of training, the weight is prepared along a basis after enough tokens.
+        Outside of training, the weight is prepared along a basis after enough tokens. Of several
+        threads one prepares it, and the others wait.
 
         Args:
             weight: (V, D), the weight to multiply with.
@@ -111,6 +114,18 @@ class ScreeningState:
             attention_mask: (B, L) bool or None.
             is_training: whether the weight is expected to change soon.
         """
+        with self.lock:
+            return self._find_or_prepare(weight, source, bias, hidden, attention_mask, is_training)
+
+    def _find_or_prepare(
+        self,
+        weight: Tensor,
+        source: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        is_training: bool,
+    ) -> PreparedWeight:
         version = _find_version(source)
         old = self.prepared
         if old is not None and old.version != version:
@@ -144,7 +159,19 @@ class ScreeningState:
 
 
 _states: dict[tuple[object, ...], ScreeningState] = {}
-_lock = threading.Lock()
+_lock = Lock()
+
+
+def _forget_other_threads() -> None:
+    """Make new locks in a forked process, in which the threads that hold locks do not run."""
+    global _lock
+    _lock = Lock()
+    for state in _states.values():
+        state.lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # where processes fork
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def find_screening_state(weight: Tensor, dtype: torch.dtype) -> ScreeningState:

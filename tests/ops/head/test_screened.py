@@ -2,6 +2,7 @@
 
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -668,6 +669,20 @@ def test_a_basis_begun_under_inference_mode_and_ended_without():
 
 
 @in_stages
+@pytest.mark.usefixtures("often_switching_threads")
+def test_threads_prepare_a_basis_together():
+    weight = torch.randn(600, 16)
+    batches = [torch.randn(1, 40, 16) for _ in range(64)]  # 32 D tokens after 13 batches
+    expected = [sf.splade_head(batch, weight, algorithm="dense") for batch in batches]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            copy = weight.clone()
+            results = threads.map(
+                lambda batch, copy=copy: sf.splade_head(batch, copy, algorithm="screened"), batches
+            )
+            assert all(map(torch.equal, results, expected))
+
+
 def test_a_basis_made_under_inference_mode_serves_a_backward():
     hidden, weight, bias = narrow(2400, 64, 300)
     with torch.inference_mode():
