@@ -83,8 +83,15 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
 
   // Pruned index of rows that are finite and at least 0, for searches on the CPU. index: its tensors, see
   // csrc/cpu/index/index.h. order: int32 (rows,), every row once, neighbours alike.
-  m.def("index_build(Tensor indices, Tensor values, Tensor lengths, int num_cols, Tensor order) -> Tensor[] index");
-  // Raise an error if an index that comes from a file is not one that index_build returns.
+  // First entry and first posting of each column, with those behind the last, and the steps of the maxima.
+  m.def(
+      "index_count(Tensor indices, Tensor values, Tensor lengths, int num_cols, Tensor order) "
+      "-> (Tensor term_start, Tensor posting_start, Tensor step)");
+  // Write all tensors of the index but term_start and step, which are those that index_count has returned.
+  m.def(
+      "index_fill(Tensor indices, Tensor values, Tensor lengths, int num_cols, Tensor order, Tensor posting_start, "
+      "Tensor(a!)[] index) -> ()");
+  // Raise an error if an index that comes from a file is not one that index_fill has written.
   m.def("index_check(Tensor[] index, bool should_check_numbers=True) -> ()");
   // Results are those of sparse_search among the documents that `allowed`, bool (rows,), and min_score leave. Places
   // that remain have id -1 and score -inf.

@@ -80,26 +80,81 @@ def partial_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary file to write to, and rename it to `path` at the end of the block.
+    """Yield a temporary file to write to, and give it the name `path` at the end of the block.
 
-    An error in the block leaves `path` unchanged.
+    An error in the block leaves `path` unchanged. Where the file system has files without names,
+    the temporary one has none, and a program that is killed leaves nothing behind. It must be
+    written in place: no other file can be renamed to it.
 
     Args:
         path: the file, in an existing folder.
     """
     path = Path(path)
-    # A random name, since another program may write the same file.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    handle = _open_unnamed_file(path.parent)
+    temporary = _named_file(path) if handle is None else _unnamed_file(path, handle)
+    with name_in_errors(path):
+        with temporary as file:
+            yield file
+        flush_folder(path.parent)
+
+
+def _open_unnamed_file(folder: Path) -> int | None:
+    """Open a new file without a name, or return None where a folder cannot hold one."""
+    try:
+        handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, _READ_WRITE)
+    except (AttributeError, OSError):  # another system than Linux, or another file system
+        return None
+    if _path_of(handle).exists():
+        return handle
+    os.close(handle)  # /proc is missing
+    return None
+
+
+def _path_of(handle: int) -> Path:
+    return Path(f"/proc/self/fd/{handle}")
+
+
+@contextmanager
+def _unnamed_file(path: Path, handle: int) -> Iterator[Path]:
+    """Yield the path of an open file without a name, and name it `path`."""
+    try:
+        yield _path_of(handle)
+        os.fsync(handle)
+        try:
+            _name_file(handle, path)
+        except FileExistsError:  # only a rename replaces a file
+            temporary = _partial_file(path)
+            _name_file(handle, temporary)
+            try:
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _name_file(handle: int, path: Path) -> None:
+    # Python follows the link to the open file only if a folder is given, which has no effect here.
+    os.link(_path_of(handle), path, src_dir_fd=handle, follow_symlinks=True)
+
+
+@contextmanager
+def _named_file(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path`, and rename it to `path`."""
+    temporary = _partial_file(path)
     temporary.touch(exist_ok=False)
     permissions = temporary.stat().st_mode & _READ_WRITE
     try:
-        with name_in_errors(path):
-            yield temporary
-            _finish_file(temporary, permissions)
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+        yield temporary
+        _finish_file(temporary, permissions)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _partial_file(path: Path) -> Path:
+    # A random name, since another program may write the same file.
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
 
 
 @contextmanager

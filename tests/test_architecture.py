@@ -10,10 +10,10 @@ import pytest
 import splade_fast
 
 PACKAGE = Path(splade_fast.__file__).parent
-SHARED = {"_checks", "_distributed", "_atomic_files", "_library", "_version"}
+SHARED = {"_checks", "_distributed", "_atomic_files", "_library", "_tensor_files", "_version"}
 # A module may import from its own layer and from those below.
 LAYERS = [
-    {"_version", "_checks", "_atomic_files", "_library", "reference"},
+    {"_version", "_checks", "_atomic_files", "_library", "_tensor_files", "reference"},
     {"ops", "_distributed"},
     {"losses", "modules", "regularizers", "selftest"},
     {"encoders", "export", "integrations", "negative_cache", "search"},

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from splade_fast._atomic_files import whole_file
 from splade_fast._distributed import Ranks, is_distributed
+from splade_fast._tensor_files import write_tensors
 from splade_fast.negative_cache.negative_cache import NegativeCache
 
 _NAME = "shard-{rank:05d}-of-{count:05d}.safetensors"
@@ -56,9 +56,8 @@ def save_sharded(
     others = sorted(p.name for p in folder.glob("shard-*") if not p.name.endswith(suffix))
     if others:
         raise ValueError(f"folder must hold no checkpoint of other ranks, got {others[0]}")
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in module.state_dict().items()}
     with whole_file(folder / name) as temporary:
-        save_file(tensors, temporary)
+        write_tensors(temporary, module.state_dict())
 
 
 def load_sharded(

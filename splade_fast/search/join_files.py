@@ -9,15 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splade_fast._atomic_files import name_in_errors, whole_file
+from splade_fast._tensor_files import DTYPES, bytes_of, write_header
 from splade_fast.ops.sparse_rows import SparseRows
 
 _ENTRIES_AT_A_TIME = 2**20
-_HEADER_ALIGNMENT = 8
 
 
 @dataclass
@@ -26,7 +25,7 @@ class _Contents:
 
     Args:
         metadata: metadata of safetensors.
-        dtypes: safetensors' name of each tensor's dtype, in the order of the tensors in the file.
+        dtypes: safetensors' name of each tensor's dtype.
         count: number of rows.
         width: number of slots of a row.
     """
@@ -44,7 +43,7 @@ class _Contents:
             if note.exists():
                 return cls(**json.loads(note.read_text(encoding="utf-8")))
             with safe_open(path, framework="pt") as file:
-                dtypes = {name: file.get_slice(name).get_dtype() for name in _tensor_names(path)}
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
                 count, width = file.get_slice("indices").get_shape()
                 return cls(file.metadata(), dtypes, count, width)
         except (SafetensorError, TypeError, ValueError) as error:
@@ -52,7 +51,7 @@ class _Contents:
 
     def row_bytes(self, name: str, width: int) -> int:
         """Return the bytes of a tensor's row that has `width` slots."""
-        return _item_size(self.dtypes[name]) * (1 if name == "lengths" else width)
+        return DTYPES[self.dtypes[name]].itemsize * (1 if name == "lengths" else width)
 
     def note(self, path: Path) -> None:
         """Write a file beside `path` that says what the file held."""
@@ -73,13 +72,6 @@ def find_joined(parts: Sequence[Path], target: Path) -> list[bool]:
     if target.exists():
         return [True] * len(parts)
     return [_unfinished(target).exists() and _note(part).exists() for part in parts]
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """Return tensor names in the header's order; offsets do not order tensors without bytes."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return [name for name in json.loads(file.read(size)) if name != "__metadata__"]
 
 
 def join_files(parts: Sequence[Path], target: Path) -> None:
@@ -139,36 +131,21 @@ def _copy(part: Path, file: BinaryIO, starts: Mapping[str, int], width: int) -> 
     for block in _blocks(SparseRows.load(part), width):
         for name, tensor in block.items():
             file.seek(offsets[name])
-            offsets[name] += file.write(_bytes(tensor))
+            offsets[name] += file.write(bytes_of(tensor.contiguous()))
     file.flush()
     os.fsync(file.fileno())
 
 
 def _write_header(file: BinaryIO, like: _Contents, count: int, width: int) -> dict[str, int]:
     """Write the header as safetensors does, and return the offset of each tensor's bytes."""
-    shapes = {"indices": [count, width], "values": [count, width], "lengths": [count]}
-    header: dict[str, object] = {"__metadata__": like.metadata}
-    starts: dict[str, int] = {}
-    end = 0
-    for name, dtype in like.dtypes.items():
-        starts[name] = end
-        end += count * like.row_bytes(name, width)
-        header[name] = {
-            "dtype": dtype,
-            "shape": shapes[name],
-            "data_offsets": [starts[name], end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little") + text)
-    data = file.tell()
-    file.truncate(data + end)
-    return {name: data + start for name, start in starts.items()}
-
-
-def _item_size(dtype: str) -> int:
-    """Return the bytes of a number from the name of its dtype, such as F32 or BF16."""
-    return int(dtype.lstrip("BFI")) // 8
+    shapes = {"indices": (count, width), "values": (count, width), "lengths": (count,)}
+    starts, size = write_header(
+        file,
+        {name: (DTYPES[dtype], shapes[name]) for name, dtype in like.dtypes.items()},
+        like.metadata,
+    )
+    file.truncate(size)
+    return starts
 
 
 def _blocks(rows: SparseRows, width: int) -> Iterator[dict[str, Tensor]]:
@@ -179,7 +156,3 @@ def _blocks(rows: SparseRows, width: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(rows), rows_at_once):
         block = SparseRows.cat([rows[start : start + rows_at_once], no_rows])
         yield {name: getattr(block, name) for name in ("indices", "values", "lengths")}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

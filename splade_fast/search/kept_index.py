@@ -92,14 +92,15 @@ class KeptIndex:
                 self._remove_leftovers()
                 # Opened before the build, which a folder that cannot be written need not wait for.
                 with whole_file(self._stamps_path) as temporary:
-                    built = SparseIndex.build(self.index.rows, show_progress=show_progress)
                     self._stamps_path.unlink(missing_ok=True)
-                    built.save(self._path)
+                    built = SparseIndex.build(
+                        self.index.rows, path=self._path, show_progress=show_progress
+                    )
                     stamps = self._take_stamps() if self._holds_loaded_vectors() else {}
                     temporary.write_text(json.dumps(stamps), encoding="utf-8")
         except OSError as error:
-            kept_how = "is scanned" if built is None else "has its search index in memory alone"
-            warn_of_data(f"{self._folder} {kept_how}, since it cannot be written: {error}")
+            effect = "is scanned" if built is None else "builds its search index each time"
+            warn_of_data(f"{self._folder} {effect}, since it cannot be written: {error}")
         return built
 
     @property

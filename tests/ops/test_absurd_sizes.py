@@ -30,8 +30,15 @@ def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def small_index() -> list[Tensor]:
-    index: list[Tensor] = OPS.index_build(*rows(2), 5, torch.arange(2, dtype=torch.int32))
-    return index
+    return [
+        torch.zeros(6, dtype=torch.int64),
+        torch.zeros(5, dtype=torch.float64),
+        none(0, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int64),
+        *(none(*shape, dtype=torch.uint8) for shape in ((0, 32), (0,))),
+        none(0),
+        torch.arange(2, dtype=torch.int32),
+    ]
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -118,11 +125,17 @@ REFUSED = {
     ),
     "sparse_search, too many documents": lambda: OPS.sparse_search(*rows(2), *rows(HUGE), 5, 9),
     "sparse_search, result too large": lambda: OPS.sparse_search(*rows(HUGE), *rows(3), 5, 3),
-    "index_build, too many documents": lambda: OPS.index_build(
+    "index_count, too many documents": lambda: OPS.index_count(
         *rows(HUGE), 5, integers(HUGE, dtype=torch.int32)
     ),
-    "index_build, too many columns": lambda: OPS.index_build(
+    "index_count, too many columns": lambda: OPS.index_count(
         *rows(2), 2**31 - 2, torch.arange(2, dtype=torch.int32)
+    ),
+    "index_fill, too many documents": lambda: OPS.index_fill(
+        *rows(HUGE), 5, integers(HUGE, dtype=torch.int32), integers(6), small_index()
+    ),
+    "index_fill, columns too large": lambda: OPS.index_fill(
+        *rows(2), 5, torch.arange(2, dtype=torch.int32), integers(HUGE), small_index()
     ),
     "index_check, columns too large": lambda: OPS.index_check([huge(HUGE), *small_index()[1:]]),
     "index_search, k -2^63": lambda: OPS.index_search(*rows(2), small_index(), -(2**63), 0.0, None),

@@ -602,7 +602,7 @@ def test_save_replaces_only_by_a_complete_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.save_file", fail)
+    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         rows[:1].save(path)
     assert SparseRows.load(path).equal(rows)

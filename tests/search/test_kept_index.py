@@ -14,6 +14,7 @@ from splade_fast.search import kept_index
 from splade_fast.search.index import Index, IndexMeta
 from splade_fast.search.kept_index import KeptIndex
 from splade_fast.search.lines import DataWarning
+from splade_fast.search.sparse_index import sparse_index
 from tests.new_process import fork_server
 
 FILES = {"vectors.safetensors", "ids.json", "meta.json"}
@@ -130,14 +131,18 @@ def test_a_folder_that_cannot_be_written_is_scanned(folder, builds, monkeypatch)
     assert builds == []
 
 
-def test_a_full_disk_keeps_the_index_in_memory(folder, builds, monkeypatch):
+def test_a_full_disk(folder, builds, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sf.SparseIndex, "save", fail)
-    with pytest.warns(DataWarning, match="has its search index in memory alone"):
+    monkeypatch.setattr("splade_fast._tensor_files.map_bytes", fail)
+    message = f"{re.escape(str(folder))} is scanned, since it cannot be written: .*No space left"
+    with pytest.warns(DataWarning, match=message):
         assert search(folder) == FILES
-    assert builds == [40]
+    monkeypatch.undo()
+    monkeypatch.setattr(KeptIndex, "_take_stamps", fail)
+    with pytest.warns(DataWarning, match="builds its search index each time, since it cannot be"):
+        assert search(folder) == FILES | {"search.safetensors"}
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
@@ -168,20 +173,21 @@ def test_one_of_several_builds(folder, builds):
     assert search(folder) == KEPT_FILES
 
 
-def _search_and_die(folder):
-    def die(self, path):
-        (path.parent / f".{path.name}.0123.partial").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    sf.SparseIndex.save = die
+def _search_and_die(folder, has_unnamed_files):
+    if not has_unnamed_files:
+        del os.O_TMPFILE
+    sparse_index._Build.fill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     search(folder)
 
 
-def test_a_killed_build_leaves_nothing_to_later_searches(folder, builds):
-    process = fork_server().Process(target=_search_and_die, args=(folder,))
+@pytest.mark.parametrize("has_unnamed_files", [True, False])
+def test_a_killed_build_leaves_nothing_to_later_searches(folder, builds, has_unnamed_files):
+    process = fork_server().Process(target=_search_and_die, args=(folder, has_unnamed_files))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    left = {path.name for path in folder.iterdir()} - FILES
+    assert len(left) == (0 if has_unnamed_files else 2), left
     assert search(folder) == KEPT_FILES
     assert builds == [40]
 

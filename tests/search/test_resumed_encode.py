@@ -124,7 +124,7 @@ def test_half_a_chunk_is_encoded_again(tmp_path, corpus, expected, damage):
 
 @pytest.mark.parametrize("calls", [0, 1, 3, 7, 11])
 def test_an_interrupted_join_goes_on(tmp_path, corpus, expected, monkeypatch, calls):
-    from splade_fast.search.join_files import _bytes
+    from splade_fast.search.join_files import bytes_of
 
     index, copied = tmp_path / "index", []
 
@@ -132,10 +132,10 @@ def test_an_interrupted_join_goes_on(tmp_path, corpus, expected, monkeypatch, ca
         copied.append(tensor)
         if len(copied) > calls:
             raise OSError("disk full")
-        return _bytes(tensor)
+        return bytes_of(tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("splade_fast.search.join_files._bytes", fail_after)
+        patch.setattr("splade_fast.search.join_files.bytes_of", fail_after)
         with pytest.raises(OSError, match="disk full"):
             encode(LengthEncoder(), corpus, index)
     assert not index.exists()

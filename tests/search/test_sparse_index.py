@@ -1,9 +1,13 @@
 """SparseIndex finds what sparse_search finds, to the bit."""
 
 import contextlib
+import functools
 import os
 import random
 import re
+import resource
+import signal
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import splade_fast as sf
 from splade_fast.ops.sparse_rows.file import read_file, write_file
+from splade_fast.search.sparse_index import order, sparse_index
 from splade_fast.search.sparse_index.sparse_index import _FILE
+from tests.new_process import call_in_new_process, fork_server
 from tests.ops.inputs import DTYPES
 from tests.ops.instruction_sets import assert_pass_with, instruction_sets_here
 from tests.selection import ALL
@@ -272,11 +278,135 @@ def test_failed_save_leaves_the_old_file(tmp_path, docs, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.save_file", fail)
+    monkeypatch.setattr("splade_fast.ops.sparse_rows.file.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         build(docs[:1]).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def draw_alike(count, dtype):
+    """Return rows of which many are alike."""
+    generator = torch.Generator().manual_seed(count)
+    topics = torch.rand(40, 60, generator=generator).pow(8)
+    dense = topics[torch.randint(40, (count,), generator=generator)]
+    dense = dense * (torch.rand(dense.shape, generator=generator) < 0.3)
+    return sf.SparseRows.from_dense(dense.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 300, 2000])
+def test_a_build_in_a_file(tmp_path, monkeypatch, count, dtype):
+    """It gives the same bytes as one in memory, also where the documents are ordered by parts."""
+    monkeypatch.setattr(order, "_PART_ROWS", 512)
+    docs = draw_alike(count, dtype)
+    docs.save(tmp_path / "rows")
+    build(docs).save(tmp_path / "expected")
+    path = tmp_path / "docs.index"
+    for _ in range(2):  # a new file, and over an existing one
+        mapped = sf.SparseRows.load(tmp_path / "rows")
+        index = sf.SparseIndex.build(mapped, path=path, show_progress=False)
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert_same(index.search(docs[:3], 9), sf.sparse_search(docs[:3], docs, 9))
+    assert_same(sf.SparseIndex.load(path).search(docs[:3], 9), index.search(docs[:3], 9))
+    assert {file.name for file in tmp_path.iterdir()} == {"rows", "expected", "docs.index"}
+
+
+@pytest.mark.parametrize("value", [0.0, torch.finfo(torch.float32).tiny, 3e38])
+def test_parts_of_documents_that_are_all_equal(monkeypatch, value):
+    monkeypatch.setattr(order, "_PART_ROWS", 256)
+    docs = sf.SparseRows.from_dicts([{0: value, 2: value}] * 600, num_cols=3)
+    queries = torch.tensor([[1.0, 0.0, 1.0]])
+    assert_same(build(docs).search(queries, 20), sf.sparse_search(queries, docs, 20))
+
+
+def _build_with_little_memory(rows_path, path, more_bytes):
+    order._PART_ROWS, order._ENTRIES_AT_ONCE, order._SAMPLED_ROWS = 2**11, 2**14, 2**9
+    rows = sf.SparseRows.load(rows_path)
+    sf.SparseIndex.build(rows[:4096], show_progress=False)  # torch keeps memory of its own
+    with open("/proc/self/status") as status:
+        [kilobytes] = [int(line.split()[1]) for line in status if line.startswith("VmData:")]
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    load = sf.SparseIndex.load
+
+    def load_without_limit(*arguments, **options):
+        # The limit would count the finished file, which is mapped such that a write copies a page.
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        return load(*arguments, **options)
+
+    sf.SparseIndex.load = load_without_limit
+    resource.setrlimit(resource.RLIMIT_DATA, (kilobytes * 1024 + more_bytes, before[1]))
+    try:
+        return len(sf.SparseIndex.build(rows, path=path, show_progress=False))
+    except (MemoryError, RuntimeError) as error:
+        return f"{error}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no limit of data alone")
+def test_a_build_in_a_file_needs_little_memory(tmp_path):
+    """Rows, index and points of the documents have 14 times the memory that is allowed."""
+    docs = draw_alike(60_000, torch.float32)
+    docs.save(tmp_path / "rows")
+    path, more_bytes = tmp_path / "docs.index", 2**21
+    assert (tmp_path / "rows").stat().st_size > 7 * more_bytes
+    build_in = functools.partial(
+        call_in_new_process, _build_with_little_memory, tmp_path / "rows", environment={}
+    )
+    assert build_in(path, more_bytes) == len(docs)
+    assert "memory" in build_in(None, more_bytes)
+    assert_same(sf.SparseIndex.load(path).search(docs[:3], 9), sf.sparse_search(docs[:3], docs, 9))
+
+
+def _build_and_die(rows, path):
+    sparse_index._Build.fill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    sf.SparseIndex.build(rows, path=path, show_progress=False)
+
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path):
+    docs = draw_alike(600, torch.float32)
+    process = fork_server().Process(target=_build_and_die, args=(docs, tmp_path / "docs.index"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_build_leaves_the_old_file(tmp_path, docs, monkeypatch):
+    path = tmp_path / "docs.index"
+    build(docs).save(path)
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sparse_index._Build, "fill", fail)
+    with pytest.raises(OSError, match="disk full"):
+        sf.SparseIndex.build(docs[:1], path=path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_build_never_writes_outside_the_index():
+    """The op checks every place that it writes, because the rows of a file may change."""
+    generator = torch.Generator().manual_seed(0)
+    docs = draw_rows(generator, 600, 6, torch.float32, "plain")
+    work = sparse_index._Build(docs, torch.arange(600, dtype=torch.int32))
+    *whole, cols, places = work._rows
+    whole += [places, work._posting_start]
+    for changed in range(len(whole)):
+        for seed in range(20):
+            given = [tensor.clone() for tensor in whole]
+            flat = given[changed].view(-1).view(torch.uint8)
+            chosen = torch.randint(len(flat), (8,), generator=generator.manual_seed(seed))
+            flat[chosen] = torch.randint(256, (8,), generator=generator, dtype=torch.uint8)
+            work._rows, work._posting_start = (*given[:3], cols, given[3]), given[4]
+            shapes = work.shapes.items()
+            tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes}
+            with contextlib.suppress(RuntimeError):
+                work.fill(tensors)
+    given[0][:, 0] = 7
+    with pytest.raises(RuntimeError, match="index must have the shapes .* for the same rows"):
+        work.fill(tensors)
 
 
 def cut(path, docs):

@@ -44,7 +44,7 @@ class SharedThreshold {
 };
 
 // Scratch memory of one thread, and the search of one query after another in a range of the groups. A function that
-// returns false has read a number out of range, from an index that index_build has not made.
+// returns false has read a number out of range, from an index that index_fill has not written.
 template <typename T, typename Acc>
 class Searcher {
  public:
@@ -270,7 +270,7 @@ void search_all(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, con
   const int64_t ranges = queries.count() == 0 ? 1 : std::min(threads / queries.count(), index.groups() / kMinRange);
   const bool is_sound =
       ranges > 1 ? search_ranges(index, queries, ranges, results) : search_queries(index, queries, results);
-  STD_TORCH_CHECK(is_sound, "index must be one that index_build returns, got places out of range");
+  STD_TORCH_CHECK(is_sound, "index must be one that index_fill has written, got places out of range");
 }
 
 std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indices, const Tensor& query_values,

@@ -2,14 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from splade_fast._atomic_files import whole_file
+from splade_fast._tensor_files import Shape, map_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,31 @@ def write_file(
     Raises:
         OSError: the file system failed, for example because it is full.
     """
-    header = {"format": kind.format, "version": kind.version, "num_cols": num_cols}
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        try:
-            save_file(stored, temporary, metadata={kind.header: json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        write_tensors(temporary, tensors, _metadata(num_cols, kind))
+
+
+@contextmanager
+def mapped_file(
+    path: str | os.PathLike[str], shapes: Mapping[str, Shape], num_cols: int, kind: FileKind
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of a new file, mapped and all 0, which appears at the end of the block.
+
+    It has the bytes that `write_file` writes for what the tensors then hold.
+
+    Args:
+        shapes: dtype and shape of each tensor.
+
+    Raises:
+        OSError: the file system failed, for example because it is full.
+    """
+    with whole_file(path) as temporary:
+        yield map_tensors(temporary, shapes, _metadata(num_cols, kind))
+
+
+def _metadata(num_cols: int, kind: FileKind) -> dict[str, str]:
+    header = {"format": kind.format, "version": kind.version, "num_cols": num_cols}
+    return {kind.header: json.dumps(header)}
 
 
 def read_file(path: str | os.PathLike[str], kind: FileKind = ROWS) -> tuple[dict[str, Tensor], int]:

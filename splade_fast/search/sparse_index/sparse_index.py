@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from tqdm.auto import tqdm
 
 from splade_fast import _library
 from splade_fast._checks import check_count
+from splade_fast._tensor_files import Shape
 from splade_fast.ops.score import check_same_space
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.ops.sparse_rows.file import FileKind, read_file, write_file
+from splade_fast.ops.sparse_rows.file import FileKind, mapped_file, read_file, write_file
 from splade_fast.search.sparse_index.order import order_by_similarity
 
 # Tensors in the order in which the ops take and return them, see csrc/cpu/index/index.h.
@@ -33,6 +35,7 @@ _FILE = FileKind(
 )
 
 _MAX_COLS = 2**24  # as in csrc/cpu/index/build.cpp
+_GROUP_BLOCKS = 32  # as in csrc/cpu/simd/index.h
 _ROWS_AT_ONCE = 2**14  # bounds the memory of a check
 _SECONDS_WITHOUT_BAR = 1.0
 
@@ -55,16 +58,29 @@ class SparseIndex:
         self._tensors = list(tensors)
 
     @classmethod
-    def build(cls, rows: SparseRows, *, show_progress: bool = True) -> SparseIndex:
-        """Build an index, which is held in memory.
+    def build(
+        cls,
+        rows: SparseRows,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        show_progress: bool = True,
+    ) -> SparseIndex:
+        """Build an index in memory, or in a file if it may be larger than memory.
+
+        Rows and index may both be mapped from files. A build then needs about 40 bytes of memory
+        for a document, 128 bytes for a column and 200 MB. The index has the same bytes either way.
 
         Args:
-            rows: SparseRows of N documents on the CPU, with at most 2**24 columns. They may be
-                mapped from a file, are read several times, and are not needed afterwards.
+            rows: SparseRows of N documents on the CPU, with at most 2**24 columns. They are read
+                several times, and are not needed afterwards.
+            path: file to write, which is then mapped into memory. It replaces an existing one when
+                it is complete. The folder also holds 128 bytes for a document until then. None: the
+                index is held in memory, with 128 bytes for a document while it is built.
             show_progress: draw a progress bar, unless the build takes less than a second.
 
         Raises:
             TypeError, ValueError: `rows` are not SparseRows on the CPU.
+            OSError: the file system failed, for example because it is full.
             RuntimeError: a value is negative, infinite or NaN, a row has a wrong length or columns
                 that do not ascend, there are too many columns, or splade_fast has no compiled
                 kernels.
@@ -90,11 +106,19 @@ class SparseIndex:
                 disable=not show_progress,
             ) as progress,
         ):
-            order = order_by_similarity(rows, progress)
-            tensors = torch.ops.splade_fast.index_build(
-                rows.indices, rows.values.detach(), rows.lengths, rows.num_cols, order
-            )
-        return cls(tensors)
+            scratch = None if path is None else Path(path).parent
+            order = order_by_similarity(rows, scratch=scratch, progress=progress)
+            work = _Build(rows, order)
+            if path is None:
+                tensors = {
+                    name: torch.empty(shape, dtype=dtype)
+                    for name, (dtype, shape) in work.shapes.items()
+                }
+                work.fill(tensors)
+                return cls([tensors[name] for name in _TENSORS])
+            with mapped_file(path, work.shapes, rows.num_cols, _FILE) as tensors:
+                work.fill(tensors)
+            return cls.load(path, should_check=False)
 
     @torch.no_grad()
     def search(
@@ -243,6 +267,40 @@ class SparseIndex:
         mask = torch.zeros(len(self), dtype=torch.bool)
         mask[chosen.long()] = True
         return mask
+
+
+class _Build:
+    """Build of an index, whose shapes are known before its tensors are made.
+
+    Args:
+        rows: documents.
+        order: order of the documents in the index, (N,) int32.
+    """
+
+    def __init__(self, rows: SparseRows, order: Tensor) -> None:
+        values = rows.values.detach()
+        self._rows = (rows.indices, values, rows.lengths, rows.num_cols, order)
+        term_start, self._posting_start, step = torch.ops.splade_fast.index_count(*self._rows)
+        self._counted = {"term_start": term_start, "step": step}
+        entries, postings = int(term_start[-1]), int(self._posting_start[-1])
+        self.shapes: dict[str, Shape] = {
+            "term_start": (torch.int64, (rows.num_cols + 1,)),
+            "step": (torch.float64, (rows.num_cols,)),
+            "group": (torch.int32, (entries,)),
+            "start": (torch.int64, (entries + 1,)),
+            "maximum": (torch.uint8, (entries, _GROUP_BLOCKS)),
+            "document": (torch.uint8, (postings,)),
+            "value": (values.dtype, (postings,)),
+            "id": (torch.int32, (len(rows),)),
+        }
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors of these shapes."""
+        for name, counted in self._counted.items():
+            tensors[name].copy_(counted)
+        torch.ops.splade_fast.index_fill(
+            *self._rows, self._posting_start, [tensors[name] for name in _TENSORS]
+        )
 
 
 def can_index(rows: SparseRows) -> bool:
