@@ -38,7 +38,7 @@ __all__ = [
 
 # Names of keys and columns in the files of BEIR, Tevatron, Anserini and others, best first.
 _ID_NAMES = (
-    *("id", "_id", "docid", "doc_id", "document_id", "pid", "passage_id", "corpus_id"),
+    *("id", "_id", "docid", "docno", "doc_id", "document_id", "pid", "passage_id", "corpus_id"),
     *("query_id", "qid"),
 )
 _TEXT_NAMES = ("text", "contents", "content", "query", "question", "passage", "document")
@@ -77,8 +77,8 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
 
     A file of JSON lines holds one object per line, with
 
-    - an id, text or an integer, under `id`, `_id`, `docid`, `doc_id`, `document_id`, `pid`,
-      `passage_id`, `corpus_id`, `query_id` or `qid`;
+    - an id, text or an integer, under `id`, `_id`, `docid`, `docno`, `doc_id`, `document_id`,
+      `pid`, `passage_id`, `corpus_id`, `query_id` or `qid`;
     - a text under `text`, `contents`, `content`, `query`, `question`, `passage` or `document`;
     - optionally `title`, which is put before the text. It is not put before `contents`, which
       holds all that Anserini indexes.

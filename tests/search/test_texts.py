@@ -60,6 +60,7 @@ def test_a_text_may_hold_tabs_and_carriage_returns(tmp_path):
         ({"docid": "d1", "title": None, "text": "fox"}, "fox"),
         ({"query_id": "d1", "query": "fox", "positive_passages": []}, "fox"),
         ({"id": "d1", "contents": "quick fox", "title": "quick"}, "quick fox"),  # Anserini
+        ({"docno": "d1", "text": "fox"}, "fox"),  # TREC, PyTerrier
         ({"id": "d1", "content": "fox", "vector": {}}, "fox"),  # Haystack, Seismic
         ({"doc_id": "d1", "text": "fox", "contents": "dog"}, "fox"),
         ({"id": None, "_id": "d1", "text": ""}, ""),
@@ -125,6 +126,7 @@ def test_bad_json_names_the_line(tmp_path, line, message):
         ("id\ttext\ttitle\nd1\ta\tb\tc\n", "line 2: expected 3 columns, as in the header, got 4"),
         ("query\tdocument\nfox\tquick fox\n", "line 1: expected the columns id, text \\("),
         ("query-id\tcorpus-id\tscore\nq1\td1\t1\n", "line 1: expected the columns id, text \\("),
+        ("docno\tbody\nd1\tfox\n", r"line 1: expected the columns .*, got 'docno\\tbody'"),
         ("docid\tbody\nd1\tfox\n", r"line 1: expected the columns .*, got 'docid\\tbody'"),
         ("id and text\nd1\tfox\n", "line 1: expected id<TAB>text, got 'id and text'"),
         ("id\ttext\n", "must hold at least one text, got none"),

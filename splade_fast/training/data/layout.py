@@ -38,11 +38,11 @@ NUMBERS = {
 _IDS = {
     "query": ("query_id", "query-id", "qid"),
     "document": (
-        *("document_id", "doc_id", "docid", "passage_id", "corpus-id", "pid"),
+        *("document_id", "doc_id", "docid", "docno", "passage_id", "corpus-id", "pid"),
         *("positive_id", "pos_id", "pos_pid", "pid_pos"),
     ),
     "negatives": ("negative_id", "neg_id", "neg_pid", "pid_neg", "negative_ids", "neg_pids"),
-    "documents": ("document_ids", "doc_ids", "docids", "passage_ids", "pids"),
+    "documents": ("document_ids", "doc_ids", "docids", "docnos", "passage_ids", "pids"),
 }
 _NUMBERED_NEGATIVE = re.compile(r"(negative|neg)_\d+")
 _PARTS = (*_TEXTS, *NUMBERS, "label", IGNORED)
