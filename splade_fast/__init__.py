@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from splade_fast.encoders.whole_weights import whole_weights
     from splade_fast.integrations.transformers import accelerate, restore
     from splade_fast.search.encode_corpus import encode_corpus
-    from splade_fast.search.sparse_index import SparseIndex
+    from splade_fast.search.sparse_index import ShardedIndex, SparseIndex
 
 # Most of these need transformers, whose import takes seconds: they are imported when first used.
 _LAZY = {
     "BagOfWordsQueryEncoder": "encoders.bag_of_words",
+    "ShardedIndex": "search.sparse_index",
     "SparseIndex": "search.sparse_index",
     "SpladeEncoder": "encoders.splade",
     "TermWeightEncoder": "encoders.term_weights",
@@ -61,6 +62,7 @@ __all__ = [
     "NegativeSamples",
     "Philox",
     "QuadraticSchedule",
+    "ShardedIndex",
     "SparseIndex",
     "SparseRows",
     "SpladeEncoder",

@@ -17,6 +17,7 @@ from splade_fast._tensor_files import Shape
 from splade_fast.ops.score import check_same_space
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.ops.sparse_rows.file import FileKind, mapped_file, read_file, write_file
+from splade_fast.search.sparse_index.allowed import to_mask
 from splade_fast.search.sparse_index.order import order_by_similarity
 
 # Tensors in the order in which the ops take and return them, see csrc/cpu/index/index.h.
@@ -170,7 +171,7 @@ class SparseIndex:
             if isinstance(queries, SparseRows)
             else (None, queries, None)
         )
-        allowed_mask = None if allowed is None else self._mask(allowed)
+        allowed_mask = None if allowed is None else to_mask(allowed, len(self))
         result: tuple[Tensor, Tensor] = torch.ops.splade_fast.index_search(
             *operands, self._tensors, k, least, allowed_mask
         )
@@ -243,30 +244,6 @@ class SparseIndex:
         no_rows = torch.empty(0, 1, dtype=torch.int32)
         documents = SparseRows(no_rows, no_rows.to(self.dtype), no_rows[:, 0], self.num_cols)
         check_same_space(queries, documents, docs_name="index")
-
-    def _mask(self, allowed: Tensor | Sequence[int]) -> Tensor:
-        """Return `allowed` as a mask (N,)."""
-        chosen = torch.as_tensor(allowed, device="cpu")
-        if chosen.dtype == torch.bool:
-            if chosen.shape != (len(self),):
-                raise ValueError(
-                    f"allowed must be a mask ({len(self)},), got shape {tuple(chosen.shape)}"
-                )
-            return chosen.contiguous()
-        if chosen.numel() == 0:
-            return torch.zeros(len(self), dtype=torch.bool)
-        if chosen.dim() != 1 or chosen.is_floating_point() or chosen.is_complex():
-            raise TypeError(
-                f"allowed must be a mask of bool or a list of ids, got {chosen.dtype} "
-                f"{tuple(chosen.shape)}"
-            )
-        lowest, highest = int(chosen.min()), int(chosen.max())
-        if lowest < 0 or highest >= len(self):
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"allowed must hold ids from 0 to {len(self) - 1}, got {wrong}")
-        mask = torch.zeros(len(self), dtype=torch.bool)
-        mask[chosen.long()] = True
-        return mask
 
 
 class _Build:
