@@ -3,6 +3,7 @@
 from splade_fast.export.anserini import write_anserini
 from splade_fast.export.bm25s import write_bm25s
 from splade_fast.export.npz import write_npz
+from splade_fast.export.parquet import write_parquet
 from splade_fast.export.qdrant import qdrant_id, qdrant_points, upload_to_qdrant, write_qdrant
 from splade_fast.export.search_engine import (
     elasticsearch_query,
@@ -23,6 +24,7 @@ __all__ = [
     "write_elasticsearch",
     "write_npz",
     "write_opensearch",
+    "write_parquet",
     "write_qdrant",
     "write_seismic",
 ]

@@ -96,6 +96,16 @@ def check_payload(payload: object, row: int) -> None:
         raise TypeError(f"payloads must be mappings, got {got} in row {row}")
 
 
+def check_text(text: object, row: int) -> None:
+    """Raise if a text is neither None nor a str that UTF-8 can encode."""
+    if not isinstance(text, str | None):
+        raise TypeError(f"texts must be strings, got {type(text).__name__} in row {row}")
+    if text is not None and not is_encodable(text):
+        raise ValueError(
+            f"texts[{row}] must be text that UTF-8 can encode, got {reprlib.repr(text)}"
+        )
+
+
 def number_format(rows: SparseRows) -> str:
     """Return a format with enough digits to restore the same float32 or float64 values."""
     return "%.17g" if rows.dtype == torch.float64 else "%.9g"
@@ -139,7 +149,6 @@ def write_texts_and_vectors(
 def _text_and_vector_lines(chunk: Documents, fields: Sequence[str], text_key: str) -> Iterator[str]:
     vectors = format_vectors(chunk, fields)
     for row, id_, text, vector in zip(chunk.rows, chunk.ids, chunk.extras, vectors, strict=True):
-        if not isinstance(text, str | None):
-            raise TypeError(f"texts must be strings, got {type(text).__name__} in row {row}")
+        check_text(text, row)
         name, content = to_json(str(id_), "ids"), to_json(text or "", f"texts[{row}]")
         yield f'{{"id":{name},"{text_key}":{content},"vector":{vector}}}\n'

@@ -15,6 +15,7 @@ from splade_fast.export import (
     write_elasticsearch,
     write_npz,
     write_opensearch,
+    write_parquet,
     write_qdrant,
     write_seismic,
 )
@@ -23,7 +24,7 @@ from splade_fast.search.index import Index, IndexMeta
 from splade_fast.search.lines import DataError, DataWarning
 
 ExportFormat = Literal[
-    "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic"
+    "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "parquet", "qdrant", "seismic"
 ]
 EmptyDocuments = Literal["keep", "skip", "error"]
 _WRITERS: dict[ExportFormat, Callable[..., int]] = {
@@ -32,10 +33,11 @@ _WRITERS: dict[ExportFormat, Callable[..., int]] = {
     "elasticsearch": write_elasticsearch,
     "npz": write_npz,
     "opensearch": write_opensearch,
+    "parquet": write_parquet,
     "qdrant": write_qdrant,
     "seismic": write_seismic,
 }
-_WITHOUT_TOKENS = ("npz", "qdrant")
+_WITHOUT_TOKENS = ("npz", "parquet", "qdrant")
 
 
 def export_index(
@@ -53,7 +55,7 @@ def export_index(
         path: folder to write; must not exist.
         file_format: name of the format.
         model: model whose tokenizer names the columns; by default the index's model. None for
-            formats without names, npz and qdrant.
+            formats without names, npz, parquet and qdrant.
         empty: "keep", "skip" or "error" for documents without entries.
         scale: factor of Anserini's impacts, 100 by default; None for all other formats.
 

@@ -14,7 +14,7 @@ from splade_fast.export.export_index import export_index
 from splade_fast.search.index import Index, IndexMeta
 from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, masked_lm_configs, save_checkpoint
 
-FORMATS = ("anserini", "bm25s", "elasticsearch", "npz", "opensearch", "qdrant", "seismic")
+FORMATS = ("anserini", "bm25s", "elasticsearch", "npz", "opensearch", "parquet", "qdrant", "seismic")
 IDS = ["d1", "d2", "d3", "d4"]
 TOKENS = [*SPECIAL, *WORDS]
 
@@ -44,7 +44,7 @@ def test_formats_are_those_of_the_functions(name, index, rows, tmp_path):
     result = invoke(index, tmp_path / "out", "--format", name)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{tmp_path / 'out'}: 4 documents\n"
-    options = {} if name in ("npz", "qdrant") else {"id_to_token": TOKENS}
+    options = {} if name in ("npz", "parquet", "qdrant") else {"id_to_token": TOKENS}
     getattr(export, f"write_{name}")(rows, tmp_path / "expected", IDS, **options)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
     actual = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -34,19 +34,26 @@ DEADLY = 8  # a text of the second chunk
 
 
 class LoggingEncoder(LengthEncoder):
-    """LengthEncoder that logs its texts, refuses one and kills its process once at another."""
+    """LengthEncoder that logs its texts, refuses one and kills its process at another.
 
-    def __init__(self, folder, poison="", deadly=""):
+    Args:
+        folder: folder of the log.
+        poison: text that is refused.
+        deadly: text that kills.
+        kills_once: whether the text kills no second time.
+    """
+
+    def __init__(self, folder, poison="", deadly="", kills_once=True):
         super().__init__()
         self.log, self.struck = folder / "log", folder / "struck"
-        self.poison, self.deadly = poison, deadly
+        self.poison, self.deadly, self.kills_once = poison, deadly, kills_once
 
     def tokenize(self, texts, max_length=256, prompt=""):
         with self.log.open("a") as log:
             log.write("".join(f"{text}\n" for text in texts))
         if self.poison in texts:
             raise RuntimeError("poisoned")
-        if self.deadly in texts and not self.struck.exists():
+        if self.deadly in texts and not (self.kills_once and self.struck.exists()):
             self.struck.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().tokenize(texts, max_length, prompt)
@@ -173,8 +180,7 @@ def test_a_cluster_without_room(address, tmp_path, corpus):
 @pytest.mark.exhaustive
 def test_a_document_that_always_kills_its_worker(address, tmp_path, corpus, texts, monkeypatch):
     monkeypatch.setattr(ray_engine, "_MOST_RETRIES", 1)
-    encoder = LoggingEncoder(tmp_path, deadly=texts[f"d{DEADLY}"])
-    encoder.struck = tmp_path / "missing" / "struck"
+    encoder = LoggingEncoder(tmp_path, deadly=texts[f"d{DEADLY}"], kills_once=False)
     with pytest.raises(EngineError, match=r"texts 7 to 12 of the corpus, in .*, died 2 times"):
         encode(encoder, corpus, tmp_path / "index", RayEngine(workers=2, threads=1))
     assert len(list((tmp_path / ".index.partial").glob("*.safetensors"))) == CHUNKS - 1
