@@ -1,21 +1,27 @@
-"""`splade-fast encode`: encode a corpus into an index folder."""
+"""`splade-fast encode`: encode a corpus into a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from splade_fast.cli.errors import advise_to_resume, clean_up_on_sigterm, exit_with_2_on_bad_input
 from splade_fast.cli.options import (
+    Address,
     BatchSize,
     Device,
+    Empty,
+    EngineName,
     KeptEntries,
     MaxLength,
     Model,
     QueryModel,
     Resume,
+    Scale,
+    Workers,
+    choose_engine,
     select_device,
 )
 from splade_fast.search.chunk_folder import ChunkFolder
@@ -23,9 +29,8 @@ from splade_fast.search.encode_corpus import encode_corpus
 from splade_fast.search.hits import count_empty_vectors
 from splade_fast.search.index import Index
 from splade_fast.search.models import load_document_encoder, load_own_query_encoder
-from splade_fast.search.ray_engine import RayEngine
-
-Engine = Literal["process", "ray"]
+from splade_fast.search.part_folder import PartFolder
+from splade_fast.search.part_formats import PartFormat
 
 
 def encode(
@@ -39,34 +44,37 @@ def encode(
     max_length: MaxLength = 256,
     chunk_size: Annotated[int, typer.Option(min=1, help="Documents encoded at a time.")] = 4096,
     device: Annotated[Device, typer.Option(help="Device of the model.")] = "cpu",
-    engine: Annotated[
-        Engine, typer.Option(help="ray: workers on a Ray cluster, or on this machine.")
-    ] = "process",
-    address: Annotated[
-        str | None, typer.Option(help="ray: address of the cluster, such as auto.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="ray: number of workers; default: all GPUs or CPUs.")
-    ] = None,
+    engine: EngineName = "process",
+    address: Address = None,
+    workers: Workers = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="ray: threads of a worker; default: OMP_NUM_THREADS.")
     ] = None,
     resume: Resume = False,
     query_model: QueryModel = None,
+    file_format: Annotated[
+        Literal["index", PartFormat],
+        typer.Option("--format", help="Content of the folder: an index, or numbered files."),
+    ] = "index",
+    empty: Empty = "keep",
+    scale: Scale = None,
 ) -> None:
-    """Encode a corpus into an index folder.
+    """Encode a corpus into an index folder, or straight into the files of an export.
 
     An interrupted run keeps the documents that it has encoded, for a run with --resume.
     """
     with exit_with_2_on_bad_input(), clean_up_on_sigterm():
-        chosen = _choose_engine(engine, device, address=address, workers=workers, threads=threads)
+        chosen = choose_engine(
+            engine, {"device": device}, address=address, workers=workers, threads=threads
+        )
         if index.exists():
             raise FileExistsError(f"{index} must not exist yet")
         encoder = load_document_encoder(model)
         if engine == "process":  # else the workers move it, and this machine needs no GPU
             encoder.to(select_device(device))
         queries = load_own_query_encoder(model, query_model)
-        with advise_to_resume(ChunkFolder.beside(index), "encoded", should_resume=resume):
+        work = (ChunkFolder if file_format == "index" else PartFolder).beside(index)
+        with advise_to_resume(work, "encoded", should_resume=resume):
             count = encode_corpus(
                 encoder,
                 corpus,
@@ -80,20 +88,11 @@ def encode(
                 engine=chosen,
                 query_model=queries[0] if queries is not None else None,
                 query_encoder=queries[1] if queries is not None else None,
+                file_format=file_format,
+                empty=empty,
+                scale=scale,
             )
         size = sum(file.stat().st_size for file in index.iterdir())
-        empty = count_empty_vectors(Index.load(index).rows)
-        note = f", {empty} of them with empty vectors" if empty else ""
+        unmatched = count_empty_vectors(Index.load(index).rows) if file_format == "index" else 0
+        note = f", {unmatched} of them with empty vectors" if unmatched else ""
         typer.echo(f"{index}: {count} documents, {size / 2**20:.1f} MiB{note}")
-
-
-def _choose_engine(
-    engine: Engine, device: Device, **settings: Any
-) -> Literal["process"] | RayEngine:
-    """Return the engine of an encoding with the settings that only one for Ray has."""
-    if engine == "ray":
-        return RayEngine(device=device, **settings)
-    for name, value in settings.items():
-        if value is not None:
-            raise ValueError(f"--{name} must go with --engine ray, got --engine {engine}")
-    return "process"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
+
+from splade_fast.export.formats import EmptyDocuments
+from splade_fast.search.ray_engine import RayEngine
 
 Model = Annotated[str, typer.Option(help="Hub name or folder of a SPLADE model.")]
 OtherModel = Annotated[str | None, typer.Option("--model", help="Model; default: the index's.")]
@@ -28,12 +31,45 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an interrupted run has finished.")
 ]
 
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="ray: number of workers; default: all GPUs or CPUs.")
+]
+Address = Annotated[str | None, typer.Option(help="ray: address of the cluster, such as auto.")]
+EngineName = Annotated[
+    Literal["process", "ray"],
+    typer.Option("--engine", help="ray: workers on a Ray cluster, or on this machine."),
+]
+
+Empty = Annotated[EmptyDocuments, typer.Option(help="Documents without entries, in an export.")]
+Scale = Annotated[
+    float | None,
+    typer.Option(help="anserini: impact = round(scale * weight); default: 100."),
+]
+
 Exhaustive = Annotated[
     bool,
     typer.Option("--exhaustive", help="Read all documents, and neither use nor build an index."),
 ]
 
 Device = Literal["cpu", "cuda"]
+
+
+def choose_engine(
+    name: Literal["process", "ray"], defaults: dict[str, Any], **settings: Any
+) -> Literal["process"] | RayEngine:
+    """Return an engine with the settings that only one for Ray has.
+
+    Args:
+        name: name of the engine.
+        defaults: further settings of an engine for Ray.
+        settings: options of the command line.
+    """
+    if name == "ray":
+        return RayEngine(**defaults, **settings)
+    for option, value in settings.items():
+        if value is not None:
+            raise ValueError(f"--{option} must go with --engine ray, got --engine {name}")
+    return "process"
 
 
 def select_device(kind: Device) -> torch.device:

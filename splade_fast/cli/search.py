@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from splade_fast._checks import check_unicode
 from splade_fast.cli.errors import clean_up_on_sigterm, exit_with_2_on_bad_input
 from splade_fast.cli.options import BatchSize, Exhaustive, OtherModel, QueryModel
 from splade_fast.ops.score import sparse_search
+from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.hits import list_hits, warn_of_empty_vectors
 from splade_fast.search.index import Index
 from splade_fast.search.kept_index import KeptIndex
 from splade_fast.search.lines import parse_id
 from splade_fast.search.models import load_query_encoder_of_index
 from splade_fast.search.queries import encode_queries
+from splade_fast.search.shards import Shards, is_shard_folder
 from splade_fast.search.texts import DataError, Texts, find_texts, read_texts
 
 _SHOWN_CHARACTERS = 100  # of the text of a hit
@@ -41,7 +45,8 @@ def search(
     With --corpus, the beginning of the document's text follows. A document that shares no term
     with the query is no hit.
 
-    The first search builds an index for fast searches in the folder, and later ones use it.
+    The first search builds an index for fast searches in the folder, and later ones use it. A
+    folder of `encode --format shards` has one.
     """
     with exit_with_2_on_bad_input():
         if (query is None) == (queries is None):
@@ -49,16 +54,12 @@ def search(
         if query is not None:
             check_unicode("QUERY", query)  # undecodable bytes arrive as lone surrogates
         texts = Texts(["query"], [query]) if query is not None else read_texts(str(queries))
-        kept = None if exhaustive else KeptIndex(index)
-        loaded = Index.load(index) if kept is None else kept.index
+        loaded, search_all = _open(index, is_exhaustive=exhaustive)
         encoder = load_query_encoder_of_index(loaded, model=model, query_model=query_model)
         vectors = encode_queries(encoder, texts.texts, loaded.meta.max_length, batch_size)
-        warn_of_empty_vectors(vectors, loaded.rows)
-        if kept is None:
-            listed = list_hits(*sparse_search(vectors, loaded.rows, hits))
-        else:
-            with clean_up_on_sigterm():
-                listed = list_hits(*kept.search(vectors, hits))
+        warn_of_empty_vectors(vectors, loaded.rows if isinstance(loaded, Index) else None)
+        with clean_up_on_sigterm():
+            listed = list_hits(*search_all(vectors, hits))
         found_ids = {loaded.ids[document] for found in listed for document, _ in found}
         for found_id in found_ids:
             parse_id(found_id)  # an index of other programs may hold any text
@@ -72,6 +73,22 @@ def search(
                 found_id = loaded.ids[document]
                 text = f"\t{_shorten(shown_texts[found_id])}" if shown_texts else ""
                 typer.echo(f"{query_id}\t{rank}\t{found_id}\t{score:.6f}{text}")
+
+
+def _open(
+    folder: Path, *, is_exhaustive: bool
+) -> tuple[Index | Shards, Callable[[SparseRows, int], tuple[Tensor, Tensor]]]:
+    """Return what a folder holds, and the function that searches it."""
+    if is_shard_folder(folder):
+        if is_exhaustive:
+            raise DataError(f"--exhaustive must go with an index, got {folder} with shards")
+        shards = Shards(folder, should_check=False)
+        return shards, shards.search
+    if is_exhaustive:
+        index = Index.load(folder)
+        return index, lambda queries, k: sparse_search(queries, index.rows, k)
+    kept = KeptIndex(folder)
+    return kept.index, kept.search
 
 
 def _shorten(text: str) -> str:

@@ -20,6 +20,7 @@ from splade_fast.encoders.settings import EncoderSettings
 from splade_fast.encoders.sharding import is_sharded, run_sharded
 from splade_fast.encoders.threads import evaluation_mode, tokenizer_lock
 from splade_fast.encoders.token_lists import token_lists, tokenizer_options
+from splade_fast.encoders.token_names import name_tokens
 from splade_fast.ops.sparse_rows import SparseRows
 
 
@@ -235,8 +236,7 @@ class TextEncoder(nn.Module):
             A dictionary {token: weight} for each row. A column without a token, as where the model
             pads its vocabulary, is named `[#column]`.
         """
-        # A model may have more columns than its tokenizer has tokens.
-        names = {column: token for token, column in self.tokenizer.get_vocab().items()}
+        names = name_tokens(self.tokenizer)
         return [
             dict(sorted(weights.items(), key=lambda item: -item[1])[:count])
             for weights in rows.to_dicts(names)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 from splade_fast.export._documents import (
     POSITIVE,
@@ -20,7 +21,8 @@ from splade_fast.export._json_lines import (
 )
 from splade_fast.ops.sparse_rows import SparseRows
 
-_MAX_ID_BYTES = 32766  # Lucene indexes an id as one term
+# Lucene indexes an id as one term.
+ID_RULES: dict[str, Any] = {"max_bytes": 32766, "allows_white_space": False}
 
 
 def write_anserini(
@@ -71,13 +73,8 @@ def write_anserini(
         >>> open("anserini/documents.jsonl").readline()
         '{"id":"d1","contents":"","vector":{"dog":150}}\\n'
     """
-    ids = check_arguments(
-        rows, ids, empty, texts, "texts", max_bytes=_MAX_ID_BYTES, allows_white_space=False
-    )
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    ids = check_arguments(rows, ids, empty, texts, "texts", **ID_RULES)
+    scale = check_scale(scale)
     names = name_columns(id_to_token, rows.num_cols, lambda name: len(name.split()) == 1)
     fields = make_templates(names, "%d")
     chunks = iterate_documents(
@@ -91,3 +88,12 @@ def write_anserini(
         show_progress=show_progress,
     )
     return write_texts_and_vectors(path, chunks, fields, "contents")
+
+
+def check_scale(scale: float) -> float:
+    """Return the factor of the weights. Raise an error if it is not finite and above 0."""
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    return float(scale)

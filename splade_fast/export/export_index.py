@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from splade_fast.encoders.pretrained import load_tokenizer
 from splade_fast.encoders.settings import read_settings
-from splade_fast.export import (
-    write_anserini,
-    write_bm25s,
-    write_elasticsearch,
-    write_npz,
-    write_opensearch,
-    write_parquet,
-    write_qdrant,
-    write_seismic,
-)
+from splade_fast.encoders.token_names import name_tokens
+from splade_fast.export.formats import FORMATS, EmptyDocuments, ExportFormat, make_options
 from splade_fast.search.fingerprint import digest_vocabulary
 from splade_fast.search.index import Index, IndexMeta
 from splade_fast.search.lines import DataError, DataWarning
-
-ExportFormat = Literal[
-    "anserini", "bm25s", "elasticsearch", "npz", "opensearch", "parquet", "qdrant", "seismic"
-]
-EmptyDocuments = Literal["keep", "skip", "error"]
-_WRITERS: dict[ExportFormat, Callable[..., int]] = {
-    "anserini": write_anserini,
-    "bm25s": write_bm25s,
-    "elasticsearch": write_elasticsearch,
-    "npz": write_npz,
-    "opensearch": write_opensearch,
-    "parquet": write_parquet,
-    "qdrant": write_qdrant,
-    "seismic": write_seismic,
-}
-_WITHOUT_TOKENS = ("npz", "parquet", "qdrant")
 
 
 def export_index(
@@ -67,19 +42,23 @@ def export_index(
         OSError, TypeError, ValueError: see the function of the format; or there is no such model,
             or the format knows no `model` or `scale`.
     """
-    if model is not None and file_format in _WITHOUT_TOKENS:
+    chosen = FORMATS[file_format]
+    refuse_model(model, file_format, has_tokens=chosen.has_tokens)
+    options = make_options(file_format, empty, scale)
+    if chosen.has_tokens:
+        options["id_to_token"] = read_tokens(index.meta, model)
+    return chosen.write(index.rows, path, index.ids, **options)
+
+
+def refuse_model(
+    model: str | os.PathLike[str] | None, file_format: str, *, has_tokens: bool
+) -> None:
+    """Raise ValueError for the model of a format that names no columns."""
+    if model is not None and not has_tokens:
         raise ValueError(f"model must not be given for {file_format}, which names no columns")
-    if scale is not None and file_format != "anserini":
-        raise ValueError(f"scale must be given for anserini alone, got {scale} for {file_format}")
-    options: dict[str, Any] = {"empty": empty}
-    if file_format not in _WITHOUT_TOKENS:
-        options["id_to_token"] = _read_tokens(index.meta, model)
-    if scale is not None:
-        options["scale"] = scale
-    return _WRITERS[file_format](index.rows, path, index.ids, **options)
 
 
-def _read_tokens(meta: IndexMeta, model: str | os.PathLike[str] | None) -> dict[int, str]:
+def read_tokens(meta: IndexMeta, model: str | os.PathLike[str] | None) -> dict[int, str]:
     """Return {column: token} of a model's tokenizer, which may know fewer than the columns.
 
     Args:
@@ -94,5 +73,4 @@ def _read_tokens(meta: IndexMeta, model: str | os.PathLike[str] | None) -> dict[
         if model is None:
             raise DataError(message)
         warnings.warn(message, DataWarning, stacklevel=3)
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return {column: token for token, column in vocabulary.items()}
+    return name_tokens(tokenizer)

@@ -34,7 +34,7 @@ def write_parquet(
     Args:
         rows: (N, V); 16-bit values become float32.
         path: folder to write; must not exist.
-        ids: ids of the documents, unique; the row numbers by default. The column `id` holds strings.
+        ids: ids of the documents, unique; the row numbers by default. The column holds strings.
         texts: a text for each row, stored in a further column `text`.
         empty: "keep", "skip" or "error" for rows without entries.
         show_progress: draw a progress bar.

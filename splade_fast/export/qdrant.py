@@ -57,6 +57,9 @@ def qdrant_id(document_id: DocumentId) -> DocumentId:
     return document_id
 
 
+ID_RULES: dict[str, Any] = {"to_stored": qdrant_id}
+
+
 def qdrant_points(
     rows: SparseRows,
     ids: Sequence[DocumentId] | None = None,
@@ -92,7 +95,7 @@ def qdrant_points(
     """
     models = _import_models()
     _check_name(vector_name)
-    ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
+    ids = check_arguments(rows, ids, empty, payloads, **ID_RULES)
     return _points(
         models,
         iterate_documents(
@@ -188,7 +191,7 @@ def write_qdrant(
         >>> sf.export.write_qdrant(rows, "qdrant", [17, 18])
         2
     """
-    ids = check_arguments(rows, ids, empty, payloads, to_stored=qdrant_id)
+    ids = check_arguments(rows, ids, empty, payloads, **ID_RULES)
     vector_key = _check_name(vector_name)
     chunks = iterate_documents(
         rows, ids, empty, extras=payloads, weights=FLOAT32, show_progress=show_progress

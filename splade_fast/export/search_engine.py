@@ -28,7 +28,7 @@ from splade_fast.export._json_lines import (
 )
 from splade_fast.ops.sparse_rows import SparseRows
 
-_MAX_ID_BYTES = 512  # limit of both engines
+ID_RULES: dict[str, Any] = {"max_bytes": 512}  # limit of both engines
 _RESERVED = ("", "_id", "_index", "_routing", "_source")  # names of no field of a document
 _FIELD_TYPES = ("rank_features", "sparse_vector")
 Query = dict[str, Any]
@@ -224,7 +224,7 @@ def _write_bulk(
     empty: str,
     show_progress: bool,
 ) -> int:
-    ids = check_arguments(rows, ids, empty, payloads, max_bytes=_MAX_ID_BYTES)
+    ids = check_arguments(rows, ids, empty, payloads, **ID_RULES)
     _check_field(field)
     _check_field_type(field_type)
     fields = make_templates(_feature_names(id_to_token, rows.num_cols), number_format(rows))

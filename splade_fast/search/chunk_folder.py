@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from splade_fast._atomic_files import (
-    finish_files,
-    flush_folder,
-    partial_folder,
-    remove_folder,
-)
+from splade_fast._atomic_files import finish_files, remove_folder
 from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.claim_folder import claim_folder
 from splade_fast.search.index import find_joined_parts
+from splade_fast.search.work_folder import WorkFolder
 
 
-@dataclass
-class ChunkFolder:
+class ChunkFolder(WorkFolder):
     """Folder beside an index for the chunks of its corpus.
 
     It holds a file for each finished chunk, the settings that all chunks share, and the index while
     it is joined.
     """
 
-    path: Path
-
-    @classmethod
-    def beside(cls, index: str | os.PathLike[str]) -> ChunkFolder:
-        """Return the folder of an index that does not exist yet."""
-        return cls(partial_folder(index))
+    verb = "encode"
 
     @property
     def index(self) -> Path:
@@ -43,31 +28,6 @@ class ChunkFolder:
     def file(self, number: int) -> Path:
         """Return the file of a chunk."""
         return self.path / f"{number}.safetensors"
-
-    @contextmanager
-    def make(self) -> Iterator[None]:
-        """Make the folder for the block, and remove it on an error unless a chunk is finished."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.path.glob(".*.partial"):
-                unfinished.unlink()
-            yield
-        except BaseException:
-            if not self.has_finished():
-                remove_folder(self.path)
-            raise
-
-    def claim(self, settings: dict[str, Any], *, should_keep: bool) -> None:
-        """Store the settings of all chunks, or compare them with those of the chunks that exist.
-
-        Args:
-            settings: values of JSON by the name that a message gives them.
-            should_keep: whether to keep the chunks that an earlier run has left.
-
-        Raises:
-            DataError: a chunk was made with other settings, or the file of settings is damaged.
-        """
-        claim_folder(self.path, settings, should_keep=should_keep, verb="encode")
 
     def find_finished(self, sizes: Sequence[int]) -> list[bool]:
         """Return whether each chunk is finished, and remove what can no longer be used.
@@ -94,9 +54,7 @@ class ChunkFolder:
     def finish(self, index: Path) -> None:
         """Rename the folder of the index to `index`, and remove this folder."""
         finish_files(self.index)
-        self.index.rename(index)
-        flush_folder(index.parent)
-        remove_folder(self.path)
+        self.rename(self.index, index)
 
 
 def _holds_rows(file: Path, count: int) -> bool:

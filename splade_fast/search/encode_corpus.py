@@ -1,27 +1,28 @@
-"""Encoding of a corpus to an index folder, by this process or by workers of Ray."""
+"""Encoding of a corpus to a folder, by this process or by workers of Ray."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-from tqdm.auto import tqdm
-
 from splade_fast._checks import check_count
-from splade_fast._distributed import is_distributed
 from splade_fast.encoders.pretrained import refuse_index
 from splade_fast.encoders.text_encoder import TextEncoder, check_vocabularies
-from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.encoders.token_names import name_tokens
+from splade_fast.export.formats import EmptyDocuments
 from splade_fast.search.chunk_folder import ChunkFolder
 from splade_fast.search.fingerprint import Fingerprint
 from splade_fast.search.index import IndexMeta, join_index, resolve_model
+from splade_fast.search.part_folder import Part, PartFolder, PartWriter
+from splade_fast.search.part_formats import PartFormat, PartTarget
 from splade_fast.search.pieces import Piece, PieceEncoder, checksum_of_pieces, list_pieces
-from splade_fast.search.ray_engine import RayEngine
+from splade_fast.search.ray_engine import R, Work
+from splade_fast.search.work import Engine, check_engine, working
 
 
 def encode_corpus(
@@ -36,23 +37,30 @@ def encode_corpus(
     chunk_size: int = 4096,
     show_progress: bool = True,
     resume: bool = False,
-    engine: Literal["process", "ray"] | RayEngine = "process",
+    engine: Engine = "process",
     query_model: str | os.PathLike[str] | None = None,
     query_encoder: TextEncoder | None = None,
+    file_format: Literal["index", PartFormat] = "index",
+    empty: EmptyDocuments = "keep",
+    scale: float | None = None,
 ) -> int:
-    """Encode a corpus to an index folder, holding one chunk of documents and all ids in memory.
+    """Encode a corpus to a folder, holding one chunk of documents and all ids in memory.
 
     The corpus is read twice: once to check it, then a chunk at a time. The rows of each chunk are
     written to a file beside the index, and these files are joined at the end. The folder appears
     complete or not at all. `Index.load` maps it into memory.
 
+    With another `file_format`, the folder holds numbered files for other programs, each with the
+    documents of a chunk, or shards that `splade_fast.search.shards.Shards` searches as one.
+
     The files of finished chunks stay after an error, and after the end of the program at any time.
     `resume=True` goes on with them, and writes the same bytes as a call without interruption. Any
     other call removes them.
 
-    Workers of Ray may encode the chunks. This process alone writes files. The index has the same
-    bytes for any engine and number of workers, given the same hardware, the same version of torch
-    and the same number of threads.
+    Workers of Ray may encode the chunks. This process alone writes an index, while the workers
+    write all other files, on a file system that all machines share. The files have the same bytes
+    for any engine and number of workers, given the same hardware, the same version of torch and the
+    same number of threads.
 
     Args:
         encoder: encoder of the documents.
@@ -60,8 +68,8 @@ def encode_corpus(
             `splade_fast.search.texts.read_texts`: `id<TAB>text` lines, JSON lines or Parquet; not a
             pipe. The workers of an engine read it too.
         index: folder to write; must not exist.
-        model: hub name or folder of the model; stored in the index with a fingerprint of
-            `encoder`.
+        model: hub name or folder of the model; stored in an index and in shards, with a fingerprint
+            of `encoder`.
         k: keep at most the k largest entries of each vector.
         batch_size: number of texts that go through the model together.
         max_length: number of tokens kept of each text, special tokens included; the model's own
@@ -73,18 +81,24 @@ def encode_corpus(
         engine: "process": this process; "ray": workers with the defaults of `RayEngine`; or a
             `RayEngine` with other settings.
         query_model: hub name or folder of the model for queries, if it is not `model`; stored in
-            the index.
-        query_encoder: encoder of the queries, if it is not `encoder`; the index stores its
+            an index and in shards.
+        query_encoder: encoder of the queries, if it is not `encoder`; an index and shards store its
             fingerprint.
+        file_format: "index"; "shards"; or "anserini", "elasticsearch", "npz", "opensearch",
+            "parquet", "qdrant" or "seismic", for the files of that function of
+            `splade_fast.export`, which joined hold what it writes of the whole index.
+        empty: "keep", "skip" or "error" for documents without entries, in the files of an export.
+        scale: factor of Anserini's impacts, 100 by default; None for all other formats.
 
     Returns:
-        Number of documents in the index.
+        Number of documents in the folder.
 
     Raises:
         TypeError: a number is not an integer.
         ValueError: an argument is out of range, the corpus is damaged or changes, the finished
             chunks belong to another corpus, encoder or setting, a document cannot be encoded or has
-            a vector with NaN or infinity, or this process is a rank of torchrun but the first.
+            a vector with NaN or infinity, the format cannot hold an id or a weight, or this process
+            is a rank of torchrun but the first.
         FileExistsError: `index` exists.
         ImportError: a package is not installed that reads the corpus or runs the engine.
         OSError: the file system failed.
@@ -106,28 +120,109 @@ def encode_corpus(
         meta.query_model = resolve_model(query_model)
     if query_encoder is not None:
         check_vocabularies(encoder, query_encoder)
-    encode = _choose_engine(engine)
-    _refuse_other_ranks()
+    check_engine(engine)
     if Path(index).exists():
         raise FileExistsError(f"{index} must not exist yet")
-    chunks = ChunkFolder.beside(index)
+    job = _Job(
+        PieceEncoder(encoder, k, batch_size, max_length),
+        corpus,
+        Path(index),
+        meta,
+        query_encoder,
+        chunk_size,
+        resume,
+        engine,
+        show_progress,
+    )
+    if file_format == "index":
+        if empty != "keep" or scale is not None:
+            raise ValueError("empty and scale must go with another file_format than 'index'")
+        return _write_index(job)
+    return _write_parts(job, PartTarget.choose(file_format, empty, scale))
+
+
+@dataclass
+class _Job:
+    """Encoding of a corpus.
+
+    Args:
+        work: encoder of the pieces.
+        target: folder to write.
+        corpus, meta, query_encoder, chunk_size, resume, engine, show_progress: see `encode_corpus`.
+    """
+
+    work: PieceEncoder
+    corpus: str | os.PathLike[str]
+    target: Path
+    meta: IndexMeta
+    query_encoder: TextEncoder | None
+    chunk_size: int
+    resume: bool
+    engine: Engine
+    show_progress: bool
+
+    def read(self) -> tuple[list[Piece], list[str], dict[str, Any]]:
+        """Return the pieces of the corpus, all ids, and what the bytes of all pieces depend on."""
+        pieces, ids = list_pieces(self.corpus, self.chunk_size)
+        _add_fingerprints(self.meta, self.work.encoder, self.query_encoder)
+        return pieces, ids, _list_settings(self.meta, pieces, self.work.batch_size, self.chunk_size)
+
+    def run(
+        self, work: Work[Piece, R], pieces: Sequence[Piece]
+    ) -> AbstractContextManager[Iterator[tuple[Piece, R]]]:
+        """Give a block the results of the work on some pieces."""
+        return working(
+            self.engine,
+            work,
+            pieces,
+            device=self.work.encoder.device.type,
+            show_progress=self.show_progress,
+        )
+
+
+def _write_index(job: _Job) -> int:
+    chunks = ChunkFolder.beside(job.target)
     with chunks.make():
-        pieces, ids = list_pieces(corpus, chunk_size)
-        _add_fingerprints(meta, encoder, query_encoder)
-        chunks.claim(_list_settings(meta, pieces, batch_size, chunk_size), should_keep=resume)
+        pieces, ids, settings = job.read()
+        chunks.claim({"format": "index", **settings}, should_keep=job.resume)
         finished = chunks.find_finished([piece.count for piece in pieces])
-        remaining = [piece for piece, is_done in zip(pieces, finished, strict=True) if not is_done]
-        work = PieceEncoder(encoder, meta.k, batch_size, meta.max_length)
-        total = sum(piece.count for piece in remaining)
-        with (
-            tqdm(total=total, unit="text", disable=not show_progress) as progress,
-            closing(encode(work, remaining, progress.update)) as encoded,
-        ):
+        with job.run(job.work.encode, _select(pieces, finished)) as encoded:
             for piece, rows in encoded:
                 rows.save(chunks.file(piece.number))
-        join_index(chunks.index, [chunks.file(piece.number) for piece in pieces], ids, meta)
-        chunks.finish(Path(index).resolve())
+        join_index(chunks.index, [chunks.file(piece.number) for piece in pieces], ids, job.meta)
+        chunks.finish(job.target.resolve())
     return len(ids)
+
+
+def _write_parts(job: _Job, target: PartTarget) -> int:
+    folder = PartFolder.beside(job.target)
+    with folder.make():
+        pieces, ids, settings = job.read()
+        target.check_ids(ids)
+        folder.claim({**target.settings, **settings}, should_keep=job.resume)
+        writer = target.make_writer(folder, lambda: name_tokens(job.work.encoder.tokenizer))
+        finished = folder.find_finished(len(pieces))
+        export = partial(_export, job.work, writer)
+        with job.run(export, _select(pieces, finished)) as exported:
+            for _ in exported:
+                pass
+        parts = folder.check(len(pieces))
+        target.describe(folder.parts, job.meta, parts)
+        folder.finish(job.target.resolve())
+    return sum(part.documents for part in parts)
+
+
+def _export(
+    work: PieceEncoder, writer: PartWriter, piece: Piece, after_batch: Callable[[int], object]
+) -> Part:
+    """Encode a piece, and write its part."""
+    ids, rows = work.encode_with_ids(piece, after_batch)
+    return writer.write_part(piece.number, piece.start, rows, ids)
+
+
+def _select(pieces: Sequence[Piece], finished: Sequence[object]) -> list[Piece]:
+    """Return the pieces that are not finished."""
+    return [piece for piece, is_done in zip(pieces, finished, strict=True) if not is_done]
 
 
 def _add_fingerprints(
@@ -152,34 +247,3 @@ def _list_settings(
         "checksum of the corpus": checksum_of_pieces(pieces),
         **{f"encoder's {name}": digest for name, digest in asdict(meta.fingerprint).items()},
     }
-
-
-_Encode = Callable[
-    [PieceEncoder, Sequence[Piece], Callable[[int], object]], Generator[tuple[Piece, SparseRows]]
-]
-
-
-def _choose_engine(engine: Literal["process", "ray"] | RayEngine) -> _Encode:
-    """Return the function that encodes pieces, each of which it yields with its vectors."""
-    if isinstance(engine, RayEngine):
-        return engine.encode
-    if engine not in ("process", "ray"):
-        raise ValueError(f"engine must be 'process', 'ray' or a RayEngine, got {engine!r}")
-    return RayEngine().encode if engine == "ray" else _encode_here
-
-
-def _encode_here(
-    work: PieceEncoder, pieces: Sequence[Piece], after_texts: Callable[[int], object]
-) -> Generator[tuple[Piece, SparseRows]]:
-    for piece in pieces:
-        yield piece, work.encode(piece, after_texts)
-
-
-def _refuse_other_ranks() -> None:
-    """Raise ValueError on all ranks but the first, since only one process may write the index."""
-    rank = dist.get_rank() if is_distributed() else int(os.environ.get("RANK", "0"))
-    if rank > 0:
-        raise ValueError(
-            "engine must be 'ray' to encode with several processes, in a program that is started "
-            f"once, got a call on rank {rank} of torchrun"
-        )

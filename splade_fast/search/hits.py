@@ -41,12 +41,12 @@ def list_hits(scores: Tensor, found: Tensor) -> list[list[Hit]]:
     ]
 
 
-def warn_of_empty_vectors(queries: SparseRows, documents: SparseRows) -> None:
+def warn_of_empty_vectors(queries: SparseRows, documents: SparseRows | None = None) -> None:
     """Warn of vectors without entries, which match nothing."""
     parts = [
         f"{count} of {len(rows)} {name}"
         for name, rows in (("queries", queries), ("documents", documents))
-        if (count := count_empty_vectors(rows))
+        if rows is not None and (count := count_empty_vectors(rows))
     ]
     if parts:
         warn_of_data(f"{' and '.join(parts)} have empty vectors, which match nothing")

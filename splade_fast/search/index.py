@@ -25,6 +25,7 @@ _META_TYPES = {
 }
 _FINGERPRINTS = ("fingerprint", "query_fingerprint")
 VECTORS = "vectors.safetensors"
+SHARDS = "shards.json"  # of a folder that holds no index
 _IDS, _META = "ids.json", "meta.json"
 # Files that a model folder holds and an index lacks.
 _MODEL_FILES = ("config.json", "modules.json", "adapter_config.json")
@@ -113,11 +114,16 @@ class Index:
             raise ValueError(f"{path} must have format version {_FORMAT_VERSION}, got {version}")
         if not isinstance(ids, list) or not all(isinstance(doc_id, str) for doc_id in ids):
             raise ValueError(f"{path / _IDS} is damaged: expected a list of ids")
-        checked_meta = _parse_meta(path / _META, meta)
+        checked_meta = parse_meta(path / _META, meta)
         rows = SparseRows.load(path / VECTORS, should_check=should_check)
         if len(ids) != len(rows):
             raise ValueError(f"{path} must have one id per vector, got {len(ids)} for {len(rows)}")
         return cls(rows, ids, checked_meta)
+
+    @property
+    def num_cols(self) -> int:
+        """Number of columns, V."""
+        return self.rows.num_cols
 
 
 def join_index(folder: Path, files: Sequence[Path], ids: list[str], meta: IndexMeta) -> None:
@@ -156,12 +162,7 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else os.fspath(model)
 
 
-def _write_description(folder: Path, ids: list[str], meta: IndexMeta) -> None:
-    (folder / _IDS).write_text(json.dumps(list(ids)), encoding="utf-8")
-    (folder / _META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
-
-
-def _parse_meta(path: Path, content: dict[str, Any]) -> IndexMeta:
+def parse_meta(path: Path, content: dict[str, Any]) -> IndexMeta:
     """Return the settings that a file holds.
 
     Raises:
@@ -181,7 +182,14 @@ def _parse_meta(path: Path, content: dict[str, Any]) -> IndexMeta:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def _write_description(folder: Path, ids: list[str], meta: IndexMeta) -> None:
+    (folder / _IDS).write_text(json.dumps(list(ids)), encoding="utf-8")
+    (folder / _META).write_text(json.dumps(asdict(meta)), encoding="utf-8")
+
+
 def _describe_lack(folder: Path, missing: str) -> str:
+    if (folder / SHARDS).is_file():
+        return "the folder holds shards, which `search` takes"
     return "the folder holds a model" if is_model_folder(folder) else f"{missing} is missing"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 from splade_fast.encoders.bag_of_words import BagOfWordsQueryEncoder
 from splade_fast.encoders.modules_list import read_modules
@@ -13,7 +14,7 @@ from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.encoders.term_weights import TermWeightEncoder, has_term_weights
 from splade_fast.encoders.text_encoder import TextEncoder
 from splade_fast.search.fingerprint import Fingerprint
-from splade_fast.search.index import Index, IndexMeta, is_model_folder, resolve_model
+from splade_fast.search.index import IndexMeta, is_model_folder, resolve_model
 from splade_fast.search.lines import DataError, DataWarning
 
 QUERY_FOLDER = "query"  # in the folder of a model that was trained with another for queries
@@ -82,8 +83,22 @@ def load_encoders(
     return documents, documents if own is None else own[1]
 
 
+class Searched(Protocol):
+    """Documents that were encoded with known settings."""
+
+    @property
+    def meta(self) -> IndexMeta:
+        """Settings of the encoding."""
+        ...
+
+    @property
+    def num_cols(self) -> int:
+        """Number of columns of the vectors."""
+        ...
+
+
 def load_query_encoder_of_index(
-    index: Index,
+    index: Searched,
     *,
     model: str | os.PathLike[str] | None = None,
     query_model: str | os.PathLike[str] | None = None,
@@ -94,7 +109,7 @@ def load_query_encoder_of_index(
     BagOfWordsQueryEncoder of the same vocabulary always fits.
 
     Args:
-        index: the index.
+        index: an `Index` or `Shards`.
         model: hub name or folder of the model; by default the index's own models.
         query_model: hub name or folder of the model for queries; by default that of `model`.
 
@@ -122,9 +137,9 @@ def load_query_encoder_of_index(
         query_model = find_query_model(model or index.meta.model)
     name = os.fspath(query_model)
     encoder = load_query_encoder(name)
-    if encoder.vocab_size != index.rows.num_cols:
+    if encoder.vocab_size != index.num_cols:
         raise DataError(
-            f"the model must have the index's vocabulary of {index.rows.num_cols} entries, "
+            f"the model must have the index's vocabulary of {index.num_cols} entries, "
             f"got {encoder.vocab_size}"
         )
     differences = _find_differences(index.meta, encoder, name, is_own)

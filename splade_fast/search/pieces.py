@@ -43,6 +43,10 @@ class Piece:
     checksum: int
     is_last: bool = False
 
+    def describe(self) -> str:
+        """Return where the texts stand in the corpus."""
+        return f"texts {self.start + 1} to {self.start + self.count} of the corpus, in {self.file}"
+
 
 def list_pieces(corpus: str | os.PathLike[str], size: int) -> tuple[list[Piece], list[str]]:
     """Check a corpus, and return its pieces and the ids of all texts.
@@ -88,7 +92,13 @@ class PieceEncoder:
         self._reader = PieceReader()
 
     def encode(self, piece: Piece, after_batch: Callable[[int], object]) -> SparseRows:
-        """Return the vectors of a piece.
+        """Return the vectors of a piece; see `encode_with_ids`."""
+        return self.encode_with_ids(piece, after_batch)[1]
+
+    def encode_with_ids(
+        self, piece: Piece, after_batch: Callable[[int], object]
+    ) -> tuple[list[str], SparseRows]:
+        """Return the ids and the vectors of a piece.
 
         Args:
             piece: the piece.
@@ -120,7 +130,7 @@ class PieceEncoder:
                 f"{describe(int(bad_mask.nonzero()[0]))} with weights in "
                 f"{str(rows.dtype).removeprefix('torch.')}"
             )
-        return rows
+        return ids, rows
 
     def _encode(self, texts: Sequence[str], after_batch: Callable[[int], object]) -> SparseRows:
         prompt = self.encoder.prompt_text(self.encoder.settings.prompt_for("document"))

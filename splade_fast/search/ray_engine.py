@@ -1,4 +1,4 @@
-"""RayEngine: encoding of a corpus by the workers of a Ray cluster, through Ray Data."""
+"""RayEngine: work on the pieces of a corpus by the workers of a Ray cluster, through Ray Data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,38 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from splade_fast._checks import check_count
-from splade_fast.ops.sparse_rows import SparseRows
-from splade_fast.search.pieces import Piece, PieceEncoder
 
-_MOST_RETRIES = 3  # of a piece whose worker dies
-_MOST_FAILURES = 10  # pieces, before the others are given up
+_MOST_RETRIES = 3  # of an item whose worker dies
+_MOST_FAILURES = 10  # items, before the others are given up
+
+
+class Item(Protocol):
+    """Texts or documents that are worked on together."""
+
+    @property
+    def number(self) -> int:
+        """Number of the item, which no other has."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of texts."""
+        ...
+
+    def describe(self) -> str:
+        """Return where the item comes from."""
+        ...
+
+
+I = TypeVar("I", bound=Item)  # noqa: E741
+R = TypeVar("R")
+# Function of an item, and of a function that it calls with the numbers of texts that are done.
+Work = Callable[[I, Callable[[int], object]], R]
 
 
 class EngineError(RuntimeError):
@@ -66,67 +88,71 @@ class RayEngine:
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device must be 'cpu', 'cuda' or None, got {self.device!r}")
 
-    def encode(
-        self, work: PieceEncoder, pieces: Sequence[Piece], after_texts: Callable[[int], object]
-    ) -> Generator[tuple[Piece, SparseRows]]:
-        """Yield each piece and its vectors, in the order in which they are finished.
+    def run(
+        self,
+        work: Work[I, R],
+        items: Sequence[I],
+        after_texts: Callable[[int], object],
+        device: str = "cpu",
+    ) -> Generator[tuple[I, R]]:
+        """Yield each item and the result of its work, in the order in which they are finished.
 
         Args:
-            work: encoder of the pieces.
-            pieces: the pieces.
-            after_texts: function that is called after each piece with its number of texts.
+            work: function, or method of an object, that is sent to the workers.
+            items: the items.
+            after_texts: function that is called after each item with its number of texts.
+            device: device of the workers, unless the engine names one.
 
         Raises:
-            DataError, DocumentError, OSError: see `PieceEncoder.encode`; raised at the end.
-            EngineError: Ray failed, or workers died at a piece.
+            Exception: an error of `work`; raised at the end.
+            EngineError: Ray failed, or workers died at an item.
             ImportError: ray is not installed.
             ValueError: the cluster has no room for a worker.
         """
-        if not pieces:
+        if not items:
             return
-        left = {piece.number: piece for piece in pieces}
+        left = {item.number: item for item in items}
         failures: list[Exception] = []
-        with _session(self.address), closing(self._results(work, pieces)) as results:
+        with (
+            _session(self.address),
+            closing(self._results(work, items, self.device or device)) as results,
+        ):
             for number, result in results:
-                piece = left.pop(number)
-                if isinstance(result, SparseRows):
-                    after_texts(piece.count)
-                    yield piece, result
-                else:
+                item = left.pop(number)
+                if isinstance(result, Exception):
                     failures.append(result)
+                else:
+                    after_texts(item.count)
+                    yield item, result
                 if len(failures) == _MOST_FAILURES:
                     raise _join_failures(failures)
         if failures:
             raise _join_failures(failures)
         if left:
-            piece = next(iter(left.values()))
-            raise EngineError(
-                f"the worker of texts {piece.start + 1} to {piece.start + piece.count} of the "
-                f"corpus, in {piece.file}, died {_MOST_RETRIES + 1} times"
-            )
+            item = next(iter(left.values()))
+            raise EngineError(f"workers died {_MOST_RETRIES + 1} times at {item.describe()}")
 
     def _results(
-        self, work: PieceEncoder, pieces: Sequence[Piece]
-    ) -> Generator[tuple[int, SparseRows | Exception]]:
-        """Yield the number of each piece with its vectors, or with the error of its encoding."""
+        self, work: Work[I, R], items: Sequence[I], device: str
+    ) -> Generator[tuple[int, R | Exception]]:
+        """Yield the number of each item with the result of its work, or with the error."""
         import ray
         from ray.exceptions import RayError
 
-        device = self.device or work.encoder.device.type
         threads = self.threads or (1 if device == "cuda" else torch.get_num_threads())
         workers = self.workers or _count_places(ray.nodes(), device, threads)
         with _quiet_data() as data:
             dataset = data.from_items(
-                [{"piece": pickle.dumps(piece)} for piece in pieces],
-                override_num_blocks=len(pieces),
+                [{"item": pickle.dumps(item)} for item in items],
+                override_num_blocks=len(items),
             ).map_batches(
                 _Worker,
                 fn_constructor_args=[ray.put(_store(work)), device, threads],
                 batch_size=1,
                 batch_format="pyarrow",
-                # A piece that kills its worker would take others that wait there along.
+                # An item that kills its worker would take others that wait there along.
                 compute=data.ActorPoolStrategy(
-                    size=min(workers, len(pieces)), max_tasks_in_flight_per_actor=1
+                    size=min(workers, len(items)), max_tasks_in_flight_per_actor=1
                 ),
                 num_cpus=threads,
                 num_gpus=1 if device == "cuda" else None,
@@ -142,7 +168,7 @@ class RayEngine:
 
 
 class _Worker:
-    """Actor of Ray that encodes pieces."""
+    """Actor of Ray that works on items."""
 
     def __init__(self, stored: Any, device: str, threads: int) -> None:
         import ray
@@ -150,19 +176,19 @@ class _Worker:
         torch.set_num_threads(threads)
         content = io.BytesIO(ray.get(stored))
         # No file of others, but the caller's own object.
-        self._work: PieceEncoder = torch.load(content, map_location=device, weights_only=False)
+        self._work: Work[Any, Any] = torch.load(content, map_location=device, weights_only=False)
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa
 
-        (stored,) = batch["piece"]
-        piece = pickle.loads(stored.as_py())
+        (stored,) = batch["item"]
+        item = pickle.loads(stored.as_py())
         try:
-            result = pickle.dumps(self._work.encode(piece, lambda count: None))
+            result = pickle.dumps(self._work(item, lambda count: None))
         except Exception as error:
             result = _pickle_error(error)
         column = pa.array([result], pa.large_binary())  # vectors may have more than 2 GiB
-        return pa.table({"number": [piece.number], "result": column})
+        return pa.table({"number": [item.number], "result": column})
 
 
 @contextmanager
@@ -239,8 +265,8 @@ def _count_places(nodes: Sequence[dict[str, Any]], device: str, threads: int) ->
     return count
 
 
-def _store(work: PieceEncoder) -> bytes:
-    """Return the bytes of an encoder of pieces, with its weights in CPU memory once each."""
+def _store(work: Work[I, R]) -> bytes:
+    """Return the bytes of a work, with the weights of its encoder in CPU memory once each."""
     from ray import cloudpickle
 
     buffer = io.BytesIO()

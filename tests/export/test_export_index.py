@@ -14,7 +14,16 @@ from splade_fast.export.export_index import export_index
 from splade_fast.search.index import Index, IndexMeta
 from tests.tiny_models import SPECIAL, VOCAB_SIZE, WORDS, masked_lm_configs, save_checkpoint
 
-FORMATS = ("anserini", "bm25s", "elasticsearch", "npz", "opensearch", "parquet", "qdrant", "seismic")
+FORMATS = (
+    "anserini",
+    "bm25s",
+    "elasticsearch",
+    "npz",
+    "opensearch",
+    "parquet",
+    "qdrant",
+    "seismic",
+)
 IDS = ["d1", "d2", "d3", "d4"]
 TOKENS = [*SPECIAL, *WORDS]
 

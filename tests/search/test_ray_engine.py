@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import splade_fast as sf
+from splade_fast.export.export_parts import export_parts
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search import ray_engine
+from splade_fast.search.part_folder import PartWriter
 from splade_fast.search.pieces import DocumentError, PieceEncoder, list_pieces
 from splade_fast.search.ray_engine import EngineError, RayEngine
 from splade_fast.search.texts import DataError
@@ -26,6 +28,7 @@ from tests.search.corpora import (
     make_texts,
     write_corpus,
 )
+from tests.search.part_files import contents
 
 COUNT = 40
 CHUNKS = 7
@@ -46,6 +49,7 @@ class LoggingEncoder(LengthEncoder):
     def __init__(self, folder, poison="", deadly="", kills_once=True):
         super().__init__()
         self.log, self.struck = folder / "log", folder / "struck"
+        self.other_victim = None  # process that dies with this one
         self.poison, self.deadly, self.kills_once = poison, deadly, kills_once
 
     def tokenize(self, texts, max_length=256, prompt=""):
@@ -55,6 +59,8 @@ class LoggingEncoder(LengthEncoder):
             raise RuntimeError("poisoned")
         if self.deadly in texts and not (self.kills_once and self.struck.exists()):
             self.struck.touch()
+            if self.other_victim is not None:
+                os.kill(self.other_victim, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().tokenize(texts, max_length, prompt)
 
@@ -63,8 +69,9 @@ class LoggingEncoder(LengthEncoder):
         return Counter(self.log.read_text().splitlines())
 
 
-def encode(encoder, corpus, index, engine, resume=False):
+def encode(encoder, corpus, index, engine, resume=False, file_format="index"):
     options = OPTIONS | {"chunk_size": CHUNK, "engine": engine, "resume": resume}
+    options["file_format"] = file_format
     return sf.encode_corpus(encoder, corpus, index, **options)
 
 
@@ -152,6 +159,51 @@ def test_a_killed_driver_is_resumed(address, tmp_path, corpus, texts, expected):
     assert encoder.times() == Counter(rest)
 
 
+def test_workers_write_the_files_of_an_export(address, tmp_path, corpus, texts, monkeypatch):
+    encode(LengthEncoder(), corpus, tmp_path / "expected parts", "process", False, "opensearch")
+    encoder = LoggingEncoder(tmp_path, deadly=texts[f"d{DEADLY}"])
+    monkeypatch.setattr(PartWriter, "write_part", None)  # of this process
+    engine = RayEngine(workers=2, threads=1)
+    assert encode(encoder, corpus, tmp_path / "parts", engine, False, "opensearch") == COUNT
+    assert encoder.struck.exists()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "expected parts")
+    assert not list(tmp_path.glob(".*"))
+
+
+def _encode_parts_until_killed(address, corpus, folder, text):
+    torch.set_num_threads(1)
+    encoder = LoggingEncoder(folder, deadly=text)
+    encoder.other_victim = os.getpid()
+    encode(encoder, corpus, folder / "parts", RayEngine(address, workers=1), False, "shards")
+
+
+@pytest.mark.exhaustive
+def test_a_killed_driver_of_parts_is_resumed(address, tmp_path, corpus, texts):
+    arguments = (address, corpus, tmp_path, texts[f"d{2 * CHUNK}"])
+    process = fork_server().Process(target=_encode_parts_until_killed, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    finished = {int(path.stem) for path in (tmp_path / ".parts.partial").glob("[0-9]*.json")}
+    assert finished == {0, 1}
+
+    encoder = LoggingEncoder(tmp_path)
+    encoder.log = tmp_path / "log of the second run"
+    engine = RayEngine(threads=1)
+    assert encode(encoder, corpus, tmp_path / "parts", engine, True, "shards") == COUNT
+    assert encoder.times() == Counter(list(texts.values())[2 * CHUNK :])
+    encode(LengthEncoder(), corpus, tmp_path / "expected parts", "process", False, "shards")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "expected parts")
+
+
+@pytest.mark.exhaustive
+def test_workers_export_an_index(address, tmp_path, expected):
+    options = {"part_size": CHUNK, "show_progress": False}
+    export_parts(expected, tmp_path / "alone", "qdrant", **options)
+    export_parts(expected, tmp_path / "together", "qdrant", engine="ray", **options)
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+
+
 @pytest.mark.exhaustive
 def test_a_target_that_cannot_be_written(address, tmp_path, corpus, expected, monkeypatch):
     with pytest.raises(NotADirectoryError, match="corpus.tsv"):
@@ -181,7 +233,9 @@ def test_a_cluster_without_room(address, tmp_path, corpus):
 def test_a_document_that_always_kills_its_worker(address, tmp_path, corpus, texts, monkeypatch):
     monkeypatch.setattr(ray_engine, "_MOST_RETRIES", 1)
     encoder = LoggingEncoder(tmp_path, deadly=texts[f"d{DEADLY}"], kills_once=False)
-    with pytest.raises(EngineError, match=r"texts 7 to 12 of the corpus, in .*, died 2 times"):
+    with pytest.raises(
+        EngineError, match=r"workers died 2 times at texts 7 to 12 of the corpus, in"
+    ):
         encode(encoder, corpus, tmp_path / "index", RayEngine(workers=2, threads=1))
     assert len(list((tmp_path / ".index.partial").glob("*.safetensors"))) == CHUNKS - 1
 

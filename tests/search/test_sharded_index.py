@@ -102,6 +102,4 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=message):
             sharded.search(**arguments)
-    assert repr(sharded) == (
-        "ShardedIndex(2 shards, 2 documents, num_cols=2, dtype=torch.float32)"
-    )
+    assert repr(sharded) == ("ShardedIndex(2 shards, 2 documents, num_cols=2, dtype=torch.float32)")
