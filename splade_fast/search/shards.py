@@ -58,7 +58,7 @@ def write_shard(
             "searched in shards"
         )
     with new_folder(path) as folder:
-        SparseIndex.build(rows, show_progress=show_progress).save(folder / _INDEX)
+        SparseIndex.build(rows, path=folder / _INDEX, show_progress=show_progress)
         (folder / _IDS).write_text(json.dumps(list(ids)), encoding="utf-8")
     return len(rows)
 
