@@ -88,7 +88,12 @@ def accelerate(
         True
     """
     if not hasattr(model, "get_output_embeddings"):
-        raise TypeError(f"model must be a transformers language model, got {type(model).__name__}")
+        kind = type(model)
+        is_theirs = kind.__module__.startswith("sentence_transformers.")
+        other = ", which splade_fast.integrations.sentence_transformers.accelerate takes"
+        raise TypeError(
+            f"model must be a transformers language model, got {kind.__name__}{other * is_theirs}"
+        )
     check_choice("pooling", pooling, POOLINGS)
     check_choice("activation", activation, ACTIVATIONS)
     check_logit_scale(logit_scale)

@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 import splade_fast as sf
 from splade_fast import reference
 from splade_fast.integrations.transformers import PooledOutput
+from tests.integrations.sparse_encoders import splade
 from tests.ranks import run_ranks
 from tests.tiny_models import (
     causal_lm_configs,
@@ -274,6 +275,11 @@ def _steps_of_a_rank(rank, count, inputs):
 
 def test_two_processes_train_as_one(inputs, tmp_path):
     run_ranks(2, _steps_of_a_rank, tmp_path, inputs)
+
+
+def test_a_sparse_encoder_is_sent_to_the_function_that_takes_it(tmp_path):
+    with pytest.raises(TypeError, match="got SparseEncoder, which .*transformers.accelerate takes"):
+        sf.accelerate(splade(tmp_path))
 
 
 def test_models_that_do_not_fit_are_refused_and_left_alone(bert, inputs):
