@@ -94,10 +94,10 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   // Raise an error if an index that comes from a file is not one that index_fill has written.
   m.def("index_check(Tensor[] index, bool should_check_numbers=True) -> ()");
   // Results are those of sparse_search among the documents that `allowed`, bool (rows,), and min_score leave. Places
-  // that remain have id -1 and score -inf.
+  // that remain have id -1 and score -inf. algorithm: 0 auto, 1 blocks, 2 accumulators, with the same results.
   m.def(
       "index_search(Tensor? query_indices, Tensor query_values, Tensor? query_lengths, Tensor[] index, int k, "
-      "float min_score, Tensor? allowed) -> (Tensor scores, Tensor ids)");
+      "float min_score, Tensor? allowed, int algorithm=0) -> (Tensor scores, Tensor ids)");
 
   // tables: any dtype and shape (rows, ...), all with the same number of rows. indices: int64 (count,).
   // With CUDA indices the tables may lie in pinned host memory. The rows are returned on the device of the indices.

@@ -72,6 +72,14 @@ def build(docs):
     return sf.SparseIndex.build(docs, show_progress=False)
 
 
+def search(index, queries, k, *, min_score=None, allowed=None):
+    """Return the result of a search, which is that of both algorithms."""
+    found = index.search(queries, k, min_score=min_score, allowed=allowed)
+    for algorithm in ("blocks", "accumulators"):
+        assert_same(index._search(queries, k, min_score, allowed, algorithm), found)
+    return found
+
+
 def filtered_search(queries, docs, k, min_score, allowed):
     """Return what a filtered search has to return, from a full ranking in the score's dtype."""
     scores, ids = sf.sparse_search(queries, docs, max(len(docs), 1))
@@ -90,7 +98,7 @@ def filtered_search(queries, docs, k, min_score, allowed):
 def test_random_corpora(seeds):
     for seed in seeds:
         queries, docs, k = draw_case(seed)
-        assert_same(build(docs).search(queries, k), sf.sparse_search(queries, docs, k))
+        assert_same(search(build(docs), queries, k), sf.sparse_search(queries, docs, k))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-44, 3e38])
@@ -124,7 +132,7 @@ def test_filters():
             ({"min_score": min_score}, (min_score, everything)),
             ({"min_score": min_score, "allowed": ids}, (min_score, ids)),
         ):
-            found = index.search(queries, k, **arguments)
+            found = search(index, queries, k, **arguments)
             assert_same(found, filtered_search(queries, docs, k, *expected))
 
 
@@ -138,7 +146,7 @@ def test_a_large_corpus_is_pruned():
     docs, queries = sf.SparseRows.from_dense(docs), sf.SparseRows.from_dense(topics[:9], k=20)
     index = build(docs)
     for k in (1, 10, 1000, 6000):
-        assert_same(index.search(queries, k), sf.sparse_search(queries, docs, k))
+        assert_same(search(index, queries, k), sf.sparse_search(queries, docs, k))
 
 
 def test_threads():
@@ -168,9 +176,9 @@ def test_a_query_alone_is_searched_by_several_threads():
     try:
         torch.set_num_threads(3)
         for k in (1, 10, 3000):
-            assert_same(index.search(queries[:1], k), sf.sparse_search(queries[:1], docs, k))
+            assert_same(search(index, queries[:1], k), sf.sparse_search(queries[:1], docs, k))
         torch.set_num_threads(6)  # two for each query
-        found = index.search(queries, 10, min_score=1.5, allowed=range(0, 50_000, 3))
+        found = search(index, queries, 10, min_score=1.5, allowed=range(0, 50_000, 3))
     finally:
         torch.set_num_threads(before)
     expected = filtered_search(queries, docs, 10, 1.5, torch.arange(0, 50_000, 3))
@@ -183,7 +191,7 @@ def test_denormal_numbers_that_count_as_zero():
     index = build(docs)
     assert torch.set_flush_denormal(True)
     try:
-        found = index.search(queries, 9)
+        found = search(index, queries, 9)
     finally:
         torch.set_flush_denormal(False)
     assert found[1].tolist() == [[2, 5, 8, 0, 3, 6, 1, 4, 7]]
@@ -463,8 +471,20 @@ def test_search_never_reads_outside_a_damaged_index():
             flat = damaged[place].view(-1).view(torch.uint8)
             chosen = torch.randint(len(flat), (8,), generator=generator.manual_seed(seed))
             flat[chosen] = torch.randint(256, (8,), generator=generator, dtype=torch.uint8)
-            with contextlib.suppress(RuntimeError):
-                torch.ops.splade_fast.index_search(*operands, damaged, 5, -torch.inf, None)
+            for algorithm in (1, 2):
+                with contextlib.suppress(RuntimeError):
+                    torch.ops.splade_fast.index_search(
+                        *operands, damaged, 5, -torch.inf, None, algorithm
+                    )
+
+
+def test_long_queries_and_many_results():
+    """Both are searched with accumulators, in two windows of groups."""
+    generator = torch.Generator().manual_seed(0)
+    docs = draw_rows(generator, 40_000, 60, torch.float32, "plain")
+    index, query = build(docs), torch.rand(1, 60, generator=generator)
+    for queries, k in ((query, 10), (query * (query > 0.9), 4000)):
+        assert_same(search(index, queries, k), sf.sparse_search(queries, docs, k))
 
 
 def test_no_kernels(docs, monkeypatch):

@@ -1,7 +1,9 @@
-// Search in a pruned index. For each query, all blocks get an upper bound; groups are then scored, those with the
-// highest bound of a block first, until no bound reaches the score of the k-th best document. Where there are fewer
-// queries than threads, each thread searches a range of the groups, and all share the highest score that k documents of
-// one range reach.
+// Search in a pruned index, by one of two algorithms for each query. Blocks: all blocks get an upper bound; groups are
+// then scored, those with the highest bound of a block first, until no bound reaches the score of the k-th best
+// document. Accumulators: all documents are scored, one term after another.
+//
+// Where there are fewer queries than threads, each thread searches a range of the groups, and all share the highest
+// score that k documents of one range reach.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -17,6 +19,14 @@ namespace {
 
 constexpr int kRounds = 64;        // ranges of bounds that are visited one after another
 constexpr int64_t kMinRange = 64;  // groups of a range of its own; fewer take about the time of a thread's start
+constexpr int64_t kWindow = 128;   // groups whose accumulators stay in a core's cache
+
+// Accumulators take less time for a query with so many terms, or where one of so many documents is asked for: the
+// bounds then leave most groups. docs/search.md has the measurements.
+constexpr int64_t kLongQuery = 50;
+constexpr int64_t kLargeShare = 16;
+
+enum class Algorithm { kAuto, kBlocks, kAccumulators };
 
 struct Filter {
   double least;         // a document must score at least as much
@@ -48,14 +58,14 @@ class SharedThreshold {
 template <typename T, typename Acc>
 class Searcher {
  public:
-  Searcher(const PrunedIndex<T>& index, const GroupRange& range, const Filter& filter, int64_t k)
+  Searcher(const PrunedIndex<T>& index, const GroupRange& range, const Filter& filter, int64_t k, Algorithm algorithm)
       : index_(index),
+        postings_{index.start, index.document, index.value, index.postings},
         range_(range),
         filter_(filter),
-        ranking_(k, smallest_at_least(filter.least)),
-        bounds_(range.count * kGroupBlocks),
-        group_bounds_(range.count + kMaxLanes),
-        found_groups_(range.count + kMaxLanes) {}
+        k_(k),
+        algorithm_(algorithm),
+        ranking_(k, smallest_at_least(filter.least)) {}
 
   bool search(const QueryTerm<Acc>* terms, int64_t count, SharedThreshold<Acc>& shared) {
     shared_ = &shared;
@@ -64,8 +74,7 @@ class Searcher {
     for (int64_t t = 0; t < count; ++t) {
       if (index_.step[terms[t].column] > 0) known_.push_back(terms[t]);
     }
-    const Bounds<Acc> bounds(index_, known_.data(), known_.size());
-    return read_terms(bounds) && visit_groups(bounds);
+    return find_entries() && (should_accumulate() ? accumulate() : search_blocks());
   }
 
   // The documents with positive scores that the search has found, best first.
@@ -80,33 +89,65 @@ class Searcher {
     return number;
   }
 
+  // The entries of each term in the range.
+  bool find_entries() {
+    entries_.clear();
+    for (const QueryTerm<Acc>& term : known_) {
+      TermEntries entries{index_.group, index_.maximum, index_.term_start[term.column],
+                          index_.term_start[term.column + 1], range_.first};
+      if (entries.begin < 0 || entries.begin > entries.end || entries.end > index_.entries) return false;
+      if (range_.count < index_.groups()) {
+        const int32_t *const begin = index_.group + entries.begin, *const end = index_.group + entries.end;
+        entries.begin = std::lower_bound(begin, end, range_.first) - index_.group;
+        entries.end = std::lower_bound(begin, end, range_.first + range_.count) - index_.group;
+      }
+      entries_.push_back(entries);
+    }
+    return true;
+  }
+
+  bool should_accumulate() const {
+    if (algorithm_ != Algorithm::kAuto) return algorithm_ == Algorithm::kAccumulators;
+    return static_cast<int64_t>(known_.size()) >= kLongQuery || k_ >= index_.documents / kLargeShare;
+  }
+
+  bool accumulate() {
+    accumulators_.resize(std::min(kWindow, range_.count) * kGroupDocuments);
+    for (int64_t first = 0; first < range_.count; first += kWindow) {
+      const int64_t groups = std::min(kWindow, range_.count - first);
+      std::fill_n(accumulators_.begin(), groups * kGroupDocuments, Acc{0});
+      for (size_t t = 0; t < known_.size(); ++t) {
+        TermEntries& entries = entries_[t];
+        entries.first_group = range_.first + first;
+        entries.begin = kernels_.add_term(postings_, entries, known_[t].weight, groups, accumulators_.data());
+        if (entries.begin < 0) return false;
+      }
+      for (int64_t group = 0; group < groups; ++group) {
+        if (!rank(first + group, accumulators_.data() + group * kGroupDocuments)) return false;
+      }
+    }
+    return std::all_of(entries_.begin(), entries_.end(), [](const auto& rest) { return rest.begin == rest.end; });
+  }
+
+  bool search_blocks() {
+    bounds_.assign(range_.count * kGroupBlocks, 0.0f);
+    group_bounds_.resize(range_.count + kMaxLanes);
+    found_groups_.resize(range_.count + kMaxLanes);
+    const Bounds<Acc> bounds(index_, known_.data(), known_.size());
+    return read_terms(bounds) && visit_groups(bounds);
+  }
+
   bool read_terms(const Bounds<Acc>& bounds) {
     const int64_t count = known_.size(), groups = range_.count;
     entry_.assign(count * groups, -1);
     weight_.resize(count);
     postings_of_term_.resize(count + 1);
-    std::fill(bounds_.begin(), bounds_.end(), 0.0f);
     for (int64_t t = 0; t < count; ++t) {
       weight_[t] = known_[t].weight;
-      const std::optional<TermEntries> entries = find_entries(known_[t].column);
-      if (!entries) return false;
       int32_t* const entry = entry_.data() + t * groups;
-      if (!index_kernels().add_bounds(*entries, bounds.weight(t), groups, bounds_.data(), entry)) return false;
+      if (!index_kernels().add_bounds(entries_[t], bounds.weight(t), groups, bounds_.data(), entry)) return false;
     }
     return true;
-  }
-
-  // The entries of a term in the range.
-  std::optional<TermEntries> find_entries(int64_t column) const {
-    TermEntries entries{index_.group, index_.maximum, index_.term_start[column], index_.term_start[column + 1],
-                        range_.first};
-    if (entries.begin < 0 || entries.begin > entries.end || entries.end > index_.entries) return std::nullopt;
-    if (range_.count < index_.groups()) {
-      const int32_t *const begin = index_.group + entries.begin, *const end = index_.group + entries.end;
-      entries.begin = std::lower_bound(begin, end, range_.first) - index_.group;
-      entries.end = std::lower_bound(begin, end, range_.first + range_.count) - index_.group;
-    }
-    return entries;
   }
 
   // A group is scored as a whole if a document of it may be ranked, which costs no more than to score single blocks.
@@ -124,7 +165,6 @@ class Searcher {
         const bool may_rank = bounds.score(group_bounds_[found_groups_[i]]) >= ranking_.threshold();
         if (!may_rank) continue;
         if (!rank_group(found_groups_[i])) return false;
-        shared_->raise(ranking_.threshold());
       }
       limit = least;
     }
@@ -137,29 +177,38 @@ class Searcher {
                                       weight_.data(),
                                       entry_.data(),
                                       range_.count,
-                                      index_.start,
-                                      index_.document,
-                                      index_.value,
-                                      index_.postings,
+                                      postings_,
                                       postings_of_term_.data(),
-                                      scores_,
-                                      found_};
-    const int64_t count = score_group<T, Acc>()(query, group, ranking_.threshold_key());
+                                      scores_};
+    return kernels_.score_group(query, group) && rank(group, scores_);
+  }
+
+  // Rank the documents of a group by their scores.
+  bool rank(int64_t group, const Acc* scores) {
+    ranking_.raise_threshold(shared_->score());
+    const int64_t count = kernels_.find_scores(scores, ranking_.threshold_key(), found_);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = (range_.first + group) * kGroupDocuments + found_[i];
       const int64_t id = place < index_.documents ? index_.id[place] : -1;
       if (id < 0 || id >= index_.documents) return false;
-      if (filter_.admits(id)) ranking_.add(scores_[found_[i]], static_cast<int32_t>(id));
+      if (filter_.admits(id)) ranking_.add(scores[found_[i]], static_cast<int32_t>(id));
     }
-    return count >= 0;
+    if (count > 0) shared_->raise(ranking_.threshold());
+    return true;
   }
 
   const PrunedIndex<T>& index_;
+  const Postings<T> postings_;
+  const PostingsKernels<T, Acc>& kernels_ = postings_kernels<T, Acc>();
   const GroupRange range_;
   const Filter& filter_;
+  const int64_t k_;
+  const Algorithm algorithm_;
   SharedThreshold<Acc>* shared_ = nullptr;
   Ranking<Acc> ranking_;
   std::vector<QueryTerm<Acc>> known_;  // terms of the query that the index has
+  std::vector<TermEntries> entries_;   // of each term in the range
+  std::vector<Acc> accumulators_;      // scores of a window of groups
   std::vector<Acc> weight_;
   std::vector<float> bounds_, group_bounds_;  // of blocks, and the largest one of each group
   std::vector<int32_t> entry_, found_groups_;
@@ -198,6 +247,7 @@ struct Results {
   using Word = typename Ranking<Acc>::Word;
   const Filter& filter;
   int64_t documents, k;
+  Algorithm algorithm;
   Result* scores;
   int64_t* ids;
 
@@ -219,7 +269,7 @@ template <typename T, typename Acc, typename Result>
 bool search_queries(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, const Results<Acc, Result>& results) {
   std::atomic<bool> is_damaged{false};
   torch::stable::parallel_for(0, queries.count(), 1, [&](int64_t begin, int64_t end) {
-    Searcher<T, Acc> searcher(index, {0, index.groups()}, results.filter, results.k);
+    Searcher<T, Acc> searcher(index, {0, index.groups()}, results.filter, results.k, results.algorithm);
     for (int64_t q = begin; q < end; ++q) {
       SharedThreshold<Acc> own;
       if (!searcher.search(queries.terms_of(q), queries.count_of(q), own)) {
@@ -244,7 +294,7 @@ bool search_ranges(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t q = i / ranges, range = i % ranges;
       const int64_t first = groups * range / ranges, last = groups * (range + 1) / ranges;
-      Searcher<T, Acc> searcher(index, {first, last - first}, results.filter, results.k);
+      Searcher<T, Acc> searcher(index, {first, last - first}, results.filter, results.k, results.algorithm);
       if (!searcher.search(queries.terms_of(q), queries.count_of(q), shared[q])) {
         is_damaged = true;
         return;
@@ -273,9 +323,16 @@ void search_all(const PrunedIndex<T>& index, const QueryTerms<Acc>& queries, con
   STD_TORCH_CHECK(is_sound, "index must be one that index_fill has written, got places out of range");
 }
 
+Algorithm parse_algorithm(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= 2, "algorithm must be 0, 1 or 2, got ", code);
+  return static_cast<Algorithm>(code);
+}
+
 std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indices, const Tensor& query_values,
                                         const std::optional<Tensor>& query_lengths, const std::vector<Tensor>& tensors,
-                                        int64_t k, double min_score, const std::optional<Tensor>& allowed) {
+                                        int64_t k, double min_score, const std::optional<Tensor>& allowed,
+                                        int64_t algorithm) {
+  const Algorithm chosen = parse_algorithm(algorithm);
   std::optional<std::tuple<Tensor, Tensor>> result;
   with_index(tensors, [&](const auto& index) {
     check_rows("query_", query_indices, query_values, query_lengths, index.num_cols);
@@ -298,8 +355,8 @@ std::tuple<Tensor, Tensor> index_search(const std::optional<Tensor>& query_indic
       using Result = typename decltype(rounded)::type;
       const QueryTerms<Acc> queries = collect_terms<Acc>(query_indices, query_values, query_lengths, index.num_cols);
       if (taken == 0) return;
-      const Results<Acc, Result> results{filter, index.documents, taken, mutable_data<Result>(scores),
-                                         mutable_data<int64_t>(ids)};
+      const Results<Acc, Result> results{
+          filter, index.documents, taken, chosen, mutable_data<Result>(scores), mutable_data<int64_t>(ids)};
       search_all(index, queries, results);
     };
     if (dtype == ScalarType::Double) {

@@ -33,6 +33,15 @@ struct FoundPostings {
   Acc weight;
 };
 
+// Postings of an index.
+template <typename T>
+struct Postings {
+  const int64_t* start;     // (entries + 1,) first posting of an entry
+  const uint8_t* document;  // (postings,) ascending places in the group, or bits
+  const T* value;           // (postings,)
+  int64_t count;
+};
+
 // A query as it reads the postings, and scratch memory.
 template <typename T, typename Acc>
 struct PostingsQuery {
@@ -40,20 +49,22 @@ struct PostingsQuery {
   const Acc* weight;     // (terms,), by ascending column
   const int32_t* entry;  // (terms, groups) entry of a term in a group of the range, -1 if it has none
   int64_t groups;
-  const int64_t* start;     // (entries + 1,) first posting of an entry
-  const uint8_t* document;  // (postings,) ascending places in the group, or bits
-  const T* value;           // (postings,)
-  int64_t postings;
+  Postings<T> postings;
   FoundPostings<Acc>* postings_of_term;  // (terms + 1,)
   Acc* scores;                           // (kGroupDocuments,)
-  int32_t* found;                        // (kGroupDocuments,)
 };
 
-// Compute the scores of a group, with the bits that score_rows computes. Find the places whose scores have at least the
-// sort key `least`, and return their number, or -1 if a posting is out of range. Keys compare well where the processor
-// takes denormal numbers for zero.
 template <typename T, typename Acc>
-using ScoreGroup = int64_t (*)(const PostingsQuery<T, Acc>& query, int64_t group, SortKey<Acc> least);
+struct PostingsKernels {
+  // Compute the scores of a group, with the bits that score_rows computes. Return false if a posting is out of range.
+  bool (*score_group)(const PostingsQuery<T, Acc>& query, int64_t group);
+  // Add weight * value of the entries [begin, end) to the scores of the groups from first_group on, up to the first
+  // entry of a later group, and return that one, or -1 if a group or a posting is out of range.
+  int64_t (*add_term)(const Postings<T>& postings, const TermEntries& entries, Acc weight, int64_t groups, Acc* scores);
+  // Find the places in a group whose scores have at least the sort key `least`, and return their number. Keys compare
+  // well where the processor takes denormal numbers for zero.
+  int64_t (*find_scores)(const Acc* scores, SortKey<Acc> least, int32_t* found);
+};
 
 struct IndexKernels {
   // Add weight * maximum to the bounds (groups, kGroupBlocks) of the blocks of a term, and store the entry of each
@@ -63,14 +74,14 @@ struct IndexKernels {
   void (*group_bounds)(const float* bounds, int64_t groups, float* largest);
   // Find the places with least <= bound < limit, and return their number. There is room to read whole vectors.
   int64_t (*find_bounds)(const float* bounds, int64_t count, float least, float limit, int32_t* found);
-  ScoreGroup<float, float> score_f32;
-  ScoreGroup<bfloat16, float> score_bf16;
-  ScoreGroup<float16, float> score_f16;
+  PostingsKernels<float, float> f32;
+  PostingsKernels<bfloat16, float> bf16;
+  PostingsKernels<float16, float> f16;
   // Scores in float64.
-  ScoreGroup<double, double> score_f64;
-  ScoreGroup<float, double> score_wide_f32;
-  ScoreGroup<bfloat16, double> score_wide_bf16;
-  ScoreGroup<float16, double> score_wide_f16;
+  PostingsKernels<double, double> f64;
+  PostingsKernels<float, double> wide_f32;
+  PostingsKernels<bfloat16, double> wide_bf16;
+  PostingsKernels<float16, double> wide_f16;
 };
 
 // Tables of all instruction sets of the build. This machine may not support all of them.
@@ -84,17 +95,17 @@ const IndexKernels& index_avx512();
 const IndexKernels& index_kernels();
 
 template <typename T, typename Acc>
-ScoreGroup<T, Acc> score_group() {
+const PostingsKernels<T, Acc>& postings_kernels() {
   const IndexKernels& all = index_kernels();
   if constexpr (std::is_same_v<Acc, float>) {
-    if constexpr (std::is_same_v<T, float>) return all.score_f32;
-    if constexpr (std::is_same_v<T, bfloat16>) return all.score_bf16;
-    if constexpr (std::is_same_v<T, float16>) return all.score_f16;
+    if constexpr (std::is_same_v<T, float>) return all.f32;
+    if constexpr (std::is_same_v<T, bfloat16>) return all.bf16;
+    if constexpr (std::is_same_v<T, float16>) return all.f16;
   } else {
-    if constexpr (std::is_same_v<T, double>) return all.score_f64;
-    if constexpr (std::is_same_v<T, float>) return all.score_wide_f32;
-    if constexpr (std::is_same_v<T, bfloat16>) return all.score_wide_bf16;
-    if constexpr (std::is_same_v<T, float16>) return all.score_wide_f16;
+    if constexpr (std::is_same_v<T, double>) return all.f64;
+    if constexpr (std::is_same_v<T, float>) return all.wide_f32;
+    if constexpr (std::is_same_v<T, bfloat16>) return all.wide_bf16;
+    if constexpr (std::is_same_v<T, float16>) return all.wide_f16;
   }
 }
 

@@ -72,14 +72,14 @@ inline int64_t fetch_postings(const PostingsQuery<T, Acc>& query, int64_t group)
     const int64_t entry = query.entry[t * query.groups + group];
     found[count] = {entry, 0, query.weight[t]};
     if (entry < 0) continue;
-    __builtin_prefetch(query.start + entry);
+    __builtin_prefetch(query.postings.start + entry);
     ++count;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t start = query.start[found[i].start], end = query.start[found[i].start + 1];
-    if (start < 0 || start > end || end > query.postings) return -1;
-    __builtin_prefetch(query.document + start);
-    __builtin_prefetch(query.value + start);
+    const int64_t start = query.postings.start[found[i].start], end = query.postings.start[found[i].start + 1];
+    if (start < 0 || start > end || end > query.postings.count) return -1;
+    __builtin_prefetch(query.postings.document + start);
+    __builtin_prefetch(query.postings.value + start);
     found[i].start = start;
     found[i].end = end;
   }
@@ -167,50 +167,75 @@ inline void add_bitmap(const uint8_t* bitmap, const T* value, int64_t readable, 
   }
 }
 
+// Add weight * value for the postings [start, end) of an entry to the scores of its group.
 template <typename T, typename Acc>
-int64_t score_group(const PostingsQuery<T, Acc>& query, int64_t group, SortKey<Acc> least) {
-  Acc* const scores = query.scores;
-  for (int64_t i = 0; i < kGroupDocuments; ++i) scores[i] = 0;
+inline bool add_entry(const Postings<T>& postings, int64_t start, int64_t end, Acc weight, Acc* scores) {
+  const int64_t count = end - start;
+  const uint8_t* const document = postings.document + start;
+  const T* const value = postings.value + start;
+  if (count < kBitmapBytes) {
+    for (int64_t i = 0; i < count; ++i) scores[document[i]] += static_cast<Acc>(to_acc(value[i])) * weight;
+    return true;
+  }
+  int64_t bits = 0;
+  for (int64_t i = 0; i < kBitmapBytes; i += 8) bits += __builtin_popcountll(load_bits<uint64_t>(document + i));
+  if (bits != count) return false;
+  add_bitmap(document, value, postings.count - start, weight, scores);
+  return true;
+}
+
+template <typename T, typename Acc>
+bool score_group(const PostingsQuery<T, Acc>& query, int64_t group) {
+  for (int64_t i = 0; i < kGroupDocuments; ++i) query.scores[i] = 0;
   const int64_t terms = fetch_postings(query, group);
   for (int64_t t = 0; t < terms; ++t) {
     const FoundPostings<Acc> found = query.postings_of_term[t];
-    const int64_t count = found.end - found.start;
-    const uint8_t* const document = query.document + found.start;
-    const T* const value = query.value + found.start;
-    if (count < kBitmapBytes) {
-      for (int64_t i = 0; i < count; ++i) {
-        scores[document[i]] += static_cast<Acc>(to_acc(value[i])) * found.weight;
-      }
-    } else {
-      int64_t bits = 0;
-      for (int64_t i = 0; i < kBitmapBytes; i += 8) bits += __builtin_popcountll(load_bits<uint64_t>(document + i));
-      if (bits != count) return -1;
-      add_bitmap(document, value, query.postings - found.start, found.weight, scores);
-    }
+    if (!add_entry(query.postings, found.start, found.end, found.weight, query.scores)) return false;
   }
-  if (terms < 0) return -1;
+  return terms >= 0;
+}
+
+template <typename T, typename Acc>
+int64_t add_term(const Postings<T>& postings, const TermEntries& entries, Acc weight, int64_t groups, Acc* scores) {
+  for (int64_t i = entries.begin; i < entries.end; ++i) {
+    const int64_t group = entries.group[i] - entries.first_group;
+    if (group >= groups) return i;
+    const int64_t start = postings.start[i], end = postings.start[i + 1];
+    const bool is_inside = group >= 0 && 0 <= start && start <= end && end <= postings.count;
+    if (!is_inside || !add_entry(postings, start, end, weight, scores + group * kGroupDocuments)) return -1;
+  }
+  return entries.end;
+}
+
+template <typename Acc>
+int64_t find_scores(const Acc* scores, SortKey<Acc> least, int32_t* found) {
   int64_t number = 0;
   for (int64_t i = 0; i < kGroupDocuments; i += kLanes<Acc>) {
     const Mask<Acc> above = load_bits<Mask<Acc>>(scores + i) >= least;  // numbers from 0 on sort as their bits do
     if (!has_set_lane(above)) continue;
     for (int lane = 0; lane < kLanes<Acc>; ++lane) {
-      if (above[lane]) query.found[number++] = static_cast<int32_t>(i + lane);
+      if (above[lane]) found[number++] = static_cast<int32_t>(i + lane);
     }
   }
   return number;
+}
+
+template <typename T, typename Acc>
+constexpr PostingsKernels<T, Acc> make_postings() {
+  return {score_group<T, Acc>, add_term<T, Acc>, find_scores<Acc>};
 }
 
 constexpr IndexKernels make_index(const char*) {
   return {add_bounds,
           group_bounds,
           find_bounds,
-          score_group<float, float>,
-          score_group<bfloat16, float>,
-          score_group<float16, float>,
-          score_group<double, double>,
-          score_group<float, double>,
-          score_group<bfloat16, double>,
-          score_group<float16, double>};
+          make_postings<float, float>(),
+          make_postings<bfloat16, float>(),
+          make_postings<float16, float>(),
+          make_postings<double, double>(),
+          make_postings<float, double>(),
+          make_postings<bfloat16, double>(),
+          make_postings<float16, double>()};
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ _FILE = FileKind(
     "a saved SparseIndex", "sparse_index", "splade_fast.SparseIndex", 1, frozenset(_TENSORS)
 )
 
+_ALGORITHMS = {"auto": 0, "blocks": 1, "accumulators": 2}  # with the same results
 _MAX_COLS = 2**24  # as in csrc/cpu/index/build.cpp
 _GROUP_BLOCKS = 32  # as in csrc/cpu/simd/index.h
 _ROWS_AT_ONCE = 2**14  # bounds the memory of a check
@@ -161,21 +162,7 @@ class SparseIndex:
             >>> index.search(torch.tensor([[3.0, 1.0]]), k=2, min_score=2.5)
             (tensor([[3., -inf]]), tensor([[ 1, -1]]))
         """
-        self._check_queries(queries)
-        k = check_count("k", k, 1)
-        least = -math.inf if min_score is None else float(min_score)
-        if math.isnan(least):
-            raise ValueError("min_score must be a number, got nan")
-        operands = (
-            (queries.indices, queries.values, queries.lengths)
-            if isinstance(queries, SparseRows)
-            else (None, queries, None)
-        )
-        allowed_mask = None if allowed is None else to_mask(allowed, len(self))
-        result: tuple[Tensor, Tensor] = torch.ops.splade_fast.index_search(
-            *operands, self._tensors, k, least, allowed_mask
-        )
-        return result
+        return self._search(queries, k, min_score, allowed, "auto")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; an existing file is replaced only by a complete one.
@@ -239,6 +226,30 @@ class SparseIndex:
 
     def __repr__(self) -> str:
         return f"SparseIndex({len(self)} documents, num_cols={self.num_cols}, dtype={self.dtype})"
+
+    def _search(
+        self,
+        queries: SparseRows | Tensor,
+        k: int,
+        min_score: float | None,
+        allowed: Tensor | Sequence[int] | None,
+        algorithm: str,
+    ) -> tuple[Tensor, Tensor]:
+        self._check_queries(queries)
+        k = check_count("k", k, 1)
+        least = -math.inf if min_score is None else float(min_score)
+        if math.isnan(least):
+            raise ValueError("min_score must be a number, got nan")
+        operands = (
+            (queries.indices, queries.values, queries.lengths)
+            if isinstance(queries, SparseRows)
+            else (None, queries, None)
+        )
+        allowed_mask = None if allowed is None else to_mask(allowed, len(self))
+        result: tuple[Tensor, Tensor] = torch.ops.splade_fast.index_search(
+            *operands, self._tensors, k, least, allowed_mask, _ALGORITHMS[algorithm]
+        )
+        return result
 
     def _check_queries(self, queries: SparseRows | Tensor) -> None:
         no_rows = torch.empty(0, 1, dtype=torch.int32)
