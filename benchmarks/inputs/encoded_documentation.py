@@ -23,6 +23,13 @@ DOCUMENTS, QUERIES = 500_000, 1000
 _MAX_LENGTH = 128
 
 
+def encoded_folder(cache: Path | None = None) -> Path:
+    """Return the folder of the texts and their vectors."""
+    settings = f"{DEMO.requirement} {PACKAGES} {DOCUMENTS} {QUERIES} {_MAX_LENGTH}"
+    name = f"documentation-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    return (cache or Path.home() / ".cache" / "splade_fast") / name
+
+
 def encoded_documentation(cache: Path | None = None) -> tuple[SparseRows, SparseRows]:
     """Return 1,000 encoded queries and 500,000 encoded passages with all their entries, mapped.
 
@@ -33,13 +40,11 @@ def encoded_documentation(cache: Path | None = None) -> tuple[SparseRows, Sparse
         CheckpointError: the demo's checkpoint cannot be fetched.
         DocumentationError: the machine has no packages of Debian, or too little text.
     """
-    cache = cache or Path.home() / ".cache" / "splade_fast"
-    settings = f"{DEMO.requirement} {PACKAGES} {DOCUMENTS} {QUERIES} {_MAX_LENGTH}"
-    folder = cache / f"documentation-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    folder = encoded_folder(cache)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"passages": DOCUMENTS, "titles": QUERIES}
     if not all((folder / f"{name}.tsv").exists() for name in texts):
-        found = passages_and_titles(download(cache / "packages"))
+        found = passages_and_titles(download(folder.parent / "packages"))
         for (name, count), lines in zip(texts.items(), found, strict=True):
             if len(lines) < count:
                 raise DocumentationError(f"{name} must be at least {count}, got {len(lines)}")

@@ -3,26 +3,30 @@
 The passages are those of documentation packages of Debian, with all entries of their vectors or
 with the 128 largest; queries are titles of sections.
 
-one query: median and 99th percentile of the time of a query alone on one thread, and the share of
+prepare: build the indexes of all contenders, which later measurements load.
+
+one query: median and 99th percentile of the time of a query alone on one core, and the share of
 its k best documents that a contender finds. `bmp` is safe over 8-bit impacts, `pyseismic-lsr` is
-approximate and tuned to two recalls, and the inverted index is scipy's product of sparse matrices.
+approximate and tuned to two recalls, "accumulators" is the second algorithm of SparseIndex for all
+queries, and the inverted index is scipy's product of sparse matrices.
+
+two cores: the same for a query that two threads share.
 
 batch: time of 64 queries together, with one thread and with two.
 
-build: time of a build, and bytes of the index for each byte of its rows.
+build: documents a second of CPU time, and bytes of the index.
 
-growth: time of a query alone, for five numbers of documents.
+growth: time of a query alone, for five numbers of documents, and the exponent of their power law.
 
 `bmp` and `pyseismic-lsr` take part where they can be imported; both may be in a folder that
-PYTHONPATH names.
+PYTHONPATH names. Each measurement but "prepare" takes less than two minutes.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,22 +41,23 @@ from benchmarks.harness.case import UnavailableError
 from benchmarks.harness.results import TIME, Measurement
 from benchmarks.harness.timing import Contender, Rounds, time_in_turns
 from benchmarks.inputs.documentation import DocumentationError
-from benchmarks.inputs.encoded_documentation import encoded_documentation
+from benchmarks.inputs.encoded_documentation import encoded_documentation, encoded_folder
+from benchmarks.studies.scale.power_law import power_law
 from benchmarks.studies.search_index.contenders import (
     Search,
-    SeismicSearch,
     bmp_search,
     inverted_index_search,
     seismic_search,
     tuned_seismic_searches,
 )
+from benchmarks.studies.search_index.kept import KeptIndexes
 from examples.docstrings.checkpoint import CheckpointError
 from splade_fast import SparseIndex, SparseRows, sparse_scores, sparse_search
 
 KS = (10, 100, 1000)
 ENTRIES = {"all entries": None, "128 entries": 128}
 BATCH = 64
-QUERIES = 100  # searched alone; a scan of each takes a third of a second
+QUERIES = 100  # searched alone; a scan of each takes a seventh of a second
 SIZES = (31_250, 62_500, 125_000, 250_000, 500_000)
 RECALLS = (0.95, 0.99)
 _TUNING_QUERIES = 30
@@ -64,59 +69,86 @@ class Corpus:
     name: str
     queries: SparseRows
     docs: SparseRows
+    kept: KeptIndexes
 
     @property
     def subject(self) -> str:
         return f"N {len(self.docs)}, {self.name}"
 
+    def first(self, count: int) -> SparseRows:
+        return self.docs[: min(count, len(self.docs))]
+
+    def find(self, contender: str, docs: SparseRows | None = None) -> Path:
+        return self.kept.find(contender, self.docs if docs is None else docs)
+
 
 def measurements(rounds: Rounds) -> Mapping[str, Callable[[], list[Measurement]]]:
     found: dict[str, Callable[[], list[Measurement]]] = {}
     for name in ENTRIES:
-        for k in KS:
-            found[f"one query, {name}, k {k}"] = partial(_measure, one_query, name, k, rounds)
-        for k in KS:
-            found[f"batch, {name}, k {k}"] = partial(_measure, batch, name, k, rounds)
+        found[f"prepare, {name}"] = partial(_measure, prepare, name, 0, rounds)
+        for measure in (one_query, two_cores, batch):
+            part = measure.__name__.replace("_", " ")
+            for k in KS:
+                found[f"{part}, {name}, k {k}"] = partial(_measure, measure, name, k, rounds)
         found[f"build, {name}"] = partial(_measure, build, name, 0, rounds)
         found[f"growth, {name}"] = partial(_measure, growth, name, 10, rounds)
     return found
 
 
+def prepare(corpus: Corpus, _: int, __: Rounds) -> list[Measurement]:
+    """Build all indexes that are missing."""
+    for contender in ("ours", "bmp", "seismic", "inverted index"):
+        with _only_if_installed(), _threads(1):
+            for size in SIZES if contender in ("ours", "bmp") else SIZES[-1:]:
+                corpus.find(contender, corpus.first(size))
+    return []
+
+
 def one_query(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
-    """Time each query alone, contenders in turns."""
-    searches = dict(_searches(corpus))
-    if k != KS[0]:
-        del searches["scan"]  # takes as long for every k
-    searches.update(_tuned_searches(corpus, k))
-    turns = {name: Turns(corpus.queries, search, k) for name, search in searches.items()}
-    contenders = {name: Contender(turn.run, turn.move_on) for name, turn in turns.items()}
-    with _threads(1):
-        times = time_in_turns(
-            contenders, Rounds(max(rounds.rounds, len(corpus.queries)), rounds.seconds)
-        )
-    found = []
-    for name, milliseconds in times.items():
-        measured = partial(
-            Measurement,
+    """Time each query alone on one core, contenders in turns."""
+    with _threads(1):  # also where a library starts its own threads
+        return _one_query(corpus, k, rounds)
+
+
+def _one_query(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
+    index = _index(corpus)
+    searches: dict[str, Search] = {
+        "ours": _ids_of(index),
+        "accumulators": lambda query, k: _ids(index._search(query, k, None, None, "accumulators")),
+    }
+    if k == KS[0]:
+        searches["scan"] = _scan_of(corpus)  # takes as long for every k
+    with _only_if_installed():
+        searches["bmp"] = bmp_search(corpus.find("bmp"))
+    with _only_if_installed():
+        found = partial(recall, corpus, k, count=_TUNING_QUERIES)
+        seismic = seismic_search(corpus.find("seismic"))
+        searches.update(tuned_seismic_searches(seismic, found, RECALLS))
+    searches["inverted index"] = inverted_index_search(corpus.find("inverted index"))
+    times = _time_queries(corpus.queries, searches, k, rounds)
+    place: dict[str, Any] = {"part": "one query", "subject": corpus.subject, "axis": "k", "size": k}
+    recalls = [
+        Measurement(
             study="search_index",
-            part="one query",
-            subject=corpus.subject,
             contender=name,
-            axis="k",
-            size=k,
+            quantity="recall",
+            value=recall(corpus, k, search),
+            **place,
         )
-        slowest = statistics.quantiles(milliseconds, n=100)[-1]
-        found += [
-            measured(
-                quantity=TIME,
-                value=statistics.median(milliseconds),
-                unit="ms",
-                rounds=len(milliseconds),
-            ),
-            measured(quantity="99th percentile", value=slowest, unit="ms"),
-            measured(quantity="recall", value=recall(corpus, k, searches[name])),
-        ]
-    return found
+        for name, search in searches.items()
+    ]
+    return _medians(times, has_tail=True, **place) + recalls
+
+
+def two_cores(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
+    """Time each query alone with two threads."""
+    searches = {"ours": _ids_of(_index(corpus))}
+    if k == KS[0]:
+        searches["scan"] = _scan_of(corpus)
+    with _threads(2):
+        times = _time_queries(corpus.queries, searches, k, rounds)
+    place = {"part": "one query, two cores", "subject": corpus.subject, "axis": "k", "size": k}
+    return _medians(times, has_tail=True, **place)
 
 
 def batch(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
@@ -136,56 +168,87 @@ def batch(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
 
 
 def build(corpus: Corpus, _: int, __: Rounds) -> list[Measurement]:
-    """Time one build, and compare the size of the file with that of the rows."""
-    with _threads(1), tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        index = SparseIndex.build(corpus.docs, show_progress=False)
-        seconds = time.perf_counter() - start
-        path = Path(folder) / "index"
-        index.save(path)
-        size = path.stat().st_size
-    entries = int(corpus.docs.lengths.sum()) * (4 + corpus.docs.values.element_size())
-    measured = partial(Measurement, study="search_index", part="build", subject=corpus.subject)
-    return [
-        measured(quantity="documents/s", value=len(corpus.docs) / seconds),
-        measured(quantity="bytes for each byte of the rows", value=size / corpus.docs.nbytes),
-        measured(quantity="bytes for each byte of the entries", value=size / entries),
-    ]
+    """Time one build of ours, and report how long the others took and how large all are."""
+    rows = int(corpus.docs.lengths.sum()) * (4 + corpus.docs.values.element_size())
+    found = []
+    for contender in ("ours", "bmp", "seismic", "inverted index"):
+        with _only_if_installed(), _threads(1):
+            path = corpus.kept.find(contender, corpus.docs, should_build=contender == "ours")
+            seconds = corpus.kept.build_seconds(path)
+            size = path.stat().st_size
+            measured = partial(
+                Measurement,
+                study="search_index",
+                part="build",
+                subject=corpus.subject,
+                contender=contender,
+            )
+            found += [
+                measured(quantity="documents/s", value=len(corpus.docs) / seconds),
+                measured(quantity="size", value=size / 2**20, unit="MiB"),
+                measured(quantity="bytes for each byte of the entries", value=size / rows),
+            ]
+    return found
 
 
 def growth(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
     """Time each query alone in the first documents of the corpus, for five numbers of them."""
-    found = []
+    subject = f"{corpus.name}, k {k}"
+    found: list[Measurement] = []
     for limit in SIZES:
-        part = Corpus(corpus.name, corpus.queries, corpus.docs[: min(limit, len(corpus.docs))])
-        index = SparseIndex.build(part.docs, show_progress=False)
-        searches: dict[str, Search] = {"ours": _ids_of(index)}
-        searches.update(_bmp(part.docs))
-        turns = {name: Turns(part.queries, search, k) for name, search in searches.items()}
-        contenders = {name: Contender(turn.run, turn.move_on) for name, turn in turns.items()}
+        docs = corpus.first(limit)
+        index = SparseIndex.load(corpus.find("ours", docs), should_check=False)
+        searches = {"ours": _ids_of(index)}
+        with _only_if_installed():
+            searches["bmp"] = bmp_search(corpus.find("bmp", docs))
         with _threads(1):
-            times = time_in_turns(
-                contenders, Rounds(max(rounds.rounds, len(part.queries)), rounds.seconds)
+            times = _time_queries(corpus.queries, searches, k, rounds)
+        found += _medians(times, part="growth", subject=subject, axis="documents", size=len(docs))
+    for contender in {measured.contender: None for measured in found}:
+        own = [measured for measured in found if measured.contender == contender]
+        law = power_law([one.size for one in own if one.size], [one.value for one in own])
+        found.append(
+            Measurement(
+                study="search_index",
+                part="growth",
+                subject=subject,
+                contender=contender,
+                quantity="exponent",
+                value=law.exponent,
+                note=f"standard error {law.standard_error:.2f}",
             )
-        subject, size = f"{corpus.name}, k {k}", len(part.docs)
-        found += _medians(times, part="growth", subject=subject, axis="documents", size=size)
+        )
     return found
 
 
-def _medians(times: Mapping[str, Sequence[float]], **place: Any) -> list[Measurement]:
-    """Return the median milliseconds of each contender, at a place of the study."""
-    return [
-        Measurement(
+def _time_queries(
+    queries: SparseRows, searches: Mapping[str, Search], k: int, rounds: Rounds
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each query alone, by contender."""
+    turns = {name: Turns(queries, search, k) for name, search in searches.items()}
+    contenders = {name: Contender(turn.run, turn.move_on) for name, turn in turns.items()}
+    return time_in_turns(contenders, Rounds(max(rounds.rounds, len(queries)), rounds.seconds))
+
+
+def _medians(
+    times: Mapping[str, Sequence[float]], *, has_tail: bool = False, **place: Any
+) -> list[Measurement]:
+    """Return the median milliseconds of each contender, and the 99th percentile if asked for."""
+    found = []
+    for name, milliseconds in times.items():
+        measured = partial(
+            Measurement,
             study="search_index",
             contender=name,
-            quantity=TIME,
-            value=statistics.median(milliseconds),
             unit="ms",
             rounds=len(milliseconds),
             **place,
         )
-        for name, milliseconds in times.items()
-    ]
+        found.append(measured(quantity=TIME, value=statistics.median(milliseconds)))
+        if has_tail:
+            slowest = statistics.quantiles(milliseconds, n=100)[-1]
+            found.append(measured(quantity="99th percentile", value=slowest))
+    return found
 
 
 def recall(corpus: Corpus, k: int, search: Search, count: int | None = None) -> float:
@@ -219,12 +282,25 @@ class Turns:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
+    """Let torch use some threads; with one, hold all libraries to one core."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
+    cores = os.sched_getaffinity(0)
+    if count == 1:
+        os.sched_setaffinity(0, {max(cores)})
     try:
         yield
     finally:
+        os.sched_setaffinity(0, cores)
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _only_if_installed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        print(f"without {error.name}: {error}", flush=True)
 
 
 def _measure(
@@ -239,8 +315,15 @@ def _corpus(name: str) -> Corpus:
         queries, docs = encoded_documentation()
     except (CheckpointError, DocumentationError) as error:
         raise UnavailableError(str(error)) from error
+    folder = encoded_folder() / name.replace(" ", "_")
     k = ENTRIES[name]
-    return Corpus(name, queries[:QUERIES], docs if k is None else largest_entries(docs, k))
+    if k is not None:
+        path = folder / "vectors.safetensors"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            largest_entries(docs, k).save(path)
+        docs = SparseRows.load(path, should_check=False)
+    return Corpus(name, queries[:QUERIES], docs, KeptIndexes(folder))
 
 
 def largest_entries(rows: SparseRows, k: int) -> SparseRows:
@@ -256,46 +339,14 @@ def largest_entries(rows: SparseRows, k: int) -> SparseRows:
     return SparseRows(torch.cat(indices), torch.cat(values), lengths, rows.num_cols)
 
 
-# Indexes of a corpus serve several measurements.
+# The index of a corpus serves several measurements.
 @functools.lru_cache(maxsize=1)
 def _index(corpus: Corpus) -> SparseIndex:
-    return SparseIndex.build(corpus.docs, show_progress=False)
+    return SparseIndex.load(corpus.find("ours"), should_check=False)
 
 
-@functools.lru_cache(maxsize=1)
-def _searches(corpus: Corpus) -> Mapping[str, Search]:
-    return {
-        "ours": _ids_of(_index(corpus)),
-        "scan": lambda query, k: _ids(sparse_search(query, corpus.docs, k)),
-        "inverted index": inverted_index_search(corpus.docs),
-        **_bmp(corpus.docs),
-    }
-
-
-@functools.lru_cache(maxsize=1)
-def _seismic(corpus: Corpus) -> SeismicSearch | None:
-    try:
-        return seismic_search(corpus.docs)
-    except ImportError as error:
-        print(f"without {error.name}: {error}", flush=True)
-        return None
-
-
-def _tuned_searches(corpus: Corpus, k: int) -> Mapping[str, Search]:
-    search = _seismic(corpus)
-    if search is None:
-        return {}
-    return tuned_seismic_searches(
-        search, partial(recall, corpus, k, count=_TUNING_QUERIES), RECALLS
-    )
-
-
-def _bmp(docs: SparseRows) -> Mapping[str, Search]:
-    try:
-        return {"bmp": bmp_search(docs)}
-    except ImportError as error:
-        print(f"without {error.name}: {error}", flush=True)
-        return {}
+def _scan_of(corpus: Corpus) -> Search:
+    return lambda query, k: _ids(sparse_search(query, corpus.docs, k))
 
 
 def _ids_of(index: SparseIndex) -> Search:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from splade_fast import SparseRows
 
@@ -16,6 +16,7 @@ Search = Callable[[SparseRows, int], list[int]]
 SeismicSearch = Callable[[int, float, SparseRows, int], list[int]]  # settings, query, k
 
 _BMP_BLOCK = 8
+_ROWS_AT_ONCE = 2**14
 # Candidates of Seismic's settings, quickest first: number of the heaviest terms of a query that
 # choose blocks, and heap factor, by which a block's estimate must reach the worst hit.
 SEISMIC_SETTINGS = (
@@ -32,21 +33,24 @@ SEISMIC_SETTINGS = (
 )
 
 
-def bmp_search(docs: SparseRows) -> Search:
-    """Return the search of `bmp`, block-max pruning, safe over its 8-bit impacts."""
-    from bmp import Indexer, Searcher
+def build_bmp(docs: SparseRows, path: Path) -> None:
+    """Write the index of `bmp`, block-max pruning, whose impacts have 8 bits."""
+    from bmp import Indexer
 
-    # The searcher reads the whole file, which may then be removed.
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "bmp")
-        indexer = Indexer(path, bsize=_BMP_BLOCK, compress_range=False)
-        largest = float(docs.values.max())
-        for number in range(len(docs)):
-            [row] = docs[number : number + 1].to_dicts()
-            impacts = {str(c): round(value / largest * 255) for c, value in row.items()}
-            indexer.add_document(str(number), {c: i for c, i in impacts.items() if i > 0})
-        indexer.finish()
-        searcher = Searcher(path)
+    indexer = Indexer(str(path), bsize=_BMP_BLOCK, compress_range=False)
+    largest = float(docs.values.max())
+    for number in range(len(docs)):
+        [row] = docs[number : number + 1].to_dicts()
+        impacts = {str(c): round(value / largest * 255) for c, value in row.items()}
+        indexer.add_document(str(number), {c: i for c, i in impacts.items() if i > 0})
+    indexer.finish()
+
+
+def bmp_search(path: Path) -> Search:
+    """Return the search of `bmp`, safe over its impacts."""
+    from bmp import Searcher
+
+    searcher = Searcher(str(path))
 
     def search(query: SparseRows, k: int) -> list[int]:
         [terms] = query.to_dicts()
@@ -58,19 +62,32 @@ def bmp_search(docs: SparseRows) -> Search:
     return search
 
 
-def seismic_search(docs: SparseRows) -> SeismicSearch:
+_SEISMIC_ENDING = ".index.seismic"  # which Seismic adds to a name
+
+
+def build_seismic(docs: SparseRows, path: Path) -> None:
+    """Write the index of `pyseismic-lsr`."""
+    import seismic
+
+    dataset = seismic.SeismicDataset(dim=docs.num_cols)
+    for start in range(0, len(docs), _ROWS_AT_ONCE):
+        matrix = docs[start : start + _ROWS_AT_ONCE].to_scipy()
+        dataset.add_documents_by_id(
+            [str(start + number) for number in range(matrix.shape[0])],
+            matrix.indices.astype("int64"),
+            matrix.data,
+            matrix.indptr.astype("int64"),
+        )
+    index = seismic.SeismicIndex.build_from_dataset(dataset, num_threads=1)
+    index.save(str(path))
+    path.with_name(path.name + _SEISMIC_ENDING).rename(path)
+
+
+def seismic_search(path: Path) -> SeismicSearch:
     """Return the approximate search of `pyseismic-lsr`, which takes two settings more."""
     import seismic
 
-    matrix = docs.to_scipy()
-    dataset = seismic.SeismicDataset(dim=docs.num_cols)
-    dataset.add_documents_by_id(
-        [str(number) for number in range(len(docs))],
-        matrix.indices.astype("int64"),
-        matrix.data,
-        matrix.indptr.astype("int64"),
-    )
-    index = seismic.SeismicIndex.build_from_dataset(dataset, num_threads=1)
+    index = seismic.SeismicIndex.load(str(path))
     text = seismic.get_seismic_string()
 
     def search(query_cut: int, heap_factor: float, query: SparseRows, k: int) -> list[int]:
@@ -112,9 +129,18 @@ def tuned_seismic_searches(
     return found
 
 
-def inverted_index_search(docs: SparseRows) -> Search:
+def build_inverted_index(docs: SparseRows, path: Path) -> None:
+    """Write the transposed matrix of the documents."""
+    parts = (docs[i : i + _ROWS_AT_ONCE] for i in range(0, len(docs), _ROWS_AT_ONCE))
+    matrix = scipy.sparse.vstack([part.to_scipy() for part in parts], format="csr")
+    with path.open("wb") as file:
+        scipy.sparse.save_npz(file, matrix.T.tocsr(), compressed=False)
+
+
+def inverted_index_search(path: Path) -> Search:
     """Return a plain search term at a time: scipy's product of sparse matrices in C++."""
-    postings = docs.to_scipy().tocsc().T.tocsr()
+    with path.open("rb") as file:
+        postings = scipy.sparse.load_npz(file)
 
     def search(query: SparseRows, k: int) -> list[int]:
         scores = query.to_scipy() @ postings
