@@ -269,7 +269,7 @@ def loads_in_flight(code: list[str]) -> int:
         ("sample.cu", "draw_kernelIfLNS1_5NoiseE0", 16),
         ("sample.cu", "draw_kernelI13__nv_bfloat16LNS1_5NoiseE0", 16),
         ("pool.cu", "pool_kernelI13__nv_bfloat16Li8ELNS_7PoolingE0", 8),
-        ("head/sm90/pack.cu", "move_kernel", 4),
+        ("head/sm90/pack.cu", "pack_kernel", 4),
         ("head/backward.cu", "bucket_kernelI13__nv_bfloat16Lb0", 4),
         ("head/backward.cu", "bucket_kernelI13__nv_bfloat16Lb1", 4),
         ("head/backward.cu", "grad_weight_kernelI13__nv_bfloat16Li8", 4),

@@ -72,6 +72,11 @@ MEMORY = {
     "gather_by_the_widest_access": Mistake(
         "cuda/gather.cu", "all % static_cast<uintptr_t>(width) != 0", "false"
     ),
+    "pack_beyond_the_rows": Mistake(
+        "cuda/head/sm90/pack.cuh",
+        "min(round_up(count, sm90::kTileTokens), task.sequences.rows)",
+        "round_up(count, sm90::kTileTokens)",
+    ),
     "search_with_short_lists": Mistake(_SEARCH, "k + kSpare + most_", "k"),
     "prune_beyond_the_buffer": Mistake("cuda/selection.cuh", "place >= kCapacity<Key>", "false"),
 }

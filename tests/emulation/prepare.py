@@ -62,6 +62,12 @@ REPLACEMENTS = [
     Replacement("cuda/score/search.cu", "kFirstWave = 8192", "kFirstWave = 32"),
     Replacement("cuda/score/search.cu", "kSpare = 2048", "kSpare = 4"),
     Replacement("cuda/score/search.cu", "kTileBytes = int64_t{64} << 20", "kTileBytes = 1 << 12"),
+    Replacement("cuda/workspace.h", "#pragma once", '#pragma once\n#include "gaps.h"'),
+    Replacement(
+        "cuda/workspace.h",
+        "round_up(bytes, kAlignment)",
+        "emulation::bytes_with_gap(piece, bytes, kAlignment, begin_ != 0)",
+    ),
     # Cases differ in the size of the GPU, so it is asked for every time.
     Replacement("cuda/head/sm90/product.cuh", "if (found != known.end())", "if (false)"),
     Replacement(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.emulation.library import SANITIZER
+from tests.emulation.test_head_screened import screened
 
 pytestmark = pytest.mark.skipif(
     SANITIZER != "address", reason="needs AddressSanitizer: make emulate-memory"
@@ -26,10 +27,19 @@ def search(emulator):
     emulator.ops.sparse_search(None, torch.ones(1, 1), None, *documents, 1, 3)
 
 
+def pack(emulator):
+    """Pack tokens into a piece of memory that others follow."""
+    hidden, weight = torch.ones(1, 5, 8).half(), torch.ones(1, 8).half()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    options = None, mask, None, 0, 0, False, False
+    screened(emulator, torch.zeros(8), hidden, weight, *options)
+
+
 CHECKS = {
     "search_with_short_lists": (search, "AddressSanitizer: heap-buffer-overflow"),
     "gather_beyond_the_row": (gather, "AddressSanitizer: heap-buffer-overflow"),
     "gather_by_the_widest_access": (gather, "misaligned address"),
+    "pack_beyond_the_rows": (pack, "AddressSanitizer: use-after-poison"),
     "prune_beyond_the_buffer": (prune, "out of bounds"),
 }
 

@@ -151,12 +151,12 @@ bool should_run_sm90(const HeadInput& input, hopper::Operand operand, const OnDe
 
 void head_sm90(const HeadInput& input, hopper::Operand operand, Activation activation, const HeadOutputs& outputs,
                const OnDevice& device, const char* op) {
-  const PackedHead packed_head(input, operand, activation, outputs, device, op);
-  sm90::HeadTask task = packed_head.task();
-  const Tensor keys =
-      new_tensor(input.weight, std::vector<int64_t>{sm90::key_bytes(task.shape, outputs.saved)}, ScalarType::Byte);
-  task.keys = keys.mutable_data_ptr();
-  check_cuda(sm90::launch_head(task, device.stream()), op);
+  PackedHead packed(input, operand, activation, outputs);
+  const Tensor memory = new_workspace(input.weight, [&](Pieces& pieces) {
+    packed.head.keys = packed.lay_out(pieces, sm90::key_bytes(packed.head.shape, outputs.saved));
+  });
+  check_cuda(launch_pack(packed.pack, device.multiprocessors(), device.stream()), op);
+  check_cuda(sm90::launch_head(packed.head, device.stream()), op);
 }
 
 // Host function --------------------------------------------------------------------------------------------------

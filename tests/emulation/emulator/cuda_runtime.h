@@ -43,11 +43,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
-  std::memset(target, value, bytes);
-  return cudaSuccess;
-}
-
 enum cudaMemoryType { cudaMemoryTypeHost = 1 };
 struct cudaPointerAttributes {
   cudaMemoryType type;

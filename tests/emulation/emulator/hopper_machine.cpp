@@ -12,8 +12,11 @@ bool expects_written_memory = false;
 
 // Whether torch's deterministic mode filled these bytes: with NaN, or with the largest integer.
 bool is_filled(const uint8_t* bytes, int64_t count) {
-  constexpr uint8_t kPatterns[][4]{
-      {0xc0, 0x7f, 0xc0, 0x7f}, {0x00, 0x7e, 0x00, 0x7e}, {0, 0, 0xc0, 0x7f}, {0x7f, 0x7f, 0x7f, 0x7f}};
+  constexpr uint8_t kPatterns[][4]{{0xc0, 0x7f, 0xc0, 0x7f},
+                                   {0x00, 0x7e, 0x00, 0x7e},
+                                   {0, 0, 0xc0, 0x7f},
+                                   {0x7f, 0x7f, 0x7f, 0x7f},
+                                   {0xff, 0xff, 0xff, 0xff}};
   for (const auto& pattern : kPatterns) {
     int64_t same = 0;
     while (same < count && bytes[same] == pattern[same % 4]) ++same;

@@ -101,8 +101,7 @@ cudaError_t launch_tiles(const HeadTask& task, cudaStream_t stream) {
 
 template <Operand kOperand, bool kPositions>
 cudaError_t launch_all(const HeadTask& task, cudaStream_t stream) {
-  cudaError_t error = cudaMemsetAsync(task.keys, 0, static_cast<size_t>(key_bytes(task.shape, kPositions)), stream);
-  if (error == cudaSuccess) error = launch_tiles<kOperand, kPositions>(task, stream);
+  const cudaError_t error = launch_tiles<kOperand, kPositions>(task, stream);
   if (error != cudaSuccess) return error;
   constexpr int kMaxWalkers = 1024;
   const int batch = task.rows.batch;

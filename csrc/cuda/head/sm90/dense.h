@@ -26,7 +26,7 @@ struct HeadTask {
   const void* weight;  // (vocabulary, dim)
   PackedRows rows;
   const int32_t* first_sequences;  // (token tiles,)
-  void* keys;                      // key_bytes()
+  void* keys;                      // of key_bytes()
   PooledOutputs outputs;           // in the type of the operands, float for TF32
   OnlyIf only_if;                  // evaluated on the device when a kernel begins; it writes nothing unless this holds
 };
@@ -34,7 +34,7 @@ struct HeadTask {
 // Whether the library has machine code for sm_90a.
 bool is_built();
 
-// Computes all results.
+// Computes all results. The keys are 0 before the launch.
 cudaError_t launch_head(const HeadTask& task, cudaStream_t stream);
 
 // Computes the results of sequences that lie in one tile. Those of others stay as keys, which are 0 before the launch:

@@ -1,17 +1,20 @@
 // Rounds rows to int8: h - mean, or w, rotated by random signs and Hadamard transforms of blocks, then divided by a
-// scale. A warp takes a row, and a lane some consecutive dimensions of a block, which stays in registers. The kernel
-// rotates a row twice, to find its largest entry and to round it: reading the row again from the second-level cache is
-// cheaper than keeping it.
+// scale. A warp takes a row, and a lane some consecutive dimensions of a block, which stays in registers. A row is
+// rotated twice, to find its largest entry and to round it: reading it again from the second-level cache is cheaper
+// than keeping it. The scale of a token is that of its tile, so a launch finds the largest entries of all before the
+// next one rounds them.
 #include <cfloat>
 
 #include "cuda/device.cuh"
+#include "cuda/head/sm90/pack.cuh"
 #include "cuda/head/sm90/screen_rows.h"
 #include "cuda/warp.cuh"
 
 namespace splade_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 2;  // blocks that certainly fit a multiprocessor; more would cost spills
+constexpr int kThreads = packing::kThreads;
+constexpr int kBlocks = 2;  // that certainly fit a multiprocessor; more would cost spills
 
 // Unnormalised Hadamard transform of 32 kPerLane values.
 template <int kPerLane>
@@ -138,14 +141,11 @@ __device__ float norm_of(const float* vector, int dim) {
   return sqrtf(warp_sum(squares)) * screen_inflation(dim);
 }
 
-__device__ int64_t first_row() { return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp; }
-__device__ int64_t row_stride() { return static_cast<int64_t>(gridDim.x) * kThreads / kWarp; }
-
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kBlocks) round_weight_kernel(const WeightToRound task) {
   const Rows<T> rows(task.weight, false);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int64_t entry = first_row(); entry < task.vocabulary; entry += row_stride()) {
+  for (int64_t entry = packing::warp_of_grid(); entry < task.vocabulary; entry += packing::warps_of_grid()) {
     const T* source = rows.rows + entry * rows.dim;
     float mean_dot = 0;
     for (int d = lane; d < rows.dim; d += kWarp) mean_dot += task.weight.mean[d] * to_acc(source[d]);
@@ -182,42 +182,63 @@ __device__ void describe_entries(const EntriesToDescribe& task, int64_t dim) {
     const float sample = to_acc(static_cast<const T*>(task.weight)[entry * dim + sampled_dim(entry, dim)]);
     if (to_bits(sample) != to_bits(fact(kWeightSample))) atomicMax(task.count, task.too_many);
   }
-#pragma unroll 4
-  for (int64_t i = first; i < task.key_vectors; i += stride) task.keys[i] = uint4{};
 }
 
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    measure_tokens_kernel(const TokensToRound task, const EntriesToDescribe entries) {
-  const Rows<T> rows(task.tokens, true);
-  describe_entries<T>(entries, rows.dim);
-  for (int64_t token = first_row(); token < *task.count; token += row_stride()) {
-    const float largest = rows.template largest<kPerLane>(token);
-    if (threadIdx.x % kWarp > 0) continue;
-    task.largest[token] = largest;
-    if (is_rounded(largest)) merge_largest(&task.tiles[token / task.tile_tokens].largest, largest);
+    measure_tokens_kernel(const PackTask pack, int parts, const TokensToRound task) {
+  RowsToRound unpacked = task.tokens;
+  unpacked.rows = pack.rows;
+  const Rows<T> rows(unpacked, true);
+  const auto measure = [&](int64_t row, int64_t token) {
+    const float largest = rows.template largest<kPerLane>(row);
+    if (threadIdx.x % kWarp == 0) task.largest[token] = largest;
+  };
+  packing::pack(pack, parts, [&](int64_t row, int64_t token) {
+    packing::move_row(pack, row, token);
+    measure(row, token);
+  });
+  if (pack.mask != nullptr) return;
+  const int64_t count = sequence_span(pack.sequences, pack.batch - 1).stop;
+  for (int64_t token = packing::warp_of_grid(); token < count; token += packing::warps_of_grid()) measure(token, token);
+}
+
+// The largest entry of the tokens of a tile that are rounded at all; 0: none. A warp reads what was found of each.
+__device__ float largest_of_tile(const TokensToRound& task, int64_t first, int64_t count) {
+  const int64_t end = min(first + task.tile_tokens, count);
+  float largest = 0;
+#pragma unroll 8
+  for (int64_t token = first + threadIdx.x % kWarp; token < end; token += kWarp) {
+    const float one = task.largest[token];
+    largest = fmaxf(largest, is_rounded(one) ? one : 0.0f);
   }
+  return warp_max(largest);
 }
 
 template <typename T, int kPerLane>
-__global__ void __launch_bounds__(kThreads, kBlocks) round_tokens_kernel(const TokensToRound task) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    round_tokens_kernel(const TokensToRound task, const EntriesToDescribe entries) {
   const Rows<T> rows(task.tokens, true);
+  describe_entries<T>(entries, rows.dim);
   const float rounding = screen_rounding(rows.dim), mean_norm = norm_of(rows.mean, rows.dim);
   const int64_t count = *task.count, end = min(round_up(count, task.tile_tokens), task.room);
-  for (int64_t token = first_row(); token < end; token += row_stride()) {
+  for (int64_t token = packing::warp_of_grid(); token < end; token += packing::warps_of_grid()) {
     if (token >= count) {
       int32_t* target = reinterpret_cast<int32_t*>(task.integers + token * rows.padded_dim);
       for (int i = static_cast<int>(threadIdx.x) % kWarp; i < rows.padded_dim / 4; i += kWarp) target[i] = 0;
       continue;
     }
-    ScreenTile& tile = task.tiles[token / task.tile_tokens];
+    const int64_t tile = token / task.tile_tokens, first = tile * task.tile_tokens;
+    const float largest = largest_of_tile(task, first, count);
     const Norms norms =
-        round_row<kPerLane>(rows, token, task.largest[token], tile.largest, task.integers + token * rows.padded_dim);
+        round_row<kPerLane>(rows, token, task.largest[token], largest, task.integers + token * rows.padded_dim);
     if (threadIdx.x % kWarp > 0) continue;
+    ScreenTile& facts = task.tiles[tile];
+    if (token == first) facts.largest = largest;
     const float residual = norms.residual + (rounding * (norms.norm + mean_norm) + kScreenTiny);
-    merge_largest(&tile.norm, norms.norm);
+    merge_largest(&facts.norm, norms.norm);
     // With a mean that is not finite nothing is proved.
-    merge_largest(&tile.residual, residual <= FLT_MAX ? residual : INFINITY);
+    merge_largest(&facts.residual, residual <= FLT_MAX ? residual : INFINITY);
   }
 }
 
@@ -259,15 +280,16 @@ cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocesso
   });
 }
 
-cudaError_t launch_round_tokens(const TokensToRound& task, const EntriesToDescribe& entries, int64_t multiprocessors,
-                                cudaStream_t stream) {
-  const int64_t key_warps = ceil_div(entries.key_vectors, kWarp);
-  const int64_t warps = key_warps > task.room ? key_warps : task.room;
+cudaError_t launch_round_tokens(const PackTask& pack, const TokensToRound& task, const EntriesToDescribe& entries,
+                                int64_t multiprocessors, cudaStream_t stream) {
+  const packing::Grid packs = packing::grid_of(pack, multiprocessors);
+  const int64_t entry_warps = ceil_div(entries.vocabulary, kWarp);
+  const int64_t warps = entry_warps > task.room ? entry_warps : task.room;
   return dispatch_rows(task.tokens, warps, multiprocessors, [&](auto type, auto per_lane, unsigned grid) {
     using T = decltype(type);
     constexpr int kPerLane = decltype(per_lane)::value;
-    measure_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task, entries);
-    round_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task);
+    measure_tokens_kernel<T, kPerLane><<<packs.blocks, kThreads, 0, stream>>>(pack, packs.parts, task);
+    round_tokens_kernel<T, kPerLane><<<grid, kThreads, 0, stream>>>(task, entries);
   });
 }
 

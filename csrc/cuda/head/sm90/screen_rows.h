@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/head/sm90/pack.h"
 #include "cuda/head/sm90/screen_threshold.h"
 
 namespace splade_fast::cuda {
@@ -37,7 +38,7 @@ struct WeightToRound {
 
 cudaError_t launch_round_weight(const WeightToRound& task, int64_t multiprocessors, cudaStream_t stream);
 
-// The entries of a call, with its bias, and keys to be set to 0: work of the launch that measures the tokens.
+// The entries of a call, with its bias: work of the launch that rounds the tokens.
 struct EntriesToDescribe {
   const void* weight;  // (vocabulary, dim), of the type of the tokens
   const void* bias;    // (vocabulary,), or null
@@ -46,10 +47,9 @@ struct EntriesToDescribe {
   ScreenEntry* entries;  // (vocabulary,)
   // A weight that differs from the rounded one raises the count of candidates to too_many.
   unsigned long long *count, too_many;
-  uint4* keys;  // (key_vectors,), set to 0
-  int64_t key_vectors;
 };
 
+// Packed tokens.
 struct TokensToRound {
   RowsToRound tokens;
   int64_t room;          // number of rows in memory
@@ -59,10 +59,11 @@ struct TokensToRound {
   // product reads whole tiles.
   int8_t* integers;
   float* largest;     // (room,), of tokens: the largest entry of a rotated row, inf if it is not finite
-  ScreenTile* tiles;  // (tiles,), zero before the launch
+  ScreenTile* tiles;  // (tiles,), zero before the launch that rounds
 };
 
-cudaError_t launch_round_tokens(const TokensToRound& task, const EntriesToDescribe& entries, int64_t multiprocessors,
-                                cudaStream_t stream);
+// Two launches: one packs the tokens and finds the largest entry of each, the other rounds them.
+cudaError_t launch_round_tokens(const PackTask& pack, const TokensToRound& task, const EntriesToDescribe& entries,
+                                int64_t multiprocessors, cudaStream_t stream);
 
 }  // namespace splade_fast::cuda

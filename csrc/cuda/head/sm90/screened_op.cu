@@ -33,14 +33,6 @@ void check_mean(const Tensor& mean, const Tensor& weight) {
                   "mean must be float32 (", weight.size(1), ",) on the device of weight");
 }
 
-// Returns a tensor whose data begins at a multiple of 16 bytes, as the kernels need: itself, or a copy.
-Tensor aligned(const Tensor& tensor) {
-  if (address_of(tensor) % hopper::kChunkBytes == 0) return tensor;
-  Tensor copy = new_tensor(tensor, tensor.sizes());
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
 RowsToRound rows_to_round(const void* rows, const Tensor& weight, const Tensor& mean) {
   return {rows, weight.scalar_type() == ScalarType::BFloat16, weight.size(1), const_data<float>(mean)};
 }
@@ -65,73 +57,60 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& given_weight, const Tensor& giv
   return {packed, rows};
 }
 
-// Memory that is zero before the product: the count of candidates and the tiles. Keys have memory of their own.
-class Zeros {
- public:
-  explicit Zeros(const HeadInput& input)
-      : memory_(new_tensor(input.weight,
-                           std::vector<int64_t>{kCountBytes / 4 + sm90::token_tiles(shape_of_input(input)) *
-                                                                      static_cast<int64_t>(sizeof(ScreenTile) / 4)},
-                           ScalarType::Int)) {}
+// Memory that is 0 before the product: the count of candidates, the tiles, then the keys.
+struct Zeros {
+  static constexpr int64_t kCountBytes = sizeof(uint4);
+  int64_t tile_bytes, key_bytes;
 
-  const Tensor& memory() const { return memory_; }
-  unsigned long long* count() const { return static_cast<unsigned long long*>(memory_.mutable_data_ptr()); }
-  ScreenTile* tiles() const {
-    return reinterpret_cast<ScreenTile*>(static_cast<char*>(memory_.mutable_data_ptr()) + kCountBytes);
+  explicit Zeros(const sm90::HeadTask& head)
+      : tile_bytes(round_up(sm90::token_tiles(head.shape) * static_cast<int64_t>(sizeof(ScreenTile)), sizeof(uint4))),
+        key_bytes(head.shape.batch * head.shape.vocabulary * (head.outputs.max_logits != nullptr ? 8 : 4)) {}
+
+  int64_t bytes() const { return kCountBytes + tile_bytes + key_bytes; }
+  void hand_out(uint8_t* memory, TokensToRound& tokens, sm90::ScreenedTask& task) const {
+    task.count = reinterpret_cast<unsigned long long*>(memory);
+    task.tiles = tokens.tiles = reinterpret_cast<ScreenTile*>(memory + kCountBytes);
+    task.head.keys = memory + kCountBytes + tile_bytes;
   }
-
- private:
-  static constexpr int64_t kCountBytes = 16;
-  Tensor memory_;
 };
 
 void head_screened(const HeadInput& input, Activation activation, const HeadOutputs& outputs, const Tensor& mean,
                    const Tensor& packed, const Tensor& rows, const Tensor& report, const OnDevice& device,
                    const char* op) {
-  const Zeros zeros(input);
-  const PackedHead packed_head(input, half_operand(input.weight.scalar_type()), activation, outputs, device, op,
-                               zeros.memory());
+  PackedHead packed_head(input, half_operand(input.weight.scalar_type()), activation, outputs);
+  const Zeros zeros(packed_head.head);
   const int64_t vocabulary = input.vocabulary(), padded_dim = screen_padded_dim(input.dim());
-  const int64_t capacity = candidate_capacity(input.rows(), vocabulary);
-  const auto new_of = [&](ScalarType dtype, int64_t first, int64_t second) {
-    return new_tensor(input.weight, std::vector<int64_t>{first, second}, dtype);
-  };
-  const Tensor integers = new_of(ScalarType::Char, input.rows(), padded_dim);
-  const Tensor largest = new_of(ScalarType::Float, input.rows(), 1), entries = new_of(ScalarType::Float, vocabulary, 4);
-  const Tensor candidates = new_of(ScalarType::Int, capacity, 2);
-  const int64_t key_vectors = ceil_div(input.batch * vocabulary * (outputs.saved ? 8 : 4), sizeof(uint4));
-  const Tensor keys = new_of(ScalarType::Int, key_vectors, sizeof(uint4) / sizeof(int32_t));
-
   sm90::ScreenedTask task{};
-  task.head = packed_head.task();
-  task.head.keys = keys.mutable_data_ptr();
-  task.head.only_if = {zeros.count(), static_cast<unsigned long long>(capacity)};
+  TokensToRound tokens{};
+  EntriesToDescribe described{};
+  task.capacity = candidate_capacity(input.rows(), vocabulary);
+  const Tensor memory = new_workspace(input.weight, [&](Pieces& pieces) {
+    uint8_t* const zeroed = packed_head.lay_out(pieces, zeros.bytes());
+    task.head = packed_head.head;
+    zeros.hand_out(zeroed, tokens, task);
+    task.candidates = pieces.take<sm90::CandidatePair>(task.capacity);
+    tokens.integers = pieces.take<int8_t>(input.rows() * padded_dim);
+    tokens.largest = pieces.take<float>(input.rows());
+    described.entries = pieces.take<ScreenEntry>(vocabulary);
+  });
+  task.head.only_if = {task.count, static_cast<unsigned long long>(task.capacity)};
   task.weight = const_data<int8_t>(packed);
-  task.tokens = const_data<int8_t>(integers);
-  task.tiles = zeros.tiles();
-  task.entries = static_cast<const ScreenEntry*>(entries.const_data_ptr());
-  task.candidates = static_cast<sm90::CandidatePair*>(candidates.mutable_data_ptr());
-  task.count = zeros.count();
-  task.capacity = capacity;
+  task.tokens = tokens.integers;
+  task.entries = described.entries;
   task.report = mutable_data<int64_t>(report);
 
-  const TokensToRound tokens{rows_to_round(task.head.tokens, input.weight, mean),
-                             input.rows(),
-                             task.head.rows.starts + input.batch,
-                             sm90::kTileTokens,
-                             mutable_data<int8_t>(integers),
-                             mutable_data<float>(largest),
-                             zeros.tiles()};
-  const EntriesToDescribe described{task.head.weight,
-                                    task.head.outputs.bias,
-                                    const_data<float>(rows),
-                                    vocabulary,
-                                    static_cast<ScreenEntry*>(entries.mutable_data_ptr()),
-                                    zeros.count(),
-                                    task.head.only_if.more_than + 1,
-                                    static_cast<uint4*>(keys.mutable_data_ptr()),
-                                    key_vectors};
-  check_cuda(launch_round_tokens(tokens, described, device.multiprocessors(), device.stream()), op);
+  tokens.tokens = rows_to_round(task.head.tokens, input.weight, mean);
+  tokens.room = input.rows();
+  tokens.count = task.head.rows.starts + input.batch;
+  tokens.tile_tokens = sm90::kTileTokens;
+
+  described.weight = task.head.weight;
+  described.bias = task.head.outputs.bias;
+  described.facts = const_data<float>(rows);
+  described.vocabulary = vocabulary;
+  described.count = task.count;
+  described.too_many = task.head.only_if.more_than + 1;
+  check_cuda(launch_round_tokens(packed_head.pack, tokens, described, device.multiprocessors(), device.stream()), op);
   check_cuda(sm90::launch_screened_head(task, device.multiprocessors(), device.stream()), op);
 }
 
