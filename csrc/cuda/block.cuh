@@ -50,21 +50,53 @@ __device__ Sums<Value> block_sums(Value value, Value (&of_warps)[kWarps]) {
 // the other half, the further ones (`distance` apart) sort either half. Every comparison moves the larger word to the
 // front, so the words that are missing behind the end count as the smallest and need not exist.
 template <typename Word>
+__device__ void sort_step(Word* words, unsigned count, unsigned distance, bool mirrors) {
+  for (unsigned pair = threadIdx.x;; pair += blockDim.x) {
+    const unsigned front = 2 * pair - (pair & (distance - 1));
+    if (front >= count) break;
+    const unsigned back = mirrors ? front ^ (2 * distance - 1) : front + distance;
+    if (back < count && words[front] < words[back]) {
+      const Word larger = words[back];
+      words[back] = words[front];
+      words[front] = larger;
+    }
+  }
+  __syncthreads();
+}
+
+template <typename Word>
+__device__ void sort_halves(Word* words, unsigned count, unsigned distance) {
+  for (; distance > 0; distance /= 2) sort_step(words, count, distance, false);
+}
+
+template <typename Word>
 __device__ void block_sort(Word* words, unsigned count) {
-  for (unsigned run = 2; run / 2 < count; run *= 2) {
-    for (unsigned distance = run / 2; distance > 0; distance /= 2) {
-      for (unsigned pair = threadIdx.x;; pair += blockDim.x) {
-        const unsigned front = 2 * pair - (pair & (distance - 1));
-        if (front >= count) break;
-        const unsigned back = distance == run / 2 ? front ^ (run - 1) : front + distance;
-        if (back < count && words[front] < words[back]) {
-          const Word larger = words[back];
-          words[back] = words[front];
-          words[front] = larger;
-        }
-      }
+  for (unsigned half = 1; half < count; half *= 2) {
+    sort_step(words, count, half, true);
+    sort_halves(words, count, half / 2);
+  }
+}
+
+// The same for words in global memory, with a chunk of shared memory, a power of two. Only steps between words further
+// apart than a chunk work in global memory.
+template <unsigned kChunk, typename Word>
+__device__ void block_sort_in_chunks(Word* words, unsigned count, Word* chunk) {
+  static_assert((kChunk & (kChunk - 1)) == 0);
+  const auto for_each_chunk = [&](const auto& sort) {
+    for (unsigned first = 0; first < count; first += kChunk) {
+      const unsigned size = min(kChunk, count - first);
+      for (unsigned i = threadIdx.x; i < size; i += blockDim.x) chunk[i] = words[first + i];
+      __syncthreads();
+      sort(size);
+      for (unsigned i = threadIdx.x; i < size; i += blockDim.x) words[first + i] = chunk[i];
       __syncthreads();
     }
+  };
+  for_each_chunk([&](unsigned size) { block_sort(chunk, size); });
+  for (unsigned half = kChunk; half < count; half *= 2) {
+    sort_step(words, count, half, true);
+    for (unsigned distance = half / 2; distance >= kChunk; distance /= 2) sort_step(words, count, distance, false);
+    for_each_chunk([&](unsigned size) { sort_halves(chunk, size, kChunk / 2); });
   }
 }
 

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) refresh_kernel(const AgeTask task) {
 }
 
 // A block selects the oldest slots of its part.
-__global__ void __launch_bounds__(selection::kThreads) oldest_kernel(const AgeTask task, int64_t per_block) {
+__global__ void __launch_bounds__(selection::kThreads, 1) oldest_kernel(const AgeTask task, int64_t per_block) {
   __shared__ selection::Shared<Word> shared;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * per_block;
   Word* target = task.oldest + static_cast<int64_t>(blockIdx.x) * task.wanted;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) age_kernel(int32_t* age, int64_t slo
 }
 
 // The new item with `rank` others in front of it takes the slot with as many older ones. One block.
-__global__ void __launch_bounds__(selection::kThreads) place_kernel(const AgeTask task) {
+__global__ void __launch_bounds__(selection::kThreads, 1) place_kernel(const AgeTask task) {
   __shared__ selection::Shared<Word> shared;
   __shared__ int added_of_warps[selection::kWarps];
   const Word* oldest = selection::sort_largest(shared, task.oldest, static_cast<int>(task.candidates), task.wanted);

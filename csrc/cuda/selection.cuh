@@ -10,13 +10,16 @@
 // in_order() read the row itself.
 //
 // find_kth() goes through the digits of a key from the highest: it counts how often each digit comes among the keys
-// that agree with the digits known so far, and takes the one in which the count from above reaches k.
+// that agree with the digits known so far, and takes the one in which the count from above reaches k. Each digit is a
+// pass over the keys. Those of a row that agree with the digits known so far are soon few enough for the buffer, where
+// the search goes on.
 //
 // rank_tile() gives each kept key its place. Two counts run along: keys that are certain to stay, and keys equal to the
 // k-th, of which only the first few stay. Both are packed into one integer, so one scan serves both.
 #pragma once
 
 #include <climits>
+#include <type_traits>
 
 #include "common/float_bits.h"
 #include "cuda/block.cuh"
@@ -45,7 +48,7 @@ struct Shared {
   unsigned counts[2][kItems<Key> * kWarps];
   unsigned total[2];
   int histogram[kBins];
-  int digit, remaining;
+  int digit, agreeing, remaining;
 };
 
 // A key is kept for certain, or as one of several ties. One integer counts both: a tile has fewer than 2^16 keys.
@@ -159,11 +162,22 @@ __device__ int in_order(Shared<Key>& shared, const Keys& keys, Key floor, const 
   return before.certain + min(before.ties, cut.ties);
 }
 
-// The k-th largest of the keys above the floor, of which there are at least k, digit by digit.
+// What a pass over a row has left in the buffer.
+template <typename Key>
+struct Collected {
+  unsigned found;  // number of keys above the floor; more than the capacity if they did not fit
+  Key largest;     // of this thread
+};
+
+template <typename Key, typename Keys>
+__device__ Collected<Key> collect(Shared<Key>& shared, const Keys& row, int k, Key floor);
+
+// The k-th largest of the keys above the floor, of which there are at least k, digit by digit. A row takes the place of
+// what is in the buffer.
 template <typename Key, typename Keys>
 __device__ Cut<Key> find_kth(Shared<Key>& shared, const Keys& keys, int k, Key floor) {
   constexpr int kBits = 8 * sizeof(Key), kPerLane = kBins / kWarp;
-  constexpr int kLoads = 4;  // together
+  constexpr int kLoads = kItems<Key>;  // together
   const int lane = threadIdx.x % kWarp;
   Key prefix = 0;
   int remaining = k;
@@ -197,12 +211,26 @@ __device__ Cut<Key> find_kth(Shared<Key>& shared, const Keys& keys, int k, Key f
         int digit = highest;
         while (above + shared.histogram[digit] < remaining) above += shared.histogram[digit--];
         shared.digit = digit;
+        shared.agreeing = shared.histogram[digit];
         shared.remaining = remaining - above;
       }
     }
     __syncthreads();
     prefix |= static_cast<Key>(shared.digit) << shift;
     remaining = shared.remaining;
+    if constexpr (!std::is_same_v<Keys, Buffer<Key>>) {
+      if (shift > 0 && shared.agreeing <= kCapacity<Key>) {
+        const Key last = prefix | ((Key(1) << shift) - 1);
+        const auto agreeing = [&](int i) {
+          const Key key = keys.load(i);
+          return key <= last ? key : Key(0);
+        };
+        if (prefix > floor) floor = prefix - 1;
+        const Row<decltype(agreeing)> row{keys.count, agreeing};
+        const Buffer<Key> buffer{shared, collect(shared, row, 0, floor).found};
+        return find_kth(shared, buffer, remaining, Key(0));
+      }
+    }
   }
   return {prefix, remaining};
 }
@@ -227,14 +255,7 @@ __device__ Key shrink(Shared<Key>& shared, unsigned found, int k) {
   return cut.kth;
 }
 
-// What a pass over a row has left in the buffer.
-template <typename Key>
-struct Collected {
-  unsigned found;  // number of keys above the floor; more than the capacity if they did not fit
-  Key largest;     // of this thread
-};
-
-// Collects the k largest keys above the floor, and perhaps others, in order.
+// Collects the k largest keys above the floor, and perhaps others, in order. k = 0: all that fit.
 template <typename Key, typename Keys>
 __device__ Collected<Key> collect(Shared<Key>& shared, const Keys& row, int k, Key floor) {
   const bool may_shrink = k > 0 && k <= kCapacity<Key> - kTile<Key>;
@@ -305,14 +326,16 @@ __device__ Key* sort_largest(Shared<Key>& shared, Key* words, int count, int k) 
         [&](int, Key word, int place) { words[place] = word; });
     __syncthreads();
   }
-  Key* sorted = words;
-  if (k <= kCapacity<Key>) {
-    sorted = shared.key;
-    for (int i = static_cast<int>(threadIdx.x); i < k; i += kThreads) sorted[i] = words[i];
-    __syncthreads();
+  if (k > kCapacity<Key>) {
+    constexpr unsigned kChunk = 2048;
+    static_assert(kChunk <= kCapacity<Key>);
+    block_sort_in_chunks<kChunk>(words, static_cast<unsigned>(k), shared.key);
+    return words;
   }
-  block_sort(sorted, static_cast<unsigned>(k));
-  return sorted;
+  for (int i = static_cast<int>(threadIdx.x); i < k; i += kThreads) shared.key[i] = words[i];
+  __syncthreads();
+  block_sort(shared.key, static_cast<unsigned>(k));
+  return shared.key;
 }
 
 }  // namespace splade_fast::cuda::selection

@@ -49,7 +49,7 @@ RACES = {
         "cuda/selection.cuh", "__syncthreads()", behind="tile += kTile<Key>;\n  }\n  "
     ),
     "sort_without_barrier": Mistake(
-        "cuda/block.cuh", "__syncthreads()", behind="larger;\n        }\n      }\n      "
+        "cuda/block.cuh", "__syncthreads()", behind="larger;\n    }\n  }\n  "
     ),
     "sums_without_barrier": Mistake(
         "cuda/block.cuh", "__syncthreads()", behind="sums.total += of_warps[warp];\n  }\n  "

@@ -49,6 +49,16 @@ def test_lists_that_fill_up(emulator, draw, dtype):
     assert_finds_the_same(emulator, *queries, zeros, values, ones, 1, k)
 
 
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 4100), (torch.float64, 2400)])
+def test_more_than_shared_memory_holds(emulator, draw, dtype, k):
+    """Select and sort in global memory."""
+    values = torch.randn(4500, 1, dtype=dtype)
+    values[torch.rand(4500, 1) < draw.choice([0.0, 0.5])] = 1
+    zeros, ones = torch.zeros(4500, 1, dtype=torch.int32), torch.ones(4500, dtype=torch.int32)
+    queries = None, torch.ones(1, 1, dtype=dtype), None
+    assert_finds_the_same(emulator, *queries, zeros, values, ones, 1, k)
+
+
 def test_nothing(emulator, draw, columns, queries):
     no_documents = sparse_rows(draw, 0, columns, 3)
     assert_finds_the_same(emulator, *queries, *no_documents, columns, 5)

@@ -74,7 +74,7 @@ struct KeepBest {
 
 // A block per query cuts a list of more than `at_most` words, at least k, to the k best.
 template <typename Acc>
-__global__ void __launch_bounds__(selection::kThreads) cut_kernel(const Lists<Acc> lists, int k, int at_most) {
+__global__ void __launch_bounds__(selection::kThreads, 1) cut_kernel(const Lists<Acc> lists, int k, int at_most) {
   using Word = typename Ranked<Acc>::Word;
   __shared__ selection::Shared<Word> shared;
   ListState& state = lists.states[blockIdx.x];
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(selection::kThreads) cut_kernel(const Lists<Ac
 
 // A block per query sorts the k best and stores them.
 template <typename Acc, typename Result>
-__global__ void __launch_bounds__(selection::kThreads)
+__global__ void __launch_bounds__(selection::kThreads, 1)
     store_kernel(const Lists<Acc> lists, int k, Result* scores, int64_t* ids) {
   using Word = typename Ranked<Acc>::Word;
   __shared__ selection::Shared<Word> shared;
