@@ -100,6 +100,7 @@ def test_bad_arguments_exit_with_2(files, model, index):
         ("Invalid value for '--format'", (*encode, "--format", "bm25s")),
         ("scale must be given for anserini alone", (*encode, "--format", "npz", "--scale", 2)),
         ("another file_format than 'index'", (*encode, "--empty", "skip")),
+        ("store_texts must be False for npz", (*encode, "--format", "npz", "--store-texts")),
         ("must be one of 'anserini'", (*export, "bm25s", "--part-size", 2)),
         ("must be one of 'anserini'", (*export, "bm25s", "--engine", "ray")),
         ("--address must go with --engine ray", (*export, "npz", "--address", "auto")),

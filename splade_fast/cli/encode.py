@@ -58,6 +58,9 @@ def encode(
     ] = "index",
     empty: Empty = "keep",
     scale: Scale = None,
+    store_texts: Annotated[
+        bool, typer.Option("--store-texts", help="Store the texts too, in an export.")
+    ] = False,
 ) -> None:
     """Encode a corpus into an index folder, or straight into the files of an export.
 
@@ -91,6 +94,7 @@ def encode(
                 file_format=file_format,
                 empty=empty,
                 scale=scale,
+                store_texts=store_texts,
             )
         size = sum(file.stat().st_size for file in index.iterdir())
         unmatched = count_empty_vectors(Index.load(index).rows) if file_format == "index" else 0

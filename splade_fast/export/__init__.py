@@ -3,7 +3,7 @@
 from splade_fast.export.anserini import write_anserini
 from splade_fast.export.bm25s import write_bm25s
 from splade_fast.export.npz import write_npz
-from splade_fast.export.parquet import write_parquet
+from splade_fast.export.parquet import parquet_rows, write_parquet
 from splade_fast.export.qdrant import qdrant_id, qdrant_points, upload_to_qdrant, write_qdrant
 from splade_fast.export.search_engine import (
     elasticsearch_query,
@@ -16,6 +16,7 @@ from splade_fast.export.seismic import write_seismic
 __all__ = [
     "elasticsearch_query",
     "opensearch_query",
+    "parquet_rows",
     "qdrant_id",
     "qdrant_points",
     "upload_to_qdrant",

@@ -35,6 +35,8 @@ class Format:
         write: function of rows, the folder to write, ids and options.
         has_tokens: whether its files name the columns.
         has_scale: whether it stores integers, which weights are scaled to.
+        texts: what its function does with a text of each document: its argument for texts or for
+            payloads, or None if it takes neither.
         shared: names of the files that are the same for all rows.
         is_splittable: whether several files may each hold some of the rows.
         id_rules: rules for ids, see `splade_fast.export._ids.plain_ids`.
@@ -43,9 +45,16 @@ class Format:
     write: Callable[..., int]
     has_tokens: bool = True
     has_scale: bool = False
+    texts: Literal["texts", "payloads"] | None = None
     shared: Collection[str] = ()
     is_splittable: bool = True
     id_rules: Mapping[str, Any] = field(default_factory=dict)
+
+    def store_texts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return the argument of `write` that stores a text of each document."""
+        if self.texts == "payloads":
+            return {"payloads": [{"text": text} for text in texts]}
+        return {"texts": texts}
 
     def check_ids(self, ids: Sequence[str]) -> None:
         """Check ids of documents, of which each part of an export sees only its own.
@@ -56,16 +65,20 @@ class Format:
         plain_ids(ids, len(ids), **self.id_rules)
 
 
-_ENGINE: dict[str, Any] = {"shared": ("mapping.json",), "id_rules": search_engine.ID_RULES}
+_ENGINE: dict[str, Any] = {
+    "texts": "payloads",
+    "shared": ("mapping.json",),
+    "id_rules": search_engine.ID_RULES,
+}
 FORMATS: dict[ExportFormat, Format] = {
-    "anserini": Format(write_anserini, has_scale=True, id_rules=anserini.ID_RULES),
+    "anserini": Format(write_anserini, has_scale=True, texts="texts", id_rules=anserini.ID_RULES),
     "bm25s": Format(write_bm25s, is_splittable=False),
     "elasticsearch": Format(write_elasticsearch, **_ENGINE),
     "npz": Format(write_npz, has_tokens=False),
     "opensearch": Format(write_opensearch, **_ENGINE),
-    "parquet": Format(write_parquet, has_tokens=False),
-    "qdrant": Format(write_qdrant, has_tokens=False, id_rules=qdrant.ID_RULES),
-    "seismic": Format(write_seismic),
+    "parquet": Format(write_parquet, has_tokens=False, texts="texts"),
+    "qdrant": Format(write_qdrant, has_tokens=False, texts="payloads", id_rules=qdrant.ID_RULES),
+    "seismic": Format(write_seismic, texts="texts"),
 }
 
 

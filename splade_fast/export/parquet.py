@@ -1,4 +1,4 @@
-"""Writer of Parquet files, which data frames and data sets of any kind read."""
+"""Vectors in Parquet files, which data frames and data sets of any kind read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from splade_fast._atomic_files import new_folder
 from splade_fast.export._documents import Documents, check_arguments, iterate_documents
 from splade_fast.export._ids import DocumentId
 from splade_fast.export._json_lines import check_text
 from splade_fast.ops.sparse_rows import SparseRows
+from splade_fast.ops.sparse_rows.conversions import Entries, pad_entries
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,6 +84,46 @@ def write_parquet(
             file.write_table(table, row_group_size=max(1, len(table)))
             count += len(table)
     return count
+
+
+def parquet_rows(table: pa.Table, num_cols: int | None = None) -> SparseRows:
+    """Return the rows of a table, such as a batch of ray.data, that `write_parquet` has written.
+
+    Args:
+        table: table of pyarrow with the columns indices and values.
+        num_cols: number of columns, V; by default that in the metadata of the table.
+
+    Raises:
+        ValueError: the table lacks a column or the number of columns, or it does not hold rows.
+
+    Example::
+
+        >>> rows = sf.SparseRows.from_dense(torch.tensor([[0.0, 1.5], [2.5, 0.0]]))
+        >>> _ = sf.export.write_parquet(rows, "vectors")
+        >>> from pyarrow import parquet
+        >>> sf.export.parquet_rows(parquet.read_table("vectors")).equal(rows)
+        True
+    """
+    for name in ("indices", "values"):
+        if name not in table.column_names:
+            raise ValueError(f"table must have the columns indices and values, got no {name}")
+    if num_cols is None:
+        stored = (table.schema.metadata or {}).get(b"num_cols")
+        if stored is None:
+            raise ValueError("num_cols must be given for a table without it in its metadata")
+        num_cols = int(stored)
+    columns, values = (table[name].combine_chunks() for name in ("indices", "values"))
+    lengths = _to_tensor(columns.value_lengths())
+    if not torch.equal(lengths, _to_tensor(values.value_lengths())):
+        raise ValueError("table must have as many indices as values in each row")
+    entries = Entries(lengths, _to_tensor(columns.flatten()), _to_tensor(values.flatten()))
+    rows = SparseRows(*pad_entries(entries), num_cols)
+    rows.check_contents()
+    return rows
+
+
+def _to_tensor(array: pa.Array) -> torch.Tensor:
+    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
 
 
 def _tables(chunks: Iterable[Documents], schema: pa.Schema) -> Iterator[pa.Table]:

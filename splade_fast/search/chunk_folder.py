@@ -8,7 +8,7 @@ from pathlib import Path
 from splade_fast._atomic_files import finish_files, remove_folder
 from splade_fast.ops.sparse_rows import SparseRows
 from splade_fast.search.index import find_joined_parts
-from splade_fast.search.work_folder import WorkFolder
+from splade_fast.search.work_folder import INDEX, WorkFolder
 
 
 class ChunkFolder(WorkFolder):
@@ -23,7 +23,7 @@ class ChunkFolder(WorkFolder):
     @property
     def index(self) -> Path:
         """Folder that becomes the index."""
-        return self.path / "index"
+        return self.path / INDEX
 
     def file(self, number: int) -> Path:
         """Return the file of a chunk."""
@@ -45,11 +45,6 @@ class ChunkFolder(WorkFolder):
             remove_folder(self.index)
             finished = [_holds_rows(file, size) for file, size in zip(files, sizes, strict=True)]
         return finished
-
-    def has_finished(self) -> bool:
-        """Return whether the folder holds a finished chunk, joined or not."""
-        is_any_chunk = any(path.stem.isdecimal() for path in self.path.glob("*.*"))
-        return is_any_chunk or self.index.exists()
 
     def finish(self, index: Path) -> None:
         """Rename the folder of the index to `index`, and remove this folder."""

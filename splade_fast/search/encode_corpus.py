@@ -43,6 +43,7 @@ def encode_corpus(
     file_format: Literal["index", PartFormat] = "index",
     empty: EmptyDocuments = "keep",
     scale: float | None = None,
+    store_texts: bool = False,
 ) -> int:
     """Encode a corpus to a folder, holding one chunk of documents and all ids in memory.
 
@@ -89,6 +90,9 @@ def encode_corpus(
             `splade_fast.export`, which joined hold what it writes of the whole index.
         empty: "keep", "skip" or "error" for documents without entries, in the files of an export.
         scale: factor of Anserini's impacts, 100 by default; None for all other formats.
+        store_texts: store the texts of the corpus too, in the files of an export: as `text` in
+            Parquet, in Qdrant's payload and beside the vector in OpenSearch and Elasticsearch, as
+            `contents` for Anserini and `content` for Seismic.
 
     Returns:
         Number of documents in the folder.
@@ -135,10 +139,13 @@ def encode_corpus(
         show_progress,
     )
     if file_format == "index":
-        if empty != "keep" or scale is not None:
-            raise ValueError("empty and scale must go with another file_format than 'index'")
+        if empty != "keep" or scale is not None or store_texts:
+            raise ValueError(
+                "empty, scale and store_texts must go with another file_format than 'index'"
+            )
         return _write_index(job)
-    return _write_parts(job, PartTarget.choose(file_format, empty, scale))
+    target = PartTarget.choose(file_format, empty, scale, store_texts=store_texts)
+    return _write_parts(job, target)
 
 
 @dataclass
@@ -216,8 +223,8 @@ def _export(
     work: PieceEncoder, writer: PartWriter, piece: Piece, after_batch: Callable[[int], object]
 ) -> Part:
     """Encode a piece, and write its part."""
-    ids, rows = work.encode_with_ids(piece, after_batch)
-    return writer.write_part(piece.number, piece.start, rows, ids)
+    ids, texts, rows = work.encode_with_texts(piece, after_batch)
+    return writer.write_part(piece.number, piece.start, rows, ids, texts)
 
 
 def _select(pieces: Sequence[Piece], finished: Sequence[object]) -> list[Piece]:

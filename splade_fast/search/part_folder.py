@@ -47,10 +47,6 @@ class PartFolder(WorkFolder):
         """Return the file that says what a part consists of."""
         return self.path / f"{number}.json"
 
-    def has_finished(self) -> bool:
-        """Return whether the folder holds a finished part."""
-        return any(path.stem.isdecimal() for path in self.path.glob("*.json"))
-
     def claim(self, settings: dict[str, Any], *, should_keep: bool) -> None:
         """Store or compare the settings of all parts; see `WorkFolder.claim`."""
         super().claim(settings, should_keep=should_keep)
@@ -96,14 +92,24 @@ class PartWriter:
             the number of documents that it has written.
         options: options of `write`.
         shared: names of the files that are the same for all parts. Others get the part's number.
+        store_texts: function of the documents' texts that returns an option of `write`; None to
+            leave texts out.
     """
 
     folder: PartFolder
     write: Callable[..., int]
     options: dict[str, Any] = field(default_factory=dict)
     shared: Collection[str] = ()
+    store_texts: Callable[[Sequence[str]], dict[str, Any]] | None = None
 
-    def write_part(self, number: int, start: int, rows: SparseRows, ids: Sequence[str]) -> Part:
+    def write_part(
+        self,
+        number: int,
+        start: int,
+        rows: SparseRows,
+        ids: Sequence[str],
+        texts: Sequence[str] | None = None,
+    ) -> Part:
         """Write the files of a part, each of which appears whole.
 
         Args:
@@ -111,6 +117,7 @@ class PartWriter:
             start: number of rows in the parts before.
             rows: rows of the part.
             ids: their ids.
+            texts: their texts, where `store_texts` takes them.
 
         Raises:
             OSError: the file system failed, or this machine does not see the folder.
@@ -120,6 +127,9 @@ class PartWriter:
             raise FileNotFoundError(
                 f"{self.folder.parts} must be on a file system that all machines share, got none"
             )
+        options = dict(self.options)
+        if self.store_texts is not None and texts is not None:
+            options.update(self.store_texts(texts))
         # Each attempt has its own folder: a process that was given up may still be writing.
         with (
             name_in_errors(self.folder.parts),
@@ -129,7 +139,7 @@ class PartWriter:
         ):
             written = Path(name) / "part"
             try:
-                documents = self.write(rows, written, ids, show_progress=False, **self.options)
+                documents = self.write(rows, written, ids, show_progress=False, **options)
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{error}, counted from row {start} on") from error

@@ -25,14 +25,21 @@ class PartTarget:
     Args:
         name: name of the format.
         options: options of the function that writes a part, but for the names of columns.
+        has_texts: whether the texts of the documents are stored as well.
     """
 
     name: PartFormat
     options: dict[str, Any]
+    has_texts: bool = False
 
     @classmethod
     def choose(
-        cls, name: PartFormat, empty: EmptyDocuments = "keep", scale: float | None = None
+        cls,
+        name: PartFormat,
+        empty: EmptyDocuments = "keep",
+        scale: float | None = None,
+        *,
+        store_texts: bool = False,
     ) -> PartTarget:
         """Return the target of a format.
 
@@ -45,8 +52,13 @@ class PartTarget:
         if name == "shards":
             if empty != "keep" or scale is not None:
                 raise ValueError("empty and scale must go with another file_format than 'shards'")
-            return cls(name, {})
-        return cls(name, make_options(name, empty, scale))
+            options = {}
+        else:
+            options = make_options(name, empty, scale)
+        target = cls(name, options, store_texts)
+        if store_texts and target._format.texts is None:
+            raise ValueError(f"store_texts must be False for {name}, which has no place for texts")
+        return target
 
     @property
     def has_tokens(self) -> bool:
@@ -56,7 +68,13 @@ class PartTarget:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that all parts share, by the name that a message gives them."""
-        return {"format": self.name, "empty": None, "scale": None, **self.options}
+        return {
+            "format": self.name,
+            "empty": None,
+            "scale": None,
+            **self.options,
+            "store_texts": self.has_texts,
+        }
 
     def check_ids(self, ids: Sequence[str]) -> None:
         """Raise ValueError if the format cannot hold an id, or two are stored as the same."""
@@ -73,7 +91,11 @@ class PartTarget:
         """
         tokens = {"id_to_token": id_to_token()} if self.has_tokens else {}
         return PartWriter(
-            folder, self._format.write, {**self.options, **tokens}, self._format.shared
+            folder,
+            self._format.write,
+            {**self.options, **tokens},
+            self._format.shared,
+            self._format.store_texts if self.has_texts else None,
         )
 
     def describe(self, folder: Path, meta: IndexMeta, parts: Sequence[Part]) -> None:

@@ -92,13 +92,13 @@ class PieceEncoder:
         self._reader = PieceReader()
 
     def encode(self, piece: Piece, after_batch: Callable[[int], object]) -> SparseRows:
-        """Return the vectors of a piece; see `encode_with_ids`."""
-        return self.encode_with_ids(piece, after_batch)[1]
+        """Return the vectors of a piece; see `encode_with_texts`."""
+        return self.encode_with_texts(piece, after_batch)[2]
 
-    def encode_with_ids(
+    def encode_with_texts(
         self, piece: Piece, after_batch: Callable[[int], object]
-    ) -> tuple[list[str], SparseRows]:
-        """Return the ids and the vectors of a piece.
+    ) -> tuple[list[str], list[str], SparseRows]:
+        """Return the ids, the texts and the vectors of a piece.
 
         Args:
             piece: the piece.
@@ -130,7 +130,7 @@ class PieceEncoder:
                 f"{describe(int(bad_mask.nonzero()[0]))} with weights in "
                 f"{str(rows.dtype).removeprefix('torch.')}"
             )
-        return ids, rows
+        return ids, texts, rows
 
     def _encode(self, texts: Sequence[str], after_batch: Callable[[int], object]) -> SparseRows:
         prompt = self.encoder.prompt_text(self.encoder.settings.prompt_for("document"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from typing import Any, ClassVar, TypeVar
 from splade_fast._atomic_files import flush_folder, partial_folder, remove_folder
 from splade_fast.search.claim_folder import claim_folder
 
+INDEX = "index"  # folder in which the parts of an index are joined
 F = TypeVar("F", bound="WorkFolder")
 
 
 @dataclass
-class WorkFolder(ABC):
+class WorkFolder:
     """Folder beside a target that does not exist yet.
 
     It holds what is finished of the work for the target, the settings of the work, and a folder
@@ -60,9 +60,10 @@ class WorkFolder(ABC):
         """
         claim_folder(self.path, settings, should_keep=should_keep, verb=self.verb)
 
-    @abstractmethod
     def has_finished(self) -> bool:
-        """Return whether the folder holds a finished part."""
+        """Return whether the folder holds a finished part of any kind of work, joined or not."""
+        is_any_part = any(path.stem.isdecimal() for path in self.path.glob("*.*"))
+        return is_any_part or (self.path / INDEX).exists()
 
     def rename(self, folder: Path, target: Path) -> None:
         """Rename a folder in this one to `target`, and remove this one."""

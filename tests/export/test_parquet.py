@@ -47,6 +47,34 @@ def test_the_table_has_the_same_rows(tmp_path, ids, dtype, stored):
     assert list(zip(found["indices"], found["values"], strict=True)) == to_lists(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_and_parts_of_them_are_rows_again(tmp_path, dtype):
+    rows = make_rows(dtype)
+    export.write_parquet(rows, tmp_path / "out", show_progress=False)
+    table = parquet.read_table(tmp_path / "out")
+    assert export.parquet_rows(table).equal(rows)
+    assert export.parquet_rows(table[7:20]).equal(rows[7:20])
+    assert export.parquet_rows(pa.concat_tables([table[:3], table[9:]])).equal(
+        SparseRows.cat([rows[:3], rows[9:]])
+    )
+    assert export.parquet_rows(table[:0]).equal(rows[:0])
+    plain = table.replace_schema_metadata(None)
+    assert export.parquet_rows(plain, num_cols=99).num_cols == 99
+    cut = pa.table({"indices": [[0, 1]], "values": [[1.0]]})
+    for wrong, num_cols, message in (
+        (plain, None, "num_cols must be given for a table without it in its metadata"),
+        (table.drop_columns("values"), None, "columns indices and values, got no values"),
+        (
+            pa.table({"indices": [[2]], "values": [[1.0]]}),
+            2,
+            "indices must be between 0 and 1",
+        ),
+        (cut, 2, "as many indices as values in each row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export.parquet_rows(wrong, num_cols)
+
+
 def test_integers_are_stored_as_strings_and_rows_have_numbers(tmp_path):
     rows = SparseRows.from_dicts([{0: 1.5}, {}], num_cols=2)
     export.write_parquet(rows, tmp_path / "given", [17, "b"], show_progress=False)

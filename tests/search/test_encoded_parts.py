@@ -56,9 +56,17 @@ def test_joined_files_are_those_of_the_index(tmp_path, corpus, name):
     encoder = LengthEncoder()
     encode(encoder, corpus, tmp_path / "index", "index")
     index = Index.load(tmp_path / "index")
-    tokens = {"id_to_token": name_tokens(encoder.tokenizer)} if FORMATS[name].has_tokens else {}
-    FORMATS[name].write(index.rows, tmp_path / "whole", index.ids, show_progress=False, **tokens)
+    write, options = FORMATS[name].write, {"show_progress": False}
+    if FORMATS[name].has_tokens:
+        options["id_to_token"] = name_tokens(encoder.tokenizer)
+    write(index.rows, tmp_path / "whole", index.ids, **options)
     encode(encoder, corpus, tmp_path / "parts", name)
+    if texts := FORMATS[name].texts:
+        given = FORMATS[name].store_texts(list(make_texts(COUNT).values()))
+        assert given.keys() == {texts}
+        write(index.rows, tmp_path / "with texts", index.ids, **options, **given)
+        encode(encoder, corpus, tmp_path / "parts with texts", name, store_texts=True)
+        assert_joined(tmp_path / "parts with texts", tmp_path / "with texts", name)
     assert len([*(tmp_path / "parts").glob("*-00000[0-9].*")]) % PARTS == 0
     assert_joined(tmp_path / "parts", tmp_path / "whole", name)
     assert not [*tmp_path.glob(".*")]
@@ -120,6 +128,16 @@ def test_parts_of_another_format_are_not_continued(tmp_path, corpus):
     encode(LengthEncoder(), corpus, tmp_path / "expected", "index")
     encode(LengthEncoder(), corpus, tmp_path / "out", "index")  # starts again
     assert_same_files(tmp_path / "out", tmp_path / "expected")
+
+
+def test_a_call_that_fails_early_leaves_the_parts_of_another_format(tmp_path, corpus):
+    folder = interrupt(corpus, tmp_path / "out", name="index")
+    before = sorted(folder.iterdir())
+    assert len(before) == 3
+    (tmp_path / "bad.tsv").write_text("d1\tfox\nd1\tdog\n")
+    with pytest.raises(DataError, match="d1"):
+        encode(LengthEncoder(), tmp_path / "bad.tsv", tmp_path / "out")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_ids_are_checked_before_anything_is_encoded(tmp_path):
@@ -187,6 +205,9 @@ def test_targets_that_cannot_be_written(tmp_path, corpus, monkeypatch):
         ({"name": "anserini", "scale": 0.0}, "scale must be finite and above 0, got 0.0"),
         ({"name": "shards", "empty": "skip"}, "another file_format than 'shards'"),
         ({"name": "index", "empty": "skip"}, "another file_format than 'index'"),
+        ({"name": "index", "store_texts": True}, "another file_format than 'index'"),
+        ({"name": "npz", "store_texts": True}, "store_texts must be False for npz"),
+        ({"name": "shards", "store_texts": True}, "store_texts must be False for shards"),
     ],
 )
 def test_options_that_a_format_does_not_have(tmp_path, corpus, changes, message):

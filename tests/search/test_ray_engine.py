@@ -159,14 +159,13 @@ def test_a_killed_driver_is_resumed(address, tmp_path, corpus, texts, expected):
     assert encoder.times() == Counter(rest)
 
 
-def test_workers_write_the_files_of_an_export(address, tmp_path, corpus, texts, monkeypatch):
-    encode(LengthEncoder(), corpus, tmp_path / "expected parts", "process", False, "opensearch")
-    encoder = LoggingEncoder(tmp_path, deadly=texts[f"d{DEADLY}"])
+def test_workers_write_the_files_of_an_export(address, tmp_path, corpus, monkeypatch):
+    encode(LengthEncoder(), corpus, tmp_path / "alone", "process", file_format="opensearch")
     monkeypatch.setattr(PartWriter, "write_part", None)  # of this process
     engine = RayEngine(workers=2, threads=1)
-    assert encode(encoder, corpus, tmp_path / "parts", engine, False, "opensearch") == COUNT
-    assert encoder.struck.exists()
-    assert contents(tmp_path / "parts") == contents(tmp_path / "expected parts")
+    parts = tmp_path / "parts"
+    assert encode(LengthEncoder(), corpus, parts, engine, file_format="opensearch") == COUNT
+    assert contents(parts) == contents(tmp_path / "alone")
     assert not list(tmp_path.glob(".*"))
 
 
