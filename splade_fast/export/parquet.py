@@ -19,7 +19,7 @@ from splade_fast.ops.sparse_rows.conversions import Entries, pad_entries
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_ENTRIES_OF_GROUP = 2**22  # readers hold a row group in memory
+_ENTRIES_OF_GROUP = 2**20  # readers hold a row group in memory
 
 
 def write_parquet(
