@@ -1,7 +1,7 @@
 // The launch that packs: code of the kernels in pack.cu and screen_rows.cu, and its grid.
 //
-// With a mask, a few blocks share a sequence. Each counts the real tokens in front of it in the mask: at most a byte a
-// token, which costs less than a launch that adds them up once.
+// With a mask, a few blocks share a sequence, or a block takes some. Each counts the real tokens in front of its first
+// one in the mask: at most a byte a token, which costs less than a launch that adds them up once.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -14,7 +14,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 struct Grid {
   unsigned blocks;
-  int parts;  // blocks for each sequence, with a mask
+  int parts;  // blocks for the same sequences, with a mask
 };
 
 inline Grid grid_of(const PackTask& task, int64_t multiprocessors) {
@@ -22,8 +22,9 @@ inline Grid grid_of(const PackTask& task, int64_t multiprocessors) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t most = multiprocessors * kBlocksPerMultiprocessor;
   if (task.mask != nullptr) {
-    const int64_t parts = smaller(ceil_div(most, task.batch), ceil_div(task.sequences.length, kWarps));
-    return {static_cast<unsigned>(task.batch * parts), static_cast<int>(parts)};
+    const int64_t groups = smaller(task.batch, most);
+    const int64_t parts = smaller(ceil_div(most, groups), ceil_div(task.sequences.length, kWarps));
+    return {static_cast<unsigned>(groups * parts), static_cast<int>(parts)};
   }
   const int64_t warps = task.sequences.rows + ceil_div(task.zero_vectors, kWarp);
   return {static_cast<unsigned>(smaller(ceil_div(warps, kWarps), most)), 0};
@@ -75,16 +76,14 @@ __device__ inline void clear_rest_of_tile(const PackTask& task, int64_t count, i
   }
 }
 
-// `parts` blocks per sequence. Each numbers the real tokens of the whole sequence, kThreads at a time, and its warps
-// take every so many of them: move(row, packed row).
+// Packs a sequence behind `start` rows of others and returns their number with its own. Each of `parts` blocks numbers
+// all of its real tokens, kThreads at a time, and its warps take every so many of them: move(row, packed row).
 template <typename Move>
-__device__ void pack_padded(const PackTask& task, int parts, const Move& move) {
-  __shared__ int counts[kWarps];
+__device__ int pack_sequence(const PackTask& task, int64_t b, int start, int part, int parts, int (&counts)[kWarps],
+                             const Move& move) {
   __shared__ int32_t rows[kThreads];
-  const int64_t b = blockIdx.x / parts, length = task.sequences.length;
-  const int part = static_cast<int>(blockIdx.x % parts);
+  const int64_t length = task.sequences.length;
   const int mover = part * kWarps + static_cast<int>(threadIdx.x) / kWarp;
-  const int start = count_real(task.mask, b * length, counts);
   int stop = start;
   for (int64_t first = 0; first < length; first += kThreads) {
     const int64_t l = first + threadIdx.x, row = b * length + l;
@@ -98,18 +97,27 @@ __device__ void pack_padded(const PackTask& task, int parts, const Move& move) {
     }
     stop += real.total;
   }
-  const bool is_last = b == task.batch - 1;
-  if (is_last) clear_rest_of_tile(task, stop, part, parts);
-  if (part > 0) return;
-  if (threadIdx.x == 0) {
-    task.starts[b] = start;
-    if (is_last) task.starts[task.batch] = stop;
-  }
+  if (part > 0) return stop;
+  if (threadIdx.x == 0) task.starts[b + 1] = stop;
   // The tiles that begin in this sequence.
   for (int64_t tile = ceil_div(start, sm90::kTileTokens) + threadIdx.x; tile * sm90::kTileTokens < stop;
        tile += kThreads) {
     task.first_sequences[tile] = static_cast<int32_t>(b);
   }
+  return stop;
+}
+
+template <typename Move>
+__device__ void pack_padded(const PackTask& task, int parts, const Move& move) {
+  __shared__ int counts[kWarps];
+  const int64_t per_group = ceil_div(task.batch, static_cast<int64_t>(gridDim.x) / parts);
+  const int64_t begin = blockIdx.x / parts * per_group, end = min(begin + per_group, task.batch);
+  const int part = static_cast<int>(blockIdx.x % parts);
+  if (begin >= end) return;
+  int count = count_real(task.mask, begin * task.sequences.length, counts);
+  for (int64_t b = begin; b < end; ++b) count = pack_sequence(task, b, count, part, parts, counts, move);
+  if (end == task.batch) clear_rest_of_tile(task, count, part, parts);
+  if (blockIdx.x == 0 && threadIdx.x == 0) task.starts[0] = 0;
 }
 
 // For rows that stay in place, by one block. Their starts may have any values.
