@@ -479,7 +479,7 @@ def test_search_never_reads_outside_a_damaged_index():
 
 
 def test_long_queries_and_many_results():
-    """Both are searched with accumulators, in two windows of groups."""
+    """Accumulators take two windows of groups; the rule chooses them for both."""
     generator = torch.Generator().manual_seed(0)
     docs = draw_rows(generator, 40_000, 60, torch.float32, "plain")
     index, query = build(docs), torch.rand(1, 60, generator=generator)

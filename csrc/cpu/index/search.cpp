@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -21,10 +22,11 @@ constexpr int kRounds = 64;        // ranges of bounds that are visited one afte
 constexpr int64_t kMinRange = 64;  // groups of a range of its own; fewer take about the time of a thread's start
 constexpr int64_t kWindow = 128;   // groups whose accumulators stay in a core's cache
 
-// Accumulators take less time for a query with so many terms, or where one of so many documents is asked for: the
-// bounds then leave most groups. docs/search.md has the measurements.
-constexpr int64_t kLongQuery = 50;
-constexpr int64_t kLargeShare = 16;
+// Accumulators take less time for a query with so many terms: the more terms, and the larger the share of the documents
+// that is asked for, the more groups the bounds leave. docs/search.md has the measurements.
+inline double least_accumulated_terms(int64_t documents, int64_t k) {
+  return 12 * std::pow(static_cast<double>(documents) / k, 1.0 / 6);
+}
 
 enum class Algorithm { kAuto, kBlocks, kAccumulators };
 
@@ -108,7 +110,7 @@ class Searcher {
 
   bool should_accumulate() const {
     if (algorithm_ != Algorithm::kAuto) return algorithm_ == Algorithm::kAccumulators;
-    return static_cast<int64_t>(known_.size()) >= kLongQuery || k_ >= index_.documents / kLargeShare;
+    return known_.size() >= least_accumulated_terms(index_.documents, k_);
   }
 
   bool accumulate() {
