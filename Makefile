@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py splade_fast/_version.py
 CPP := $(shell find csrc tests/cpp tests/emulation examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: env build packages libraries demo demo-scratch test test-all test-cpp test-python test-latest emulate emulate-races \
+.PHONY: env build packages libraries demo demo-scratch recipe test test-all test-cpp test-python test-latest emulate emulate-races \
 	emulate-memory lint format docs sanitize fuzz \
 	fuzz-drawn fuzz-guided kill-test wheel bench bench-compare clean
 
@@ -40,6 +40,9 @@ libraries: $(VENV)/.environment
 
 demo: build
 	python -m examples.docstrings $(ARGS)
+
+recipe: build
+	python -m examples.docstrings.recipe $(ARGS)
 
 demo-scratch: build
 	python -m examples.docstrings.scratch $(ARGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from examples.docstrings.bm25 import bm25_run
@@ -20,6 +18,7 @@ from examples.docstrings.contenders import CONTENDERS
 from examples.docstrings.corpus import docstring_pairs, spread
 from examples.docstrings.measure import Measurement, measure_in_subprocess
 from examples.docstrings.sizes import Sizes, choose_sizes, encoding_rate
+from examples.docstrings.stages import console, stage
 from examples.docstrings.tables import quality_table
 from examples.docstrings.task import Task, docstring_task, file_task, held_out_evaluator
 from examples.docstrings.tradeoff import plot, trade_offs
@@ -45,8 +44,6 @@ from splade_fast.training.evaluator import RetrievalEvaluator
 
 LARGEST_DIFFERENCE = 1e-5
 _MAX_LENGTH = 256
-
-console = Console()
 
 
 def demo(
@@ -83,7 +80,7 @@ def demo(
     """
     torch.set_num_threads(threads)
     with _failure_exits_with_2():
-        with _stage("Reading the corpus"):
+        with stage("Reading the corpus"):
             if corpus is not None:
                 task = file_task(corpus, queries, qrels, limit)
             elif queries is not None or qrels is not None:
@@ -91,7 +88,7 @@ def demo(
             else:
                 pairs = docstring_pairs()
                 task = docstring_task(pairs, limit, num_queries)
-        with _stage("Loading the model"):
+        with stage("Loading the model"):
             name = model or str(demo_checkpoint())
             encoder = SpladeEncoder.from_pretrained(name)
             rate = encoding_rate(encoder, task.documents.texts, batch_size, _MAX_LENGTH)
@@ -102,7 +99,7 @@ def demo(
             task = docstring_task(pairs, sizes.documents, num_queries)
         compared = sizes.compared if compared is None else compared
         steps = sizes.steps if steps is None else steps
-    with _stage(f"Encoding {len(task.documents)} documents"):
+    with stage(f"Encoding {len(task.documents)} documents"):
         documents = encoder.encode(
             task.documents.texts, batch_size=batch_size, max_length=_MAX_LENGTH
         )
@@ -162,7 +159,7 @@ def _evaluate(
     Returns:
         The vectors of the queries, and the measures of BM25.
     """
-    with _stage(f"Evaluating {len(queries)} queries"):
+    with stage(f"Evaluating {len(queries)} queries"):
         vectors = encoder.encode(
             queries.texts, batch_size=batch_size, max_length=_MAX_LENGTH, show_progress=False
         )
@@ -181,7 +178,7 @@ def _evaluate(
         run = make_run(queries.ids, task.documents.ids, *sparse_search(vectors, rows, 10))
         return evaluate_run(qrels, run)["MRR@10"]
 
-    with _stage("Pruning the documents"):
+    with stage("Pruning the documents"):
         points = trade_offs(documents, measure_mrr)
         plot(points, plot_file)
     table = Table("entries kept", "index, MiB", "MRR@10", title=f"see {plot_file}")
@@ -197,7 +194,7 @@ def _compare(model: str, task: Task, compared: int, batch_size: int, threads: in
     texts = sorted(spread(task.documents.texts, compared), key=len, reverse=True)
     measured: dict[str, Measurement] = {}
     vectors: dict[str, SparseRows] = {}
-    with _stage(f"Comparing on {len(texts)} documents, batches of {batch_size}, {threads} threads"):
+    with stage(f"Comparing on {len(texts)} documents, batches of {batch_size}, {threads} threads"):
         for name in CONTENDERS:
             with tempfile.TemporaryDirectory() as folder:
                 measured[name], vectors[name] = measure_in_subprocess(
@@ -240,11 +237,11 @@ def _fine_tune(
     plot_file: Path,
 ) -> None:
     """Train on the docstrings of other modules, and print the quality beside `results`."""
-    with _stage(f"Training on {len(task.training)} docstrings of other modules, {steps} steps"):
+    with stage(f"Training on {len(task.training)} docstrings of other modules, {steps} steps"):
         during = held_out_evaluator(task, _MAX_LENGTH)
         progress = train(encoder, task.training, steps, FINE_TUNING, evaluator=during)
         plot_training(progress, plot_file)
-    with _stage(f"Encoding {len(task.documents)} documents again"):
+    with stage(f"Encoding {len(task.documents)} documents again"):
         after = evaluator(encoder, show_progress=True)
     title = f"{len(evaluator.queries)} queries of held-out modules, see {plot_file}"
     console.print(quality_table(title, results | {"SPLADE, after": after}))
@@ -259,7 +256,7 @@ def _compare_training(
         costs: dict[str, StepCost] = {}
         batches: dict[str, int] = {}
         title = f"{Setting.batch_size} pairs, {LENGTH} tokens a document, loss {loss}"
-        with _stage(f"Comparing training steps: {title}"):
+        with stage(f"Comparing training steps: {title}"):
             for contender in CONTENDERS_OF_TRAINING:
                 setting = Setting(contender, loss, steps=sizes.cost_steps, threads=threads)
                 costs[contender] = step_cost(setting, model, pairs)
@@ -276,14 +273,6 @@ def _compare_training(
         console.print(table)
         difference = loss_difference(costs)
         console.print(f"The losses of {sizes.cost_steps} steps differ by at most {difference:.1e}.")
-
-
-@contextmanager
-def _stage(title: str) -> Iterator[None]:
-    console.print(f"[bold]{title}[/bold] …")
-    start = time.perf_counter()
-    yield
-    console.print(f"  {time.perf_counter() - start:.1f} s")
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from examples.docstrings.corpus import Pair
 from splade_fast.encoders.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from splade_fast.training import RetrievalEvaluator
 
 _GROUP_DEPTH = 2
@@ -52,7 +54,9 @@ class Progress:
     query_active_dims: float
     document_active_dims: float
     staleness: float | None  # None without a cache
-    mrr: float | None = None  # MRR@10 of held-out queries, at some of the steps
+    # Of held-out queries and documents, at some of the steps.
+    mrr: float | None = None  # MRR@10
+    entries: float | None = None  # entries a document
 
 
 def split_pairs(pairs: Sequence[Pair], share: float = 0.1) -> Split:
@@ -80,7 +84,7 @@ def module_name(pair: Pair) -> str:
 
 def train(
     encoder: TextEncoder,
-    pairs: Sequence[Pair],
+    examples: Sequence[Pair] | Dataset,
     steps: int,
     settings: Mapping[str, Any],
     *,
@@ -88,17 +92,17 @@ def train(
     callbacks: Sequence[Any] = (),
     seed: int = 0,
 ) -> list[Progress]:
-    """Train an encoder on pairs with `SpladeTrainer`; the weights change in place.
+    """Train an encoder with `SpladeTrainer`; the weights change in place.
 
     Args:
         encoder: encodes queries and documents.
-        pairs: queries and their relevant documents.
+        examples: queries and their relevant documents, or examples of `load_training_data`.
         steps: number of optimiser steps; the weights of the regularisers rise during the first
             half.
         settings: further `SpladeTrainingArguments`.
         evaluator: evaluator of held-out queries, which runs a few times during the training.
         callbacks: further callbacks for the trainer.
-        seed: seeds the order of the pairs, dropout and the draws from the cache.
+        seed: seeds the order of the examples, dropout and the draws from the cache.
 
     Returns:
         The progress at every logged step.
@@ -117,7 +121,11 @@ def train(
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    examples = [{"query": pair.query, "document": pair.document} for pair in pairs]
+    datasets = import_datasets()
+    if not isinstance(examples, datasets.Dataset):
+        examples = datasets.Dataset.from_list(
+            [{"query": pair.query, "document": pair.document} for pair in examples]
+        )
     logged = min(_LOGGED_STEPS, steps)
     evaluation: dict[str, Any] = {}
     if evaluator is not None:
@@ -140,7 +148,7 @@ def train(
         trainer = SpladeTrainer(
             model=encoder,
             args=arguments,
-            train_dataset=import_datasets().Dataset.from_list(examples),
+            train_dataset=examples,
             evaluator=evaluator,
             callbacks=list(callbacks),
         )
@@ -151,8 +159,10 @@ def train(
         trainer.train()
     encoder.eval()
     history = trainer.state.log_history
-    mrr = {entry["step"]: entry["eval_MRR@10"] for entry in history if "eval_MRR@10" in entry}
-    return [_progress(entry, mrr.get(entry["step"])) for entry in history if "loss" in entry]
+    measured = {entry["step"]: entry for entry in history if "eval_MRR@10" in entry}
+    return [
+        _progress(entry, measured.get(entry["step"], {})) for entry in history if "loss" in entry
+    ]
 
 
 def plot(progress: Sequence[Progress], path: Path) -> None:
@@ -181,14 +191,15 @@ def plot(progress: Sequence[Progress], path: Path) -> None:
     figure.savefig(path)
 
 
-def _progress(entry: Mapping[str, float], mrr: float | None) -> Progress:
+def _progress(entry: Mapping[str, float], measured: Mapping[str, float]) -> Progress:
     return Progress(
         step=int(entry["step"]),
         loss=entry.get("cache/interpretable_prediction_loss", entry["relevance_loss"]),
         query_active_dims=entry["query_active_dims"],
         document_active_dims=entry["document_active_dims"],
         staleness=entry.get("cache/staleness"),
-        mrr=mrr,
+        mrr=measured.get("eval_MRR@10"),
+        entries=measured.get("eval_document_active_dims"),
     )
 
 
