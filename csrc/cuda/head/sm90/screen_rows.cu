@@ -184,8 +184,9 @@ __device__ void describe_entries(const EntriesToDescribe& task, int64_t dim) {
   }
 }
 
+// Beside the packing, the largest blocks leave no registers for kBlocks.
 template <typename T, int kPerLane>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kPerLane < 32 ? kBlocks : 1)
     measure_tokens_kernel(const PackTask pack, int parts, const TokensToRound task) {
   RowsToRound unpacked = task.tokens;
   unpacked.rows = pack.rows;
