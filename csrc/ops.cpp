@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY(splade_fast, m) {
   m.def(
       "head_prepare(Tensor weight, Tensor mean, Tensor? basis=None, Tensor? order=None, float basis_error=0) "
       "-> (Tensor packed, Tensor rows)");
+  // Write packed and rows, which head_prepare made of a weight of the same shape. Only the CPU has a kernel.
+  m.def(
+      "head_prepare_into(Tensor weight, Tensor mean, Tensor? basis, Tensor? order, float basis_error, "
+      "Tensor(a!) packed, Tensor(b!) rows) -> ()");
   // report: int64 (4,): declined, pairs compared one by one, pairs multiplied in full precision, and percent of the
   // int8
   //   product that was made.

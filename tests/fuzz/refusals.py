@@ -75,7 +75,9 @@ def _heads(given_arguments: list[Any]) -> list[tuple[Any, list[Any]]]:
     hidden, weight = given_arguments[:2]
     mean = torch.zeros(hidden.shape[-1])
     calls.append((ops.head_prepare.default, [weight, mean]))
-    screened = [*given_arguments[:9], mean, *ops.head_prepare(weight, mean), None, None, False]
+    prepared = ops.head_prepare(weight, mean)
+    calls.append((ops.head_prepare_into.default, [weight, mean, None, None, 0.0, *prepared]))
+    screened = [*given_arguments[:9], mean, *prepared, None, None, False]
     return [*calls, (ops.head_forward_screened.default, screened)]
 
 

@@ -94,6 +94,10 @@ REFUSED = {
     "head_prepare, result too large": lambda: OPS.head_prepare(none(2**62, 0), torch.zeros(0)),
     "head_prepare, weight too large": lambda: OPS.head_prepare(huge(HUGE, 4), torch.zeros(4)),
     "head_prepare, too many columns": lambda: OPS.head_prepare(huge(2, 2**60), huge(2**60)),
+    "head_prepare_into, packed too large": lambda: OPS.head_prepare_into(
+        *(torch.zeros(2, 4), torch.zeros(4), None, None, 0.0),
+        *(huge(HUGE, 16, 48, dtype=torch.int32), huge(HUGE, 4, 48)),
+    ),
     "head_forward_screened, result overflows": lambda: OPS.head_forward_screened(
         *(none(2**62, 1, 0), none(8, 0), None, None, None, MAX, LOG1P, False, False),
         *(torch.zeros(0), torch.zeros(0, dtype=torch.int8), torch.zeros(0), None, None, False),

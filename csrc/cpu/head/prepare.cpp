@@ -13,29 +13,38 @@
 namespace splade_fast::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, const std::optional<Tensor>& basis,
-                                   const std::optional<Tensor>& order, double basis_error) {
+// Sizes of packed and rows.
+struct Shapes {
+  std::vector<int64_t> packed, rows;
+};
+
+Shapes check_and_find_shapes(const Tensor& weight, const Tensor& mean, const std::optional<Tensor>& basis,
+                             const std::optional<Tensor>& order) {
   check_floating("weight", weight, 2);
   check_mean(mean, weight);
-  const Screen& kernel = screen();
-  const int64_t vocabulary = weight.size(0), dim = weight.size(1), columns = kernel.panel_columns;
+  const int64_t dim = weight.size(1), columns = screen().panel_columns;
   STD_TORCH_CHECK(dim <= kScreenMaxDim, "weight must have at most ", kScreenMaxDim, " columns, got ", dim);
   check_basis(basis, order, weight);
-  const int64_t panels = ceil_div(vocabulary, columns), padded_dim = screen_padded_dim(dim);
-  const int64_t kinds = basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows;
+  const int64_t panels = ceil_div(weight.size(0), columns);
+  return {{panels, screen_padded_dim(dim) / 4, columns},
+          {panels, basis ? PreparedWeight::kBasisRows : PreparedWeight::kRows, columns}};
+}
+
+// Write prepared.packed and prepared.rows.
+void round_weight(const Tensor& weight, const PreparedWeight& prepared, double basis_error) {
+  const Screen& kernel = screen();
+  const std::optional<Tensor>& basis = prepared.basis;
+  const int64_t vocabulary = weight.size(0), dim = weight.size(1), columns = kernel.panel_columns;
+  const int64_t panels = prepared.packed.size(0), padded_dim = screen_padded_dim(dim);
   const Tensor dense = as_contiguous(weight);
-  const PreparedWeight prepared{
-      as_contiguous(mean), new_tensor(mean, std::vector<int64_t>{panels, padded_dim / 4, columns}, ScalarType::Int),
-      new_tensor(mean, std::vector<int64_t>{panels, kinds, columns}), contiguous_or_none(basis),
-      contiguous_or_none(order)};
-  const std::vector<int64_t> entry_of_column = column_entries(prepared.order, vocabulary);
+  const ColumnEntries entry_of_column(prepared.order, vocabulary);
   const std::vector<float> sign = rotation_signs(padded_dim);
-  const float* entries_basis = basis ? const_data<float>(*prepared.basis) + dim * padded_dim : nullptr;
+  const float* entries_basis = basis ? const_data<float>(*basis) + dim * padded_dim : nullptr;
   const float rounding = screen_rounding(dim);
   // Rounding error of the change of basis, relative to the norm of a row of the weight.
-  const float basis_rounding = basis ? screen_basis_rounding(dim) * basis_norm_bound(*prepared.basis, 1) +
-                                           1.001f * static_cast<float>(basis_error)
-                                     : 0.0f;
+  const float basis_rounding =
+      basis ? screen_basis_rounding(dim) * basis_norm_bound(*basis, 1) + 1.001f * static_cast<float>(basis_error)
+            : 0.0f;
   dispatch_floating(weight.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
@@ -77,10 +86,36 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
       }
     });
   });
+}
+
+std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, const std::optional<Tensor>& basis,
+                                   const std::optional<Tensor>& order, double basis_error) {
+  const Shapes shapes = check_and_find_shapes(weight, mean, basis, order);
+  const PreparedWeight prepared{as_contiguous(mean), new_tensor(mean, shapes.packed, ScalarType::Int),
+                                new_tensor(mean, shapes.rows), contiguous_or_none(basis), contiguous_or_none(order)};
+  round_weight(weight, prepared, basis_error);
   return {prepared.packed, prepared.rows};
+}
+
+void check_target(const char* name, const Tensor& target, ScalarType dtype, const std::vector<int64_t>& shape) {
+  bool fits = target.scalar_type() == dtype && target.is_contiguous() && target.dim() == 3;
+  for (int64_t i = 0; fits && i < 3; ++i) fits = target.size(i) == shape[i];
+  STD_TORCH_CHECK(fits, name, " must be what head_prepare made of a weight of this shape, got ", describe(target));
+}
+
+void prepare_into(const Tensor& weight, const Tensor& mean, const std::optional<Tensor>& basis,
+                  const std::optional<Tensor>& order, double basis_error, const Tensor& packed, const Tensor& rows) {
+  const Shapes shapes = check_and_find_shapes(weight, mean, basis, order);
+  check_target("packed", packed, ScalarType::Int, shapes.packed);
+  check_target("rows", rows, ScalarType::Float, shapes.rows);
+  round_weight(weight, {as_contiguous(mean), packed, rows, contiguous_or_none(basis), contiguous_or_none(order)},
+               basis_error);
 }
 
 }  // namespace
 }  // namespace splade_fast::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) { m.impl("head_prepare", TORCH_BOX(&splade_fast::cpu::prepare)); }
+STABLE_TORCH_LIBRARY_IMPL(splade_fast, CPU, m) {
+  m.impl("head_prepare", TORCH_BOX(&splade_fast::cpu::prepare));
+  m.impl("head_prepare_into", TORCH_BOX(&splade_fast::cpu::prepare_into));
+}

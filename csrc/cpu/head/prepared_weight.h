@@ -57,16 +57,21 @@ inline void check_basis(const std::optional<Tensor>& basis, const std::optional<
 }
 
 // Vocabulary entry of each column.
-inline std::vector<int64_t> column_entries(const std::optional<Tensor>& order, int64_t vocabulary) {
-  std::vector<int64_t> entries(vocabulary);
-  const int32_t* given = order ? const_data<int32_t>(*order) : nullptr;
-  for (int64_t column = 0; column < vocabulary; ++column) {
-    entries[column] = given ? given[column] : column;
-    STD_TORCH_CHECK(entries[column] >= 0 && entries[column] < vocabulary, "order must be between 0 and ",
-                    vocabulary - 1, ", got ", entries[column]);
+class ColumnEntries {
+ public:
+  ColumnEntries(const std::optional<Tensor>& order, int64_t vocabulary)
+      : given_(order ? const_data<int32_t>(*order) : nullptr) {
+    if (!given_) return;
+    for (int64_t column = 0; column < vocabulary; ++column) {
+      STD_TORCH_CHECK(given_[column] >= 0 && given_[column] < vocabulary, "order must be between 0 and ",
+                      vocabulary - 1, ", got ", given_[column]);
+    }
   }
-  return entries;
-}
+  int64_t operator[](int64_t column) const { return given_ ? given_[column] : column; }
+
+ private:
+  const int32_t* given_;  // null: the columns themselves
+};
 
 // Upper bound of the Frobenius norm.
 inline float frobenius_bound(const float* data, int64_t count) {

@@ -49,10 +49,10 @@ class ScreenedForward {
         dim_(input.dim()),
         columns_(screen().panel_columns),
         panels_(ceil_div(vocabulary_, columns_)),
-        entries_(column_entries(weight.order, input.vocabulary())),
+        entries_(weight.order, input.vocabulary()),
         sign_(rotation_signs(screen_padded_dim(input.dim()))),
-        bias_(input.bias ? input.vocabulary() : 0) {
-    if (input.bias) kernels<T>().load(bias_.get(), const_data<T>(*input.bias), input.vocabulary());
+        bias_copy_(input.bias && !std::is_same_v<T, Acc> ? input.vocabulary() : 0),
+        bias_(load_bias()) {
     find_thresholds();
     cut_into_blocks();
     if (pooling == Pooling::kSum) runs_ = find_sum_runs(input);
@@ -221,7 +221,7 @@ class ScreenedForward {
 
     std::vector<Acc> biases(const std::vector<int64_t>& columns) const {
       std::vector<Acc> result(columns.size(), Acc(0));
-      for (size_t i = 0; i < columns.size() && head_.input_.bias; ++i) result[i] = head_.bias_.get()[columns[i]];
+      for (size_t i = 0; i < columns.size() && head_.bias_; ++i) result[i] = head_.bias_[columns[i]];
       return result;
     }
 
@@ -298,6 +298,16 @@ class ScreenedForward {
     return std::make_unique<RoundedTokens<T>>(input_, weight_, sign_, block.first, block.last);
   }
 
+  const Acc* load_bias() const {
+    if (!input_.bias) return nullptr;
+    if constexpr (std::is_same_v<T, Acc>) {
+      return const_data<T>(*input_.bias);
+    } else {
+      kernels<T>().load(bias_copy_.get(), const_data<T>(*input_.bias), vocabulary_);
+      return bias_copy_.get();
+    }
+  }
+
   void find_thresholds() {
     threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
     for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -305,7 +315,7 @@ class ScreenedForward {
       const int64_t first = panel * columns_;
       for (int64_t v = first; v < std::min(first + columns_, vocabulary_); ++v) {
         const float mean_dot = mean_dots[v - first];
-        const float bias = input_.bias ? static_cast<float>(bias_.get()[entries_[v]]) : 0.0f;
+        const float bias = bias_ ? static_cast<float>(bias_[entries_[v]]) : 0.0f;
         if (bias == -std::numeric_limits<float>::infinity()) continue;
         threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
       }
@@ -347,9 +357,10 @@ class ScreenedForward {
   const Activation activation_;
   const int64_t vocabulary_, dim_;  // copies, because a tensor returns its sizes through a call of torch
   const int64_t columns_, panels_;
-  const std::vector<int64_t> entries_;  // vocabulary entry of each column
+  const ColumnEntries entries_;
   const std::vector<float> sign_;
-  const Scratch<Acc> bias_;
+  const Scratch<Acc> bias_copy_;
+  const Acc* const bias_;         // (vocabulary,) or null
   std::vector<float> threshold_;  // (panels * columns)
   std::vector<SequenceRange> blocks_;
   std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, if is_worthwhile() has rounded them
@@ -393,10 +404,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   dispatch_floating(hidden.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto compute = [&](auto out) {
+      // Before the smaller blocks of the head, which would take parts of the memory of earlier outputs.
+      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output);
       ScreenedForward<T, typename decltype(out)::type> head(input, prepared, pooling, activation);
       WorkCounts work;
       const bool is_declined = may_decline && !head.is_worthwhile();
-      outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output, is_declined);
+      if (is_declined) outputs = new_head_outputs(hidden, input, cu_seqlens, pooling, save, float_output, true);
       if (!is_declined) {
         fill_with_zeros(outputs.pooled);
         fill_with_zeros(outputs.max_logits);

@@ -75,17 +75,17 @@ def _forward_screened(arguments: HeadArguments, is_forced: bool) -> Outputs | No
     if not is_forced and not state.should_try():
         state.record_skip()
         return None
-    prepared = state.prepare(
+    with state.prepare(
         arguments.weight,
         arguments.weight_source,
         arguments.bias,
         arguments.hidden,
         arguments.attention_mask,
         arguments.save_for_backward,
-    )
-    *outputs, report = torch.ops.splade_fast.head_forward_screened(
-        *arguments.for_product, *prepared.arguments, not is_forced
-    )
+    ) as prepared:
+        *outputs, report = torch.ops.splade_fast.head_forward_screened(
+            *arguments.for_product, *prepared.arguments, not is_forced
+        )
     is_declined, _, _, percent_of_product = report.tolist()
     state.record_product(percent_of_product)
     if not is_forced:

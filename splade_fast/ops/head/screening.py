@@ -39,9 +39,12 @@ _MAX_SKIPS = 63
 _SAMPLED_ENTRIES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedWeight:
-    """Weight in int8, and its products with a mean of hidden states."""
+    """Weight in int8, and its products with a mean of hidden states.
+
+    `ScreeningState.prepare` returns it for a block `with`, in which nobody writes its tensors.
+    """
 
     mean: Tensor
     packed: Tensor
@@ -49,6 +52,18 @@ class PreparedWeight:
     basis: Basis | None
     tokens: int  # number of tokens that the mean is over
     version: object
+    num_users: int = 0
+
+    def __enter__(self) -> PreparedWeight:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end_use()
+
+    def end_use(self) -> None:
+        """End the use of one user."""
+        with _lock:
+            self.num_users -= 1
 
     @property
     def arguments(self) -> tuple[Tensor | None, ...]:
@@ -101,10 +116,11 @@ class ScreeningState:
         attention_mask: Tensor | None,
         is_training: bool = False,
     ) -> PreparedWeight:
-        """Return the prepared weight in its present version.
+        """Return the prepared weight in its present version, for one block `with`.
 
         Outside of training, the weight is prepared along a basis after enough tokens. Of several
-        threads one prepares it, and the others wait.
+        threads one prepares it, and the others wait. The memory of an earlier version is used again
+        once no thread uses it.
 
         Args:
             weight: (V, D), the weight to multiply with.
@@ -127,35 +143,59 @@ class ScreeningState:
         is_training: bool,
     ) -> PreparedWeight:
         version = _find_version(source)
-        old = self.prepared
-        if old is not None and old.version != version:
-            old = self.prepared = None  # freed before another one is allocated
-        if old is not None and old.basis is not None:
-            return old
+        present = self._lend(version)
+        if present is not None and present.basis is not None:
+            return present
         tokens = count_tokens(hidden, attention_mask)
+        basis: Basis | None = None
         can_be_kept = not is_training and not source.is_inference()
         if can_be_kept and _should_use_basis(weight) and self._basis_version != version:
-            if self._moments is None or old is None:
+            if self._moments is None or present is None:
                 self._moments = Moments(weight.shape[1])
             self._moments.add(_select_tokens(hidden, attention_mask))
             if self._moments.tokens >= _BASIS_TOKENS_PER_DIM * weight.shape[1]:
                 self._basis_version = version
                 moments, self._moments = self._moments, None
                 basis = balanced_basis(moments, weight, bias)
-                if basis is not None:
-                    return self._prepare(weight, moments.mean.float(), basis, tokens, version)
-        if old is not None and not is_better_mean(tokens, old.tokens):
-            return old
-        mean = replace_unusable(_select_tokens(hidden, attention_mask).mean(0))
-        return self._prepare(weight, mean, None, tokens, version)
+                mean = moments.mean.float()
+        if basis is None:
+            if present is not None and not is_better_mean(tokens, present.tokens):
+                return present
+            mean = replace_unusable(_select_tokens(hidden, attention_mask).mean(0))
+        if present is not None:
+            present.end_use()
+            present = None
+        return self._replace(weight, mean, basis, tokens, version)
 
-    def _prepare(
+    def _lend(self, version: object) -> PreparedWeight | None:
+        """Return the prepared weight to one more user, or None if there is none of that version."""
+        with _lock:
+            prepared = self.prepared
+            if prepared is None or prepared.version != version:
+                return None
+            prepared.num_users += 1
+            return prepared
+
+    def _replace(
         self, weight: Tensor, mean: Tensor, basis: Basis | None, tokens: int, version: object
     ) -> PreparedWeight:
-        options = () if basis is None else (basis.matrices, basis.order, basis.error)
-        packed, rows = torch.ops.splade_fast.head_prepare(weight, mean, *options)
-        self.prepared = PreparedWeight(mean, packed, rows, basis, tokens, version)
-        return self.prepared
+        """Prepare the weight in the memory of the last prepared weight, unless a thread uses that.
+
+        If it were freed, small tensors would take some of it, and the next one would not fit there.
+        """
+        with _lock:
+            last, self.prepared = self.prepared, None
+            is_free = last is not None and last.num_users == 0
+        options = (None, None, 0.0) if basis is None else (basis.matrices, basis.order, basis.error)
+        if is_free and last is not None and (last.basis is None) == (basis is None):
+            buffers = last.packed, last.rows
+            torch.ops.splade_fast.head_prepare_into(weight, mean, *options, *buffers)
+        else:
+            last = None  # freed before others are allocated
+            buffers = torch.ops.splade_fast.head_prepare(weight, mean, *options)
+        prepared = PreparedWeight(mean, *buffers, basis, tokens, version, num_users=1)
+        self.prepared = prepared
+        return prepared
 
 
 _states: dict[tuple[object, ...], ScreeningState] = {}
