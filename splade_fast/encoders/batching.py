@@ -2,7 +2,8 @@
 
 Tokenizing all texts before the first batch would take too much memory, and the number of characters
 alone predicts the number of tokens badly. So texts are sorted by characters, tokenized several
-batches at a time, and sorted by tokens within these batches.
+batches at a time, and sorted by tokens within these batches. A batch ends early where its next text
+is so short that padding would cost more than another batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 
 # Largest number of characters tokenized at a time: a tokenizer needs over 100 bytes for each token.
 _CHARACTERS = 2**19
+# Largest number of padding tokens in a batch. Another batch costs about as much as these, whatever
+# the size of the model: its modules are called from Python, and its weights are read again.
+_PADDING = 48
 
 
 def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[Tensor]:
@@ -42,14 +46,15 @@ def batches_by_tokens(
 
     Args:
         inputs: attention_mask (N, L), other tensors (N, L), and values that all batches share.
-        batch_size: number of rows of a batch.
+        batch_size: largest number of rows of a batch.
 
     Yields:
         The rows of a batch, (B,) on the CPU, and the inputs of these rows, padded to the longest.
     """
     mask: Tensor = inputs["attention_mask"].cpu()
     tokens = mask.count_nonzero(1)
-    for rows in tokens.argsort(descending=True, stable=True).split(batch_size):
+    order = tokens.argsort(descending=True, stable=True)
+    for rows in order.split(_batch_sizes(tokens[order].tolist(), batch_size)):
         batch = cut_columns(inputs, _columns_with_tokens(mask.index_select(0, rows)))
         yield (
             rows,
@@ -60,6 +65,20 @@ def batches_by_tokens(
                 for name, value in batch.items()
             },
         )
+
+
+def _batch_sizes(lengths: Sequence[int], largest: int) -> list[int]:
+    """Return the numbers of texts in batches of texts with so many tokens, the longest first."""
+    sizes: list[int] = []
+    longest = size = padding = 0
+    for length in lengths:
+        padding += longest - length
+        if size == 0 or size == largest or padding > _PADDING:
+            sizes.append(0)
+            longest, size, padding = length, 0, 0
+        size += 1
+        sizes[-1] = size
+    return sizes
 
 
 def without_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:

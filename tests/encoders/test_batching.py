@@ -1,5 +1,7 @@
 """Batches of texts of similar numbers of tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +55,22 @@ def test_a_batch_is_what_its_texts_alone_would_be(padding_side):
         expected = alone["input_ids"] + shift * alone["attention_mask"]
         assert torch.equal(batch["input_ids"], expected)
         assert batch["input_ids"].is_contiguous()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+@pytest.mark.parametrize("longest", [3, 128, 500])
+def test_batches_have_little_padding(batch_size, longest):
+    tokens = torch.randint(1, longest + 1, (203,)).tolist()
+    batches = [
+        batch["attention_mask"] for _, batch in batches_by_tokens(make_inputs(tokens), batch_size)
+    ]
+    assert sorted(int(n) for mask in batches for n in mask.sum(1)) == sorted(tokens)
+    for mask, following in pairwise(batches):
+        assert 1 <= len(mask) <= batch_size
+        assert (mask == 0).sum() <= 48
+        # The next text would have been too many, or would have brought too much padding.
+        padding = (mask == 0).sum() + mask.shape[1] - following[0].sum()
+        assert len(mask) == batch_size or padding > 48
 
 
 class _OneDevice(TorchDispatchMode):

@@ -47,8 +47,8 @@ def _measure(kind: str, size: Size, rounds: Rounds) -> list[Measurement]:
         stages = record_stages(encode, rounds)
     measurement = partial(Measurement, study="encode_stages", part=kind, subject=size.name)
     whole, body = (statistics.median(times[name]) for name in ("encode", "body"))
-    tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
-    padded = sum(batch["attention_mask"].numel() for batch in batches)
+    padding = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches if len(batch) > 1)
+    through_body = sum(batch["input_ids"].numel() for batch in batches)
     found = [
         measurement(quantity=stage, value=100 * stages[stage], unit="%")
         for stage in (*STAGES, "rest")
@@ -58,5 +58,5 @@ def _measure(kind: str, size: Size, rounds: Rounds) -> list[Measurement]:
         measurement(quantity="encode", value=whole, unit="ms", rounds=len(times["encode"])),
         measurement(quantity="body alone", value=body, unit="ms", rounds=len(times["body"])),
         measurement(quantity="share of body", value=body / whole, at_least=_LEAST_SHARE),
-        measurement(quantity="padding", value=1 - tokens / padded, at_most=_MOST_PADDING),
+        measurement(quantity="padding", value=padding / through_body, at_most=_MOST_PADDING),
     ]

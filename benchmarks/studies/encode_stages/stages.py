@@ -58,13 +58,14 @@ def _timed(owner: Any, name: str, passed: dict[str, float], stage: str) -> Itera
 
 
 def batches_of(encoder: sf.SpladeEncoder, encode: Callable[[], object]) -> list[dict[str, Tensor]]:
-    """Return the inputs of the transformer in an encode."""
+    """Return the inputs of the transformer in an encode; a single text has no mask."""
     found: list[dict[str, Tensor]] = []
     base = type(encoder.model)
     own = base.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append({name: kwargs[name] for name in ("input_ids", "attention_mask")})
+        given = {name: kwargs.get(name) for name in ("input_ids", "attention_mask")}
+        found.append({name: value for name, value in given.items() if value is not None})
         return own(self, *args, **kwargs)
 
     with mock.patch.object(base, "forward", forward):

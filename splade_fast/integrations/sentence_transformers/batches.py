@@ -57,8 +57,7 @@ def batches(
 
     shortest = min(range(len(texts)), key=lengths.__getitem__)
     if (
-        len(texts) <= batch_size
-        or model._can_flatten_inputs()  # flattened inputs have no padding
+        model._can_flatten_inputs()  # flattened inputs have no padding
         or not all(isinstance(text, str) for text in texts)
         # A compiled model may need the fixed width that such padding gives.
         or not is_padded_to_longest(preprocess(torch.tensor([shortest])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,10 @@ class _Encoder(Role):
         )
         result: _Coordinates | _Matrix = _Coordinates() if convert_to_sparse_tensor else _Matrix()
         order: list[Tensor] = []
-        progress: Iterable[tuple[Tensor, dict[str, Any]]]
-        progress = batches(model, modules, texts, batch_size, prompt, kwargs)
+        all_batches = batches(model, modules, texts, batch_size, prompt, kwargs)
         if show_progress_bar:  # a disabled bar starts a thread all the same
-            progress = tqdm(progress, desc="Batches", total=-(-len(texts) // batch_size))
-        for places, features in progress:
+            all_batches = _with_progress(all_batches, len(texts))
+        for places, features in all_batches:
             order.append(places)
             features = batch_to_device(features, device)
             if should_return_rows:
@@ -237,9 +236,20 @@ class _Matrix:
         """Return the vectors in the order of the texts, which `order` sorted."""
         first = self._batches[0]
         result = first.new_empty(len(order), first.shape[1])
-        for places in order.to(first.device).split(len(first)):
+        sizes = [len(batch) for batch in self._batches]
+        for places in order.to(first.device).split(sizes):
             result[places] = self._batches.pop(0)
         return result
+
+
+def _with_progress(
+    all_batches: Iterator[tuple[Tensor, dict[str, Any]]], count: int
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Yield the batches, and show how many of `count` texts have been encoded."""
+    with tqdm(total=count, desc="Texts") as bar:
+        for places, features in all_batches:
+            yield places, features
+            bar.update(len(places))
 
 
 def _multiplications(modules: Sequence[nn.Module], features: dict[str, Any]) -> int:
