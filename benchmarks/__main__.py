@@ -51,6 +51,9 @@ def _run_cases(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--skip", nargs="+", default=[], choices=("eager", "compile", "peer", "others", "memory")
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="cases whose titles have these texts"
+    )
     options = parser.parse_args(arguments)
     _check_names(parser, "case", options.cases, cases.names())
     restart_with(options.isa, arguments)
@@ -70,6 +73,8 @@ def _run_cases(arguments: Sequence[str]) -> int:
     for name in options.cases or cases.names():
         path = options.out / f"{name}-{options.device}{suffix}.csv"
         for case in cases.load(name, options.device, dtypes, quick=options.quick):
+            if not all(text in case.title for text in options.only):
+                continue
             try:
                 found = run_case(case, measuring)
             except UnavailableError as error:

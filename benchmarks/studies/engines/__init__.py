@@ -2,13 +2,15 @@
 
 "documents" are docstrings of up to 128 tokens in batches of 32; "query" is one summary of at most
 16 tokens at a time, from the string to the sparse row. Each contender has a process of its own, and
-they run in turns; queries run in blocks of 15. "quality" has the largest difference from plain
-PyTorch in float64, and MRR@10 of held-out summaries among docstrings.
+they run in turns; queries run in blocks of 15. "documents" and "quality" run by groups of
+contenders, and splade_fast is in each group of documents. "quality" has the largest difference from
+plain PyTorch in float64, and MRR@10 of held-out summaries among docstrings. "body" runs the batches
+of the documents through the transformer alone.
 """
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from benchmarks.harness.results import Measurement
 from benchmarks.harness.timing import Rounds
 from benchmarks.inputs.trained_states import fetched
 from benchmarks.studies.engines.contenders import (
+    BODIES,
     CONTENDERS,
     PooledModel,
     export_files,
@@ -36,6 +39,12 @@ __all__ = ["CONTENDERS", "measurements"]
 
 DOCUMENTS, QUERIES = 100, 150
 THREADS = (1, 2)
+GROUPS = (
+    "splade_fast",
+    "SparseEncoder",
+    "ONNX Runtime",
+    "OpenVINO",
+)  # as names of contenders begin
 _COMPARED = 32  # documents compared with float64
 _RANKED = 800  # documents among which a fourth are looked for
 _QUERY_TOKENS = 16
@@ -46,18 +55,25 @@ _TARGET = 0.6  # of the latency of ONNX Runtime
 
 def measurements(rounds: Rounds) -> Mapping[str, Callable[[], list[Measurement]]]:
     return {
-        "quality": _measure_quality,
-        "documents": partial(_measure_documents, rounds),
+        **{f"quality {group}": partial(_measure_quality, group) for group in GROUPS},
+        **{f"documents {group}": partial(_measure_documents, rounds, group) for group in GROUPS},
+        "body": partial(_measure_bodies, rounds),
         **{f"query {n} threads": partial(_measure_queries, rounds, n) for n in THREADS},
     }
 
 
-def _measure_quality() -> list[Measurement]:
+def _members(group: str) -> list[str]:
+    """Return the contenders of a group; accelerate(SparseEncoder) is ours."""
+    prefixes = (group, "accelerate") if group == "splade_fast" else (group,)
+    return [name for name in CONTENDERS if name.startswith(prefixes)]
+
+
+def _measure_quality(group: str) -> list[Measurement]:
     texts = list(spread([pair.document for pair in docstring_pairs()], DOCUMENTS))[:_COMPARED]
     exact = _in_float64(texts)
     measurement = partial(Measurement, study="engines", part="quality", subject=_subject())
     found = []
-    for name in CONTENDERS:
+    for name in _members(group):
         with running([name], _model(), _folder(), torch.get_num_threads()) as processes:
             for process in processes.values():
                 difference = (process.encode(texts, _BATCH).to_dense() - exact).abs().max().item()
@@ -69,16 +85,27 @@ def _measure_quality() -> list[Measurement]:
     return found
 
 
-def _measure_documents(rounds: Rounds) -> list[Measurement]:
+def _measure_documents(rounds: Rounds, group: str) -> list[Measurement]:
+    names = dict.fromkeys(["splade_fast", *_members(group)])
+    return _measure_throughput("documents", names, rounds, f", {group}")
+
+
+def _measure_bodies(rounds: Rounds) -> list[Measurement]:
+    return _measure_throughput("body", BODIES, rounds)
+
+
+def _measure_throughput(
+    part: str, names: Iterable[str], rounds: Rounds, group: str = ""
+) -> list[Measurement]:
     threads = torch.get_num_threads()
     texts = list(spread([pair.document for pair in docstring_pairs()], DOCUMENTS))
-    with running(CONTENDERS, _model(), _folder(), threads) as processes:
+    with running(names, _model(), _folder(), threads) as processes:
         times = _times_in_turns(processes, [[texts]], _BATCH, rounds)
     return [
         Measurement(
             study="engines",
-            part="documents",
-            subject=_subject(threads),
+            part=part,
+            subject=_subject(threads) + group,
             contender=name,
             quantity="documents/s",
             value=len(texts) / statistics.median(milliseconds) * 1e3,

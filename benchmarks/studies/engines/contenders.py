@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import splade_fast as sf
+from splade_fast.encoders.hidden_states import hidden_before_decoder
 
 MAX_LENGTH = 128
 # Texts and batch size to sparse vectors, in the library's own form.
 Encode = Callable[[list[str], int], sf.SparseRows | Tensor]
+Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # one batch, to the output of the graph
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OPSET = 18
-_ONNX, _ONNX_INT8 = "model.onnx", "model-int8.onnx"
+_ONNX, _ONNX_INT8, _ONNX_BODY = "model.onnx", "model-int8.onnx", "body.onnx"
 
 
 class PooledModel(nn.Module):
@@ -41,23 +43,44 @@ class PooledModel(nn.Module):
         return torch.amax(logits.relu().log1p() * attention_mask[:, :, None], dim=1)
 
 
+class BodyModel(nn.Module):
+    """BERT up to the input of its decoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.bert, self.transform = model.bert, model.cls.predictions.transform
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        states = self.bert(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        hidden: Tensor = self.transform(states)
+        return hidden
+
+
 def export_onnx(model: str, folder: Path) -> Path:
     """Write the model and its pooling as `folder`/model.onnx, for any number and length of texts.
 
     Raises:
         ImportError: onnx or onnxscript is missing.
     """
-    pooled = PooledModel(load_masked_lm(model)).eval()
+    return _export(PooledModel(load_masked_lm(model)), folder / _ONNX)
+
+
+def _export_body(model: str, folder: Path) -> Path:
+    return _export(BodyModel(load_masked_lm(model)), folder / _ONNX_BODY)
+
+
+def _export(model: nn.Module, path: Path) -> Path:
     # Three tensors: an export takes inputs that are one tensor for one input.
     example = tuple(torch.full((2, 8), number) for number in (1, 1, 0))
-    path = folder / _ONNX
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     torch.onnx.export(
-        pooled,
+        model.eval(),
         example,
         path,
         input_names=list(_INPUTS),
-        output_names=["pooled"],
+        output_names=["output"],
         dynamic_shapes=({0: batch, 1: length},) * len(_INPUTS),
         opset_version=_OPSET,
         dynamo=True,
@@ -83,7 +106,7 @@ def tokenized(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
 
 def export_files(model: str, folder: Path) -> None:
     """Write the files that the engines load; print why one could not be written."""
-    for write in (export_onnx, _quantize_onnx):
+    for write in (export_onnx, _quantize_onnx, _export_body):
         try:
             write(model, folder)
         except Exception as error:  # exporters fail in their own ways
@@ -149,6 +172,10 @@ def _quantize_onnx(model: str, folder: Path) -> None:
 
 
 def _onnx_session(model: str, path: Path) -> Encode:
+    return _by_batches(model, _onnx_run(path))
+
+
+def _onnx_run(path: Path) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -158,16 +185,16 @@ def _onnx_session(model: str, path: Path) -> Encode:
 
     def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         given = {name: array for name, array in inputs.items() if name in taken}
-        pooled: np.ndarray = session.run(None, given)[0]
-        return pooled
+        output: np.ndarray = session.run(None, given)[0]
+        return output
 
-    return _by_batches(model, run)
+    return run
 
 
 def _openvino(model: str, folder: Path) -> Encode:
     import openvino
 
-    return _openvino_compiled(model, openvino.Core().read_model(folder / _ONNX))
+    return _by_batches(model, _openvino_run(openvino.Core().read_model(folder / _ONNX)))
 
 
 def _openvino_int8(model: str, folder: Path) -> Encode:
@@ -175,10 +202,10 @@ def _openvino_int8(model: str, folder: Path) -> Encode:
     import openvino
 
     weights_in_int8 = nncf.compress_weights(openvino.Core().read_model(folder / _ONNX))
-    return _openvino_compiled(model, weights_in_int8)
+    return _by_batches(model, _openvino_run(weights_in_int8))
 
 
-def _openvino_compiled(model: str, graph: Any) -> Encode:
+def _openvino_run(graph: Any) -> Run:
     import openvino
 
     threads = torch.get_num_threads()
@@ -188,13 +215,13 @@ def _openvino_compiled(model: str, graph: Any) -> Encode:
     taken = [port.any_name for port in compiled.inputs]
 
     def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        pooled: np.ndarray = compiled({name: inputs[name] for name in taken})[0]
-        return pooled
+        output: np.ndarray = compiled({name: inputs[name] for name in taken})[0]
+        return output
 
-    return _by_batches(model, run)
+    return run
 
 
-def _by_batches(model: str, run: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> Encode:
+def _by_batches(model: str, run: Run) -> Encode:
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def encode(texts: list[str], batch_size: int) -> sf.SparseRows:
@@ -208,6 +235,59 @@ def _by_batches(model: str, run: Callable[[Mapping[str, np.ndarray]], np.ndarray
 
     return encode
 
+
+def _torch_body(model: str, folder: Path) -> Encode:
+    masked_lm = AutoModelForMaskedLM.from_pretrained(model).eval()  # with torch's fused attention
+
+    @torch.inference_mode()
+    def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        output: np.ndarray = hidden_before_decoder(masked_lm, **tensors).numpy()
+        return output
+
+    return _only_run(model, run)
+
+
+def _onnx_runtime_body(model: str, folder: Path) -> Encode:
+    return _only_run(model, _onnx_run(folder / _ONNX_BODY))
+
+
+def _openvino_body(model: str, folder: Path) -> Encode:
+    import openvino
+
+    return _only_run(model, _openvino_run(openvino.Core().read_model(folder / _ONNX_BODY)))
+
+
+def _only_run(model: str, run: Run) -> Encode:
+    """Return an encode that tokenizes texts once, and returns the states (T, D) of their tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    known: dict[tuple[str, ...], list[dict[str, np.ndarray]]] = {}
+
+    def encode(texts: list[str], batch_size: int) -> Tensor:
+        if tuple(texts) not in known:
+            order = sorted(texts, key=len, reverse=True)
+            known[tuple(texts)] = [
+                {
+                    name: tensor.numpy()
+                    for name, tensor in tokenized(tokenizer, order[i : i + batch_size]).items()
+                }
+                for i in range(0, len(order), batch_size)
+            ]
+        parts = [
+            torch.from_numpy(run(batch)[batch["attention_mask"] != 0])
+            for batch in known[tuple(texts)]
+        ]
+        return torch.cat(parts)
+
+    return encode
+
+
+# Transformers without a vocabulary.
+BODIES: dict[str, Callable[[str, Path], Encode]] = {
+    "torch, body": _torch_body,
+    "ONNX Runtime, body": _onnx_runtime_body,
+    "OpenVINO, body": _openvino_body,
+}
 
 CONTENDERS: dict[str, Callable[[str, Path], Encode]] = {
     "splade_fast": _splade_fast,

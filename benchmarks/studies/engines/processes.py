@@ -18,7 +18,7 @@ from torch import Tensor
 
 import splade_fast as sf
 from benchmarks.harness.timing import CpuClock, garbage_collection_off
-from benchmarks.studies.engines.contenders import CONTENDERS, reason
+from benchmarks.studies.engines.contenders import BODIES, CONTENDERS, reason
 
 CONTEXT: Any = multiprocessing.get_context("spawn")
 
@@ -81,7 +81,7 @@ def running(
 def _serve(connection: Connection, name: str, model: str, folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        encode = CONTENDERS[name](model, folder)
+        encode = (CONTENDERS | BODIES)[name](model, folder)
     except Exception as error:  # engines fail in their own ways, none of which stops the others
         connection.send(reason(error))
         return
