@@ -133,9 +133,9 @@ def plot(points: Sequence[Point], mean: Point, second: int, path: Path) -> None:
         title="Entries of these docstrings' vectors: fewer make a smaller index",
     )
     for axis in (quality, size):
-        axis.axvspan(second, steps[-1], color="tab:orange", alpha=0.15)
+        axis.axvspan(second, mean.step, color="tab:orange", alpha=0.15)
         axis.grid(visible=True, alpha=0.3)
-    for end, label in ((second, "round one: pairs"), (steps[-1], "round two: hard negatives")):
+    for end, label in ((second, "round one: pairs"), (mean.step, "round two: hard negatives")):
         place = {"xy": (end, 0), "xycoords": ("data", "axes fraction")}
         quality.annotate(label, **place, xytext=(-6, 6), textcoords="offset points", ha="right")
     path.parent.mkdir(parents=True, exist_ok=True)
