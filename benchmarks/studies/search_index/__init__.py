@@ -89,7 +89,7 @@ def measurements(rounds: Rounds) -> Mapping[str, Callable[[], list[Measurement]]
         for measure in (one_query, two_cores, batch):
             part = measure.__name__.replace("_", " ")
             for k in KS:
-                found[f"{part}, {name}, k {k}"] = partial(_measure, measure, name, k, rounds)
+                found[f"{part}, k {k}, {name}"] = partial(_measure, measure, name, k, rounds)
         found[f"build, {name}"] = partial(_measure, build, name, 0, rounds)
         found[f"growth, {name}"] = partial(_measure, growth, name, 10, rounds)
     return found
@@ -132,7 +132,7 @@ def _one_query(corpus: Corpus, k: int, rounds: Rounds) -> list[Measurement]:
             study="search_index",
             contender=name,
             quantity="recall",
-            value=recall(corpus, k, search),
+            value=recall(corpus, k, search, _TUNING_QUERIES if name == "scan" else None),
             **place,
         )
         for name, search in searches.items()
