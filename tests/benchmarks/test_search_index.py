@@ -57,7 +57,7 @@ def test_seismic_takes_the_quickest_settings_that_reach_a_recall():
         (0.3, 0.6),
     )
     assert {name: search(None, 1) for name, search in found.items()} == {
-        "seismic 0.3": [6],
+        "seismic 0.3": [8],
         "seismic 0.6": [12],
     }
 

@@ -18,18 +18,19 @@ SeismicSearch = Callable[[int, float, SparseRows, int], list[int]]  # settings, 
 _BMP_BLOCK = 8
 _ROWS_AT_ONCE = 2**14
 # Candidates of Seismic's settings, quickest first: number of the heaviest terms of a query that
-# choose blocks, and heap factor, by which a block's estimate must reach the worst hit.
+# choose blocks, and heap factor, by which the score of the worst hit is multiplied before a block's
+# estimate is compared with it.
 SEISMIC_SETTINGS = (
-    (4, 0.7),
-    (6, 0.7),
-    (8, 0.7),
+    (4, 1.0),
+    (4, 0.9),
+    (8, 0.9),
     (8, 0.8),
-    (12, 0.8),
-    (12, 0.9),
-    (20, 0.9),
-    (20, 1.0),
-    (40, 1.0),
-    (100, 1.0),
+    (8, 0.7),
+    (12, 0.7),
+    (20, 0.7),
+    (20, 0.5),
+    (40, 0.4),
+    (100, 0.3),
 )
 
 
