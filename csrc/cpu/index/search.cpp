@@ -25,7 +25,7 @@ constexpr int64_t kWindow = 128;   // groups whose accumulators stay in a core's
 // Accumulators take less time for a query with so many terms: the more terms, and the larger the share of the documents
 // that is asked for, the more groups the bounds leave. docs/search.md has the measurements.
 inline double least_accumulated_terms(int64_t documents, int64_t k) {
-  return 12 * std::pow(static_cast<double>(documents) / k, 1.0 / 6);
+  return 5 * std::pow(static_cast<double>(documents) / k, 0.25);
 }
 
 enum class Algorithm { kAuto, kBlocks, kAccumulators };
