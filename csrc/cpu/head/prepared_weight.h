@@ -1,7 +1,9 @@
 // The weight as the int8 product reads it, and checks of the tensors that belong to it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -62,10 +64,12 @@ class ColumnEntries {
   ColumnEntries(const std::optional<Tensor>& order, int64_t vocabulary)
       : given_(order ? const_data<int32_t>(*order) : nullptr) {
     if (!given_) return;
+    uint32_t largest = 0;  // a negative entry is a large one
     for (int64_t column = 0; column < vocabulary; ++column) {
-      STD_TORCH_CHECK(given_[column] >= 0 && given_[column] < vocabulary, "order must be between 0 and ",
-                      vocabulary - 1, ", got ", given_[column]);
+      largest = std::max(largest, static_cast<uint32_t>(given_[column]));
     }
+    STD_TORCH_CHECK(largest < vocabulary || vocabulary == 0, "order must be between 0 and ", vocabulary - 1, ", got ",
+                    static_cast<int32_t>(largest));
   }
   int64_t operator[](int64_t column) const { return given_ ? given_[column] : column; }
 
@@ -75,9 +79,10 @@ class ColumnEntries {
 
 // Upper bound of the Frobenius norm.
 inline float frobenius_bound(const float* data, int64_t count) {
-  double squares = 0;
-  for (int64_t i = 0; i < count; ++i) squares += static_cast<double>(data[i]) * data[i];
-  return static_cast<float>(std::sqrt(squares)) * (1.0f + 0x1p-10f);
+  constexpr int64_t kSums = 8;  // independent, so that no addition waits for the last one
+  double squares[kSums] = {};
+  for (int64_t i = 0; i < count; ++i) squares[i % kSums] += static_cast<double>(data[i]) * data[i];
+  return static_cast<float>(std::sqrt(std::accumulate(squares, squares + kSums, 0.0))) * (1.0f + 0x1p-10f);
 }
 inline float basis_norm_bound(const Tensor& basis, int64_t which) {
   const int64_t count = basis.size(1) * basis.size(2);

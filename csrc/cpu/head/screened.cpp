@@ -12,6 +12,7 @@
 
 #include "cpu/head/rounded_tokens.h"
 #include "cpu/positions.h"
+#include "cpu/prefetch.h"
 #include "cpu/simd/compensated.h"
 #include "cpu/simd/kernels.h"
 
@@ -52,8 +53,12 @@ class ScreenedForward {
         entries_(weight.order, input.vocabulary()),
         sign_(rotation_signs(screen_padded_dim(input.dim()))),
         bias_copy_(input.bias && !std::is_same_v<T, Acc> ? input.vocabulary() : 0),
-        bias_(load_bias()) {
-    find_thresholds();
+        bias_(load_bias()),
+        units_(weight.units(0)),
+        rows_(weight.row(0, 0)),
+        panel_units_(weight.packed.size(1) * columns_),
+        panel_rows_(weight.rows.size(1) * columns_),
+        threads_(std::min<int64_t>(torch::stable::get_num_threads(), panels_)) {
     cut_into_blocks();
     if (pooling == Pooling::kSum) runs_ = find_sum_runs(input);
   }
@@ -77,12 +82,11 @@ class ScreenedForward {
     for (const SequenceRange& block : blocks_) {
       const auto tokens = first_tokens_ ? std::move(first_tokens_) : round(block);
       // Panels differ in the share of their product that is made, so each thread takes the next panel when it has
-      // finished one. With a basis the last panels are the most active; they go first.
-      const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), panels_);
-      std::atomic<int64_t> left{panels_};
-      torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      // finished one. With a basis the first panels are the most active.
+      std::atomic<int64_t> next{0};
+      torch::stable::parallel_for(0, threads_, 1, [&](int64_t, int64_t) {
         Worker worker(*this, *tokens, block, &outputs);
-        for (int64_t panel = --left; panel >= 0; panel = --left) {
+        for (int64_t panel = next++; panel < panels_; panel = next++) {
           worker.screen_panel(panel);
           worker.multiply_pairs_from(kMaxPairs);
         }
@@ -114,6 +118,7 @@ class ScreenedForward {
           block_(block),
           outputs_(outputs),
           longest_(longest_sequence()),
+          threshold_(head.columns_),
           state_((block.last - block.first) * head.columns_),
           products_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) * head.columns_),
           settled_((std::max(longest_, kProductTokens) + 2 * kScreenGroup) / screen().tile_tokens),
@@ -124,14 +129,17 @@ class ScreenedForward {
           found_{columns_.get(), counts_.get(), found_tokens_.get(), scratch_.get(), 0, 0, 0} {}
 
     void screen_panel(int64_t panel) {
-      const HeadInput& input = head_.input_;
-      const ScreenPanel weight{head_.weight_.units(panel),
-                               head_.weight_.row(panel, PreparedWeight::kScale),
-                               head_.weight_.row(panel, PreparedWeight::kResidual),
-                               head_.weight_.row(panel, PreparedWeight::kNorm),
-                               head_.threshold_.data() + panel * head_.columns_,
-                               head_.weight_.row(panel, PreparedWeight::kRest)};
-      const std::vector<int64_t>& offset = input.sequences.offset;
+      const int64_t ahead = head_.panels_ahead(panel);
+      prefetch_lines(head_.row(panel + ahead, PreparedWeight::kScale), head_.panel_rows_ * sizeof(float));
+      head_.find_thresholds(panel, threshold_.get());
+      const ScreenPanel weight{head_.units_ + panel * head_.panel_units_,
+                               head_.row(panel, PreparedWeight::kScale),
+                               head_.row(panel, PreparedWeight::kResidual),
+                               head_.row(panel, PreparedWeight::kNorm),
+                               threshold_.get(),
+                               head_.row(panel, PreparedWeight::kRest),
+                               ahead * head_.panel_units_};
+      const std::vector<int64_t>& offset = head_.input_.sequences.offset;
       for (int64_t first = block_.first, last = first; first < block_.last; first = last) {
         while (last < block_.last && (last == first || offset[last + 1] - offset[first] <= kProductTokens)) ++last;
         screen_sequences(panel, weight, first, last);
@@ -285,7 +293,7 @@ class ScreenedForward {
     const SequenceRange block_;
     const HeadOutputs* outputs_;
     const int64_t longest_;
-    const Scratch<float> state_, products_;
+    const Scratch<float> threshold_, state_, products_;
     const Scratch<uint8_t> settled_;
     const Scratch<int32_t> columns_, counts_, found_tokens_, scratch_;
     ScreenedPairs found_;
@@ -308,17 +316,22 @@ class ScreenedForward {
     }
   }
 
-  void find_thresholds() {
-    threshold_.assign(panels_ * columns_, std::numeric_limits<float>::infinity());
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const float* mean_dots = weight_.row(panel, PreparedWeight::kMeanDot);
-      const int64_t first = panel * columns_;
-      for (int64_t v = first; v < std::min(first + columns_, vocabulary_); ++v) {
-        const float mean_dot = mean_dots[v - first];
-        const float bias = bias_ ? static_cast<float>(bias_[entries_[v]]) : 0.0f;
-        if (bias == -std::numeric_limits<float>::infinity()) continue;
-        threshold_[v] = -(bias + mean_dot) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dot));
-      }
+  const float* row(int64_t panel, PreparedWeight::Row which) const {
+    return rows_ + panel * panel_rows_ + which * columns_;
+  }
+
+  // Distance to the panel that a thread probably takes next, or 0 if there is none.
+  int64_t panels_ahead(int64_t panel) const { return panel + threads_ < panels_ ? threads_ : 0; }
+
+  // Write the products below which the logits of a panel cannot be positive.
+  void find_thresholds(int64_t panel, float* threshold) const {
+    std::fill_n(threshold, columns_, std::numeric_limits<float>::infinity());
+    const float* mean_dots = row(panel, PreparedWeight::kMeanDot);
+    const int64_t first = panel * columns_, count = std::min(columns_, vocabulary_ - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const float bias = bias_ ? static_cast<float>(bias_[entries_[first + i]]) : 0.0f;
+      if (bias == -std::numeric_limits<float>::infinity()) continue;
+      threshold[i] = -(bias + mean_dots[i]) - kScreenShiftRounding * (std::abs(bias) + std::abs(mean_dots[i]));
     }
   }
 
@@ -360,8 +373,13 @@ class ScreenedForward {
   const ColumnEntries entries_;
   const std::vector<float> sign_;
   const Scratch<Acc> bias_copy_;
-  const Acc* const bias_;         // (vocabulary,) or null
-  std::vector<float> threshold_;  // (panels * columns)
+  const Acc* const bias_;  // (vocabulary,) or null
+  // The prepared weight, (panels, panel_units_) and (panels, panel_rows_). A call of a tensor for each panel would cost
+  // a tenth of the time of a few tokens.
+  const uint32_t* const units_;
+  const float* const rows_;
+  const int64_t panel_units_, panel_rows_;
+  const int64_t threads_;
   std::vector<SequenceRange> blocks_;
   std::unique_ptr<RoundedTokens<T>> first_tokens_;  // of the first block, if is_worthwhile() has rounded them
   std::vector<int64_t> runs_;

@@ -6,6 +6,7 @@
 #endif
 
 #include "common/screen_bound.h"
+#include "cpu/prefetch.h"
 #include "cpu/simd/isa.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/screen.h"
@@ -314,6 +315,12 @@ inline Floats error_bound(Floats residual, Floats norm, Floats other_residual, F
 // Return an integer whose bit i says whether lane i is not below the limit. Infinite and NaN bounds are not below.
 inline unsigned lanes_not_below(Floats x, Floats limit) { return lane_bits<float>(~(x < limit)); }
 
+// Prefetch what a stage of the next panel reads.
+inline void prefetch_stage(const ScreenPanel& panel, int64_t begin, int64_t end) {
+  const uint32_t* next = panel.units + panel.next_units + begin * kScreenColumns;
+  prefetch_lines(next, (end - begin) * kScreenColumns * static_cast<int64_t>(sizeof(uint32_t)));
+}
+
 #if defined(SPLADE_FAST_AMX)
 // Multiply each group of tokens by a panel, in three tiles of 16 x 16 sums and steps of 64 dimensions. There are no
 // stages, because here comparing products costs more than making them.
@@ -335,6 +342,7 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
     _tile_zero(2);
     const uint32_t* token = tokens.units + first * tokens.steps;
     const uint32_t* weight = panel.units;
+    if (first == begin) prefetch_stage(panel, 0, tokens.steps);
     for (int64_t step = 0; step < tokens.steps; step += 16, token += kTile, weight += 16 * kScreenColumns) {
       _tile_loadd(3, token, 64);
       _tile_loadd(4, weight, kScreenColumns * 4);
@@ -447,6 +455,7 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
       const int64_t stage_end = screen_stage_end(stage, tokens.steps);
       steps += count * (stage_end - step);
       int64_t still_open = 0;
+      if (count > 0) prefetch_stage(panel, step, stage_end);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t first = begin + open[i] * kScreenTokens;
         float* const target = products + open[i] * kTileProducts;
@@ -461,6 +470,7 @@ int64_t multiply(const ScreenTokens& tokens, const ScreenPanel& panel, int64_t b
       step = stage_end;
     }
     std::memset(settled, 1, tiles);
+    if (count > 0) prefetch_stage(panel, step, tokens.steps);
     steps += count * (tokens.steps - step);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = begin + open[i] * kScreenTokens;

@@ -28,7 +28,7 @@ class Basis:
     """Arguments that head_prepare and head_forward_screened take in addition to the mean."""
 
     matrices: Tensor  # (2, D, padded D), P and Q
-    order: Tensor  # (V,) int32, rows of the weight from the least to the most active
+    order: Tensor  # (V,) int32, rows of the weight from the most to the least active
     error: float  # ‖P·Qᵀ - 1‖
 
 
@@ -80,7 +80,7 @@ def balanced_basis(moments: Moments, weight: Tensor, bias: Tensor | None) -> Bas
     error = matrices[0].double() @ matrices[1].double().T - torch.eye(len(squares))
     if not (size := error.norm().item()) <= _MAX_ERROR:  # also refuses NaN
         return None
-    return Basis(matrices, activity.argsort().int(), size)
+    return Basis(matrices, activity.argsort(descending=True).int(), size)
 
 
 def _entry_moments(weight: Tensor, bias: Tensor | None, mean: Tensor) -> tuple[Tensor, Tensor]:
