@@ -223,11 +223,8 @@ class SpladeEncoder(TextEncoder):
     def sparse_rows(self, inputs: dict[str, Tensor], k: int | None) -> SparseRows:
         """Return the vectors of `tokenize`'s output, with at most the k largest entries of each."""
         with in_this_thread(inputs["input_ids"].numel() * self._multiplications):
-            return splade_head_topk(
-                *self._head_inputs(**self._without_needless_mask(inputs), run=self._run),
-                k=k,
-                **self._head_options(),
-            )
+            arguments = self._head_inputs(**self._without_needless_mask(inputs), run=self._run)
+        return splade_head_topk(*arguments, k=k, **self._head_options())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile calls of the encoder, and the transformer within `encode`, by torch.compile.
@@ -247,8 +244,13 @@ class SpladeEncoder(TextEncoder):
             >>> len(encoder.encode("quick fox", show_progress=False))
             1
         """
-        super().compile(*args, **kwargs)
-        self._run = torch.compile(run_to_decoder, *args, **kwargs)
+        options: dict[str, Any] = kwargs.pop("options", None) or {}
+        # Each call gets its own dictionary, since torch takes some options out of it.
+        super().compile(*args, **kwargs, options=dict(options) or None)
+        if kwargs.get("backend", "inductor") == "inductor" and kwargs.get("mode") is None:
+            # Kernels that ask for the number of threads in each call run short texts in one.
+            options = {"cpp.dynamic_threads": True} | options
+        self._run = torch.compile(run_to_decoder, *args, **kwargs, options=dict(options) or None)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # without what torch compiled

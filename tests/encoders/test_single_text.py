@@ -163,3 +163,30 @@ def test_a_compiled_encoder_gives_the_same_vectors():
     assert all(mine.equal(rows) for mine, rows in zip(found, expected, strict=True))
     for copied in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert copied.encode(TEXTS, show_progress=False).equal(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"cpp.dynamic_threads": True}),
+        ({"options": {"max_autotune": True}}, {"cpp.dynamic_threads": True, "max_autotune": True}),
+        ({"options": {"cpp.dynamic_threads": False}}, {"cpp.dynamic_threads": False}),
+        ({"mode": "reduce-overhead"}, None),  # torch takes either a mode or options
+        ({"backend": "eager"}, None),
+    ],
+    ids=["default", "options", "own threads", "mode", "backend"],
+)
+def test_compiled_kernels_ask_for_the_number_of_threads(given, expected, monkeypatch):
+    encoder = SpladeEncoder(make_model(masked_lm_configs()["bert"]), make_tokenizer())
+    calls = []
+
+    def compile_and_take_options(function, **kwargs):
+        calls.append(copy.deepcopy(kwargs))
+        (kwargs["options"] or {}).clear()  # as torch does with some
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_and_take_options)
+    encoder.compile(**copy.deepcopy(given))
+    whole, transformer = calls
+    assert whole == {"options": None} | given
+    assert transformer == given | {"options": expected}
