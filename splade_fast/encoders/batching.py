@@ -19,7 +19,7 @@ from torch import Tensor
 _CHARACTERS = 2**19
 # Largest number of padding tokens in a batch. Another batch costs about as much as these, whatever
 # the size of the model: its modules are called from Python, and its weights are read again.
-_PADDING = 48
+_PADDING = 40
 
 
 def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[Tensor]:
