@@ -67,10 +67,10 @@ def test_batches_have_little_padding(batch_size, longest):
     assert sorted(int(n) for mask in batches for n in mask.sum(1)) == sorted(tokens)
     for mask, following in pairwise(batches):
         assert 1 <= len(mask) <= batch_size
-        assert (mask == 0).sum() <= 48
+        assert (mask == 0).sum() <= 40
         # The next text would have been too many, or would have brought too much padding.
         padding = (mask == 0).sum() + mask.shape[1] - following[0].sum()
-        assert len(mask) == batch_size or padding > 48
+        assert len(mask) == batch_size or padding > 40
 
 
 class _OneDevice(TorchDispatchMode):
