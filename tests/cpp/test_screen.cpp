@@ -193,9 +193,13 @@ static int64_t test_screen(const Screen& screen, const Case& inputs, bool larges
   for (int64_t first = 0; first < inputs.entries; first += columns) {
     std::vector<float> rest(entry.rest[0].begin() + first, entry.rest[0].begin() + first + columns);
     rest.insert(rest.end(), entry.rest[1].begin() + first, entry.rest[1].begin() + first + columns);
-    const ScreenPanel panel{entry.units.data() + first * steps, entry.scale.data() + first,
-                            entry_residual.data() + first,      entry.norm.data() + first,
-                            threshold.data() + first,           rest.data()};
+    const ScreenPanel panel{entry.units.data() + first * steps,
+                            entry.scale.data() + first,
+                            entry_residual.data() + first,
+                            entry.norm.data() + first,
+                            threshold.data() + first,
+                            rest.data(),
+                            0};
     std::vector<float> products((tokens + 2 * kScreenGroup) * columns), state(3 * columns, -kInf);
     std::vector<uint8_t> settled(tokens / screen.tile_tokens + 2, 2);
     const int64_t made = screen.multiply(packed, panel, 0, tokens, products.data(), state.data(), settled.data());
