@@ -93,7 +93,6 @@ std::tuple<Tensor, Tensor> prepare(const Tensor& weight, const Tensor& mean, con
   const Shapes shapes = check_and_find_shapes(weight, mean, basis, order);
   const PreparedWeight prepared{as_contiguous(mean), new_tensor(mean, shapes.packed, ScalarType::Int),
                                 new_tensor(mean, shapes.rows), contiguous_or_none(basis), contiguous_or_none(order)};
-  prefer_huge_pages(prepared.packed);
   round_weight(weight, prepared, basis_error);
   return {prepared.packed, prepared.rows};
 }

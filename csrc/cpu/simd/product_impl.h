@@ -2,6 +2,7 @@
 // multiplied by a panel of rows of the other (vocabulary entries).
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/simd/isa.h"
 #include "cpu/simd/kernels.h"
 
@@ -200,9 +201,7 @@ inline void prefetch_share(const void* next, int64_t bytes, int64_t part, int64_
   constexpr int64_t kLine = 64;
   const int64_t share = (bytes / parts / kLine + 1) * kLine;
   const int64_t begin = part * share, end = begin + share < bytes ? begin + share : bytes;
-  for (int64_t byte = begin; byte < end; byte += kLine) {
-    __builtin_prefetch(static_cast<const char*>(next) + byte, 0, 2);
-  }
+  prefetch_lines<false, 2>(static_cast<const char*>(next) + begin, end - begin);
 }
 
 }  // namespace

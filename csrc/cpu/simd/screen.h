@@ -78,9 +78,8 @@ struct ScreenPanel {
   const float *scale, *residual, *norm;
   const float* threshold;  // (columns,) a smaller product cannot give a positive logit
   const float* rest;       // (stages - 1, columns) norms of the dimensions after a stage
-  // Distance of the units of a panel to prefetch. A few tokens are multiplied faster than
-  // the processor fetches what it can foresee, and a stage that is made for this panel is likely to be made for the
-  // next.
+  // Distance to the units of a panel to prefetch. A few tokens are multiplied faster than the processor fetches what it
+  // can foresee, and a stage that is made for this panel is likely to be made for the next.
   int64_t next_units;
 };
 
