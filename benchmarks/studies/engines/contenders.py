@@ -7,6 +7,7 @@ length. SparseEncoder runs them as well, where its own packages for them are ins
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -211,6 +212,9 @@ def _openvino_run(graph: Any) -> Run:
     threads = torch.get_num_threads()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     settings["PERFORMANCE_HINT"] = "LATENCY"
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":
+        # OpenVINO chooses int8 activations by the processor, and oneDNN then has no such product.
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     compiled = openvino.Core().compile_model(graph, "CPU", settings)
     taken = [port.any_name for port in compiled.inputs]
 

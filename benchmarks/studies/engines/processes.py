@@ -82,6 +82,7 @@ def _serve(connection: Connection, name: str, model: str, folder: Path, threads:
     torch.set_num_threads(threads)
     try:
         encode = (CONTENDERS | BODIES)[name](model, folder)
+        encode(["a text"], 1)  # some faults of an engine show in its first product
     except Exception as error:  # engines fail in their own ways, none of which stops the others
         connection.send(reason(error))
         return
