@@ -155,7 +155,7 @@ class PieceEncoder:
 
 
 class PieceReader:
-    """Reader of pieces, which keeps the file of the last one open."""
+    """Reader of pieces, which keeps a file open between two of its pieces."""
 
     def __init__(self) -> None:
         self._name: str | None = None
@@ -176,6 +176,8 @@ class PieceReader:
         # A text behind the last one has been added.
         found = islice(self._file.read(piece.place), piece.count + piece.is_last)
         pairs = [pair for _, _, pair in found]
+        if piece.is_last:
+            self.close()
         if count_and_checksum(pairs) != (piece.count, piece.checksum):
             raise DataError(
                 f"{piece.file} must stay as it is while it is encoded, got other texts behind "
@@ -186,3 +188,4 @@ class PieceReader:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,6 +51,19 @@ def test_pieces_are_read_in_any_order(tmp_path, name):
         assert reader.read(piece) == (ids[part], texts[part])
     # A new reader starts anywhere.
     assert PieceReader().read(pieces[4]) == (ids[24:30], texts[24:30])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_is_closed_after_its_last_piece(tmp_path, name):
+    pieces, _ = list_pieces(write(tmp_path / name), CHUNK)
+    reader = PieceReader()
+    for piece in pieces:
+        reader.read(piece)
+        assert (tmp_path / name in open_files()) == (not piece.is_last)
+
+
+def open_files() -> set[Path]:
+    return {Path(os.readlink(link)) for link in Path("/proc/self/fd").iterdir() if link.exists()}
 
 
 def test_pieces_end_with_their_file(tmp_path):
