@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import splade_fast as sf
+import splade_fast.integrations.sentence_transformers.modules
 from splade_fast.encoders.splade import SpladeEncoder
 from splade_fast.integrations.sentence_transformers import accelerate
 from tests.integrations.sparse_encoders import TEXTS, splade
@@ -44,3 +45,23 @@ def test_a_model_is_accelerated_for_all_threads():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(pooled, jobs))
     assert all(torch.equal(vectors, expected[i]) for i, vectors in zip(jobs, found, strict=True))
+
+
+def test_the_transformer_of_a_short_text_has_one_thread_and_its_head_all(tmp_path, monkeypatch):
+    module = splade_fast.integrations.sentence_transformers.modules
+    head, seen = module.splade_head_topk, {}
+    model = accelerate(splade(tmp_path))
+    layer = model[0].model.bert.encoder.layer[0]
+    layer.register_forward_hook(lambda *_: seen.update(transformer=torch.get_num_threads()))
+
+    def observed_head(*args, **kwargs):
+        seen["head"] = torch.get_num_threads()
+        return head(*args, **kwargs)
+
+    monkeypatch.setattr(module, "splade_head_topk", observed_head)
+    torch.set_num_threads(2)
+    try:
+        model.encode("quick fox", convert_to_sparse_tensor=True)
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {"transformer": 1, "head": 2}

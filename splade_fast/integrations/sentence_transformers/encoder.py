@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from splade_fast._checks import check_unicode
-from splade_fast.encoders.hidden_states import find_decoder
-from splade_fast.encoders.small_work import SMALL, in_this_thread, multiplications_per_token
 from splade_fast.encoders.threads import submodules
 from splade_fast.integrations.sentence_transformers.batches import batches
 from splade_fast.integrations.sentence_transformers.modules import (
     SPARSE,
     HeadPooling,
-    HiddenTransformer,
 )
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.sparse_rows import SparseRows
@@ -78,7 +75,7 @@ class _Encoder(Role):
             features = batch_to_device(features, device)
             if should_return_rows:
                 features[SPARSE] = max_active_dims
-            with torch.inference_mode(), in_this_thread(_multiplications(modules, features)):
+            with torch.inference_mode():
                 vectors = model(features, **options)["sentence_embedding"]
                 if max_active_dims is not None and isinstance(vectors, Tensor):
                     vectors = select_max_active_dims(vectors, max_active_dims=max_active_dims)
@@ -250,18 +247,6 @@ def _with_progress(
         for places, features in all_batches:
             yield places, features
             bar.update(len(places))
-
-
-def _multiplications(modules: Sequence[nn.Module], features: dict[str, Any]) -> int:
-    """Return the multiplications of a batch with the matrices of all routes, or a large number."""
-    input_ids = features.get("input_ids")
-    transformers: list[Any] = [m.model for m in modules if isinstance(m, HiddenTransformer)]
-    if input_ids is None or not transformers:
-        return SMALL + 1
-    per_token = sum(
-        multiplications_per_token(m, find_decoder(m).out_features) for m in transformers
-    )
-    return int(input_ids.numel()) * per_token
 
 
 def _is_on_one_device(model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from splade_fast.encoders.hidden_states import find_decoder, run_to_decoder
 from splade_fast.encoders.settings import SPLADE_POOLING_ACTIVATIONS
+from splade_fast.encoders.small_work import in_this_thread, multiplications_per_token
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.head import splade_head
 from splade_fast.ops.head.topk import splade_head_topk
@@ -33,12 +35,21 @@ class HiddenTransformer(Role):
         if self._should_run_original():
             features = self._original.forward(self, features, **kwargs)
         else:
-            hidden = run_to_decoder(self.model, self._original.forward, self, features, **kwargs)
-            decoder = find_decoder(self.model)
+            decoder, original = find_decoder(self.model), self._original.forward
+            with self._in_this_thread_if_small(features, len(decoder.weight)):
+                hidden = run_to_decoder(self.model, original, self, features, **kwargs)
             features[self.module_output_name] = hidden
             features[_DECODER] = (decoder.weight, decoder.bias)
         features.update(request)
         return features
+
+    def _in_this_thread_if_small(
+        self, features: Features, vocab_size: int
+    ) -> AbstractContextManager[None]:
+        if "input_ids" not in features or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        per_token = multiplications_per_token(self.model, vocab_size)
+        return in_this_thread(features["input_ids"].numel() * per_token)
 
     def _should_run_original(self) -> bool:
         """Return whether states of all layers or virtual tokens need the original `forward`."""
