@@ -35,6 +35,7 @@ from splade_fast.encoders.hidden_states import (
     run_to_decoder,
     takes_no_mask,
 )
+from splade_fast.encoders.inductor import vector_options
 from splade_fast.encoders.pretrained import (
     hub_arguments,
     load_model,
@@ -244,10 +245,12 @@ class SpladeEncoder(TextEncoder):
             >>> len(encoder.encode("quick fox", show_progress=False))
             1
         """
-        options: dict[str, Any] = kwargs.pop("options", None) or {}
+        own: dict[str, Any] = kwargs.pop("options", None) or {}
+        is_inductor = kwargs.get("backend", "inductor") == "inductor" and kwargs.get("mode") is None
+        options = vector_options() | own if is_inductor else own
         # Each call gets its own dictionary, since torch takes some options out of it.
         super().compile(*args, **kwargs, options=dict(options) or None)
-        if kwargs.get("backend", "inductor") == "inductor" and kwargs.get("mode") is None:
+        if is_inductor:
             # Kernels that ask for the number of threads in each call run short texts in one.
             options = {"cpp.dynamic_threads": True} | options
         self._run = torch.compile(run_to_decoder, *args, **kwargs, options=dict(options) or None)

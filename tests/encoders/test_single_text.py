@@ -1,7 +1,10 @@
 """Short cuts for single short texts give what the long way gives."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -23,6 +26,8 @@ from tests.tiny_models import (
 
 TEXTS = ["quick fox", " ".join(WORDS), "a"]
 MODELS = masked_lm_configs() | causal_lm_configs()
+WIDTH, DYNAMIC = {"cpp.simdlen": 256}, {"cpp.dynamic_threads": True}
+OWN = {"cpp.simdlen": 0, "cpp.dynamic_threads": False}
 
 
 def expected_lists(tokenizer, texts, max_length, add_special_tokens=True):
@@ -166,17 +171,18 @@ def test_a_compiled_encoder_gives_the_same_vectors():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "whole", "transformer"),
     [
-        ({}, {"cpp.dynamic_threads": True}),
-        ({"options": {"max_autotune": True}}, {"cpp.dynamic_threads": True, "max_autotune": True}),
-        ({"options": {"cpp.dynamic_threads": False}}, {"cpp.dynamic_threads": False}),
-        ({"mode": "reduce-overhead"}, None),  # torch takes either a mode or options
-        ({"backend": "eager"}, None),
+        ({}, WIDTH, WIDTH | DYNAMIC),
+        ({"options": {"trace": 1}}, WIDTH | {"trace": 1}, WIDTH | DYNAMIC | {"trace": 1}),
+        ({"options": OWN}, OWN, OWN),
+        ({"mode": "reduce-overhead"}, None, None),  # torch takes either a mode or options
+        ({"backend": "eager"}, None, None),
     ],
-    ids=["default", "options", "own threads", "mode", "backend"],
+    ids=["default", "options", "own choice", "mode", "backend"],
 )
-def test_compiled_kernels_ask_for_the_number_of_threads(given, expected, monkeypatch):
+def test_options_of_compiled_kernels(given, whole, transformer, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     encoder = SpladeEncoder(make_model(masked_lm_configs()["bert"]), make_tokenizer())
     calls = []
 
@@ -187,6 +193,32 @@ def test_compiled_kernels_ask_for_the_number_of_threads(given, expected, monkeyp
 
     monkeypatch.setattr(torch, "compile", compile_and_take_options)
     encoder.compile(**copy.deepcopy(given))
-    whole, transformer = calls
-    assert whole == {"options": None} | given
-    assert transformer == given | {"options": expected}
+    assert calls == [given | {"options": options} for options in (whole, transformer)]
+
+
+_COMPILED = """
+from splade_fast import SpladeEncoder
+from tests.tiny_models import make_model, make_tokenizer, masked_lm_configs
+
+encoder = SpladeEncoder(make_model(masked_lm_configs()["bert"]), make_tokenizer())
+expected = encoder.encode("quick fox", show_progress=False).to_dense()
+encoder.compile(dynamic=True)
+found = encoder.encode("quick fox", show_progress=False).to_dense()
+assert expected.count_nonzero() > 0
+print((found - expected).abs().max().item())
+"""
+
+
+def test_processors_with_other_vectors_may_share_a_cache_of_compiled_kernels(tmp_path):
+    capability = torch.backends.cpu.get_cpu_capability()
+    lesser = {"AVX512": "avx2"}.get(capability, "default")
+    for level in (capability.lower(), lesser):
+        run = subprocess.run(
+            [sys.executable, "-c", _COMPILED],
+            env=os.environ
+            | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": level},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        assert float(run.stdout) <= 1e-5, level
