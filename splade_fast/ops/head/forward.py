@@ -73,7 +73,12 @@ def _forward_screened(arguments: HeadArguments, is_forced: bool) -> Outputs | No
     """Compute the screened product on the CPU, or return None where it would be slower."""
     state = find_screening_state(arguments.weight_source, arguments.weight.dtype)
     if not is_forced and not state.should_try():
-        state.record_skip()
+        state.record_skip(
+            arguments.weight_source,
+            arguments.hidden,
+            arguments.attention_mask,
+            arguments.save_for_backward,
+        )
         return None
     with state.prepare(
         arguments.weight,

@@ -88,9 +88,29 @@ class ScreeningState:
         """Return whether algorithm="auto" should try the screened product in this call."""
         return self._skips_left <= 0
 
-    def record_skip(self) -> None:
-        """Record that a call ran dense without a trial."""
+    def record_skip(
+        self,
+        source: Tensor,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        is_training: bool = False,
+    ) -> None:
+        """Record that a call ran dense without a trial, and its tokens for a basis.
+
+        With a basis the next trial may have another outcome, and a trial of a single short text
+        alone has too few tokens to get there.
+
+        Args:
+            source, hidden, attention_mask, is_training: see `prepare`.
+        """
         self._skips_left -= 1
+        if is_training or self._moments is None:
+            return
+        with self.lock:
+            prepared, moments = self.prepared, self._moments
+            if prepared is None or moments is None or prepared.version != _find_version(source):
+                return
+            moments.add(_select_tokens(hidden, attention_mask))
 
     def record_trial(self, is_declined: bool) -> None:
         """Record a trial, and whether the screened product declined because it would be slower."""

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_BASIS_DIM = 1024  # eigenvectors of larger matrices take too long
 
 _PADDING = 64  # the dimensions of int8 rows are a multiple of this
+_ADDED_TOKENS = 512  # hidden states that are added to the moments at once
 _CHUNK = 16384  # rows of the weight that are converted at once
 # Eigenvalues below this share of the largest are raised, which bounds the condition number of P.
 _FLOOR = 1e-4
@@ -33,16 +34,33 @@ class Basis:
 
 
 class Moments:
-    """Running first and second moments of hidden states."""
+    """Running first and second moments of hidden states.
+
+    Hidden states of short texts are kept until there are enough for a product.
+    """
 
     def __init__(self, dim: int) -> None:
         self.tokens = 0
+        self._kept: list[Tensor] = []
         self._sum = torch.zeros(dim, dtype=torch.float64)
         self._products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, tokens: Tensor) -> None:
         """Add hidden states (N, D) float32."""
         self.tokens += tokens.shape[0]
+        if tokens.shape[0] >= _ADDED_TOKENS:
+            self._add_up(tokens)
+            return
+        self._kept.append(tokens.clone())  # the caller may change its own
+        if sum(map(len, self._kept)) >= _ADDED_TOKENS:
+            self._add_kept()
+
+    def _add_kept(self) -> None:
+        if self._kept:
+            tokens, self._kept = torch.cat(self._kept), []
+            self._add_up(tokens)
+
+    def _add_up(self, tokens: Tensor) -> None:
         # Not in place: inference tensors must not be written outside of inference_mode.
         self._sum = self._sum + tokens.sum(0)
         self._products = self._products + tokens.T @ tokens
@@ -50,11 +68,13 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """Mean (D,)."""
+        self._add_kept()
         return self._sum / self.tokens
 
     @property
     def covariance(self) -> Tensor:
         """Covariance matrix (D, D)."""
+        self._add_kept()
         return self._products / self.tokens - self.mean.outer(self.mean)
 
 

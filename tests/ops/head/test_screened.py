@@ -620,6 +620,20 @@ def test_extreme_values_along_a_basis_made_without_them(value, place):
 
 
 @in_stages
+def test_calls_without_a_trial_bring_a_basis_nearer(calls):
+    hidden, weight, bias = narrow(2400, 64, 300)
+    texts = hidden.view(300, 1, 8, 64)
+    for text in texts:
+        sf.splade_head(text, weight, bias + 100)
+    assert all(calls.declined)
+    assert len(calls.declined) * 8 < 64 * 32  # the trials alone have too few tokens
+    for text in texts[:64]:
+        sf.splade_head(text, weight, bias)
+    assert find_screening_state(weight, weight.dtype).prepared.basis is not None
+    assert not calls.declined[-1]
+
+
+@in_stages
 def test_a_basis_that_spares_nothing_goes_and_is_not_made_again(monkeypatch):
     made = []
 
