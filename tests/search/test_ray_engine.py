@@ -1,6 +1,7 @@
 """encode_corpus on a local Ray with two workers, which die, and with a driver that dies."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,7 +20,6 @@ from splade_fast.search.part_folder import PartWriter
 from splade_fast.search.pieces import DocumentError, PieceEncoder, list_pieces
 from splade_fast.search.ray_engine import EngineError, RayEngine
 from splade_fast.search.texts import DataError
-from tests.new_process import fork_server
 from tests.search.corpora import (
     CHUNK,
     OPTIONS,
@@ -34,6 +34,8 @@ COUNT = 40
 CHUNKS = 7
 POISONED = 20  # a text of the fourth chunk
 DEADLY = 8  # a text of the second chunk
+# A fork server may be older than the cluster, whose token stands in the environment.
+SPAWN = multiprocessing.get_context("spawn")
 
 
 class LoggingEncoder(LengthEncoder):
@@ -143,7 +145,7 @@ def _encode_until_killed(address, corpus, folder):
 @pytest.mark.exhaustive
 def test_a_killed_driver_is_resumed(address, tmp_path, corpus, texts, expected):
     arguments = (address, corpus, tmp_path)
-    process = fork_server().Process(target=_encode_until_killed, args=arguments)
+    process = SPAWN.Process(target=_encode_until_killed, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -179,7 +181,7 @@ def _encode_parts_until_killed(address, corpus, folder, text):
 @pytest.mark.exhaustive
 def test_a_killed_driver_of_parts_is_resumed(address, tmp_path, corpus, texts):
     arguments = (address, corpus, tmp_path, texts[f"d{2 * CHUNK}"])
-    process = fork_server().Process(target=_encode_parts_until_killed, args=arguments)
+    process = SPAWN.Process(target=_encode_parts_until_killed, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -97,8 +97,8 @@ class ScreeningState:
     ) -> None:
         """Record that a call ran dense without a trial, and its tokens for a basis.
 
-        With a basis the next trial may have another outcome, and a trial of a single short text
-        alone has too few tokens to get there.
+        With a basis a later trial may succeed. The trials alone, one in 64 calls, would take very
+        long to gather the tokens of a basis from short texts.
 
         Args:
             source, hidden, attention_mask, is_training: see `prepare`.
