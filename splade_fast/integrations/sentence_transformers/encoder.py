@@ -17,10 +17,7 @@ from tqdm.auto import tqdm
 from splade_fast._checks import check_unicode
 from splade_fast.encoders.threads import submodules
 from splade_fast.integrations.sentence_transformers.batches import batches
-from splade_fast.integrations.sentence_transformers.modules import (
-    SPARSE,
-    HeadPooling,
-)
+from splade_fast.integrations.sentence_transformers.modules import SPARSE, HeadPooling
 from splade_fast.integrations.sentence_transformers.swapping import Role
 from splade_fast.ops.sparse_rows import SparseRows
 

@@ -93,7 +93,7 @@ class ScreeningState:
         source: Tensor,
         hidden: Tensor,
         attention_mask: Tensor | None,
-        is_training: bool = False,
+        is_training: bool,
     ) -> None:
         """Record that a call ran dense without a trial, and its tokens for a basis.
 
